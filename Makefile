@@ -1,0 +1,114 @@
+# `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv/.complete
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
+ifdef GPUS
+export LAUNCH := torchrun --standalone --nproc_per_node=$(GPUS) -m
+endif
+
+# A mistake is told before anything is installed or run.
+ifneq ($(and $(ONLY),$(filter repro ppo dpo,$(MAKECMDGOALS))),)
+$(error ONLY=1 runs one step on what is there, and '$(MAKECMDGOALS)' is more than one: name the step)
+endif
+ifneq ($(and $(filter metrics-diff plots,$(MAKECMDGOALS)),$(if $(REV),,missing)),)
+$(error say which revision to compare with, for instance: make $(MAKECMDGOALS) REV=main)
+endif
+ifneq ($(and $(filter use,$(MAKECMDGOALS)),$(if $(PROFILE),,missing)),)
+$(error say which profile, for instance: make use PROFILE=default. There are: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
+endif
+
+# Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant.
+repro = .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
+
+.PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
+        metrics metrics-diff plots dag status use test test-fast lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo 'With any step: ONLY=1 runs it alone, on what is there; GPUS=n starts it on n processes.'
+
+setup: $(VENV) ## Make .venv from requirements.lock (PYTHON=python3.12 picks the Python)
+
+repro: $(VENV) ## Bring everything up to date, to the report
+	$(call repro)
+
+tokenize: $(VENV) ## Up to the token tables of all three kinds of data
+	$(call repro,tokenize)
+
+train-sft: $(VENV) ## Up to the supervised model
+	$(call repro,train_sft)
+
+train-rm: $(VENV) ## Up to the reward model
+	$(call repro,train_rm)
+
+ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO needs
+	$(call repro,ref_logprobs)
+
+train-dpo: $(VENV) ## Up to the DPO policy
+	$(call repro,train_dpo)
+
+train-ppo: $(VENV) ## Up to the PPO policy
+	$(call repro,train_ppo)
+
+evaluate: $(VENV) ## Up to the evaluation of every policy
+	$(call repro,evaluate)
+
+report: $(VENV) ## Up to metrics/report.html
+	$(call repro,report)
+
+ppo: $(VENV) ## The PPO branch alone, up to its evaluation
+	$(call repro,evaluate@ppo)
+
+dpo: $(VENV) ## The DPO branch alone, up to its evaluation
+	$(call repro,evaluate@dpo)
+
+metrics: $(VENV) ## Print the metrics
+	.venv/bin/dvc metrics show
+
+metrics-diff: $(VENV) ## Compare the metrics here with those of a revision: REV=main
+	.venv/bin/dvc metrics diff $(REV)
+
+plots: $(VENV) ## Draw the curves of a revision and those here into plots/curves.html: REV=main
+	.venv/bin/python -m stages.plot_curves --rev $(REV) --rev workspace --out plots/curves.html
+
+dag: $(VENV) ## List the stages, and after which others each one runs (`dvc dag` draws it, very wide)
+	@.venv/bin/dvc dag --dot --collapse-foreach-matrix | awk -F '"' '\
+	  /->/ { after[$$4] = after[$$4] " " $$2; stages[$$2]; stages[$$4]; from[NR] = $$2; to[NR] = $$4 } \
+	  END { for (round in stages) for (i in from) if (depth[to[i]] <= depth[from[i]]) depth[to[i]] = depth[from[i]] + 1; \
+	        for (stage in stages) printf "%d\t%-14s %s\n", depth[stage], stage, after[stage] }' | sort -n | cut -f 2
+
+status: $(VENV) ## Say which stages are stale, and why
+	.venv/bin/dvc status
+
+use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
+	.venv/bin/python -m stages.use_profile --profile profiles/$(PROFILE).yaml $(if $(FORCE),--drop-edits)
+
+test: $(VENV) ## Run all tests
+	.venv/bin/python -m pytest -q
+
+test-fast: $(VENV) ## Run the tests that take seconds
+	.venv/bin/python -m pytest -q -m 'not slow'
+
+lint: $(VENV) ## Check style and format
+	.venv/bin/ruff check stages tests
+	.venv/bin/ruff format --check stages tests
+
+clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
+	rm -rf .scratch plots .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
+	  \( -name __pycache__ -o -name '.*.partial' \) -prune -exec rm -rf {} +
+	@test -z "$$STAGEWISE_SCRATCH" || echo "kept: training state in $$STAGEWISE_SCRATCH"
+
+$(VENV): requirements.lock requirements-cuda.lock
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	case "$$version" in 3.11|3.12|3.13) ;; *) \
+	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is $${version:-missing};" \
+	    "name another, for instance: make setup PYTHON=python3.12" >&2; exit 2;; \
+	esac; \
+	echo "Installing requirements.lock into .venv for Python $$version; this takes some minutes."; \
+	.venv/bin/python -m pip --version 2>/dev/null | grep -q "(python $$version)" || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@touch $@

@@ -1,0 +1,92 @@
+"""Token rewards of an RLHF episode, generalised advantage estimates (GAE), and whitening over the global batch.
+
+Time t runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not
+there, whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
+"""
+
+import torch
+
+
+@torch.no_grad()
+def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """r_t = -beta kl_t + 1[t is the last real token] score (arXiv 1909.08593, Eq 2; arXiv 2203.02155, Eq 2).
+
+    Args:
+        kl: per-token KL estimate in nats, (b, t); k1 is the principled one in a reward.
+        scores: the reward of each whole response, already clipped or normalised, (b,).
+        response_mask: True on response tokens, (b, t). A row without any gets no score.
+        kl_coef: beta.
+    Returns:
+        rewards (b, t), 0 outside the mask.
+    """
+    real_tokens_from_here = response_mask.long().flip(-1).cumsum(-1).flip(-1)
+    is_last = response_mask & (real_tokens_from_here == 1)
+    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
+    return penalties + torch.where(is_last, scores.unsqueeze(-1), 0.0)
+
+
+@torch.no_grad()
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE (arXiv 1506.02438, Eq 16; arXiv 1707.06347, Eq 11-12), computed from the last token back.
+
+        delta_t = r_t + gamma V_{t+1} - V_t        with V = 0 after the last token: the episode ends there
+        A_t     = delta_t + gamma lam A_{t+1}
+        G_t     = A_t + V_t                        the target of the value function, before any whitening
+
+    Args:
+        rewards: (b, t).
+        values: V of the critic when the tokens were sampled, (b, t).
+        response_mask: True on response tokens, (b, t).
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1]; 1 gives reward-to-go minus V, 0 one-step differences.
+    Returns:
+        (advantages, returns), each (b, t), 0 outside the mask, in the wider type of rewards and values.
+    """
+    values = values.to(torch.promote_types(values.dtype, rewards.dtype))
+    advantages = torch.zeros_like(values)
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        real = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # At a masked position both carries pass through unchanged, so it is as if it did not exist.
+        next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(real, values[:, t], next_value)
+        advantages[:, t] = torch.where(real, next_advantage, 0.0)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+@torch.no_grad()
+def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum, sum of squares, count) of the unmasked values, as float64 scalars that can be stacked and all-reduced.
+
+    After the reduction, mean = sum / count and variance = sum of squares / count - mean^2. In float32 that
+    difference would cancel; in float64 it keeps about 8 digits for a mean of 1e4 standard deviations.
+
+    Args:
+        values: (b, t).
+        mask: True on what counts, (b, t).
+    """
+    kept = torch.where(mask, values, 0.0).double()
+    return kept.sum(), (kept * kept).sum(), mask.sum().double()
+
+
+@torch.no_grad()
+def whiten(
+    advantages: torch.Tensor, mask: torch.Tensor, mean: float | torch.Tensor, variance: float | torch.Tensor
+) -> torch.Tensor:
+    """(A - mean) / sqrt(variance + 1e-8) on the mask, 0 elsewhere.
+
+    Args:
+        advantages: (b, t).
+        mask: True on response tokens, (b, t).
+        mean, variance: of the unmasked advantages of the GLOBAL batch (population variance, dividing by the count), or
+            the result would depend on the number of processes. A variance below 0 is rounding and counts as 0.
+    Returns:
+        whitened advantages (b, t), in the type of `advantages`.
+    """
+    scale = torch.rsqrt(torch.as_tensor(variance, dtype=torch.float64, device=advantages.device).clamp_min(0.0) + 1e-8)
+    centred = advantages.double() - torch.as_tensor(mean, dtype=torch.float64, device=advantages.device)
+    return torch.where(mask, centred * scale, 0.0).to(advantages.dtype)

@@ -1,0 +1,39 @@
+"""How a stage ends when its user made a mistake: one message, exit code 2, no traceback."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class StageError(Exception):
+    """A mistake in a setting, a row or a file. The message says what, where, what was expected and what to do."""
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a stage's `main` as a Typer command; a `StageError` becomes one message on stderr and exit code 2."""
+    try:
+        typer.run(main)
+    except StageError as error:
+        if _speaks_for_all_processes():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def _speaks_for_all_processes() -> bool:
+    """True in one process a launch: all ranks meet the same mistake, the first to get here reports it."""
+    if "RANK" not in os.environ:
+        return True
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    claim = Path(tempfile.gettempdir()) / f"stagewise-error-{launch}-{attempt}"
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""Content hashes of files and folders."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def files_below(path: Path) -> list[Path]:
+    """The files of a folder in a fixed order, or the file itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over the names and contents of a folder, or of a file."""
+    digest = hashlib.sha256()
+    for file in files_below(path):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def value_hash(values: Any) -> str:
+    """SHA-256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def dvc_hash(path: Path) -> str:
+    """The hash under which DVC records an out in `dvc.lock`: MD5 of a file, or of a folder's sorted listing."""
+    if not path.is_dir():
+        return file_hash(path, "md5")
+    listing = [
+        {"md5": file_hash(file, "md5"), "relpath": file.relative_to(path).as_posix()} for file in files_below(path)
+    ]
+    listing.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def combined_hash(hashes: Iterable[str]) -> str:
+    """SHA-256 over hashes in the order given."""
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -1,0 +1,60 @@
+"""Rows as JSON lines: UTF-8, one object a line, errors by file and line, files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import StageError
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON-lines file.
+
+    Raises:
+        StageError: the file is missing or empty, or a line is no JSON object (file and line are named).
+    """
+    if not path.is_file():
+        raise StageError(f"{path} does not exist")
+    empty = True
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            empty = False
+            yield parse_object(line, f"{path}, line {number}")
+    if empty:
+        raise StageError(f"{path} is empty: expected one JSON object a line")
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """Parse one JSON object, or raise a StageError that names `where`."""
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StageError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise StageError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows to `path` through a temporary name; returns their number."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a small mapping as indented JSON with a final newline, through a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,144 @@
+"""Hugging Face model folders: loading them, and writing them so that any other program loads them as they are."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.lib.errors import StageError
+from stages.lib.runtime import Runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_language_model(path: Path, precision: str, runtime: Runtime, device: torch.device) -> nn.Module:
+    """Load a causal language model, without dropout. Raises StageError if `path` is no such model."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, path, precision, runtime, device)
+
+
+def load_classifier(path: Path, precision: str, runtime: Runtime, device: torch.device) -> nn.Module:
+    """Load a model with a scalar head named `score`, as `train_rm` writes it. Raises StageError if there is none."""
+    from transformers import AutoModelForSequenceClassification
+
+    if not any("SequenceClassification" in name for name in read_config(path).get("architectures") or []):
+        raise StageError(f"{path} is no reward model: its config.json names no sequence classifier")
+    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, num_labels=1)
+    return require_scalar_head(model, path)
+
+
+def new_classifier(path: Path, precision: str, runtime: Runtime, device: torch.device, seed: int) -> nn.Module:
+    """A classifier on the body of the language model at `path`, its head drawn from N(0, 1/(d+1)²) with `seed`.
+
+    The head is that of OpenAI's "Learning to summarize" (arXiv 2009.01325): bias-free, standard deviation 1/(d+1).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, num_labels=1)
+    require_scalar_head(model, path)
+    width = model.score.weight.shape[1]
+    head = torch.empty((1, width), dtype=torch.float32)
+    head.normal_(std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.score.weight.copy_(head)
+    return model
+
+
+def require_scalar_head(model: nn.Module, path: Path) -> nn.Module:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+        raise StageError(
+            f"{path}: {type(model).__name__} has no bias-free scalar head named 'score'; "
+            "use a decoder architecture such as Llama, Qwen2, Mistral or GPT-2"
+        )
+    return model
+
+
+def _load(
+    auto_class: Any, path: Path, precision: str, runtime: Runtime, device: torch.device, **overrides: Any
+) -> nn.Module:
+    read_config(path)
+    _quiet_loading()
+    try:
+        model = auto_class.from_pretrained(
+            path, dtype=DTYPES[precision], attn_implementation=runtime.attention, local_files_only=True, **overrides
+        )
+    except ImportError as error:
+        raise StageError(f"runtime.yaml: attention: {runtime.attention} cannot be used here: {error}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise StageError(f"{path} cannot be loaded as {auto_class.__name__}: {error}") from None
+    switch_off_dropout(model)
+    if runtime.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model.to(device)
+
+
+def _quiet_loading() -> None:
+    """A new score head is drawn by us, so transformers' report on missing and unused weights would only alarm."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises StageError if `path` is no model folder."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise StageError(f"{path} is no model folder: {file} is missing")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise StageError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: a forward pass then depends on weights and ids alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Switch off gradients and layer-specific training behaviour: a reference or reward model."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def save_model(
+    model: nn.Module, weights: dict[str, torch.Tensor], out: Path, *, save_dtype: str, tokenizer_from: Path
+) -> None:
+    """Write a model folder: `weights` cast to `save_dtype`, config, generation config, and the tokenizer's files.
+
+    Args:
+        weights: state dict of `model`, for instance the float32 masters of a bf16 model.
+    """
+    from stages.lib.tokenizer_files import copy_tokenizer
+
+    dtype = DTYPES[save_dtype]
+    model.save_pretrained(out, state_dict={name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()})
+    config_file = out / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = save_dtype
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_tokenizer(tokenizer_from, out)
+
+
+def end_and_pad_ids(path: Path) -> tuple[int, int]:
+    """(EOS id, pad id) of a model folder. Raises StageError unless both are set and differ."""
+    config = read_config(path)
+    eos_id, pad_id = config.get("eos_token_id"), config.get("pad_token_id")
+    if not isinstance(eos_id, int) or not isinstance(pad_id, int) or eos_id == pad_id:
+        raise StageError(
+            f"{path}/config.json: expected one eos_token_id and another pad_token_id, found {eos_id} and {pad_id}; "
+            "prepare_base writes them so"
+        )
+    return eos_id, pad_id

@@ -1,0 +1,106 @@
+"""The processes of one launch: who am I, what is my share, and sums over all of us."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stages.lib.errors import StageError
+from stages.lib.runtime import Runtime
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among the `world_size` processes of a launch. Every collective is called by all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and speaks to the console."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This process's part of a list that all hold; the parts may differ by one item or be empty."""
+        return list(items[self.rank :: self.world_size])
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum each value over the processes, in float64."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_tensor(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """True in all processes if `flag` is true in one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """All processes' items, in all processes, put back in the order that `share` took them from."""
+        if self.world_size == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, list(items))
+        total = sum(len(part) for part in parts)
+        return [parts[index % self.world_size][index // self.world_size] for index in range(total)]
+
+    def broadcast(self, value: Item) -> Item:
+        """The main process's `value`, in all processes."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leave(self) -> None:
+        """Wait for all and close the process group."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join_processes(runtime: Runtime) -> Processes:
+    """Join the launch that the environment describes (torchrun sets RANK, WORLD_SIZE and so on), or stand alone.
+
+    Raises:
+        StageError: `runtime.yaml` asks for a GPU and there is none.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    device = choose_device(runtime, local_rank)
+    torch.set_num_threads(max(1, runtime.threads // local_world_size))
+    make_deterministic()
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(0, 1, device)
+
+
+def choose_device(runtime: Runtime, local_rank: int) -> torch.device:
+    if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise StageError("runtime.yaml: device: cuda, but torch finds no GPU here; set it to auto or cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def make_deterministic() -> None:
+    """Have torch choose kernels that give the same bytes at every run, and refuse those that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False

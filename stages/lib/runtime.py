@@ -1,0 +1,49 @@
+"""`runtime.yaml`: how a stage runs on this machine. Nothing here may change a result beyond rounding."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.lib.errors import StageError
+from stages.lib.params import build, load_yaml, nearest
+
+RUNTIME_FILE = Path("runtime.yaml")
+STAGES = (
+    "train_sft",
+    "train_rm",
+    "precompute_ref_logprobs",
+    "train_dpo",
+    "train_ppo",
+    "evaluate_policy",
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One stage's view of `runtime.yaml`; the file explains each key."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    logits_chunk_tokens: int
+    generation_batch_size: int
+    checkpoint_seconds: float
+    log_seconds: float
+    resume_across_code_change: bool
+
+    def __post_init__(self) -> None:
+        for key in ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
+
+
+def read_runtime(stage: str, path: Path = RUNTIME_FILE) -> Runtime:
+    """Read the `default` section with the overrides of `stage`. Raises StageError for an unknown section or key."""
+    document = load_yaml(path)
+    for section in document:
+        if section not in ("default", *STAGES):
+            raise StageError(f"{path}: no stage is named '{section}'{nearest(section, STAGES)}")
+    values = {**(document.get("default") or {}), **(document.get(stage) or {})}
+    return build(Runtime, values, f"{path}: {stage}")

@@ -1,0 +1,205 @@
+"""Where training state lives between a kill and the next start: outside DVC's outs, which DVC deletes before a run.
+
+`$STAGEWISE_SCRATCH` (or `.scratch/`) holds a folder per stage and fingerprint of (settings, content of every input), so
+other settings or inputs never resume an old state:
+
+    train_rm-0a1b2c3d4e5f6071/
+        lock                        held while a process writes here
+        checkpoint-00000040/        state.pt and manifest.json (its checksum, the code it was made by)
+        logs/                       files that grow as training goes on; a checkpoint knows their lengths
+        outs/ + complete.json       the finished outs, until dvc.lock holds their hashes
+"""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from stages.lib.errors import StageError
+from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
+from stages.lib.outputs import remove, written_whole
+
+KEPT_CHECKPOINTS = 2
+
+
+def scratch_root() -> Path:
+    return Path(os.environ.get("STAGEWISE_SCRATCH") or ".scratch")
+
+
+def code_hash() -> str:
+    """Hash of the stage's own code as loaded: every module under `stages` that this process has imported."""
+    files = {
+        module.__file__
+        for name, module in list(sys.modules.items())
+        if getattr(module, "__file__", None) and (name.startswith("stages.") or _is_stage_script(name, module))
+    }
+    return combined_hash(file_hash(Path(file)) for file in sorted(files))
+
+
+def _is_stage_script(name: str, module: Any) -> bool:
+    spec = getattr(module, "__spec__", None)
+    return name == "__main__" and spec is not None and spec.name.startswith("stages.")
+
+
+class Scratch:
+    """The scratch folder of one stage with these settings and inputs, held under a lock. Main process only.
+
+    Raises:
+        StageError: another process holds the folder.
+    """
+
+    def __init__(
+        self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], *, across_code_change: bool = False
+    ) -> None:
+        self.input_hashes = {str(path): content_hash(path) for path in inputs}
+        self.code = code_hash()
+        self.across_code_change = across_code_change
+        fingerprint = value_hash([settings, sorted(self.input_hashes.items())])
+        self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
+        self.logs = self.folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"{self.folder} is in use: another process runs this stage with the same settings and inputs; "
+                "wait for it, or stop it"
+            ) from None
+        return lock
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint under a temporary name, sync it to disk, rename it, and only then remove older ones.
+
+        Raises:
+            StageError: the disk is full or not writable; the earlier checkpoints are as they were.
+        """
+        final = self.folder / f"checkpoint-{step:08d}"
+        partial = self.folder / f"{final.name}.partial"
+        buffer = io.BytesIO()
+        torch.save({**state, "log_lengths": self._log_lengths()}, buffer)
+        try:
+            remove(partial)
+            partial.mkdir()
+            _write_synced(partial / "state.pt", buffer.getbuffer())
+            manifest = {"step": step, "sha256": file_hash(partial / "state.pt"), "code": self.code}
+            _write_synced(partial / "manifest.json", json.dumps(manifest).encode())
+            _sync_folder(partial)
+            remove(final)
+            os.rename(partial, final)
+            _sync_folder(self.folder)
+        except OSError as error:
+            remove(partial)
+            raise StageError(f"checkpoint of step {step} cannot be written to {self.folder}: {error}") from None
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole and was made by this code, or None; its logs are cut to its lengths."""
+        for folder in reversed(self._checkpoints()):
+            manifest = self._usable_manifest(folder)
+            if manifest is None:
+                continue
+            state = torch.load(folder / "state.pt", map_location=device, weights_only=False)
+            for name, length in state.pop("log_lengths").items():
+                os.truncate(self.logs / name, length)
+            print(f"resuming from step {manifest['step']} ({folder})", flush=True)
+            return state
+        for log in self.logs.iterdir():
+            log.unlink()
+        return None
+
+    def _usable_manifest(self, folder: Path) -> dict[str, Any] | None:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            whole = file_hash(folder / "state.pt") == manifest["sha256"]
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            print(f"warning: {folder} is damaged (its checksum differs); trying the one before it", file=sys.stderr)
+            return None
+        if manifest["code"] == self.code:
+            return manifest
+        if self.across_code_change:
+            print(f"note: {folder} was made by other code; going on from it, as runtime.yaml asks", flush=True)
+            return manifest
+        print(
+            f"note: {folder} was made by other code and is not used "
+            "(runtime.yaml: resume_across_code_change would use it)",
+            flush=True,
+        )
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("checkpoint-*") if not path.name.endswith(".partial"))
+
+    def _log_lengths(self) -> dict[str, int]:
+        return {log.name: log.stat().st_size for log in sorted(self.logs.iterdir())}
+
+    def stage_outs(self) -> Path:
+        """An empty folder in which to build the finished outs, for `complete` to take over."""
+        partial = self.folder / "outs.partial"
+        remove(partial)
+        remove(self.folder / "complete.json")
+        partial.mkdir()
+        return partial
+
+    def complete(self, outs: dict[str, Path]) -> None:
+        """Mark the run complete. `outs` maps a name in the folder of `stage_outs` to the path it is published at."""
+        partial, final = self.folder / "outs.partial", self.folder / "outs"
+        remove(final)
+        os.rename(partial, final)
+        record = {
+            "code": self.code,
+            "outs": {name: {"path": str(path), "dvc_hash": dvc_hash(final / name)} for name, path in outs.items()},
+        }
+        _write_synced(self.folder / "complete.json.partial", json.dumps(record).encode())
+        os.rename(self.folder / "complete.json.partial", self.folder / "complete.json")
+        _sync_folder(self.folder)
+
+    def publish_complete(self, outs: dict[str, Path]) -> bool:
+        """Copy the outs of a complete run to their places. Returns False, doing nothing, if no run is complete."""
+        record = completed_record(self.folder)
+        if record is None or (record["code"] != self.code and not self.across_code_change):
+            return False
+        if any(dvc_hash(self.folder / "outs" / name) != out["dvc_hash"] for name, out in record["outs"].items()):
+            print(f"warning: the finished outs in {self.folder} are damaged; not using them", file=sys.stderr)
+            return False
+        with written_whole(*outs.values()) as partials:
+            for name, partial in zip(outs, partials, strict=True):
+                source = self.folder / "outs" / name
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, partial)
+        return True
+
+
+def completed_record(folder: Path) -> dict[str, Any] | None:
+    """What a finished run left in its scratch folder, or None if it is not finished."""
+    try:
+        return json.loads((folder / "complete.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_synced(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TokenLogProbs(nn.Module):
+    """log π(y_t | x, y_<t) for the tokens that a mask selects: what an engine wraps instead of the language model.
+
+    Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
+    backward pass recomputes, so no (b, t, vocabulary) tensor exists.
+
+    Args:
+        language_model: a transformers causal language model.
+        temperature: logits are divided by it, as when sampling.
+        chunk_tokens: tokens whose logits exist at a time.
+        with_entropies: also measure the entropies (otherwise they are returned as 0).
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        chunk_tokens: int = 4096,
+        with_entropies: bool = False,
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.with_entropies = with_entropies
+        self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the masked tokens and the entropies of the distributions they were drawn from.
+
+        Args:
+            input_ids: (b, t) token ids.
+            attention_mask: (b, t), True on real tokens; padding may stand on either side.
+            target_mask: (b, t), True on tokens whose log-prob is wanted; never at a row's first real token.
+        Returns:
+            logps (b, t) and entropies (b, t) in nats, float32, 0 outside `target_mask`; entropies carry no gradient.
+        """
+        output = self.language_model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        )
+        before_target = target_mask[:, 1:]
+        hidden = output.last_hidden_state[:, :-1][before_target]
+        targets = input_ids[:, 1:][before_target]
+        recompute = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
+        chunks = [
+            self._chunk(hidden[start : start + self.chunk_tokens], targets[start : start + self.chunk_tokens], recompute)
+            for start in range(0, max(1, hidden.shape[0]), self.chunk_tokens)
+        ]
+        logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        empty = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
+        return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
+
+    def _chunk(
+        self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if recompute:
+            return checkpoint(self._logps_and_entropies, hidden, targets, use_reentrant=False)
+        return self._logps_and_entropies(hidden, targets)
+
+    def _logps_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, d), (n,) → (n,), (n,)."""
+        logits = self.language_model.get_output_embeddings()(hidden).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
+        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        if not self.with_entropies:
+            return logps, torch.zeros_like(logps)
+        with torch.no_grad():
+            return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted over real tokens, so padding on the left does not shift them. (b, t) → (b, t)."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -1,0 +1,76 @@
+"""Reference log-probs of preference pairs: Σ_t log π_ref(y_t | x, y_<t) for each completion, once and for all.
+
+DPO then trains without a reference model in memory. The content of tokens and weights is the cache key (DVC's deps).
+
+    python -m stages.precompute_ref_logprobs --tokens data/tokens/preference --model models/sft --out data/ref_logprobs
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.lib.errors import run
+from stages.lib.outputs import written_whole
+from stages.lib.params import read_params
+from stages.lib.pretrained import end_and_pad_ids, freeze, load_language_model
+from stages.lib.processes import join_processes
+from stages.lib.progress import Progress, log_run
+from stages.lib.runtime import read_runtime
+from stages.lib.scratch import scratch_root
+from stages.lib.sequence_logprobs import all_pair_logps
+from stages.lib.token_logprobs import TokenLogProbs
+from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
+
+ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class RefLogprobs:
+    """Section `ref_logprobs` of params.yaml; the file explains each key."""
+
+    precision: Literal["fp32", "bf16"]
+
+
+def main(tokens: Path, model: Path, out: Path) -> None:
+    """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
+    started = time.monotonic()
+    settings = read_params("ref_logprobs", RefLogprobs)
+    runtime = read_runtime("precompute_ref_logprobs")
+    processes = join_processes(runtime)
+    tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
+    language_model = freeze(load_language_model(model, settings.precision, runtime, processes.device))
+    module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
+    pad_id = end_and_pad_ids(model)[1]
+    columns = {}
+    for split, table in tables.items():
+        check_table_ids(
+            table, ("prompt_ids", "chosen_ids", "rejected_ids"), language_model.config.vocab_size, tokens / f"{split}.arrow"
+        )
+        progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
+        chosen, rejected = [], []
+        for start in range(0, len(table), ROWS_AT_A_TIME):
+            rows = range(start, min(start + ROWS_AT_A_TIME, len(table)))
+            own = table[processes.share(rows)]
+            logps = all_pair_logps(module, own, runtime.micro_batch_tokens, pad_id, processes.device)
+            chosen += processes.gather(logps.chosen.tolist())
+            rejected += processes.gather(logps.rejected.tolist())
+            if processes.is_main:
+                progress.update(rows.stop, len(rows), {})
+        columns[split] = {
+            "row": table["row"][:],
+            "reference_chosen_logps": chosen,
+            "reference_rejected_logps": rejected,
+        }
+    if processes.is_main:
+        with written_whole(out) as (partial,):
+            partial.mkdir()
+            for split, values in columns.items():
+                write_table(partial / f"{split}.arrow", values, REFERENCE_SCHEMA)
+        device = str(processes.device)
+        log_run(scratch_root(), "ref_logprobs", None, processes.world_size, device, time.monotonic() - started)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    run(main)

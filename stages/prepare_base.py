@@ -1,0 +1,400 @@
+"""The base model, made fit for every later stage: one EOS, a pad id of its own, role markers, a chat template.
+
+A model made from scratch gets a byte-level BPE tokenizer trained on the corpus and seeded random weights; a model from
+a folder or from the Hub keeps its weights. The embedding rows of added tokens start at the mean of the rows that were
+there, those of markers with a little seeded noise so that they differ.
+
+    python -m stages.prepare_base --source data/raw/none --corpus data/prepared/sft/train.jsonl \\
+        --chat-template stages/templates/chat.jinja --out models/base
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from stages.lib.chat import decode_completion, encode_completion, encode_prompt, special_tokens
+from stages.lib.conversations import Message, UnusableRowError, messages_from
+from stages.lib.errors import StageError, run
+from stages.lib.jsonl import read_jsonl
+from stages.lib.outputs import written_whole
+from stages.lib.params import read_params, read_value
+from stages.lib.tokenizer_files import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NO_FILE = "data/raw/none"
+PAD_TOKEN = "<|pad|>"
+EOS_TOKEN = "<|endoftext|>"
+BYTES = 256
+MARKER_NOISE = 0.1  # in standard deviations of the rows it is added to
+MODEL_FILES = {
+    "config.json": ("config.json",),
+    "weights": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+}
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Section `prepare_base.scratch`: a Llama of this size."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 1:
+            raise ValueError("every size must be at least 1")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads}): "
+                "rotary positions turn pairs of a head's dimensions"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of key_value_heads ({self.key_value_heads})")
+
+
+@dataclass(frozen=True)
+class PrepareBase:
+    """Section `prepare_base` of params.yaml; the file explains each key."""
+
+    source: Literal["scratch", "local", "hub"]
+    path: str
+    hub_model: str | None
+    hub_revision: str | None
+    corpus: str
+    chat_template: str
+    special_tokens: tuple[str, ...]
+    eos_token: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    scratch: Scratch
+
+    def __post_init__(self) -> None:
+        if (self.source == "local") != (self.path != NO_FILE):
+            raise ValueError(
+                f"path must be a model folder with source local, and {NO_FILE} with any other: "
+                f"source is {self.source}, path is {self.path}"
+            )
+        if (self.source == "scratch") != (self.corpus != NO_FILE):
+            raise ValueError(
+                f"corpus must be a file with source scratch, and {NO_FILE} with any other (else it would "
+                f"make the base model stale for nothing): source is {self.source}, corpus is {self.corpus}"
+            )
+        self._check_hub()
+        if len(set(self.special_tokens)) != len(self.special_tokens) or "" in self.special_tokens:
+            raise ValueError("special_tokens holds a token twice, or an empty one")
+        if self.source == "scratch":
+            self._check_scratch()
+
+    def _check_hub(self) -> None:
+        if self.source != "hub" and (self.hub_model or self.hub_revision):
+            raise ValueError(f"hub_model and hub_revision must be null with source {self.source}")
+        if self.source == "hub" and not self.hub_model:
+            raise ValueError("hub_model must be owner/name with source hub")
+        if self.source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.hub_revision or ""):
+            raise ValueError(
+                f"hub_revision must be a full commit hash of 40 hexadecimal digits, found {self.hub_revision}: "
+                "a branch or tag can move, and the base model with it"
+            )
+
+    def _check_scratch(self) -> None:
+        if self.chat_template == NO_FILE:
+            raise ValueError("chat_template must be a file with source scratch: a new model has none of its own")
+        if self.eos_token is not None:
+            raise ValueError(f"eos_token must be null with source scratch: the new tokenizer's is {EOS_TOKEN}")
+        if {PAD_TOKEN, EOS_TOKEN} & set(self.special_tokens):
+            raise ValueError(f"special_tokens must not hold {PAD_TOKEN} or {EOS_TOKEN}: they are always there")
+        least = BYTES + 2 + len(self.special_tokens)
+        if self.scratch.vocab_size < least:
+            raise ValueError(f"scratch.vocab_size must be at least {least}: {BYTES} bytes and the special tokens")
+
+
+def corpus_texts(path: Path) -> Iterator[str]:
+    """The texts of all messages of an sft file. Raises StageError naming file and line."""
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"{path}, line {number}"
+        if "messages" not in row:
+            raise StageError(f"{where}: 'messages' is missing (the row has {', '.join(row) or 'no keys'})")
+        yield from (message["content"] for message in messages_from(row["messages"], f"{where}, 'messages'"))
+
+
+def train_tokenizer(corpus: Path, settings: PrepareBase) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer: any text can be encoded and comes back as it was. It has no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.scratch.vocab_size,
+        special_tokens=[PAD_TOKEN, EOS_TOKEN, *settings.special_tokens],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus_texts(corpus), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        model_max_length=settings.scratch.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(tokenizer: "PreTrainedTokenizerBase", settings: Scratch, seed: int) -> "PreTrainedModel":
+    """A Llama with tied embeddings and random weights from `seed`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(stage_seed(seed))
+    return LlamaForCausalLM(config)
+
+
+def stage_seed(seed: int) -> int:
+    """A seed of this stage's own, so that its draws are not those of another stage with the same `seed`."""
+    return int.from_bytes(hashlib.sha256(f"prepare_base {seed}".encode()).digest()[:4])
+
+
+def download(model: str, revision: str) -> Path:
+    """Fetch one revision of a Hub model, or find it in the cache. Raises StageError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # of many unrelated types: from the network, the Hub's answers and the disk
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise StageError(
+            f"Hub model {model} at revision {revision} cannot be downloaded ({reason}); "
+            "check the name, the revision and the network"
+        ) from None
+
+
+def load_pretrained(folder: Path, dtype: str, name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal language model and its tokenizer; `name` is what a message calls them.
+
+    Raises:
+        StageError: a file is missing, cannot be read, or holds other weights than the architecture needs.
+    """
+    for what, choices in MODEL_FILES.items():
+        if not any((folder / choice).is_file() for choice in choices):
+            raise StageError(f"{name} is no model directory: {what} missing (expected {' or '.join(choices)})")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # missing weights are an error of ours below, not a warning
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, tokenizers and torch raise types of their own for malformed files
+        raise StageError(
+            f"{name} cannot be loaded as a causal language model: {' '.join(str(error).split())}"
+        ) from None
+    faults = [*sorted(map(str, report["missing_keys"])), *sorted(map(str, report["mismatched_keys"]))]
+    if faults:
+        raise StageError(f"{name}: {len(faults)} weights are missing or of another shape, the first is {faults[0]}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids_of(tokenizer) > rows:
+        raise StageError(f"{name}: the tokenizer has ids up to {ids_of(tokenizer) - 1}, the embedding {rows} rows")
+    return model, tokenizer
+
+
+def ids_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The number of rows that the tokenizer's ids need; more than its tokens if there are gaps between the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def set_template(tokenizer: "PreTrainedTokenizerBase", template: Path, name: str) -> None:
+    """Give the tokenizer the template of a file, or keep its own where `template` is the placeholder for none."""
+    if template.as_posix() != NO_FILE:
+        if not template.is_file():
+            raise StageError(f"{template} does not exist: prepare_base.chat_template must be a file, or {NO_FILE}")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not tokenizer.chat_template:
+        raise StageError(
+            f"{name} has no chat template of its own; set prepare_base.chat_template to a file, "
+            "for instance stages/templates/chat.jinja"
+        )
+
+
+def set_eos(tokenizer: "PreTrainedTokenizerBase", eos_token: str | None, name: str) -> None:
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise StageError(f"prepare_base.eos_token: {name} has no token {eos_token}")
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    if tokenizer.eos_token is None:
+        raise StageError(f"{name} names no EOS token; set prepare_base.eos_token to the token that ends a reply")
+
+
+def add_tokens(tokenizer: "PreTrainedTokenizerBase", markers: tuple[str, ...]) -> None:
+    """Add the markers that are not special tokens yet, and a pad token unless there is one that stands for no text."""
+    tokenizer.add_tokens(list(markers), special_tokens=True)
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *markers, None}
+    if tokenizer.pad_token in used:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "right"
+
+
+def start_new_rows(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", known: int, seed: int) -> None:
+    """Set the embedding rows of the tokens from id `known` on, in free rows of the matrix or in rows added to it.
+
+    A row starts at the mean of the rows of ids below `known`: a new output row then neither wins nor loses much. Rows
+    of markers get noise of a tenth of those rows' standard deviation, so that they can be told apart; the pad's gets
+    none.
+    """
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids_of(tokenizer) > rows:
+        model.resize_token_embeddings(ids_of(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(stage_seed(seed))
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+    if head is not None and getattr(head, "bias", None) is not None:
+        matrices.append(head.bias[:, None])
+    for matrix in matrices:
+        fill_rows(matrix, known, range(known, ids_of(tokenizer)), tokenizer.pad_token_id, generator)
+
+
+def fill_rows(matrix: "torch.Tensor", known: int, new: range, pad_id: int, generator: "torch.Generator") -> None:
+    """Set rows `new` of `matrix` (ids, width) from its first `known` rows, in float32 whatever its dtype."""
+    import torch
+
+    with torch.no_grad():
+        trained = matrix[:known].float()
+        mean, spread = trained.mean(0), trained.std(0)
+        for token_id in new:
+            noise = 0.0 if token_id == pad_id else torch.randn(mean.shape, generator=generator) * spread * MARKER_NOISE
+            matrix[token_id] = (mean + noise).to(matrix.dtype)
+
+
+def agree_on_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Config and generation config take the tokenizer's ids; sampling settings that came with a model are left out.
+
+    They (a temperature, a repetition penalty, a list of ends) would change what another program generates with it.
+    """
+    from transformers import GenerationConfig
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for key, value in ids.items():
+        setattr(model.config, key, value)
+    model.generation_config = GenerationConfig(**ids)
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise a StageError unless prompts render as beginnings, replies come back, and a reply's end is EOS."""
+    reply: Message = {"role": "assistant", "content": "It is four."}
+    first: list[Message] = [{"role": "user", "content": "What is two and two?"}]
+    second: list[Message] = [*first, reply, {"role": "user", "content": "And again?"}]
+    for prompt in (first, second):
+        try:
+            encode_prompt(tokenizer, prompt)
+            ids = encode_completion(tokenizer, prompt, reply)
+        except UnusableRowError as error:
+            raise StageError(
+                f"the tokenizer and its chat template do not give back a plain sample text ({error.args[0]})"
+            ) from None
+        ending = decode_completion(tokenizer, ids).rpartition(reply["content"])[2].strip()
+        if any(text in ending for text in special_tokens(tokenizer).text_of.values()):
+            raise StageError(
+                f"the chat template ends a reply with {ending!r}, but EOS is {tokenizer.eos_token}: "
+                "set prepare_base.eos_token to the token that ends a reply, or prepare_base.chat_template to a file"
+            )
+
+
+def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
+    """Write one folder with one weights file, and a tokenizer that transformers 4 and 5 load."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(out, max_shard_size="1TB")
+    tokenizer.save_pretrained(out)
+    file = out / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    # How and from where the tokenizer was loaded is no property of it.
+    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if not (out / name).is_file():
+            raise StageError(f"the tokenizer cannot be written as {name}; use a model with a fast tokenizer")
+
+
+def main(
+    source: Annotated[Path, typer.Option(help="Folder of a pretrained model, or the placeholder for none.")],
+    corpus: Annotated[Path, typer.Option(help="sft rows that a new tokenizer is trained on.")],
+    chat_template: Annotated[Path, typer.Option(help="Jinja file, or the placeholder to keep the model's own.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the base model into.")],
+) -> None:
+    """Make the base model."""
+    settings = read_params("prepare_base", PrepareBase)
+    seed = read_value("seed", int)
+    if settings.source == "scratch":
+        import torch
+
+        name = "the new tokenizer"
+        tokenizer = train_tokenizer(corpus, settings)
+        set_template(tokenizer, chat_template, name)
+        model = new_model(tokenizer, settings.scratch, seed).to(getattr(torch, settings.dtype))
+    else:
+        hub = settings.source == "hub"
+        folder = download(settings.hub_model, settings.hub_revision) if hub else source
+        name = f"Hub model {settings.hub_model}" if hub else str(source)
+        model, tokenizer = load_pretrained(folder, settings.dtype, name)
+        set_template(tokenizer, chat_template, name)
+        set_eos(tokenizer, settings.eos_token, name)
+        known = ids_of(tokenizer)
+        add_tokens(tokenizer, settings.special_tokens)
+        start_new_rows(model, tokenizer, known, seed)
+    agree_on_ids(model, tokenizer)
+    check_template(tokenizer)
+    with written_whole(out) as (folder,):
+        save(model, tokenizer, folder)
+    print(f"base model: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, pad {tokenizer.pad_token}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+"""Remove finished training state once `dvc.lock` holds its results (the make targets run this after DVC).
+
+    python -m stages.prune_scratch
+
+A stage that was killed, or whose result DVC has not recorded yet, is left alone.
+"""
+
+import shutil
+from pathlib import Path
+
+from stages.lib.errors import run
+
+
+def main() -> None:
+    """Remove the scratch folders whose outs stand in `dvc.lock` with the same hashes."""
+    from ruamel.yaml import YAML
+
+    from stages.lib.scratch import completed_record, scratch_root
+
+    lock_file = Path("dvc.lock")
+    lock = YAML(typ="safe", pure=True).load(lock_file.read_text()) if lock_file.is_file() else {}
+    recorded = {
+        (out["path"], out.get("md5")) for stage in (lock or {}).get("stages", {}).values() for out in stage.get("outs", [])
+    }
+    root = scratch_root()
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        record = completed_record(folder)
+        if record and all((out["path"], out["dvc_hash"]) in recorded for out in record["outs"].values()):
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,180 @@
+"""Direct preference optimization (arXiv 2305.18290) from cached reference log-probs; no reference model in memory.
+
+    sigmoid  L = −(1−ε) log σ(β h) − ε log σ(−β h)     (Eq. 7; ε > 0 is conservative DPO)
+    ipo      L = (Δ_c / |y_c| − Δ_r / |y_r| − 1/(2β))²  (arXiv 2310.12036, Eq. 17)
+
+with Δ = log π(y|x) − log π_ref(y|x) summed over completion tokens and h = Δ_c − Δ_r; the mean is over all pairs of the
+optimizer step.
+
+    python -m stages.train_dpo --tokens data/tokens/preference --ref-logprobs data/ref_logprobs --model models/sft \\
+        --out models/dpo --metrics metrics/train_dpo.json --curve metrics/curves/train_dpo.csv
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+from stages.lib.best_weights import BestWeights
+from stages.lib.dpo_loss import preference_losses
+from stages.lib.engine import Engine, require_finite
+from stages.lib.errors import StageError, run
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.params import read_params, read_value
+from stages.lib.pretrained import end_and_pad_ids, load_language_model
+from stages.lib.processes import Processes, join_processes
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.sequence_logprobs import pair_logps
+from stages.lib.token_logprobs import TokenLogProbs
+from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
+from stages.lib.training_run import TrainingRun
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for name in PAIR_METRICS))
+
+
+@dataclass(frozen=True)
+class TrainDpo:
+    """Section `train_dpo` of params.yaml; the file explains each key."""
+
+    loss_type: Literal["sigmoid", "ipo"]
+    beta: float
+    label_smoothing: float
+    epochs: float
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
+    save_dtype: Literal["float32", "bfloat16"]
+    eval_every: int
+    keep: Literal["best", "last"]
+    optimizer: OptimizerSettings
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
+            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
+        if self.beta <= 0:
+            raise ValueError(f"beta must be above 0, found {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, found {self.label_smoothing}")
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing has no meaning with loss_type: ipo; set it to 0")
+
+
+class PairLoss:
+    """The loss and metrics of pairs, cut into micro-batches of this process's share."""
+
+    def __init__(self, settings: TrainDpo, runtime: Runtime, processes: Processes, pad_id: int) -> None:
+        self.settings = settings
+        self.budget = runtime.micro_batch_tokens
+        self.processes = processes
+        self.pad_id = pad_id
+
+    def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
+        """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
+        count = len(pairs["prompt_ids"])
+        own = {name: self.processes.share(column) for name, column in pairs.items()}
+        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
+        sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
+        for batch in pair_batches(*columns, self.budget, self.pad_id, self.processes.device):
+            with torch.set_grad_enabled(train):
+                logps = pair_logps(engine, batch)
+                result = self._losses(logps.chosen, logps.rejected, own, batch.rows)
+                if train:
+                    engine.backward(result.losses.sum() / count)
+            margins = result.chosen_rewards - result.rejected_rewards
+            accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
+            parts = (result.losses, result.chosen_rewards, result.rejected_rewards, margins, accuracies, *logps)
+            sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
+        means = [total / count for total in self.processes.sum(sums.tolist())]
+        return dict(zip(PAIR_METRICS, means, strict=True))
+
+    def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor, own: dict[str, list], rows: list[int]) -> Any:
+        def column(name: str) -> torch.Tensor:
+            return torch.tensor([own[name][row] for row in rows], device=chosen.device)
+
+        def lengths(name: str) -> torch.Tensor:
+            return torch.tensor([len(own[name][row]) for row in rows], device=chosen.device)
+
+        return preference_losses(
+            chosen,
+            rejected,
+            column("reference_chosen_logps"),
+            column("reference_rejected_logps"),
+            loss_type=self.settings.loss_type,
+            beta=self.settings.beta,
+            label_smoothing=self.settings.label_smoothing,
+            chosen_lengths=lengths("chosen_ids"),
+            rejected_lengths=lengths("rejected_ids"),
+        )
+
+
+class Pairs:
+    """Preference tokens joined with the reference log-probs of the same rows."""
+
+    def __init__(self, tokens: Path, ref_logprobs: Path) -> None:
+        self.tokens = read_table(tokens, PREFERENCE_SCHEMA)
+        self.reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
+        if self.tokens["row"][:] != self.reference["row"][:]:
+            raise StageError(f"{ref_logprobs} was made from other rows than {tokens}; run the stage ref_logprobs again")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> dict[str, list]:
+        return {**self.tokens[rows], **self.reference[rows]}
+
+
+def main(tokens: Path, ref_logprobs: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+    """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
+    settings = read_params("train_dpo", TrainDpo)
+    seed = read_value("seed", int)
+    runtime = read_runtime("train_dpo")
+    processes = join_processes(runtime)
+    train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
+    outs = {"model": out, "metrics": metrics, "curve": curve}
+    inputs = [tokens, ref_logprobs, model]
+    declared = {"train_dpo": settings, "seed": seed}
+    with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        language_model = load_language_model(model, settings.precision, runtime, processes.device)
+        for pairs, split in ((train, "train"), (held_out, "eval")):
+            columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+            check_table_ids(pairs.tokens, columns, language_model.config.vocab_size, tokens / f"{split}.arrow")
+        total = steps_in(len(train), settings.batch_size, settings.epochs)
+        module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
+        engine = Engine(module, settings.optimizer, total, processes)
+        best = BestWeights(settings.keep)
+        pair_loss = PairLoss(settings, runtime, processes, end_and_pad_ids(model)[1])
+        this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
+        for step in this_run.steps(total, engine=engine, best=best):
+            rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
+            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, train[rows], train=True)}
+            require_finite(row["loss"], "loss", step)
+            row["grad_norm"] = engine.step()
+            if is_due(step + 1, settings.eval_every, total):
+                results = pair_loss(engine, held_out[:], train=False)
+                row |= {f"eval/{name}": value for name, value in results.items()}
+                best.offer(results["loss"], step + 1, engine.master_weights(language_model))
+            tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
+            this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
+        weights, kept_step = best.choose(engine.master_weights(language_model), total)
+        language_model.load_state_dict(weights)
+        final = pair_loss(engine, held_out[:], train=False)
+        results = {f"eval_{name.replace('/', '_')}": value for name, value in final.items()}
+        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept_step}
+        this_run.publish_model(language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,148 @@
+"""Reward model: a scalar head on the last real token, trained on preference pairs.
+
+    L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
+
+over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155; the optional margin m as in
+Llama 2, arXiv 2307.09288).
+
+    python -m stages.train_rm --tokens data/tokens/preference --model models/sft --out models/rm \\
+        --metrics metrics/train_rm.json --curve metrics/curves/train_rm.csv
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+from stages.lib.best_weights import BestWeights
+from stages.lib.engine import Engine, require_finite
+from stages.lib.errors import run
+from stages.lib.intervals import wilson_interval
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.pairwise_loss import pairwise_logistic_losses
+from stages.lib.params import read_params, read_value
+from stages.lib.pretrained import end_and_pad_ids, new_classifier
+from stages.lib.processes import Processes, join_processes
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.scalar_scores import SequenceScores
+from stages.lib.token_tables import PREFERENCE_SCHEMA, check_table_ids, read_table
+from stages.lib.training_run import TrainingRun
+
+PAIR_METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
+
+
+@dataclass(frozen=True)
+class TrainRm:
+    """Section `train_rm` of params.yaml; the file explains each key."""
+
+    init_from: str
+    epochs: float
+    batch_size: int
+    use_margin: bool
+    precision: Literal["fp32", "bf16"]
+    save_dtype: Literal["float32", "bfloat16"]
+    eval_every: int
+    keep: Literal["best", "last"]
+    optimizer: OptimizerSettings
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
+            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
+
+
+class PairLoss:
+    """The loss and metrics of pairs, cut into micro-batches of this process's share."""
+
+    def __init__(self, settings: TrainRm, runtime: Runtime, processes: Processes, pad_id: int) -> None:
+        self.use_margin = settings.use_margin
+        self.budget = runtime.micro_batch_tokens
+        self.processes = processes
+        self.pad_id = pad_id
+
+    def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
+        """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
+        count = len(pairs["prompt_ids"])
+        own = {name: self.processes.share(column) for name, column in pairs.items()}
+        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
+        sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
+        for batch in pair_batches(*columns, self.budget, self.pad_id, self.processes.device):
+            with torch.set_grad_enabled(train):
+                chosen, rejected = engine(batch.input_ids, batch.attention_mask).chunk(2)
+                margins = torch.tensor([own["margin"][row] for row in batch.rows], device=chosen.device)
+                losses = pairwise_logistic_losses(chosen, rejected, margins * self.use_margin)
+                if train:
+                    engine.backward(losses.sum() / count)
+            correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+            parts = (losses, correct, chosen, rejected, chosen - rejected)
+            sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
+        means = [total / count for total in self.processes.sum(sums.tolist())]
+        return dict(zip(PAIR_METRICS, means, strict=True))
+
+
+def main(tokens: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+    """Train a reward model that starts from MODEL on the pairs in TOKENS."""
+    settings = read_params("train_rm", TrainRm)
+    seed = read_value("seed", int)
+    runtime = read_runtime("train_rm")
+    processes = join_processes(runtime)
+    train, held_out = (read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval"))
+    outs = {"model": out, "metrics": metrics, "curve": curve}
+    declared = {"train_rm": settings, "seed": seed}
+    with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        classifier = new_classifier(model, settings.precision, runtime, processes.device, seed)
+        for table, split in ((train, "train"), (held_out, "eval")):
+            columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+            check_table_ids(table, columns, classifier.config.vocab_size, tokens / f"{split}.arrow")
+        total = steps_in(len(train), settings.batch_size, settings.epochs)
+        engine = Engine(SequenceScores(classifier), settings.optimizer, total, processes)
+        best = BestWeights(settings.keep)
+        pair_loss = PairLoss(settings, runtime, processes, end_and_pad_ids(model)[1])
+        this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
+        for step in this_run.steps(total, engine=engine, best=best):
+            rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
+            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, train[rows], train=True)}
+            require_finite(row["loss"], "loss", step)
+            row["grad_norm"] = engine.step()
+            if is_due(step + 1, settings.eval_every, total):
+                results = pair_loss(engine, held_out[:], train=False)
+                row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
+                best.offer(results["loss"], step + 1, engine.master_weights(classifier))
+            tokens_seen = count_tokens(train[rows])
+            this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
+        weights, kept_step = best.choose(engine.master_weights(classifier), total)
+        classifier.load_state_dict(weights)
+        results = summarise(pair_loss(engine, held_out[:], train=False), held_out)
+        results |= {"train_rows": len(train), "steps": total, "kept_step": kept_step}
+        this_run.publish_model(classifier, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+    processes.leave()
+
+
+def summarise(held_out_means: dict[str, float], held_out: Any) -> dict[str, float]:
+    """The stage's metrics, from the final weights: accuracy with its 95 % Wilson interval, loss, rewards."""
+    pairs = len(held_out)
+    low, high = wilson_interval(held_out_means["accuracy"] * pairs, pairs)
+    return {
+        "eval_accuracy": held_out_means["accuracy"],
+        "eval_accuracy_ci_low": low,
+        "eval_accuracy_ci_high": high,
+        "eval_loss": held_out_means["loss"],
+        "eval_reward_margin": held_out_means["rewards/margins"],
+        "eval_reward_chosen": held_out_means["rewards/chosen"],
+        "eval_reward_rejected": held_out_means["rewards/rejected"],
+        "eval_rows": pairs,
+    }
+
+
+def count_tokens(pairs: dict[str, list]) -> int:
+    """Tokens that a step over these pairs handles: the prompt counts twice."""
+    prompts = sum(len(ids) for ids in pairs["prompt_ids"])
+    return 2 * prompts + sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name])
+
+
+if __name__ == "__main__":
+    run(main)

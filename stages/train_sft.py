@@ -1,0 +1,130 @@
+"""Supervised fine-tuning: cross-entropy on completion tokens.
+
+    L = − Σ_t m_t log π(y_t | x, y_<t) / Σ_t m_t
+
+with m the loss mask and both sums over the whole optimizer step: all its rows, micro-batches and processes.
+
+    python -m stages.train_sft --tokens data/tokens/sft --model models/base --out models/sft \\
+        --metrics metrics/train_sft.json --curve metrics/curves/train_sft.csv
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.lib.batching import is_due, micro_batches, pad_right, rows_of_step, steps_in
+from stages.lib.best_weights import BestWeights
+from stages.lib.engine import Engine, require_finite
+from stages.lib.errors import run
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.params import read_params, read_value
+from stages.lib.pretrained import end_and_pad_ids, load_language_model
+from stages.lib.processes import Processes, join_processes
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.token_logprobs import TokenLogProbs
+from stages.lib.token_tables import SFT_SCHEMA, check_table_ids, read_table
+from stages.lib.training_run import TrainingRun
+
+COLUMNS = ("loss", "grad_norm", "learning_rate", "eval/loss")
+
+
+@dataclass(frozen=True)
+class TrainSft:
+    """Section `train_sft` of params.yaml; the file explains each key."""
+
+    epochs: float
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
+    save_dtype: Literal["float32", "bfloat16"]
+    eval_every: int
+    keep: Literal["best", "last"]
+    optimizer: OptimizerSettings
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
+            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
+
+
+class TokenLoss:
+    """Summed cross-entropy of rows, cut into micro-batches of this process's share."""
+
+    def __init__(self, runtime: Runtime, processes: Processes, pad_id: int) -> None:
+        self.budget = runtime.micro_batch_tokens
+        self.processes = processes
+        self.pad_id = pad_id
+
+    def __call__(self, engine: Engine, rows: dict[str, list], *, train: bool) -> tuple[float, int]:
+        """Add the gradient of the mean loss (if `train`). Returns (loss sum, tokens), both over all processes."""
+        tokens = sum(sum(mask) for mask in rows["loss_mask"])
+        ids, masks = self.processes.share(rows["input_ids"]), self.processes.share(rows["loss_mask"])
+        loss_sum = 0.0
+        for group in micro_batches([len(sequence) for sequence in ids], self.budget):
+            input_ids, attention_mask = pad_right([ids[row] for row in group], self.pad_id, self.processes.device)
+            targets, _ = pad_right([masks[row] for row in group], 0, self.processes.device)
+            with torch.set_grad_enabled(train):
+                logps, _ = engine(input_ids, attention_mask, targets.bool())
+                if train:
+                    engine.backward(-logps.sum() / tokens)
+            loss_sum -= float(logps.sum())
+        return self.processes.sum([loss_sum])[0], tokens
+
+
+def main(tokens: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+    """Fine-tune MODEL on the completions in TOKENS."""
+    settings = read_params("train_sft", TrainSft)
+    seed = read_value("seed", int)
+    runtime = read_runtime("train_sft")
+    processes = join_processes(runtime)
+    train, held_out = (read_table(tokens / f"{split}.arrow", SFT_SCHEMA) for split in ("train", "eval"))
+    outs = {"model": out, "metrics": metrics, "curve": curve}
+    declared = {"train_sft": settings, "seed": seed}
+    with TrainingRun("train_sft", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        language_model = load_language_model(model, settings.precision, runtime, processes.device)
+        for table, split in ((train, "train"), (held_out, "eval")):
+            check_table_ids(table, ("input_ids",), language_model.config.vocab_size, tokens / f"{split}.arrow")
+        total = steps_in(len(train), settings.batch_size, settings.epochs)
+        module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
+        engine = Engine(module, settings.optimizer, total, processes)
+        best = BestWeights(settings.keep)
+        token_loss = TokenLoss(runtime, processes, end_and_pad_ids(model)[1])
+        base_loss = held_out_loss(engine, held_out, token_loss)
+        this_run.say(f"train_sft: {len(train)} rows, {total} steps; held-out loss of the base model {base_loss:.4f}")
+        eval_loss = base_loss
+        for step in this_run.steps(total, engine=engine, best=best):
+            rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
+            learning_rate = engine.learning_rate
+            loss_sum, count = token_loss(engine, train[rows], train=True)
+            require_finite(loss_sum, "loss", step)
+            row = {"loss": loss_sum / count, "learning_rate": learning_rate, "grad_norm": engine.step()}
+            if is_due(step + 1, settings.eval_every, total):
+                eval_loss = row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
+                best.offer(eval_loss, step + 1, engine.master_weights(language_model))
+            this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
+        weights, kept_step = best.choose(engine.master_weights(language_model), total)
+        eval_loss = best.loss if settings.keep == "best" else held_out_loss(engine, held_out, token_loss)
+        results = {
+            "eval_loss": eval_loss,
+            "eval_loss_base": base_loss,
+            "train_rows": len(train),
+            "steps": total,
+            "kept_step": kept_step,
+        }
+
+        this_run.publish_model(
+            language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
+        )
+    processes.leave()
+
+
+def held_out_loss(engine: Engine, table: Any, token_loss: TokenLoss) -> float:
+    """Mean cross-entropy per completion token over a whole table, in nats."""
+    loss_sum, tokens = token_loss(engine, table[:], train=False)
+    return loss_sum / tokens
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,340 @@
+"""dvc.yaml against the source: a stage depends on what can change its outs, and on nothing else.
+
+Every check is a function of a graph (the mapping in dvc.yaml) and a folder that returns what is wrong, so that the
+tests can break a small graph and see the check find it.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.pipeline.closure import ROOT, code_files, is_code, load_graph, params_read, script_of, write_code_deps
+
+GRAPH = load_graph()
+STAGES = tuple(GRAPH["stages"])
+TOP_FOLDERS = ("data", "metrics", "models")
+
+
+def paths(entries: list[Any] | None) -> list[str]:
+    """The paths of a list of deps, outs, metrics or plots; an entry with options is a mapping with one key."""
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
+
+
+def outs_of(stage: dict[str, Any]) -> list[str]:
+    return paths([*(stage.get("outs") or []), *(stage.get("metrics") or []), *(stage.get("plots") or [])])
+
+
+def instances(name: str, stage: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A stage as it stands or, of one with a matrix over one key, a copy for each value with the value put in."""
+    if "matrix" not in stage:
+        yield name, stage
+        return
+    ((key, values),) = stage["matrix"].items()
+    for value in values:
+        yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
+
+
+def put_in(node: Any, placeholder: str, value: str) -> Any:
+    if isinstance(node, dict):
+        return {put_in(key, placeholder, value): put_in(item, placeholder, value) for key, item in node.items()}
+    if isinstance(node, list):
+        return [put_in(item, placeholder, value) for item in node]
+    return node.replace(placeholder, value) if isinstance(node, str) else node
+
+
+def all_instances(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return dict(instance for name, stage in graph["stages"].items() for instance in instances(name, stage))
+
+
+def paths_in_cmd(stage: dict[str, Any]) -> list[str]:
+    """Values of the command's options that are paths: with a slash, or templated from params, or a top-level folder."""
+    values = re.findall(r"--[\w-]+ (\S+)", stage["cmd"])
+    templated = re.compile(r"\$\{(?!item\.)[\w.]+\}")
+    return [value for value in values if "/" in value or templated.fullmatch(value) or value in TOP_FOLDERS]
+
+
+def wrong_code_deps(stage: dict[str, Any], root: Path = ROOT) -> set[str]:
+    declared = [dep for dep in paths(stage["deps"]) if is_code(dep)]
+    repeated = {dep for dep, count in Counter(declared).items() if count > 1}
+    return set(declared) ^ set(code_files(script_of(stage["cmd"]), root)) | repeated
+
+
+def wrong_params(stage: dict[str, Any], root: Path = ROOT) -> set[str]:
+    return set(stage.get("params") or ()) ^ params_read(code_files(script_of(stage["cmd"]), root), root)
+
+
+def undeclared_paths(stage: dict[str, Any]) -> list[str]:
+    """Paths of the command that are no dep and no out, and no folder above one."""
+    declared = [*paths(stage["deps"]), *outs_of(stage)]
+    return [path for path in paths_in_cmd(stage) if not any(is_at_or_below(known, path) for known in declared)]
+
+
+def paths_not_in_cmd(stage: dict[str, Any]) -> list[str]:
+    """Data, models and outs that are declared and that the command neither names nor names a folder of."""
+    declared = [dep for dep in paths(stage["deps"]) if not is_code(dep)] + outs_of(stage)
+    return [path for path in declared if not any(is_at_or_below(path, named) for named in paths_in_cmd(stage))]
+
+
+def is_at_or_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def overlapping_outs(graph: dict[str, Any]) -> list[tuple[str, str]]:
+    outs = sorted(out for stage in all_instances(graph).values() for out in outs_of(stage))
+    return [(first, second) for first, second in combinations(outs, 2) if is_at_or_below(second, first)]
+
+
+def deps_that_nothing_makes(graph: dict[str, Any]) -> list[str]:
+    """Deps below data/, models/ or metrics/ that are no stage's out, nor below or above one."""
+    outs = [out for stage in all_instances(graph).values() for out in outs_of(stage)]
+    deps = {dep for stage in all_instances(graph).values() for dep in paths(stage["deps"])}
+    ours = [dep for dep in sorted(deps) if dep.startswith(("data/", "models/", "metrics/"))]
+    return [dep for dep in ours if not any(is_at_or_below(dep, out) for out in outs)]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_deps_are_the_import_closure(name):
+    assert not wrong_code_deps(GRAPH["stages"][name]), "python -m tests.pipeline.closure --write mends dvc.yaml"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_params_declared_are_the_params_read(name):
+    assert not wrong_params(GRAPH["stages"][name])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_paths_of_the_command_are_declared_and_the_reverse(name):
+    stage = GRAPH["stages"][name]
+    assert not undeclared_paths(stage)
+    assert not paths_not_in_cmd(stage)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_templated_keys_belong_to_a_declared_section(name):
+    stage = GRAPH["stages"][name]
+    used = set(re.findall(r"\$\{(\w+)", " ".join([stage["cmd"], *paths(stage["deps"]), *outs_of(stage)])))
+    assert used - {"item"} <= set(stage.get("params") or ())
+
+
+def test_every_section_of_params_is_some_stages():
+    sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    declared = {key for stage in GRAPH["stages"].values() for key in stage.get("params") or ()}
+    assert set(sections) == declared
+
+
+def test_each_out_is_declared_once_and_none_lies_in_another():
+    assert not overlapping_outs(GRAPH)
+
+
+def test_every_dep_of_data_and_models_is_made_by_a_stage():
+    assert not deps_that_nothing_makes(GRAPH)
+
+
+def test_the_graph_has_the_stages_of_the_documentation():
+    assert list(all_instances(GRAPH)) == [
+        "prepare_data",
+        "prepare_base",
+        *(f"tokenize@{kind}" for kind in ("sft", "preference", "prompts")),
+        "train_sft",
+        "train_rm",
+        "ref_logprobs",
+        "train_dpo",
+        "train_ppo",
+        *(f"evaluate@{policy}" for policy in ("sft", "dpo", "ppo")),
+        "report",
+    ]
+
+
+def test_how_a_stage_is_started_is_in_no_deps():
+    deps = {dep for stage in GRAPH["stages"].values() for dep in paths(stage["deps"])}
+    assert not deps & {"stages/launch.sh", "runtime.yaml", "params.yaml", "Makefile", "requirements.lock"}
+
+
+def test_package_files_that_are_in_no_deps_are_empty():
+    assert [path for path in (ROOT / "stages").rglob("__init__.py") if path.read_bytes()] == []
+
+
+def test_no_data_or_metrics_out_is_cached_in_git_or_left_out_of_both():
+    """Metrics, curves and the report are in Git and not in DVC's cache; data and models the other way round."""
+    for stage in all_instances(GRAPH).values():
+        for entry in [*(stage.get("outs") or []), *(stage.get("metrics") or []), *(stage.get("plots") or [])]:
+            ((path, options),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
+            assert options.get("cache", True) == (not path.startswith("metrics/")), path
+
+
+def test_git_ignores_what_dvc_tracks_and_nothing_else_of_the_graph():
+    outs = [out for stage in all_instances(GRAPH).values() for out in outs_of(stage)]
+    cached = {out for out in outs if not out.startswith("metrics/")}
+    users_own = {"models/pretrained", "data/raw/hh-rlhf"}
+    left_behind = {".scratch/train_rm-0a1b", "plots/curves.html", "models/.sft.partial", "metrics/.report.html.partial"}
+    kept = {"data/raw/none", "dvc.lock", "dvc.yaml", "params.yaml", "stages/templates/chat.jinja", ".dvc/config"}
+    asked = sorted({*outs, *users_own, *left_behind, *kept})
+    answer = subprocess.run(
+        ["git", "check-ignore", "--no-index", *asked], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert set(answer.stdout.split()) == cached | users_own | left_behind
+
+
+TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_cannot_see_the_gold_utility(name):
+    """The gold utility is in the generator's code and in the prepared rows: training has neither among its deps."""
+    deps = paths(GRAPH["stages"][name]["deps"])
+    assert [dep for dep in deps if "gold" in dep or "film" in dep] == []
+    assert [dep for dep in deps if dep.startswith(("data/prepared", "data/raw", "data/samples", "metrics"))] == []
+    for file in (dep for dep in deps if is_code(dep)):
+        assert "gold" not in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+# The checks themselves, on a project of three files.
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A script that imports one file at the top, one in a function, one relatively, and names a template."""
+    files = {
+        "stages/__init__.py": "",
+        "stages/lib/__init__.py": "",
+        "stages/launch.sh": "",
+        "stages/train.py": (
+            "import importlib\nimport json\nfrom stages.lib import top\n\n"
+            "def main():\n    import stages.lib.inner as inner\n    importlib.import_module('stages.lib.named')\n"
+            "    read_params('train', dict)\n    open('templates/page.html')\n    'launch.sh'\n"
+            "    'see templates/unused.html'\n"
+        ),
+        "stages/lib/top.py": "from . import beside\nfrom .below import name\n",
+        "stages/lib/inner.py": "seed = params.read_value('seed', int)\n",
+        "stages/lib/named.py": "from stages.lib.top import anything\n",
+        "stages/lib/beside.py": "",
+        "stages/lib/below.py": "",
+        "stages/lib/unused.py": "",
+        "stages/templates/page.html": "",
+        "stages/templates/unused.html": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+CODE = [
+    "stages/lib/below.py",
+    "stages/lib/beside.py",
+    "stages/lib/inner.py",
+    "stages/lib/named.py",
+    "stages/lib/top.py",
+    "stages/templates/page.html",
+    "stages/train.py",
+]
+SMALL = {
+    "stages": {
+        "train": {
+            "matrix": {"kind": ["a", "b"]},
+            "cmd": (
+                "sh stages/launch.sh train --kind ${item.kind} --rows data/${item.kind} --template ${train.page} "
+                "--out models/${item.kind}"
+            ),
+            "deps": ["data/${item.kind}", "${train.page}", *CODE],
+            "params": ["seed", "train"],
+            "outs": ["models/${item.kind}"],
+        },
+        "make": {
+            "cmd": "python -m stages.train --out data",
+            "deps": CODE,
+            "outs": ["data/a", {"data/b": {"cache": False}}],
+        },
+    }
+}
+
+
+def test_closure_follows_imports_wherever_they_stand(project):
+    assert code_files("stages/train.py", project) == CODE
+
+
+def test_a_params_key_that_is_not_written_out_is_refused(project):
+    (project / "stages/lib/below.py").write_text("read_params(section, dict)\n")
+    with pytest.raises(ValueError, match=r"below\.py:1: the key must be written out"):
+        params_read(CODE, project)
+
+
+def changed(change) -> dict[str, Any]:
+    graph = deepcopy(SMALL)
+    change(graph["stages"])
+    return graph
+
+
+def test_a_right_graph_has_no_faults(project):
+    train, make = SMALL["stages"].values()
+    assert not wrong_code_deps(train, project)
+    assert not wrong_params(train, project)
+    assert not undeclared_paths(train)
+    assert not paths_not_in_cmd(train)
+    assert not undeclared_paths(make)
+    assert not overlapping_outs(SMALL)
+    assert not deps_that_nothing_makes(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda stage: stage["deps"].remove("stages/lib/inner.py"), "stages/lib/inner.py"),
+        (lambda stage: stage["deps"].append("stages/lib/unused.py"), "stages/lib/unused.py"),
+        (lambda stage: stage["deps"].append("stages/train.py"), "stages/train.py"),
+        (lambda stage: stage["deps"].append("stages/launch.sh"), "stages/launch.sh"),
+    ],
+)
+def test_a_code_dep_missing_superfluous_or_repeated_is_found(project, change, fault):
+    stage = changed(lambda stages: change(stages["train"]))["stages"]["train"]
+    assert wrong_code_deps(stage, project) == {fault}
+
+
+@pytest.mark.parametrize("params", [["seed"], ["train"], ["seed", "train", "other"], None])
+def test_a_params_key_missing_or_superfluous_is_found(project, params):
+    stage = changed(lambda stages: stages["train"].update(params=params))["stages"]["train"]
+    assert wrong_params(stage, project) == {"seed", "train"} ^ set(params or ()) | ({"other"} & set(params or ()))
+
+
+def test_an_undeclared_path_or_one_not_in_the_command_is_found():
+    stage = changed(lambda stages: stages["train"]["deps"].remove("${train.page}"))["stages"]["train"]
+    assert undeclared_paths(stage) == ["${train.page}"]
+    stage = changed(lambda stages: stages["train"]["outs"].clear())["stages"]["train"]
+    assert undeclared_paths(stage) == ["models/${item.kind}"]
+    stage = changed(lambda stages: stages["train"]["deps"].append("data/c"))["stages"]["train"]
+    assert paths_not_in_cmd(stage) == ["data/c"]
+
+
+def test_an_out_declared_twice_or_in_another_is_found():
+    twice = changed(lambda stages: stages["make"]["outs"].append("models/a"))
+    assert overlapping_outs(twice) == [("models/a", "models/a")]
+    within = changed(lambda stages: stages["make"]["outs"].append("models/b/log"))
+    assert overlapping_outs(within) == [("models/b", "models/b/log")]
+
+
+def test_a_dep_that_nothing_makes_is_found():
+    graph = changed(lambda stages: stages["make"]["outs"].pop())
+    assert deps_that_nothing_makes(graph) == ["data/b"]
+
+
+def test_writing_code_deps_changes_nothing_else(project):
+    right = (
+        "# A comment.\nstages:\n\n  train:\n    cmd: >-\n      sh stages/launch.sh train\n      --rows ${train.rows}\n"
+        "    deps:   # another\n      - ${train.rows}\n"
+        + "".join(f"      - {file}\n" for file in CODE)
+        + "    params:\n"
+        "      - seed   # why\n\n  other:\n    cmd: python -m stages.other\n    deps:\n      - stages/other.py\n"
+    )
+    (project / "stages/other.py").write_text("")
+    graph_file = project / "dvc.yaml"
+    graph_file.write_text(right.replace("      - stages/lib/top.py\n", "      - stages/lib/gone.py\n"))
+    write_code_deps(graph_file, project)
+    assert graph_file.read_text() == right

@@ -1,0 +1,373 @@
+"""The base model: from scratch, from a folder, from the Hub; what every later stage takes for granted of it."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from stages.lib.chat import decode_completion, encode_completion, encode_prompt
+from stages.lib.errors import StageError
+from stages.lib.hashing import content_hash
+from stages.prepare_base import MARKER_NOISE, NO_FILE, main
+from tests.hub_server import HubServer, repository_of_folder
+from tests.real_files import PROJECT, real_file
+
+TEMPLATE = str(PROJECT / "stages/templates/chat.jinja")
+MARKERS = ["<|system|>", "<|user|>", "<|assistant|>"]
+FILES = [
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+SCRATCH = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "layers": 2,
+    "heads": 4,
+    "key_value_heads": 2,
+    "max_positions": 64,
+}
+SECTION = {
+    "source": "scratch",
+    "path": NO_FILE,
+    "hub_model": None,
+    "hub_revision": None,
+    "corpus": "sft.jsonl",
+    "chat_template": TEMPLATE,
+    "special_tokens": MARKERS,
+    "eos_token": None,
+    "dtype": "float32",
+    "scratch": SCRATCH,
+}
+PROMPT = [{"role": "user", "content": "Once upon a time"}]
+REPLY = {"role": "assistant", "content": "there was a film"}
+
+
+def arguments(folder, changes, seed):
+    """Write corpus and settings below `folder`; returns the script's options."""
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {"messages": [{"role": "user", "content": "a film of note"}, {"role": "assistant", "content": "a fine film"}]}
+    (folder / "sft.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    section = SECTION | changes
+    (folder / "params.yaml").write_text(json.dumps({"seed": seed, "prepare_base": section}))
+    return {"source": section["path"], "corpus": section["corpus"], "chat_template": section["chat_template"]}
+
+
+def run_script(folder, seed=17, env=None, **changes):
+    options = arguments(folder, changes, seed) | {"out": "models/base"}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return subprocess.run(
+        [sys.executable, "-m", "stages.prepare_base", *words],
+        cwd=folder,
+        env={**(env or os.environ), "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def prepare(folder, seed=17, **changes):
+    """The stage in this process, without the seconds that a script takes to start; returns the base model's folder."""
+    options = {name: Path(value) for name, value in arguments(folder, changes, seed).items()}
+    with contextlib.chdir(folder):
+        main(**options, out=Path("models/base"))
+    return folder / "models/base"
+
+
+def local(path, **changes):
+    return {"source": "local", "path": str(path), "corpus": NO_FILE, **changes}
+
+
+def loaded(base):
+    return AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+
+
+def assert_fit_for_use(base):
+    """What later stages take for granted: whole, agreed ids, a pad that stands for nothing, a template that works."""
+    assert sorted(path.name for path in base.iterdir()) == FILES
+    model, tokenizer = loaded(base)
+    config, generation = (json.loads((base / name).read_text()) for name in ("config.json", "generation_config.json"))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(tokenizer, key) == config.get(key) == generation.get(key), key
+    assert set(generation) <= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+    assert tokenizer.pad_token_id not in {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, None}
+    assert config["vocab_size"] == model.get_input_embeddings().weight.shape[0] > max(tokenizer.get_vocab().values())
+    ids = encode_completion(tokenizer, PROMPT, REPLY)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.pad_token_id not in encode_prompt(tokenizer, PROMPT) + ids
+    assert decode_completion(tokenizer, ids) == REPLY["content"]
+    assert model(torch.tensor([encode_prompt(tokenizer, PROMPT) + ids])).logits.isfinite().all()
+    for name in FILES[:3] + FILES[4:]:
+        assert str(base.parent.parent) not in (base / name).read_text(), name
+
+
+# From scratch.
+
+
+@pytest.fixture(scope="module")
+def scratch_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scratch")
+    for name in ("one", "two"):
+        process = run_script(folder / name)
+        assert process.returncode == 0, process.stderr
+    return folder / "one/models/base", folder / "two/models/base"
+
+
+def test_a_model_from_scratch(scratch_runs):
+    base = scratch_runs[0]
+    assert_fit_for_use(base)
+    model, tokenizer = loaded(base)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["<|pad|>", "<|endoftext|>", *MARKERS]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
+    assert tokenizer.tokenize("a film") == ["a", "Ġfilm"]  # a word of the corpus is one token
+    unseen = {"role": "assistant", "content": "Zürich\x00 🎬"}  # no byte is foreign to it
+    assert decode_completion(tokenizer, encode_completion(tokenizer, PROMPT, unseen)) == unseen["content"]
+    head_width = 16 // 4
+    attention = 2 * 16 * 16 + 2 * 16 * 2 * head_width
+    layer = attention + 3 * 16 * 24 + 2 * 16
+    assert model.num_parameters() == len(tokenizer) * 16 + 2 * layer + 16  # the head is the embedding
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == 64
+
+
+def test_a_model_from_scratch_has_the_same_bytes_twice(scratch_runs):
+    assert content_hash(scratch_runs[0]) == content_hash(scratch_runs[1])
+
+
+def test_another_seed_gives_other_weights_and_the_same_tokenizer(scratch_runs, tmp_path):
+    other = prepare(tmp_path, seed=18)
+    same = [name for name in FILES if (other / name).read_bytes() == (scratch_runs[0] / name).read_bytes()]
+    assert same == [name for name in FILES if name != "model.safetensors"]
+
+
+def test_weights_have_the_dtype_asked_for(tmp_path):
+    base = prepare(tmp_path, dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(base / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((base / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# From a folder.
+
+
+def tiny_pretrained(folder, tokenizer_folder, rows, config_class=LlamaConfig, **sizes):
+    """A model of random weights with `rows` embedding rows, beside a real tokenizer."""
+    torch.manual_seed(0)
+    if config_class is GPT2Config:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=2, n_positions=64))
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2} | sizes
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, max_position_embeddings=64, **sizes))
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[1, 2])
+    model.save_pretrained(folder)
+    for file in tokenizer_folder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_stories260k_gets_a_pad_and_markers_and_keeps_its_weights(tmp_path):
+    source = real_file("models/stories260K")
+    base = prepare(tmp_path, **local(source))
+    assert_fit_for_use(base)
+    before, after = load_file(source / "model.safetensors"), load_file(base / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], after[key]) for key in before if key != name)
+    assert torch.equal(after[name][:512], before[name])
+    tokenizer = loaded(base)[1]
+    assert tokenizer.convert_ids_to_tokens(range(512, 516)) == [*MARKERS, "<|pad|>"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 515)
+    mean, spread = before[name].mean(0), before[name].std(0)
+    torch.testing.assert_close(after[name][515], mean)
+    noise = (after[name][512:515] - mean) / (MARKER_NOISE * spread)
+    assert 0.8 < noise.std() < 1.2
+    assert encode_prompt(tokenizer, PROMPT)[:2] == [1, 513]
+    assert content_hash(prepare(tmp_path / "again", **local(source))) == content_hash(base)
+
+
+def test_a_model_whose_pad_eos_and_bos_are_one_token_gets_a_pad(tmp_path):
+    source = tiny_pretrained(tmp_path / "gpt2", real_file("tokenizers/gpt2"), 50257, GPT2Config)
+    base = prepare(tmp_path, **local(source))
+    assert_fit_for_use(base)
+    tokenizer = loaded(base)[1]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50260, 50261)
+    assert encode_prompt(tokenizer, PROMPT)[0] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def test_a_free_row_is_used_and_a_template_of_its_own_is_kept(tmp_path):
+    tokenizer_folder = real_file("tokenizers/smollm2-135m-instruct")
+    source = tiny_pretrained(tmp_path / "smollm2", tokenizer_folder, 49160, tie_word_embeddings=False)
+    base = prepare(tmp_path, **local(source, chat_template=NO_FILE, special_tokens=[]))
+    assert_fit_for_use(base)
+    model, tokenizer = loaded(base)
+    assert (tokenizer.eos_token, tokenizer.pad_token_id, model.config.vocab_size) == ("<|im_end|>", 49152, 49160)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tokenizer_folder).chat_template
+    before, after = load_file(source / "model.safetensors"), load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # two matrices, a row set in each
+        expected = before[name].clone()
+        expected[49152] = before[name][:49152].mean(0)
+        torch.testing.assert_close(after[name], expected)
+
+
+def test_a_pad_of_its_own_is_kept(scratch_runs, tmp_path):
+    base = prepare(tmp_path, **local(scratch_runs[0]))
+    assert content_hash(base) == content_hash(scratch_runs[0])
+
+
+def chatml(folder, tokenizer_folder):
+    """A model that ends turns with <|im_end|> while its EOS is <|endoftext|>, as base models of Qwen2.5 do."""
+    source = tiny_pretrained(folder, tokenizer_folder, 49152)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    return source
+
+
+def test_the_token_that_ends_a_turn_becomes_eos(tmp_path):
+    source = chatml(tmp_path / "chatml", real_file("tokenizers/smollm2-135m-instruct"))
+    own = local(source, chat_template=NO_FILE, special_tokens=[])
+    message = r"ends a reply with '<\|im_end\|>', but EOS is <\|endoftext\|>: set prepare_base\.eos_token"
+    with pytest.raises(StageError, match=message):
+        prepare(tmp_path, **own)
+    base = prepare(tmp_path, **own, eos_token="<|im_end|>")
+    assert_fit_for_use(base)
+    tokenizer = loaded(base)[1]
+    assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == ("<|im_end|>", "<|endoftext|>", 49152)
+    with pytest.raises(StageError, match=r"prepare_base\.eos_token: .* has no token <\|nothing\|>"):
+        prepare(tmp_path, **own, eos_token="<|nothing|>")
+
+
+# What is refused.
+
+
+@pytest.fixture
+def copy_of_scratch(scratch_runs, tmp_path):
+    return Path(shutil.copytree(scratch_runs[0], tmp_path / "source"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "what"),
+    [("config.json", "config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
+)
+def test_a_folder_that_is_no_model(copy_of_scratch, tmp_path, removed, what):
+    (copy_of_scratch / removed).unlink()
+    with pytest.raises(StageError, match=f"source is no model directory: {what} missing"):
+        prepare(tmp_path, **local(copy_of_scratch))
+    assert not (tmp_path / "models/base").exists()
+
+
+def test_weights_that_are_cut_short_or_incomplete(copy_of_scratch, tmp_path):
+    file = copy_of_scratch / "model.safetensors"
+    weights = load_file(file)
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"1 weights are missing or of another shape.*layers\.1\.mlp\.up_proj"):
+        prepare(tmp_path, **local(copy_of_scratch))
+    save_file({**weights, "model.layers.1.mlp.up_proj.weight": lost[:3]}, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"source (cannot be loaded|: 1 weights are missing or of another shape)"):
+        prepare(tmp_path, **local(copy_of_scratch))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(StageError, match="source cannot be loaded as a causal language model"):
+        prepare(tmp_path, **local(copy_of_scratch))
+
+
+def test_a_tokenizer_of_another_model(copy_of_scratch, tmp_path):
+    source = tiny_pretrained(tmp_path / "other", copy_of_scratch, 100)
+    with pytest.raises(StageError, match=r"the tokenizer has ids up to \d+, the embedding 100 rows"):
+        prepare(tmp_path, **local(source))
+
+
+def test_no_template_at_all(copy_of_scratch, tmp_path):
+    (copy_of_scratch / "chat_template.jinja").unlink()
+    with pytest.raises(StageError, match=r"source has no chat template of its own; set prepare_base\.chat_template"):
+        prepare(tmp_path, **local(copy_of_scratch, chat_template=NO_FILE))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }}", "does not render a prompt as a beginning"),
+        ("{{ raise_exception('never') }}", "the chat template refuses these messages: never"),
+        ("{% for m in messages %}", "the chat template refuses these messages"),
+        ("{{ messages[0]['content'] }}", "leaves out a reply"),
+    ],
+)
+def test_a_template_that_does_not_work(tmp_path, template, message):
+    (tmp_path / "own.jinja").write_text(template)
+    with pytest.raises(StageError, match=message):
+        prepare(tmp_path, chat_template="own.jinja")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "local"}, "path must be a model folder with source local"),
+        ({"path": "models/pretrained"}, "path must be a model folder with source local, and data/raw/none with any"),
+        ({"source": "local", "path": "models/pretrained"}, "corpus must be a file with source scratch"),
+        ({"hub_model": "a/b"}, "hub_model and hub_revision must be null with source scratch"),
+        (
+            {"source": "hub", "corpus": NO_FILE, "hub_model": "a/b", "hub_revision": "main"},
+            "hub_revision must be a full commit hash of 40 hexadecimal digits, found main",
+        ),
+        ({"chat_template": NO_FILE}, "chat_template must be a file with source scratch"),
+        ({"chat_template": "nowhere.jinja"}, "nowhere.jinja does not exist"),
+        ({"special_tokens": ["<a>", "<a>"]}, "special_tokens holds a token twice"),
+        ({"scratch": SCRATCH | {"vocab_size": 260}}, r"vocab_size must be at least 261"),
+        ({"scratch": SCRATCH | {"heads": 3}}, r"hidden_size \(16\) must be a multiple of twice heads \(3\)"),
+        ({"scratch": SCRATCH | {"key_value_heads": 3}}, r"heads \(4\) must be a multiple of key_value_heads \(3\)"),
+    ],
+)
+def test_settings_that_contradict(tmp_path, changes, message):
+    with pytest.raises(StageError, match=message):
+        prepare(tmp_path, **changes)
+
+
+def test_a_refusal_is_one_message_and_exit_code_2(tmp_path):
+    process = run_script(tmp_path, **local("nowhere"))
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
+        "error: nowhere is no model directory: config.json missing (expected config.json)"
+    ]
+    assert not (tmp_path / "models/base").exists()
+
+
+def test_a_corpus_row_without_messages_is_named(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"messages": []}\n{"prompt": []}\n')
+    with pytest.raises(StageError, match=r"other\.jsonl, line 2: 'messages' is missing \(the row has prompt\)"):
+        prepare(tmp_path, corpus="other.jsonl")
+
+
+# From the Hub.
+
+
+def test_a_model_of_the_hub(scratch_runs, tmp_path):
+    """The bytes of the folder it was served from; a revision that is not there is one message."""
+    commit = "060db6499f32faf8b98477b0a26969ef7d8b9987"
+    hub = {"source": "hub", "corpus": NO_FILE, "hub_model": "some/model", "hub_revision": commit}
+    with HubServer([repository_of_folder("models", "some/model", commit, scratch_runs[0])]) as server:
+        env = server.environment(tmp_path / "cache")
+        process = run_script(tmp_path, env=env, **hub)
+        assert process.returncode == 0, process.stderr
+        assert content_hash(tmp_path / "models/base") == content_hash(scratch_runs[0])
+        process = run_script(tmp_path / "other", env=env, **hub | {"hub_revision": "0" * 40})
+    assert process.returncode == 2
+    (message,) = process.stderr.splitlines()
+    assert message.startswith(f"error: Hub model some/model at revision {'0' * 40} cannot be downloaded (")
