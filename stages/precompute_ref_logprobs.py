@@ -7,10 +7,9 @@ DPO then trains without a reference model in memory. The content of tokens and w
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from stages.lib.errors import run
+from stages.lib.errors import PathOption, run
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
 from stages.lib.pretrained import end_and_pad_ids, freeze, load_language_model
@@ -32,7 +31,7 @@ class RefLogprobs:
     precision: Literal["fp32", "bf16"]
 
 
-def main(tokens: Path, model: Path, out: Path) -> None:
+def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
     started = time.monotonic()
     settings = read_params("ref_logprobs", RefLogprobs)
@@ -45,7 +44,10 @@ def main(tokens: Path, model: Path, out: Path) -> None:
     columns = {}
     for split, table in tables.items():
         check_table_ids(
-            table, ("prompt_ids", "chosen_ids", "rejected_ids"), language_model.config.vocab_size, tokens / f"{split}.arrow"
+            table,
+            ("prompt_ids", "chosen_ids", "rejected_ids"),
+            language_model.config.vocab_size,
+            tokens / f"{split}.arrow",
         )
         progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
         chosen, rejected = [], []

@@ -20,7 +20,9 @@ def main() -> None:
     lock_file = Path("dvc.lock")
     lock = YAML(typ="safe", pure=True).load(lock_file.read_text()) if lock_file.is_file() else {}
     recorded = {
-        (out["path"], out.get("md5")) for stage in (lock or {}).get("stages", {}).values() for out in stage.get("outs", [])
+        (out["path"], out.get("md5"))
+        for stage in (lock or {}).get("stages", {}).values()
+        for out in stage.get("outs", [])
     }
     root = scratch_root()
     for folder in sorted(root.iterdir()) if root.is_dir() else []:

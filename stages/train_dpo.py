@@ -20,7 +20,7 @@ from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
 from stages.lib.best_weights import BestWeights
 from stages.lib.dpo_loss import preference_losses
 from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import StageError, run
+from stages.lib.errors import PathOption, StageError, run
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
 from stages.lib.pretrained import end_and_pad_ids, load_language_model
@@ -133,7 +133,14 @@ class Pairs:
         return {**self.tokens[rows], **self.reference[rows]}
 
 
-def main(tokens: Path, ref_logprobs: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+def main(
+    tokens: PathOption,
+    ref_logprobs: PathOption,
+    model: PathOption,
+    out: PathOption,
+    metrics: PathOption,
+    curve: PathOption,
+) -> None:
     """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
     settings = read_params("train_dpo", TrainDpo)
     seed = read_value("seed", int)

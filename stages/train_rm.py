@@ -10,7 +10,6 @@ Llama 2, arXiv 2307.09288).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
 from stages.lib.best_weights import BestWeights
 from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import run
+from stages.lib.errors import PathOption, run
 from stages.lib.intervals import wilson_interval
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.pairwise_loss import pairwise_logistic_losses
@@ -82,7 +81,7 @@ class PairLoss:
         return dict(zip(PAIR_METRICS, means, strict=True))
 
 
-def main(tokens: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
     """Train a reward model that starts from MODEL on the pairs in TOKENS."""
     settings = read_params("train_rm", TrainRm)
     seed = read_value("seed", int)

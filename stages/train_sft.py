@@ -9,7 +9,6 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from stages.lib.batching import is_due, micro_batches, pad_right, rows_of_step, steps_in
 from stages.lib.best_weights import BestWeights
 from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import run
+from stages.lib.errors import PathOption, run
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
 from stages.lib.pretrained import end_and_pad_ids, load_language_model
@@ -67,11 +66,11 @@ class TokenLoss:
                 logps, _ = engine(input_ids, attention_mask, targets.bool())
                 if train:
                     engine.backward(-logps.sum() / tokens)
-            loss_sum -= float(logps.sum())
+            loss_sum -= float(logps.detach().sum())
         return self.processes.sum([loss_sum])[0], tokens
 
 
-def main(tokens: Path, model: Path, out: Path, metrics: Path, curve: Path) -> None:
+def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
     """Fine-tune MODEL on the completions in TOKENS."""
     settings = read_params("train_sft", TrainSft)
     seed = read_value("seed", int)
@@ -114,9 +113,7 @@ def main(tokens: Path, model: Path, out: Path, metrics: Path, curve: Path) -> No
             "kept_step": kept_step,
         }
 
-        this_run.publish_model(
-            language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
-        )
+        this_run.publish_model(language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

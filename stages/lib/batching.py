@@ -47,12 +47,16 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return groups
 
 
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad id sequences on the right. Returns (ids (b, t), attention mask (b, t), True on real tokens, from lengths)."""
     return _pad(sequences, pad_id, device, left=False)
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad id sequences on the left, for generation. Returns as `pad_right`."""
     return _pad(sequences, pad_id, device, left=True)
 
@@ -70,7 +74,9 @@ def _pad(
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def completion_mask(prompt_lengths: Sequence[int], total_lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+def completion_mask(
+    prompt_lengths: Sequence[int], total_lengths: Sequence[int], width: int, device: torch.device
+) -> torch.Tensor:
     """True on completion tokens of right-padded rows, from lengths alone. Shape: (b, width)."""
     positions = torch.arange(width, device=device)
     starts = torch.tensor(prompt_lengths, device=device)[:, None]

@@ -27,9 +27,7 @@ class Engine:
         total_steps: optimizer steps of the whole run, the horizon of the schedule.
     """
 
-    def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, total_steps: int, processes: Processes
-    ) -> None:
+    def __init__(self, module: nn.Module, settings: OptimizerSettings, total_steps: int, processes: Processes) -> None:
         self.module = module
         self.settings = settings
         self.total_steps = total_steps
@@ -116,8 +114,7 @@ class Engine:
         """The state dict of `model` (the engine's module or a part of it), trained weights in float32."""
         masters = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
         return {
-            name: masters.get(id(weight), weight).detach()
-            for name, weight in model.state_dict(keep_vars=True).items()
+            name: masters.get(id(weight), weight).detach() for name, weight in model.state_dict(keep_vars=True).items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""How a stage ends when its user made a mistake: one message, exit code 2, no traceback."""
+"""A stage as a command: paths as options, and a user's mistake as one message with exit code 2 and no traceback."""
 
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 USER_ERROR_EXIT_CODE = 2
+PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
 
 class StageError(Exception):

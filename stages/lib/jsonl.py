@@ -1,7 +1,6 @@
 """Rows as JSON lines: UTF-8, one object a line, errors by file and line, files that appear whole or not at all."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    os.replace(partial, path)
+    partial.replace(path)
     return count
 
 
@@ -57,4 +56,4 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

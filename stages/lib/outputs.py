@@ -1,6 +1,5 @@
 """Outs that appear whole or not at all: written under a hidden temporary name beside the target, then renamed."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ def replace(partial: Path, out: Path) -> None:
     """Put `partial` (file or folder) in the place of `out`, whatever stood there."""
     if out.is_dir() and not out.is_symlink():
         shutil.rmtree(out)
-    os.replace(partial, out)
+    partial.replace(out)
 
 
 def remove(path: Path) -> None:

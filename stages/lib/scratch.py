@@ -96,7 +96,7 @@ class Scratch:
             _write_synced(partial / "manifest.json", json.dumps(manifest).encode())
             _sync_folder(partial)
             remove(final)
-            os.rename(partial, final)
+            partial.rename(final)
             _sync_folder(self.folder)
         except OSError as error:
             remove(partial)
@@ -158,13 +158,13 @@ class Scratch:
         """Mark the run complete. `outs` maps a name in the folder of `stage_outs` to the path it is published at."""
         partial, final = self.folder / "outs.partial", self.folder / "outs"
         remove(final)
-        os.rename(partial, final)
+        partial.rename(final)
         record = {
             "code": self.code,
             "outs": {name: {"path": str(path), "dvc_hash": dvc_hash(final / name)} for name, path in outs.items()},
         }
         _write_synced(self.folder / "complete.json.partial", json.dumps(record).encode())
-        os.rename(self.folder / "complete.json.partial", self.folder / "complete.json")
+        (self.folder / "complete.json.partial").rename(self.folder / "complete.json")
         _sync_folder(self.folder)
 
     def publish_complete(self, outs: dict[str, Path]) -> bool:

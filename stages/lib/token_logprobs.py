@@ -56,16 +56,16 @@ class TokenLogProbs(nn.Module):
         targets = input_ids[:, 1:][before_target]
         recompute = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
         chunks = [
-            self._chunk(hidden[start : start + self.chunk_tokens], targets[start : start + self.chunk_tokens], recompute)
+            self._chunk(
+                hidden[start : start + self.chunk_tokens], targets[start : start + self.chunk_tokens], recompute
+            )
             for start in range(0, max(1, hidden.shape[0]), self.chunk_tokens)
         ]
         logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         empty = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
         return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
 
-    def _chunk(
-        self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if recompute:
             return checkpoint(self._logps_and_entropies, hidden, targets, use_reentrant=False)
         return self._logps_and_entropies(hidden, targets)

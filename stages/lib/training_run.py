@@ -70,9 +70,7 @@ class TrainingRun:
         self.started = time.monotonic()
         self.scratch: Scratch | None = None
         if processes.is_main:
-            self.scratch = Scratch(
-                stage, self.settings, inputs, across_code_change=runtime.resume_across_code_change
-            )
+            self.scratch = Scratch(stage, self.settings, inputs, across_code_change=runtime.resume_across_code_change)
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
@@ -174,7 +172,7 @@ class TrainingRun:
         tokenizer_from: Path,
         build_others: Callable[[dict[str, Path]], None] | None = None,
     ) -> None:
-        """Publish the outs "model" (with its card), "metrics" (`results`) and "curve"; `build_others` fills the rest."""
+        """Publish "model" (with its card), "metrics" (`results`) and "curve"; `build_others` fills the other outs."""
 
         def build(staged: dict[str, Path]) -> None:
             save_model(model, weights, staged["model"], save_dtype=save_dtype, tokenizer_from=tokenizer_from)

@@ -1,0 +1,300 @@
+"""How good a policy is on held-out prompts, beside the SFT policy on the same prompts with the same random numbers.
+
+Reward, gold utility where the prompts have one, win rates against SFT (a tie counts half) and the KL to
+SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the accuracy of the implicit reward
+β log π/π_SFT and the reward model's accuracy and calibration.
+
+    python -m stages.evaluate_policy --policy models/ppo --sft models/sft --reward-model models/rm \\
+        --prompts data/prepared/prompts/eval.jsonl --prompt-tokens data/tokens/prompts/eval.arrow \\
+        --preference-tokens data/tokens/preference/eval.arrow --ref-logprobs data/ref_logprobs/eval.arrow \\
+        --metrics metrics/evaluate/ppo.json --samples data/samples/ppo.jsonl
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stages.lib.batching import pair_batches, sequence_batches
+from stages.lib.errors import PathOption, StageError, run
+from stages.lib.film_gold import gold_utility
+from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
+from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
+from stages.lib.outputs import written_whole
+from stages.lib.params import read_params, read_value
+from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+from stages.lib.processes import Processes, join_processes
+from stages.lib.progress import log_run
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.sampling import sample_responses
+from stages.lib.scalar_scores import SequenceScores
+from stages.lib.scratch import scratch_root
+from stages.lib.sequence_logprobs import all_pair_logps
+from stages.lib.token_logprobs import TokenLogProbs
+from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, read_table
+from stages.lib.tokenizer_files import require_same_tokenizer
+
+SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Section `evaluate` of params.yaml; the file explains each key."""
+
+    max_prompts: int | None
+    max_new_tokens: int
+    temperature: float
+    precision: Literal["fp32", "bf16"]
+    bootstrap_resamples: int
+
+    def __post_init__(self) -> None:
+        if (self.max_prompts is not None and self.max_prompts < 1) or self.max_new_tokens < 1:
+            raise ValueError("max_prompts and max_new_tokens must be at least 1")
+        if self.temperature < 0 or self.bootstrap_resamples < 100:
+            raise ValueError("temperature must not be negative and bootstrap_resamples at least 100")
+
+
+@dataclass
+class Responses:
+    """One policy's responses to the held-out prompts, in their order."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    rewards: list[float]
+    kl: list[float]  # to SFT, summed over the response, in nats; estimate k1
+    gold: list[float] | None
+
+
+class Evaluation:
+    """The models of an evaluation and what is asked of them."""
+
+    def __init__(self, settings: Evaluate, seed: int, runtime: Runtime, processes: Processes, sft: Path) -> None:
+        self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
+        self.eos_id, self.pad_id = end_and_pad_ids(sft)
+
+    def load_policy(self, path: Path) -> nn.Module:
+        return freeze(load_language_model(path, self.settings.precision, self.runtime, self.processes.device))
+
+    def load_reward_model(self, path: Path) -> nn.Module:
+        classifier = load_classifier(path, self.settings.precision, self.runtime, self.processes.device)
+        return SequenceScores(freeze(classifier))
+
+    def log_probs(self, policy: nn.Module, temperature: float = 1.0) -> TokenLogProbs:
+        return TokenLogProbs(policy, temperature=temperature, chunk_tokens=self.runtime.logits_chunk_tokens)
+
+    def sample(self, policy: nn.Module, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
+        """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
+        own = sample_responses(
+            policy,
+            self.processes.share(prompts),
+            self.processes.share(rows),
+            seed=self.seed,
+            step=SAMPLING_STEP,
+            temperature=self.settings.temperature,
+            max_new_tokens=self.settings.max_new_tokens,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            batch_size=self.runtime.generation_batch_size,
+            device=self.processes.device,
+        )
+        return self.processes.gather(own)
+
+    @torch.no_grad()
+    def judge(
+        self, prompts: list[list[int]], responses: list[list[int]], policy: nn.Module, sft: nn.Module, scorer: nn.Module
+    ) -> tuple[list[float], list[float]]:
+        """(rewards, KL to SFT) of each response."""
+        own_prompts, own = self.processes.share(prompts), self.processes.share(responses)
+        rewards, kl = [0.0] * len(own), [0.0] * len(own)
+        modules = [self.log_probs(model, self.settings.temperature or 1.0) for model in (policy, sft)]
+        budget = self.runtime.micro_batch_tokens
+        for batch in sequence_batches(own_prompts, own, budget, self.pad_id, self.processes.device):
+            scores = scorer(batch.input_ids, batch.attention_mask)
+            logps, sft_logps = (module(*batch[1:])[0].sum(dim=-1) for module in modules)
+            for place, row in enumerate(batch.rows):
+                rewards[row] = float(scores[place])
+                kl[row] = float(logps[place] - sft_logps[place])
+        return self.processes.gather(rewards), self.processes.gather(kl)
+
+    @torch.no_grad()
+    def pair_rewards(self, scorer: nn.Module, pairs: dict[str, list]) -> tuple[list[float], list[float]]:
+        """The reward model's scores of the chosen and of the rejected replies."""
+        own = {name: self.processes.share(column) for name, column in pairs.items()}
+        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
+        chosen, rejected = ([0.0] * len(own["prompt_ids"]) for _ in range(2))
+        budget = self.runtime.micro_batch_tokens
+        for batch in pair_batches(*columns, budget, self.pad_id, self.processes.device):
+            for target, scores in zip(
+                (chosen, rejected), scorer(batch.input_ids, batch.attention_mask).chunk(2), strict=True
+            ):
+                for row, score in zip(batch.rows, scores.tolist(), strict=True):
+                    target[row] = score
+        return self.processes.gather(chosen), self.processes.gather(rejected)
+
+    def implicit_margins(self, policy: nn.Module, pairs: dict[str, list], reference: dict[str, list]) -> list[float]:
+        """log π/π_SFT of the chosen reply minus that of the rejected one, for each pair."""
+        own = {name: self.processes.share(column) for name, column in pairs.items()}
+        budget = self.runtime.micro_batch_tokens
+        logps = all_pair_logps(self.log_probs(policy), own, budget, self.pad_id, self.processes.device)
+        chosen, rejected = (self.processes.gather(part.tolist()) for part in logps)
+        references = zip(reference["reference_chosen_logps"], reference["reference_rejected_logps"], strict=True)
+        return [c - r - (rc - rr) for c, r, (rc, rr) in zip(chosen, rejected, references, strict=True)]
+
+
+def main(
+    policy: PathOption,
+    sft: PathOption,
+    reward_model: PathOption,
+    prompts: PathOption,
+    prompt_tokens: PathOption,
+    preference_tokens: PathOption,
+    ref_logprobs: PathOption,
+    metrics: PathOption,
+    samples: PathOption,
+) -> None:
+    """Evaluate POLICY against SFT on held-out prompts and pairs."""
+    started = time.monotonic()
+    settings = read_params("evaluate", Evaluate)
+    seed = read_value("seed", int)
+    runtime = read_runtime("evaluate_policy")
+    processes = join_processes(runtime)
+    require_same_tokenizer(sft, policy)
+    require_same_tokenizer(sft, reward_model)
+    table = read_table(prompt_tokens, PROMPT_SCHEMA)[: settings.max_prompts]
+    pairs = read_table(preference_tokens, PREFERENCE_SCHEMA)
+    reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
+    if pairs["row"][:] != reference["row"][:]:
+        raise StageError(f"{ref_logprobs} was made from other rows than {preference_tokens}; run ref_logprobs again")
+    prepared = dict(enumerate(read_jsonl(prompts)))
+    rows = [prepared[row] for row in table["row"]]
+
+    evaluation = Evaluation(settings, seed, runtime, processes, sft)
+    sft_model, policy_model = evaluation.load_policy(sft), evaluation.load_policy(policy)
+    scorer = evaluation.load_reward_model(reward_model)
+    decode = reply_decoder(sft)
+    judged = {}
+    for name, model in (("sft", sft_model), ("policy", policy_model)):
+        ids = evaluation.sample(model, table["prompt_ids"], table["row"])
+        rewards, kl = evaluation.judge(table["prompt_ids"], ids, model, sft_model, scorer)
+        texts = [decode(response) for response in ids]
+        judged[name] = Responses(ids, texts, rewards, kl, gold_of(rows, texts))
+        if processes.is_main:
+            print(f"evaluate {policy.name}: {name} answered {len(ids)} prompts", flush=True)
+    results = compare(judged["policy"], judged["sft"], evaluation.eos_id, settings, seed)
+    results |= preference_results(evaluation, policy_model, scorer, pairs[:], reference[:])
+    if processes.is_main:
+        with written_whole(metrics, samples) as (partial_metrics, partial_samples):
+            write_json(partial_metrics, results)
+            write_jsonl(partial_samples, sample_rows(table["row"], rows, judged, evaluation.eos_id))
+        device = str(processes.device)
+        log_run(scratch_root(), "evaluate", None, processes.world_size, device, time.monotonic() - started)
+    processes.leave()
+
+
+def reply_decoder(model: Path) -> Any:
+    from stages.lib.chat import decode_completion, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda ids: decode_completion(tokenizer, ids)
+
+
+def gold_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float] | None:
+    """Gold utility of each response, or None where the prompts have none."""
+    if not all("gold" in row for row in rows):
+        return None
+    return [gold_utility(row["gold"], text) for row, text in zip(rows, texts, strict=True)]
+
+
+def compare(policy: Responses, sft: Responses, eos_id: int, settings: Evaluate, seed: int) -> dict[str, float]:
+    """Everything that is measured on responses."""
+    count = len(policy.ids)
+    results: dict[str, float] = {"prompts": count}
+    measured = [("reward", policy.rewards, sft.rewards)]
+    if policy.gold is not None and sft.gold is not None:
+        measured.append(("gold", policy.gold, sft.gold))
+    for name, own, theirs in measured:
+        results |= against_sft(name, own, theirs, settings.bootstrap_resamples, seed)
+    kl_low, kl_high = paired_bootstrap_interval(policy.kl, seed, settings.bootstrap_resamples)
+    return results | {
+        "kl_to_sft_mean": sum(policy.kl) / count,
+        "kl_to_sft_ci_low": kl_low,
+        "kl_to_sft_ci_high": kl_high,
+        "eos_rate": sum(response[-1] == eos_id for response in policy.ids) / count,
+        "length_mean": sum(len(response) for response in policy.ids) / count,
+        "distinct_1": distinct_n(policy.ids, 1),
+        "distinct_2": distinct_n(policy.ids, 2),
+    }
+
+
+def against_sft(name: str, own: list[float], theirs: list[float], resamples: int, seed: int) -> dict[str, float]:
+    """Mean, paired difference to SFT and win rate (a tie counts half), each with its 95 % interval."""
+    count = len(own)
+    differences = [ours - sfts for ours, sfts in zip(own, theirs, strict=True)]
+    low, high = paired_bootstrap_interval(differences, seed, resamples)
+    wins = sum(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0 for difference in differences)
+    win_low, win_high = wilson_interval(wins, count)
+    return {
+        f"{name}_mean": sum(own) / count,
+        f"{name}_minus_sft_mean": sum(differences) / count,
+        f"{name}_minus_sft_ci_low": low,
+        f"{name}_minus_sft_ci_high": high,
+        f"{name}_win_rate_vs_sft": wins / count,
+        f"{name}_win_rate_vs_sft_ci_low": win_low,
+        f"{name}_win_rate_vs_sft_ci_high": win_high,
+    }
+
+
+def preference_results(
+    evaluation: Evaluation, policy: nn.Module, scorer: nn.Module, pairs: dict[str, list], reference: dict[str, list]
+) -> dict[str, float]:
+    """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
+    chosen, rejected = evaluation.pair_rewards(scorer, pairs)
+    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
+    confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
+    calibration = calibration_error(confidence, [float(margin > 0) for margin in margins])
+    implicit = evaluation.implicit_margins(policy, pairs, reference)
+    return {
+        **accuracy("preference_accuracy", implicit, tolerance=1e-3),
+        **accuracy("rm_accuracy", margins),
+        "rm_calibration_error": calibration,
+        "preference_pairs": len(margins),
+    }
+
+
+def accuracy(name: str, margins: list[float], tolerance: float = 0.0) -> dict[str, float]:
+    """Share of margins above 0 with its Wilson interval; a margin within `tolerance` of 0 is a tie and counts half."""
+    right = sum(1.0 if margin > tolerance else 0.5 if margin >= -tolerance else 0.0 for margin in margins)
+    low, high = wilson_interval(right, len(margins))
+    return {name: right / len(margins), f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+def sample_rows(
+    places: list[int], rows: list[dict[str, Any]], judged: dict[str, Responses], eos_id: int
+) -> list[dict[str, Any]]:
+    """One record per prompt: the policy's response beside SFT's."""
+    policy, sft = judged["policy"], judged["sft"]
+    records = []
+    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+        record = {
+            "row": place,
+            "prompt": row["prompt"],
+            "response": policy.texts[index],
+            "reward": round(policy.rewards[index], 6),
+            "kl": round(policy.kl[index], 6),
+            "length": len(policy.ids[index]),
+            "ended": policy.ids[index][-1] == eos_id,
+            "sft_response": sft.texts[index],
+            "sft_reward": round(sft.rewards[index], 6),
+        }
+        if policy.gold is not None and sft.gold is not None:
+            record |= {"gold": policy.gold[index], "sft_gold": sft.gold[index]}
+        records.append(record)
+    return records
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,446 @@
+"""Proximal policy optimization (arXiv 1707.06347) against a reward model, with a critic and a KL penalty.
+
+    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_SFT(y_t)
+    A   = GAE(γ, λ) of r under the critic       (arXiv 1506.02438), whitened over the rollouts of a phase
+    L_π = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]      ρ = π(y_t) / π_old(y_t), at the sampling temperature
+    L_V = ½ E[max((V − G)², (clip(V, V_old ± ε_v) − G)²)]
+
+Means are over the response tokens of a whole minibatch, and each minibatch is an optimizer step. Policy and reference
+start as MODEL, critic and reward model as REWARD_MODEL.
+
+    python -m stages.train_ppo --tokens data/tokens/prompts --model models/sft --reward-model models/rm \\
+        --out models/ppo --rollouts data/rollouts/train_ppo --metrics metrics/train_ppo.json \\
+        --curve metrics/curves/train_ppo.csv
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+from stages.lib.batching import rows_of_step, sequence_batches
+from stages.lib.engine import Engine, require_finite
+from stages.lib.errors import PathOption, StageError, run
+from stages.lib.kl_control import AdaptiveKLController, FixedKLController
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.params import read_params, read_value
+from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
+from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+from stages.lib.processes import Processes, join_processes
+from stages.lib.rollouts import Rollouts, Scored, assemble, on_response, score_responses, values_before
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.sampling import sample_responses
+from stages.lib.scalar_scores import SequenceScores, TokenScores
+from stages.lib.score_normalisation import RunningMoments, shape_scores
+from stages.lib.token_logprobs import TokenLogProbs
+from stages.lib.token_tables import PROMPT_SCHEMA, check_table_ids, read_table
+from stages.lib.tokenizer_files import require_same_tokenizer
+from stages.lib.training_run import TrainingRun
+
+ROLLOUT_METRICS = (
+    "objective/scores",
+    "objective/kl",
+    "objective/rlhf_reward",
+    "objective/entropy",
+    "objective/kl_coef",
+    "response/length",
+    "response/eos_rate",
+    "value/explained_variance",
+)
+UPDATE_METRICS = (
+    "policy/loss",
+    "policy/clipfrac",
+    "policy/approxkl",
+    "policy/grad_norm",
+    "policy/updates",
+    "value/loss",
+    "value/clipfrac",
+    "value/grad_norm",
+)
+COLUMNS = (*ROLLOUT_METRICS, "policy/entropy", *UPDATE_METRICS, "learning_rate")
+
+
+@dataclass(frozen=True)
+class TrainPpo:
+    """Section `train_ppo` of params.yaml; the file explains each key."""
+
+    iterations: int
+    rollout_batch_size: int
+    max_new_tokens: int
+    temperature: float
+    epochs: int
+    minibatch_size: int
+    gamma: float
+    lam: float
+    clip_range: float
+    value_clip_range: float
+    whiten_advantages: bool
+    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_controller: Literal["fixed", "adaptive"]
+    kl_coef: float
+    kl_target: float | None
+    kl_horizon: float | None
+    max_kl: float | None
+    max_policy_kl: float | None
+    score_clip: float | None
+    normalise_scores: bool
+    missing_eos_penalty: float
+    critic_warmup_iterations: int
+    shown_samples: int
+    precision: Literal["fp32", "bf16"]
+    save_dtype: Literal["float32", "bfloat16"]
+    policy_optimizer: OptimizerSettings
+    critic_optimizer: OptimizerSettings
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "rollout_batch_size", "max_new_tokens", "epochs", "minibatch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
+        for key in ("temperature", "clip_range", "value_clip_range", "max_kl", "max_policy_kl", "score_clip"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise ValueError(f"{key} must be above 0, found {getattr(self, key)}")
+        for key in ("kl_coef", "missing_eos_penalty", "critic_warmup_iterations", "shown_samples"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
+        for key in ("gamma", "lam"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be between 0 and 1, found {getattr(self, key)}")
+        if self.rollout_batch_size % self.minibatch_size:
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} is no multiple of minibatch_size {self.minibatch_size}"
+            )
+        if self.critic_warmup_iterations >= self.iterations:
+            raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
+        self._check_kl_controller()
+
+    def _check_kl_controller(self) -> None:
+        adaptive = self.kl_controller == "adaptive"
+        if (self.kl_target is not None, self.kl_horizon is not None) != (adaptive, adaptive):
+            raise ValueError("kl_target and kl_horizon belong to kl_controller: adaptive, which needs both")
+        if adaptive and (self.kl_coef <= 0 or self.kl_target <= 0 or self.kl_horizon <= 0):
+            raise ValueError("kl_coef, kl_target and kl_horizon must be above 0 with kl_controller: adaptive")
+        if adaptive and self.rollout_batch_size >= 5 * self.kl_horizon:
+            raise ValueError("kl_horizon must be more than a fifth of rollout_batch_size")
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return self.epochs * (self.rollout_batch_size // self.minibatch_size)
+
+
+class Ppo:
+    """The models of PPO and what is done with them in a rollout phase and in an update."""
+
+    def __init__(
+        self, settings: TrainPpo, seed: int, runtime: Runtime, processes: Processes, model: Path, reward_model: Path
+    ) -> None:
+        self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
+        self.eos_id, self.pad_id = end_and_pad_ids(model)
+        where = (settings.precision, runtime, processes.device)
+        self.language_model = load_language_model(model, *where)
+        log_probs = {"temperature": settings.temperature, "chunk_tokens": runtime.logits_chunk_tokens}
+        updates = settings.updates_per_iteration
+        self.policy = Engine(
+            TokenLogProbs(self.language_model, with_entropies=True, **log_probs),
+            settings.policy_optimizer,
+            (settings.iterations - settings.critic_warmup_iterations) * updates,
+            processes,
+        )
+        critic = TokenScores(load_classifier(reward_model, *where))
+        self.critic = Engine(critic, settings.critic_optimizer, settings.iterations * updates, processes)
+        self.reference = TokenLogProbs(freeze(load_language_model(model, *where)), **log_probs)
+        self.reward_model = SequenceScores(freeze(load_classifier(reward_model, *where)))
+        self.moments = RunningMoments()
+        self.kl_controller = (
+            AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+            if settings.kl_controller == "adaptive"
+            else FixedKLController(settings.kl_coef)
+        )
+
+    def collect(self, prompts: list[list[int]], iteration: int) -> Rollouts:
+        """Sample a response to each prompt and have all models judge it. The same in every process."""
+        places = self.processes.share(range(len(prompts)))
+        own = [prompts[place] for place in places]
+        responses = sample_responses(
+            self.language_model.eval(),
+            own,
+            places,
+            seed=self.seed,
+            step=iteration,
+            temperature=self.settings.temperature,
+            max_new_tokens=self.settings.max_new_tokens,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            batch_size=self.runtime.generation_batch_size,
+            device=self.processes.device,
+        )
+        self.language_model.train()
+        scored = score_responses(
+            own,
+            responses,
+            policy=self.policy,
+            reference=self.reference,
+            critic=self.critic,
+            reward_model=self.reward_model,
+            runtime=self.runtime,
+            pad_id=self.pad_id,
+            device=self.processes.device,
+        )
+        gathered = Scored(*(self.processes.gather(column) for column in scored))
+        return assemble(
+            prompts,
+            self.processes.gather(responses),
+            gathered,
+            kl_estimator=self.settings.kl_estimator,
+            eos_id=self.eos_id,
+            device=self.processes.device,
+        )
+
+    def advantages(self, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(advantages, returns), each (b, t), and the shaped score of each response (b,)."""
+        settings = self.settings
+        self.moments.update(rollouts.scores)
+        shaped = shape_scores(
+            rollouts.scores,
+            rollouts.ended,
+            clip=settings.score_clip,
+            moments=self.moments if settings.normalise_scores else None,
+            missing_eos_penalty=settings.missing_eos_penalty,
+        )
+        mask = rollouts.response_mask
+        rewards = token_rewards(rollouts.kl, shaped, mask, self.kl_controller.coef)
+        advantages, returns = generalized_advantages(rewards, rollouts.values, mask, settings.gamma, settings.lam)
+        if settings.whiten_advantages:
+            total, squares, count = masked_moments(advantages, mask)
+            mean = total / count
+            advantages = whiten(advantages, mask, mean, squares / count - mean * mean)
+        return advantages, returns, shaped
+
+    def update(self, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor, iteration: int) -> dict:
+        """All minibatch updates of a phase. Returns the means of UPDATE_METRICS over its tokens."""
+        settings = self.settings
+        train_policy = iteration >= settings.critic_warmup_iterations
+        totals: dict[str, list[float]] = {name: [] for name in UPDATE_METRICS}
+        for epoch in range(settings.epochs):
+            key = [self.seed, (iteration << 32) + epoch]
+            order = np.random.Generator(np.random.Philox(key=key)).permutation(len(rollouts.prompts))
+            for start in range(0, len(order), settings.minibatch_size):
+                rows = [int(row) for row in order[start : start + settings.minibatch_size]]
+                sums = self._accumulate(rows, rollouts, advantages, returns, train_policy)
+                for name, value in sums.items():
+                    totals[name].append(value)
+                require_finite(sums["policy/loss"] + sums["value/loss"], "loss", self.critic.steps_taken)
+                if train_policy:
+                    totals["policy/grad_norm"].append(self.policy.step())
+                totals["value/grad_norm"].append(self.critic.step())
+            last_kl = totals["policy/approxkl"][-1]
+            if settings.max_policy_kl is not None and last_kl > settings.max_policy_kl:
+                break
+        means = {name: sum(values) / len(values) for name, values in totals.items() if values}
+        return means | {"policy/updates": float(len(totals["policy/grad_norm"]))}
+
+    def _accumulate(
+        self, rows: list[int], rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor, train_policy: bool
+    ) -> dict[str, float]:
+        """Gradients of one minibatch, from this process's share of it; means over all its tokens."""
+        tokens = int(rollouts.response_mask[rows].sum())
+        own = self.processes.share(rows)
+        width = rollouts.response_mask.shape[1]
+        sums = torch.zeros(5, dtype=torch.float64)
+        columns = ([rollouts.prompts[row] for row in own], [rollouts.responses[row] for row in own])
+        for batch in sequence_batches(*columns, self.runtime.micro_batch_tokens, self.pad_id, self.processes.device):
+            places = [own[row] for row in batch.rows]
+            mask = rollouts.response_mask[places]
+            with torch.set_grad_enabled(train_policy):
+                logps, _ = self.policy(batch.input_ids, batch.attention_mask, batch.completion_mask)
+                policy = policy_loss_terms(
+                    on_response(logps, batch.completion_mask, width),
+                    rollouts.logps[places],
+                    advantages[places],
+                    mask,
+                    self.settings.clip_range,
+                )
+                if train_policy:
+                    self.policy.backward(policy.loss_sum / tokens)
+            values = on_response(values_before(self.critic, batch), batch.completion_mask, width)
+            value = value_loss_terms(
+                values, rollouts.values[places], returns[places], mask, self.settings.value_clip_range
+            )
+            self.critic.backward(value.loss_sum / tokens)
+            parts = (policy.loss_sum, policy.clipped_sum, policy.approx_kl_sum, value.loss_sum, value.clipped_sum)
+            sums += torch.stack([part.detach().double().cpu() for part in parts])
+        names = ("policy/loss", "policy/clipfrac", "policy/approxkl", "value/loss", "value/clipfrac")
+        return dict(zip(names, (total / tokens for total in self.processes.sum(sums.tolist())), strict=True))
+
+
+class EarlyStop:
+    """Whether the policy went further from the SFT policy than `max_kl` allows; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.stopped_after = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped_after": self.stopped_after}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped_after = state["stopped_after"]
+
+
+def main(
+    tokens: PathOption,
+    model: PathOption,
+    reward_model: PathOption,
+    out: PathOption,
+    rollouts: PathOption,
+    metrics: PathOption,
+    curve: PathOption,
+) -> None:
+    """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
+    settings = read_params("train_ppo", TrainPpo)
+    seed = read_value("seed", int)
+    runtime = read_runtime("train_ppo")
+    processes = join_processes(runtime)
+    require_same_tokenizer(model, reward_model)
+    table = read_table(tokens / "train.arrow", PROMPT_SCHEMA)
+    outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
+    inputs = [tokens / "train.arrow", model, reward_model]
+    declared = {"train_ppo": settings, "seed": seed}
+    with TrainingRun("train_ppo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        ppo = Ppo(settings, seed, runtime, processes, model, reward_model)
+        check_table_ids(table, ("prompt_ids",), ppo.language_model.config.vocab_size, tokens / "train.arrow")
+        require_room(table, ppo.language_model.config, settings.max_new_tokens, tokens / "train.arrow")
+        decode = decoder(model)
+        log = this_run.log_file("rollouts.jsonl")
+        early_stop = EarlyStop()
+        parts = {
+            "policy": ppo.policy,
+            "critic": ppo.critic,
+            "moments": ppo.moments,
+            "kl_controller": ppo.kl_controller,
+            "early_stop": early_stop,
+        }
+        passes = settings.iterations * settings.rollout_batch_size / len(table)
+        row: dict[str, float] = {}
+        for iteration in this_run.steps(settings.iterations, **parts):
+            if early_stop.stopped_after:
+                continue
+            rows = rows_of_step(iteration, len(table), settings.rollout_batch_size, math.ceil(passes), seed)
+            batch = ppo.collect(table[rows]["prompt_ids"], iteration)
+            advantages, returns, shaped = ppo.advantages(batch)
+            row = summarise_rollouts(batch, shaped, returns, ppo.kl_controller.coef)
+            require_finite(row["objective/rlhf_reward"], "reward", iteration)
+            row["learning_rate"] = ppo.policy.learning_rate
+            row |= ppo.update(batch, advantages, returns, iteration)
+            ppo.kl_controller.update(row["objective/kl"], len(rows))
+            if log:
+                write_rollouts(log, iteration, [table["row"][index] for index in rows], batch, decode)
+            response_tokens = int(batch.response_mask.sum())
+            this_run.record(iteration, response_tokens, row, ("objective/scores", "objective/kl", "response/eos_rate"))
+            show_samples(this_run, batch, decode, settings.shown_samples)
+            if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
+                early_stop.stopped_after = iteration + 1
+                this_run.say(
+                    f"train_ppo: stopped early, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}"
+                )
+        results = final_results(log, settings, early_stop.stopped_after) if log else {}
+
+        def build_others(staged: dict[str, Path]) -> None:
+            staged["rollouts"].mkdir()
+            (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.read_bytes())
+
+        this_run.publish_model(
+            ppo.language_model,
+            ppo.policy.master_weights(ppo.language_model),
+            results,
+            save_dtype=settings.save_dtype,
+            tokenizer_from=model,
+            build_others=build_others,
+        )
+    processes.leave()
+
+
+def require_room(table: Any, config: Any, max_new_tokens: int, path: Path) -> None:
+    """Raise StageError if a prompt and a response do not fit into the model's positions together."""
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(len(ids) for ids in table["prompt_ids"])
+    if positions is not None and longest + max_new_tokens > positions:
+        raise StageError(
+            f"{path}: the longest prompt has {longest} tokens; with max_new_tokens {max_new_tokens} that is more than "
+            f"the model's {positions} positions; lower train_ppo.max_new_tokens or tokenize.max_prompt_length"
+        )
+
+
+def summarise_rollouts(
+    batch: Rollouts, shaped: torch.Tensor, returns: torch.Tensor, kl_coef: float
+) -> dict[str, float]:
+    """ROLLOUT_METRICS of one phase: means over its responses, entropy over its tokens. KL is summed over a response."""
+    kl = float(batch.kl.sum(dim=-1).mean())
+    entropy = float(batch.entropies.sum() / batch.response_mask.sum())
+    return {
+        "objective/scores": float(batch.scores.mean()),
+        "objective/kl": kl,
+        "objective/rlhf_reward": float(shaped.mean()) - kl_coef * kl,
+        "objective/entropy": float(batch.entropies.sum(dim=-1).mean()),
+        "objective/kl_coef": kl_coef,
+        "response/length": float(batch.response_mask.sum(dim=-1).float().mean()),
+        "response/eos_rate": float(batch.ended.float().mean()),
+        "value/explained_variance": explained_variance(batch.values, returns, batch.response_mask),
+        "policy/entropy": entropy,
+    }
+
+
+def decoder(model: Path) -> Any:
+    """A function from token ids to text, special tokens shown."""
+    from stages.lib.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def write_rollouts(log: Path, iteration: int, rows: list[int], batch: Rollouts, decode: Any) -> None:
+    """Append the responses of a phase, with score and KL, to the rollout log."""
+    kl = batch.kl.sum(dim=-1).tolist()
+    with log.open("a", encoding="utf-8") as file:
+        for index, row in enumerate(rows):
+            record = {
+                "iteration": iteration + 1,
+                "row": row,
+                "response": decode(batch.responses[index]),
+                "response_ids": batch.responses[index],
+                "score": round(float(batch.scores[index]), 6),
+                "kl": round(kl[index], 6),
+                "ended": bool(batch.ended[index]),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def show_samples(this_run: TrainingRun, batch: Rollouts, decode: Any, count: int) -> None:
+    for index in range(min(count, len(batch.responses))):
+        score, kl = float(batch.scores[index]), float(batch.kl[index].sum())
+        this_run.say(f"    score {score:+.2f}  kl {kl:+.2f}  {decode(batch.responses[index])!r}")
+
+
+def final_results(log: Path, settings: TrainPpo, stopped_after: int) -> dict[str, float]:
+    """The stage's metrics: means over the first and the last phase's rollouts."""
+    with log.open(encoding="utf-8") as lines:
+        rollouts = [json.loads(line) for line in lines]
+    results: dict[str, float] = {
+        "iterations": stopped_after or settings.iterations,
+        "rollouts": len(rollouts),
+        "stopped_early": int(stopped_after > 0),
+    }
+    for name, phase in (("first", rollouts[0]["iteration"]), ("last", rollouts[-1]["iteration"])):
+        own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
+        for key in ("score", "kl", "ended"):
+            results[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
+    return results
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""The whole graph, tiny, through `make repro` in a fresh checkout: it ends in a report; a second run does nothing."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+PROJECT = Path(__file__).resolve().parents[2]
+TINY = {
+    "prepare_data": {"film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "eval_rows": 16}},
+    "prepare_base": {"scratch": {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "layers": 2}},
+    "tokenize": {"max_length": 192, "max_prompt_length": 128},
+    "train_ppo": {"iterations": 2, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 8},
+    "evaluate": {"max_new_tokens": 8, "bootstrap_resamples": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked and the new files of this project in a new Git and DVC repository, with tiny settings."""
+    folder = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True
+    )
+    assert listed.returncode == 0, listed.stderr
+    for name in listed.stdout.decode().split("\0"):
+        source = PROJECT / name
+        if name and source.is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    (folder / ".venv").symlink_to(PROJECT / ".venv")
+    yaml = YAML()
+    params = yaml.load((folder / "params.yaml").read_text())
+    lay_over(params, TINY)
+    with (folder / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+def lay_over(settings: dict, values: dict) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lay_over(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "LAUNCH")}
+    environment["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_whole_graph_runs_and_a_second_run_does_nothing(checkout: Path) -> None:
+    first = make(checkout, "repro")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert (checkout / "metrics/report.html").is_file()
+    lock = (checkout / "dvc.lock").read_bytes()
+
+    second = make(checkout, "repro")
+    assert second.returncode == 0
+    assert "Running stage" not in second.stdout
+    assert (checkout / "dvc.lock").read_bytes() == lock
+
+    left_behind = [path for path in checkout.rglob("*.partial") if ".venv" not in path.parts]
+    assert left_behind == []
+    assert sorted(path.name for path in (checkout / ".scratch").iterdir()) == ["runs.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_setting_makes_stale_its_stage_and_what_follows_alone(checkout: Path) -> None:
+    text = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(text.replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    (checkout / "runtime.yaml").write_text(
+        (checkout / "runtime.yaml").read_text().replace("threads: 2", "threads: 1", 1)
+    )
+    status = make(checkout, "status")
+    (checkout / "params.yaml").write_text(text)
+    stale = {line.rstrip(":") for line in status.stdout.splitlines() if line.endswith(":") and line[0] not in " \t"}
+    assert stale == {"train_dpo", "evaluate@dpo", "report"} or stale == {"train_dpo"}
