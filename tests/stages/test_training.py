@@ -1,0 +1,309 @@
+"""The real training and evaluation scripts, tiny: what they write, what they promise, how they end on bad input."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.lib.errors import StageError
+from stages.lib.token_tables import PREFERENCE_SCHEMA, read_table, write_table
+from stages.lib.tokenizer_files import TOKENIZER_FILES
+from tests.stages.tiny_pipeline import call, change, contents, start
+
+Copy = Callable[..., Path]
+
+
+def curve(folder: Path, stage: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"metrics/curves/{stage}.csv")
+
+
+def metrics(folder: Path, name: str) -> dict[str, float]:
+    return json.loads((folder / f"metrics/{name}.json").read_text())
+
+
+def weights(folder: Path, model: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"models/{model}/model.safetensors")
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of two sets of weights."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in ours)
+    return math.sqrt(difference / sum(float(tensor.double().square().sum()) for tensor in ours.values()))
+
+
+def test_fine_tuning_lowers_the_held_out_loss(tiny: Path) -> None:
+    results = metrics(tiny, "train_sft")
+    assert results["eval_loss"] < results["eval_loss_base"]
+    # An untrained model knows nothing: its loss is that of a uniform choice among the tokens.
+    config = json.loads((tiny / "models/base/config.json").read_text())
+    assert results["eval_loss_base"] == pytest.approx(math.log(config["vocab_size"]), abs=0.2)
+
+
+def test_preference_optimization_starts_at_ln_2(tiny: Path) -> None:
+    first = curve(tiny, "train_dpo").iloc[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_policy_optimization_starts_at_the_reference(tiny: Path) -> None:
+    rows = curve(tiny, "train_ppo")
+    assert rows["objective/kl"][0] == 0
+    assert list(rows["policy/updates"]) == [4, 4, 4]  # 2 epochs of 8 / 4 minibatches
+    assert rows["objective/kl"][2] != 0
+
+
+def test_every_rollout_is_published(tiny: Path) -> None:
+    lines = (tiny / "data/rollouts/train_ppo/rollouts.jsonl").read_text().splitlines()
+    rollouts = [json.loads(line) for line in lines]
+    assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
+    mean = sum(rollout["score"] for rollout in rollouts[:8]) / 8
+    assert curve(tiny, "train_ppo")["objective/scores"][0] == pytest.approx(mean, abs=1e-5)
+
+
+def test_models_load_as_they_are_with_the_tokenizer_of_the_base(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("sft", "dpo", "ppo", "rm"):
+        for file in TOKENIZER_FILES:
+            assert (tiny / f"models/{name}" / file).read_bytes() == (tiny / "models/base" / file).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/ppo")
+    model = AutoModelForCausalLM.from_pretrained(tiny / "models/ppo")
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from stages.lib.batching import pad_left, pad_right
+    from stages.lib.scalar_scores import SequenceScores
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "models/rm").eval()
+    table = read_table(tiny / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
+    sequences = [row["prompt_ids"] + row["chosen_ids"] for row in table]
+    ids, mask = (pad_left if side == "left" else pad_right)(sequences, model.config.pad_token_id, torch.device("cpu"))
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask.long()).logits.squeeze(-1)
+        ours = SequenceScores(model)(ids, mask)
+        alone = [float(model(torch.tensor([sequence])).logits) for sequence in sequences]
+    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-5)
+    assert ours.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_published_reward_model_has_the_published_accuracy(tiny: Path) -> None:
+    assert metrics(tiny, "evaluate/sft")["rm_accuracy"] == pytest.approx(metrics(tiny, "train_rm")["eval_accuracy"])
+
+
+def test_fine_tuning_beside_itself_is_a_tie(tiny: Path) -> None:
+    results = metrics(tiny, "evaluate/sft")
+    for name in ("reward", "gold"):
+        assert results[f"{name}_minus_sft_mean"] == 0
+        assert results[f"{name}_win_rate_vs_sft"] == 0.5
+    assert results["kl_to_sft_mean"] == 0
+    assert results["preference_accuracy"] == 0.5
+
+
+def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
+    from stages.lib.film_gold import gold_utility
+
+    samples = [json.loads(line) for line in (tiny / "data/samples/ppo.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line) for line in (tiny / "data/prepared/prompts/eval.jsonl").read_text().splitlines()]
+    gold = [gold_utility(prompts[sample["row"]]["gold"], sample["response"]) for sample in samples]
+    results = metrics(tiny, "evaluate/ppo")
+    assert results["gold_mean"] == pytest.approx(sum(gold) / len(gold))
+    assert results["eos_rate"] == sum(sample["ended"] for sample in samples) / len(samples)
+    assert results["reward_mean"] == pytest.approx(sum(sample["reward"] for sample in samples) / len(samples), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["train_sft", "train_ppo"])
+def test_another_micro_batch_size_gives_the_same_step(copy_of_tiny: Copy, tiny: Path, stage: str) -> None:
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 1}})
+    call(folder, stage)
+    model = stage.removeprefix("train_")
+    assert distance(weights(tiny, model), weights(folder, model)) < 1e-5
+
+
+def outs_of(folder: Path, stage: str) -> dict[str, bytes]:
+    model = stage.removeprefix("train_")
+    paths = [folder / f"models/{model}", folder / f"metrics/{stage}.json", folder / f"metrics/curves/{stage}.csv"]
+    if stage == "train_ppo":
+        paths.append(folder / "data/rollouts/train_ppo")
+    return {f"{path.name}/{name}": content for path in paths for name, content in contents(path).items()}
+
+
+def kill_after_a_checkpoint(folder: Path, stage: str, number: int) -> int:
+    """Start a stage, send it a signal once it has written a checkpoint, and return its exit status."""
+    process = start(folder, stage)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".scratch/*/checkpoint-*/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate()
+    return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "number"), [("train_sft", signal.SIGKILL), ("train_ppo", signal.SIGKILL), ("train_rm", signal.SIGTERM)]
+)
+def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, tiny: Path, stage: str, number: int) -> None:
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    status = kill_after_a_checkpoint(folder, stage, number)
+    assert status == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
+    process = start(folder, stage)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resuming from step" in output
+    assert outs_of(folder, stage) == outs_of(tiny, stage)
+    assert list(folder.rglob("*.partial")) == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_was_not_recorded_is_published_again(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    assert start(folder, "train_dpo").communicate() and outs_of(folder, "train_dpo") == outs_of(tiny, "train_dpo")
+    shutil.rmtree(folder / "models/dpo")
+    process = start(folder, "train_dpo")
+    output, _ = process.communicate()
+    assert "already finished" in output
+    assert outs_of(folder, "train_dpo") == outs_of(tiny, "train_dpo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train_rm", "train_ppo"])
+def test_two_processes_do_what_one_does(copy_of_tiny: Copy, tiny: Path, stage: str) -> None:
+    folder = copy_of_tiny()
+    torchrun = Path(os.sys.executable).with_name("torchrun")
+    process = start(folder, stage, launch=f"{torchrun} --standalone --nproc_per_node=2 -m")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    model = stage.removeprefix("train_")
+    assert distance(weights(tiny, model), weights(folder, model)) < 1e-4
+    if stage == "train_ppo":
+        ours, theirs = (
+            [json.loads(line)["response"] for line in (path / "data/rollouts/train_ppo/rollouts.jsonl").open()]
+            for path in (tiny, folder)
+        )
+        assert ours == theirs
+
+
+def refused(folder: Path, stage: str, **changed: str) -> str:
+    """The one message with which a stage refuses to run."""
+    with pytest.raises(StageError) as error:
+        call(folder, stage, **changed)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"betta": 0.1}, "params.yaml: train_dpo.betta is not a known key; did you mean 'beta'?"),
+        ({"beta": "high"}, "params.yaml: train_dpo.beta: expected a number, found 'high' (str)"),
+        ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'?"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning with loss_type: ipo"),
+    ],
+)
+def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], message: str) -> None:
+    from tests.stages.tiny_pipeline import read_yaml, write_yaml
+
+    folder = copy_of_tiny()
+    settings = read_yaml(folder / "params.yaml")
+    settings["train_dpo"].update(values)
+    write_yaml(folder / "params.yaml", settings)
+    assert message in refused(folder, "train_dpo")
+
+
+def test_a_missing_setting_is_named(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "clip_range" not in line))
+    assert "params.yaml: train_ppo.clip_range is missing" in refused(folder, "train_ppo")
+
+
+def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    assert "data/raw is no model folder" in refused(folder, "train_sft", model="data/raw")
+
+
+def test_a_language_model_is_no_reward_model(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    assert "models/sft is no reward model" in refused(folder, "train_ppo", reward_model="models/sft")
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    file = folder / "models/rm/tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert "different tokenizers: their tokenizer.json differ" in refused(folder, "train_ppo")
+
+
+def test_a_token_outside_the_vocabulary_is_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    path = folder / "data/tokens/preference/train.arrow"
+    columns = read_table(path, PREFERENCE_SCHEMA)[:]
+    columns["chosen_ids"][3][0] = 913657
+    path.unlink()
+    write_table(path, columns, PREFERENCE_SCHEMA)
+    message = refused(folder, "train_rm")
+    assert "train.arrow, row 3" in message and "913657" in message
+
+
+def test_reference_log_probs_of_other_rows_are_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    shutil.copy(folder / "data/ref_logprobs/eval.arrow", folder / "data/ref_logprobs/train.arrow")
+    assert "was made from other rows" in refused(folder, "train_dpo")
+
+
+def test_a_run_that_diverges_is_stopped(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_sft": {"optimizer": {"learning_rate": 1e30, "schedule": "constant"}}})
+    assert "training has diverged" in refused(folder, "train_sft")
+    assert (folder / "models/sft/model.safetensors").is_file()
+
+
+def test_a_second_writer_is_refused(copy_of_tiny: Copy) -> None:
+    from stages.lib.scratch import Scratch
+    from tests.stages.tiny_pipeline import inside
+
+    folder = copy_of_tiny()
+    with inside(folder):
+        first = Scratch("train_sft", {"a": 1}, [])
+        with pytest.raises(StageError, match="is in use"):
+            Scratch("train_sft", {"a": 1}, [])
+        Scratch("train_sft", {"a": 2}, [])
+        del first
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_message_and_exit_code_2(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    process = start(folder, "train_sft", model="data/raw")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.count("error:") == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    torchrun = Path(os.sys.executable).with_name("torchrun")
+    process = start(folder, "train_sft", launch=f"{torchrun} --standalone --nproc_per_node=2 -m", model="data/raw")
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert errors.count("error: data/raw is no model folder") == 1

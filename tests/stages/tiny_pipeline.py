@@ -1,0 +1,148 @@
+"""A whole pipeline in a temporary folder, made by the real scripts, small enough to be made once a test session."""
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+PROJECT = Path(__file__).resolve().parents[2]
+OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
+TINY = {
+    "prepare_data": {"film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "eval_rows": 12}},
+    "prepare_base": {
+        "scratch": {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
+        | {"key_value_heads": 2}
+    },
+    "tokenize": {"max_length": 192, "max_prompt_length": 128},
+    "train_sft": {"epochs": 2.0, "batch_size": 8, "eval_every": 4},
+    "train_rm": {"batch_size": 8, "eval_every": 3, "epochs": 1.0, "keep": "best"},
+    "train_dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0},
+    "train_ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2},
+    "evaluate": {"max_new_tokens": 12, "bootstrap_resamples": 200},
+}
+
+
+def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lay_over(settings[key], value)
+        else:
+            assert key in settings, f"params.yaml has no key {key}"
+            settings[key] = value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(path.read_text())
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(values, file)
+
+
+def change(path: Path, values: dict[str, Any]) -> None:
+    """Lay `values` over a YAML file."""
+    settings = read_yaml(path)
+    lay_over(settings, values)
+    write_yaml(path, settings)
+
+
+def new_project(folder: Path) -> Path:
+    """A folder with tiny settings, in which the scripts can run."""
+    settings = read_yaml(PROJECT / "profiles/default.yaml")
+    lay_over(settings, TINY)
+    write_yaml(folder / "params.yaml", settings)
+    write_yaml(folder / "runtime.yaml", read_yaml(PROJECT / "runtime.yaml"))
+    (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
+    (folder / "data/raw").mkdir(parents=True)
+    (folder / "data/raw/none").write_text("none\n")
+    (folder / "stages").symlink_to(PROJECT / "stages")
+    return folder
+
+
+def stage_options(stage: str, **changed: str) -> list[str]:
+    """The options with which dvc.yaml starts a stage, as a flat list; `changed` replaces single paths."""
+    name, _, item = stage.partition("@")
+    graph = read_yaml(PROJECT / "dvc.yaml")["stages"][name]["cmd"].split()
+    words = graph[graph.index(next(word for word in graph if word.startswith("--"))) :]
+    params = read_yaml(PROJECT / "profiles/default.yaml")
+    options = []
+    for word in words:
+        if word.startswith("${item"):
+            word = item
+        elif word.startswith("${"):
+            section, key = word[2:-1].split(".")
+            word = str(params[section][key])
+        word = word.replace("${item.kind}", item).replace("${item.policy}", item)
+        options.append(word)
+    for option, value in changed.items():
+        options[options.index(f"--{option.replace('_', '-')}") + 1] = value
+    return options
+
+
+SCRIPTS = {
+    "tokenize": "tokenize_and_cache",
+    "ref_logprobs": "precompute_ref_logprobs",
+    "evaluate": "evaluate_policy",
+    "report": "write_report",
+}
+
+
+def script(stage: str) -> str:
+    name = stage.partition("@")[0]
+    return SCRIPTS.get(name, name)
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Run in `folder`, with its own scratch folder."""
+    before, scratch = Path.cwd(), os.environ.get("STAGEWISE_SCRATCH")
+    os.chdir(folder)
+    os.environ["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        if scratch is None:
+            del os.environ["STAGEWISE_SCRATCH"]
+        else:
+            os.environ["STAGEWISE_SCRATCH"] = scratch
+
+
+def call(folder: Path, stage: str, **changed: str) -> None:
+    """Run a stage's `main` in this process, with the paths of dvc.yaml."""
+    options = stage_options(stage, **changed)
+    arguments: dict[str, Any] = {
+        name[2:].replace("-", "_"): value for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+    module = importlib.import_module(f"stages.{script(stage)}")
+    for name, value in arguments.items():
+        arguments[name] = module.Kind(value) if name == "kind" and hasattr(module, "Kind") else Path(value)
+    with inside(folder):
+        module.main(**arguments)
+
+
+def start(folder: Path, stage: str, *, launch: str = "", **changed: str) -> subprocess.Popen:
+    """Start a stage as its own process, or under the launcher `launch`, with the paths of dvc.yaml."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
+    words = (launch or f"{sys.executable} -m").split()
+    return subprocess.Popen(
+        [*words, f"stages.{script(stage)}", *stage_options(stage, **changed)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a path, or the file itself, by relative name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
