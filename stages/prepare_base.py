@@ -173,6 +173,9 @@ def new_model(tokenizer: "PreTrainedTokenizerBase", settings: Scratch, seed: int
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.key_value_heads,
         max_position_embeddings=settings.max_positions,
+        # The usual 0.02 suits widths of thousands; a narrow model with it needs far longer until its attention finds
+        # what was asked for.
+        initializer_range=settings.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -41,15 +41,28 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise StageError(f"{folder}: the tokenizer has no EOS token; prepare_base sets one")
     if tokenizer.chat_template is None:
         raise StageError(f"{folder}: the tokenizer has no chat template; prepare_base writes one")
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may hold either
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     """The text of a conversation. Raises StageError if the chat template refuses it."""
+    turns = tuple((message["role"], message["content"]) for message in messages)
+    return _render(tokenizer, tokenizer.chat_template, turns, add_generation_prompt=add_generation_prompt)
+
+
+@lru_cache(maxsize=4)  # a pair's prompt is rendered for the prompt and for each of its replies
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    _template: str,
+    turns: tuple[tuple[str, str], ...],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise StageError(f"the chat template refuses these messages: {error}") from None
 
@@ -145,7 +158,8 @@ def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Seque
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Encode text, and check that the ids decode to it but for white space beside tokens and Unicode composition."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    # The backend alone: the wrapper's bookkeeping takes twice as long as the encoding of a short text.
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     swallowed = special_tokens(tokenizer).swallowed
     expected = swallowed.sub("", text) if swallowed else text
     if _decode(tokenizer, ids) not in (expected, unicodedata.normalize("NFC", expected)):
@@ -168,7 +182,7 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Iterato
         if is_special:
             yield "".join(text_of[token_id] for token_id in piece)
         else:
-            # The backend alone: the wrapper may "clean up" spaces before punctuation, and takes three times as long.
+            # The backend alone, since the wrapper may "clean up" spaces before punctuation.
             yield tokenizer.backend_tokenizer.decode(list(piece), skip_special_tokens=False)
 
 
