@@ -149,7 +149,8 @@ def kill_after_a_checkpoint(folder: Path, stage: str, number: int) -> int:
     process = start(folder, stage)
     deadline = time.monotonic() + 120
     while not list(folder.glob(".scratch/*/checkpoint-*/manifest.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
     process.communicate()

@@ -1,0 +1,65 @@
+"""Shares, sums and gathers, alone and in two real processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.lib.processes import Processes
+from tests.tiny_models import CPU
+
+ALONE = Processes(0, 1, CPU)
+SCRIPT = """
+import torch
+from pathlib import Path
+from stages.lib.processes import join_processes
+from stages.lib.runtime import read_runtime
+
+processes = join_processes(read_runtime("train_rm"))
+assert processes.world_size == 2 and processes.is_main == (processes.rank == 0)
+items = list(range(5))
+own = processes.share(items)
+assert own == [[0, 2, 4], [1, 3]][processes.rank]
+assert processes.gather([item * 10 for item in own]) == [0, 10, 20, 30, 40]
+assert processes.gather(processes.share([7])) == [7]
+assert processes.sum([processes.rank + 1, 0.25]) == [3.0, 0.5]
+assert processes.any(processes.rank == 1) and not processes.any(False)
+assert processes.broadcast(processes.rank + 5) == 5
+tensor = torch.tensor([1.0, processes.rank])
+processes.sum_tensor(tensor)
+assert tensor.tolist() == [2.0, 1.0]
+Path(f"{processes.rank}.done").touch()
+processes.leave()
+"""
+
+
+def test_alone_everything_is_its_own() -> None:
+    assert ALONE.share([1, 2, 3]) == [1, 2, 3]
+    assert ALONE.gather([1, 2]) == [1, 2]
+    assert ALONE.sum([1, 2.5]) == [1.0, 2.5]
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+    assert ALONE.broadcast("x") == "x"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_shares_are_all_there_is_once(world_size: int) -> None:
+    items = list(range(10))
+    shares = [Processes(rank, world_size, CPU).share(items) for rank in range(world_size)]
+    assert sorted(item for share in shares for item in share) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path: Path) -> None:
+    from tests.real_files import PROJECT
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "runtime.yaml").write_text((PROJECT / "runtime.yaml").read_text())
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [str(torchrun), "--standalone", "--nproc_per_node=2", "script.py"]
+    environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]

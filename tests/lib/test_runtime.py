@@ -1,0 +1,46 @@
+"""runtime.yaml: defaults, overrides by script, nothing unknown."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.lib.errors import StageError
+from stages.lib.params import load_yaml
+from stages.lib.runtime import STAGES, read_runtime
+from tests.real_files import PROJECT
+
+TEXT = (PROJECT / "runtime.yaml").read_text()
+
+
+def write(folder: Path, extra: str) -> Path:
+    path = folder / "runtime.yaml"
+    path.write_text(TEXT + extra)
+    return path
+
+
+def test_the_committed_file_is_read_for_every_stage() -> None:
+    default = load_yaml(PROJECT / "runtime.yaml")["default"]
+    for stage in STAGES:
+        assert read_runtime(stage, PROJECT / "runtime.yaml").threads == default["threads"]
+
+
+def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, "train_ppo:\n  micro_batch_tokens: 77\n")
+    assert read_runtime("train_ppo", path).micro_batch_tokens == 77
+    assert read_runtime("train_ppo", path).threads == read_runtime("train_rm", path).threads
+    assert read_runtime("train_rm", path).micro_batch_tokens != 77
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("train_pppo: {}\n", "no stage is named 'train_pppo'; did you mean 'train_ppo'?"),
+        ("train_rm: {thread: 1}\n", "train_rm.thread is not a known key; did you mean 'threads'?"),
+        ("train_rm: {threads: 0}\n", "threads must be at least 1, found 0"),
+        ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(StageError) as error:
+        read_runtime("train_rm", write(tmp_path, extra))
+    assert message in str(error.value)

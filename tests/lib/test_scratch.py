@@ -1,0 +1,171 @@
+"""Training state that outlives a kill: whole checkpoints only, the right ones only, logs cut to their length."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.lib.errors import StageError
+from stages.lib.scratch import Scratch, completed_record
+from tests.tiny_models import CPU
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STAGEWISE_SCRATCH", str(tmp_path / "scratch"))
+    return tmp_path
+
+
+def new_scratch(settings: dict | None = None, inputs: tuple[Path, ...] = (), **options: bool) -> Scratch:
+    return Scratch("train_rm", settings or {"learning_rate": 1}, inputs, **options)
+
+
+def release(scratch: Scratch) -> None:
+    scratch._lock.close()
+
+
+def test_a_checkpoint_comes_back() -> None:
+    scratch = new_scratch()
+    scratch.save(3, {"weights": torch.arange(4.0), "step": 3})
+    state = scratch.load(CPU)
+    assert state["step"] == 3
+    assert state["weights"].tolist() == [0, 1, 2, 3]
+
+
+def test_without_a_checkpoint_logs_start_anew() -> None:
+    scratch = new_scratch()
+    (scratch.logs / "curve.csv").write_text("step\n1\n")
+    assert scratch.load(CPU) is None
+    assert list(scratch.logs.iterdir()) == []
+
+
+def test_logs_are_cut_to_what_they_were() -> None:
+    scratch = new_scratch()
+    log = scratch.logs / "curve.csv"
+    log.write_text("step\n1\n2\n")
+    scratch.save(2, {"step": 2})
+    log.write_text("step\n1\n2\n3\n4")
+    scratch.load(CPU)
+    assert log.read_text() == "step\n1\n2\n"
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys: pytest.CaptureFixture) -> None:
+    scratch = new_scratch()
+    scratch.save(1, {"step": 1})
+    scratch.save(2, {"step": 2})
+    state = scratch.folder / "checkpoint-00000002/state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    assert scratch.load(CPU)["step"] == 1
+    assert "checkpoint-00000002 is damaged" in capsys.readouterr().err
+
+
+def test_a_half_written_checkpoint_is_not_one() -> None:
+    scratch = new_scratch()
+    scratch.save(1, {"step": 1})
+    (scratch.folder / "checkpoint-00000002.partial").mkdir()
+    (scratch.folder / "checkpoint-00000003").mkdir()
+    assert scratch.load(CPU)["step"] == 1
+
+
+def test_old_checkpoints_go() -> None:
+    scratch = new_scratch()
+    for step in range(1, 6):
+        scratch.save(step, {"step": step})
+    assert sorted(path.name for path in scratch.folder.glob("checkpoint-*")) == [
+        "checkpoint-00000004",
+        "checkpoint-00000005",
+    ]
+
+
+def test_a_state_belongs_to_its_settings_and_inputs(root: Path) -> None:
+    data = root / "data.txt"
+    data.write_text("a")
+    folders = [new_scratch({"lr": 1}, (data,)).folder, new_scratch({"lr": 2}, (data,)).folder]
+    data.write_text("b")
+    folders.append(new_scratch({"lr": 1}, (data,)).folder)
+    assert len(set(folders)) == 3
+
+
+def test_other_code_resumes_only_if_asked(capsys: pytest.CaptureFixture) -> None:
+    scratch = new_scratch()
+    scratch.save(1, {"step": 1})
+    manifest = scratch.folder / "checkpoint-00000001/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
+    assert scratch.load(CPU) is None
+    assert "resume_across_code_change" in capsys.readouterr().out
+    release(scratch)
+    assert new_scratch(across_code_change=True).load(CPU)["step"] == 1
+    assert "made by other code; going on from it" in capsys.readouterr().out
+
+
+def test_a_second_process_is_refused() -> None:
+    scratch = new_scratch()
+    with pytest.raises(StageError, match="is in use: another process"):
+        new_scratch()
+    release(scratch)
+    new_scratch()
+
+
+def test_a_killed_process_leaves_no_lock() -> None:
+    code = "import os, sys; from stages.lib.scratch import Scratch\ns = Scratch('a', {}, []); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    Scratch("a", {}, [])
+
+
+def finish(scratch: Scratch, root: Path) -> dict[str, Path]:
+    folder = scratch.stage_outs()
+    (folder / "model").mkdir()
+    (folder / "model/weights").write_text("w")
+    (folder / "metrics").write_text("{}")
+    outs = {"model": root / "models/rm", "metrics": root / "metrics/rm.json"}
+    scratch.complete(outs)
+    return outs
+
+
+def test_finished_outs_are_published_again(root: Path) -> None:
+    scratch = new_scratch()
+    outs = finish(scratch, root)
+    assert scratch.publish_complete(outs)
+    outs["model"].joinpath("weights").write_text("changed")
+    assert scratch.publish_complete(outs)
+    assert (root / "models/rm/weights").read_text() == "w"
+    assert (root / "metrics/rm.json").read_text() == "{}"
+
+
+def test_unfinished_and_damaged_outs_are_not_published(root: Path, capsys: pytest.CaptureFixture) -> None:
+    scratch = new_scratch()
+    assert not scratch.publish_complete({})
+    outs = finish(scratch, root)
+    (scratch.folder / "outs/model/weights").write_text("x")
+    assert not scratch.publish_complete(outs)
+    assert "are damaged" in capsys.readouterr().err
+    assert not (root / "models").exists()
+
+
+def test_starting_to_build_outs_unmarks_an_earlier_end(root: Path) -> None:
+    scratch = new_scratch()
+    finish(scratch, root)
+    assert completed_record(scratch.folder) is not None
+    scratch.stage_outs()
+    assert completed_record(scratch.folder) is None
+
+
+def test_a_disk_that_refuses_keeps_the_earlier_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.lib.scratch as module
+
+    scratch = new_scratch()
+    scratch.save(1, {"step": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_synced", full)
+    with pytest.raises(StageError, match=r"checkpoint of step 2 cannot be written .*No space left"):
+        scratch.save(2, {"step": 2})
+    assert scratch.load(CPU)["step"] == 1
+    assert list(scratch.folder.glob("*.partial")) == []
