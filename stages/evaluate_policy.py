@@ -29,7 +29,7 @@ from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load
 from stages.lib.processes import Processes, join_processes
 from stages.lib.progress import log_run
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.sampling import sample_responses
+from stages.lib.sampling import require_room, sample_responses
 from stages.lib.scalar_scores import SequenceScores
 from stages.lib.scratch import scratch_root
 from stages.lib.sequence_logprobs import all_pair_logps
@@ -172,23 +172,27 @@ def main(
     rows = [prepared[row] for row in table["row"]]
 
     evaluation = Evaluation(settings, seed, runtime, processes, sft)
-    sft_model, policy_model = evaluation.load_policy(sft), evaluation.load_policy(policy)
+    models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
+    where = f"{prompt_tokens} with evaluate.max_new_tokens"
+    require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
     scorer = evaluation.load_reward_model(reward_model)
     decode = reply_decoder(sft)
     judged = {}
-    for name, model in (("sft", sft_model), ("policy", policy_model)):
+    for path, model in models.items():
         ids = evaluation.sample(model, table["prompt_ids"], table["row"])
-        rewards, kl = evaluation.judge(table["prompt_ids"], ids, model, sft_model, scorer)
+        rewards, kl = evaluation.judge(table["prompt_ids"], ids, model, models[sft], scorer)
         texts = [decode(response) for response in ids]
-        judged[name] = Responses(ids, texts, rewards, kl, gold_of(rows, texts))
+        judged[path] = Responses(ids, texts, rewards, kl, gold_of(rows, texts))
         if processes.is_main:
-            print(f"evaluate {policy.name}: {name} answered {len(ids)} prompts", flush=True)
-    results = compare(judged["policy"], judged["sft"], evaluation.eos_id, settings, seed)
-    results |= preference_results(evaluation, policy_model, scorer, pairs[:], reference[:])
+            print(f"evaluate {policy.name}: {path} answered {len(ids)} prompts", flush=True)
+    results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
+    results |= preference_results(evaluation, models[policy], scorer, pairs[:], reference[:])
     if processes.is_main:
         with written_whole(metrics, samples) as (partial_metrics, partial_samples):
             write_json(partial_metrics, results)
-            write_jsonl(partial_samples, sample_rows(table["row"], rows, judged, evaluation.eos_id))
+            write_jsonl(
+                partial_samples, sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
+            )
         device = str(processes.device)
         log_run(scratch_root(), "evaluate", None, processes.world_size, device, time.monotonic() - started)
     processes.leave()
@@ -273,10 +277,9 @@ def accuracy(name: str, margins: list[float], tolerance: float = 0.0) -> dict[st
 
 
 def sample_rows(
-    places: list[int], rows: list[dict[str, Any]], judged: dict[str, Responses], eos_id: int
+    places: list[int], rows: list[dict[str, Any]], policy: Responses, sft: Responses, eos_id: int
 ) -> list[dict[str, Any]]:
     """One record per prompt: the policy's response beside SFT's."""
-    policy, sft = judged["policy"], judged["sft"]
     records = []
     for index, (place, row) in enumerate(zip(places, rows, strict=True)):
         record = {

@@ -171,15 +171,15 @@ def main(
             if is_due(step + 1, settings.eval_every, total):
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": value for name, value in results.items()}
-                best.offer(results["loss"], step + 1, engine.master_weights(language_model))
+                best.offer(results, step + 1, engine.master_weights(language_model))
             tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
             this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
-        weights, kept_step = best.choose(engine.master_weights(language_model), total)
-        language_model.load_state_dict(weights)
-        final = pair_loss(engine, held_out[:], train=False)
-        results = {f"eval_{name.replace('/', '_')}": value for name, value in final.items()}
-        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept_step}
-        this_run.publish_model(language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        kept = best.choose(engine.master_weights(language_model))
+        results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
+        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
+        this_run.publish_model(
+            language_model, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
+        )
     processes.leave()
 
 

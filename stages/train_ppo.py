@@ -25,7 +25,7 @@ import torch
 from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
 from stages.lib.batching import rows_of_step, sequence_batches
 from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import PathOption, StageError, run
+from stages.lib.errors import PathOption, run
 from stages.lib.kl_control import AdaptiveKLController, FixedKLController
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
@@ -34,7 +34,7 @@ from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load
 from stages.lib.processes import Processes, join_processes
 from stages.lib.rollouts import Rollouts, Scored, assemble, on_response, score_responses, values_before
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.sampling import sample_responses
+from stages.lib.sampling import require_room, sample_responses
 from stages.lib.scalar_scores import SequenceScores, TokenScores
 from stages.lib.score_normalisation import RunningMoments, shape_scores
 from stages.lib.token_logprobs import TokenLogProbs
@@ -314,7 +314,8 @@ def main(
             return
         ppo = Ppo(settings, seed, runtime, processes, model, reward_model)
         check_table_ids(table, ("prompt_ids",), ppo.language_model.config.vocab_size, tokens / "train.arrow")
-        require_room(table, ppo.language_model.config, settings.max_new_tokens, tokens / "train.arrow")
+        where = f"{tokens / 'train.arrow'} with train_ppo.max_new_tokens"
+        require_room(table["prompt_ids"], ppo.language_model.config, settings.max_new_tokens, where)
         decode = decoder(model)
         log = this_run.log_file("rollouts.jsonl")
         early_stop = EarlyStop()
@@ -363,17 +364,6 @@ def main(
             build_others=build_others,
         )
     processes.leave()
-
-
-def require_room(table: Any, config: Any, max_new_tokens: int, path: Path) -> None:
-    """Raise StageError if a prompt and a response do not fit into the model's positions together."""
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = max(len(ids) for ids in table["prompt_ids"])
-    if positions is not None and longest + max_new_tokens > positions:
-        raise StageError(
-            f"{path}: the longest prompt has {longest} tokens; with max_new_tokens {max_new_tokens} that is more than "
-            f"the model's {positions} positions; lower train_ppo.max_new_tokens or tokenize.max_prompt_length"
-        )
 
 
 def summarise_rollouts(

@@ -10,7 +10,7 @@ Llama 2, arXiv 2307.09288).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -110,20 +110,18 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             if is_due(step + 1, settings.eval_every, total):
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
-                best.offer(results["loss"], step + 1, engine.master_weights(classifier))
+                best.offer(results, step + 1, engine.master_weights(classifier))
             tokens_seen = count_tokens(train[rows])
             this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
-        weights, kept_step = best.choose(engine.master_weights(classifier), total)
-        classifier.load_state_dict(weights)
-        results = summarise(pair_loss(engine, held_out[:], train=False), held_out)
-        results |= {"train_rows": len(train), "steps": total, "kept_step": kept_step}
-        this_run.publish_model(classifier, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        kept = best.choose(engine.master_weights(classifier))
+        results = summarise(kept.results, len(held_out))
+        results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step}
+        this_run.publish_model(classifier, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 
-def summarise(held_out_means: dict[str, float], held_out: Any) -> dict[str, float]:
-    """The stage's metrics, from the final weights: accuracy with its 95 % Wilson interval, loss, rewards."""
-    pairs = len(held_out)
+def summarise(held_out_means: dict[str, float], pairs: int) -> dict[str, float]:
+    """The stage's metrics, of the weights it publishes: accuracy with its 95 % Wilson interval, loss, rewards."""
     low, high = wilson_interval(held_out_means["accuracy"] * pairs, pairs)
     return {
         "eval_accuracy": held_out_means["accuracy"],

@@ -92,7 +92,6 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         token_loss = TokenLoss(runtime, processes, end_and_pad_ids(model)[1])
         base_loss = held_out_loss(engine, held_out, token_loss)
         this_run.say(f"train_sft: {len(train)} rows, {total} steps; held-out loss of the base model {base_loss:.4f}")
-        eval_loss = base_loss
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
             learning_rate = engine.learning_rate
@@ -100,20 +99,20 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             require_finite(loss_sum, "loss", step)
             row = {"loss": loss_sum / count, "learning_rate": learning_rate, "grad_norm": engine.step()}
             if is_due(step + 1, settings.eval_every, total):
-                eval_loss = row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
-                best.offer(eval_loss, step + 1, engine.master_weights(language_model))
+                row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
+                best.offer({"loss": row["eval/loss"]}, step + 1, engine.master_weights(language_model))
             this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
-        weights, kept_step = best.choose(engine.master_weights(language_model), total)
-        eval_loss = best.loss if settings.keep == "best" else held_out_loss(engine, held_out, token_loss)
+        kept = best.choose(engine.master_weights(language_model))
         results = {
-            "eval_loss": eval_loss,
+            "eval_loss": kept.results["loss"],
             "eval_loss_base": base_loss,
             "train_rows": len(train),
             "steps": total,
-            "kept_step": kept_step,
+            "kept_step": kept.step,
         }
-
-        this_run.publish_model(language_model, weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        this_run.publish_model(
+            language_model, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
+        )
     processes.leave()
 
 

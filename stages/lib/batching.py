@@ -6,12 +6,14 @@ of processes nor the micro-batch size changes what a step sees.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 
+@lru_cache(maxsize=2)  # a step asks for one or two epochs, the next one for the same
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(rows) drawn from (seed, epoch). Shape: (rows,)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)

@@ -1,8 +1,17 @@
 """Which weights a training stage ends with: the last ones, or the best it evaluated."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+
+class Kept(NamedTuple):
+    """The weights to publish, the step (1-based) they are from, and what their evaluation found."""
+
+    weights: dict[str, torch.Tensor]
+    step: int
+    results: dict[str, float]
 
 
 class BestWeights:
@@ -10,22 +19,24 @@ class BestWeights:
 
     def __init__(self, keep: Literal["best", "last"]) -> None:
         self.keep = keep
-        self.loss = float("inf")
         self.step = 0
+        self.results: dict[str, float] = {}
         self.weights: dict[str, torch.Tensor] | None = None
 
-    def offer(self, loss: float, step: int, weights: dict[str, torch.Tensor]) -> None:
-        """Keep a copy of `weights` if `loss` is below all earlier ones. `step` is 1-based."""
-        if self.keep == "best" and loss < self.loss:
-            self.loss, self.step = loss, step
+    def offer(self, results: Mapping[str, float], step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Take note of an evaluation; with "best", copy `weights` if `results["loss"]` is below all earlier ones."""
+        if self.keep == "last":
+            self.step, self.results = step, dict(results)
+        elif not self.results or results["loss"] < self.results["loss"]:
+            self.step, self.results = step, dict(results)
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
-    def choose(self, last: dict[str, torch.Tensor], last_step: int) -> tuple[dict[str, torch.Tensor], int]:
-        """The weights to publish and the step (1-based) they are from."""
-        return (self.weights, self.step) if self.weights is not None else (last, last_step)
+    def choose(self, last: dict[str, torch.Tensor]) -> Kept:
+        """What to publish. `last` are the weights after the last step, which is always evaluated."""
+        return Kept(last if self.weights is None else self.weights, self.step, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "step": self.step, "weights": self.weights}
+        return {"step": self.step, "results": self.results, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss, self.step, self.weights = state["loss"], state["step"], state["weights"]
+        self.step, self.results, self.weights = state["step"], state["results"], state["weights"]

@@ -49,13 +49,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     """The text of a conversation. Raises StageError if the chat template refuses it."""
     turns = tuple((message["role"], message["content"]) for message in messages)
-    return _render(tokenizer, tokenizer.chat_template, turns, add_generation_prompt=add_generation_prompt)
+    what_templates_read = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    return _render(tokenizer, what_templates_read, turns, add_generation_prompt=add_generation_prompt)
 
 
 @lru_cache(maxsize=4)  # a pair's prompt is rendered for the prompt and for each of its replies
 def _render(
     tokenizer: "PreTrainedTokenizerBase",
-    _template: str,
+    _changes: tuple[str | None, ...],
     turns: tuple[tuple[str, str], ...],
     *,
     add_generation_prompt: bool,

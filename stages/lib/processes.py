@@ -103,4 +103,5 @@ def make_deterministic() -> None:
     """Have torch choose kernels that give the same bytes at every run, and refuse those that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,18 +1,31 @@
 """Sampling responses so that a response depends on weights, prompt and its own seed, never on the batch it is in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from stages.lib.batching import pad_left
+from stages.lib.errors import StageError
 from stages.lib.token_logprobs import position_ids
 
 
 def uniform_draws(seed: int, step: int, row: int, count: int) -> np.ndarray:
     """`count` uniform numbers in [0, 1) that belong to (seed, step, row). Shape: (count,), float64."""
     return np.random.Generator(np.random.Philox(key=[seed, (step << 32) + row])).random(count)
+
+
+def require_room(prompts: Iterable[Sequence[int]], config: Any, max_new_tokens: int, where: str) -> None:
+    """Raise StageError, beginning with `where`, if a prompt and its response may not fit into the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(len(ids) for ids in prompts)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise StageError(
+            f"{where}: the longest prompt has {longest} tokens, and {max_new_tokens} new ones are more than the "
+            f"model's {positions} positions; lower max_new_tokens or tokenize.max_prompt_length"
+        )
 
 
 @torch.no_grad()

@@ -8,23 +8,24 @@ from stages.lib.best_weights import BestWeights
 def offer_all(best: BestWeights, weights: dict[str, torch.Tensor], losses: list[float], first: int = 1) -> None:
     for step, loss in enumerate(losses, start=first):
         weights["w"].fill_(step)
-        best.offer(loss, step, weights)
+        best.offer({"loss": loss, "accuracy": step / 10}, step, weights)
 
 
 def test_the_lowest_loss_is_kept_as_it_was() -> None:
     weights = {"w": torch.zeros(2)}
     best = BestWeights("best")
     offer_all(best, weights, [3.0, 1.0, 2.0, 1.0])
-    kept, step = best.choose(weights, 4)
-    assert step == 2
-    assert kept["w"].tolist() == [2, 2]
+    kept = best.choose(weights)
+    assert kept.step == 2
+    assert kept.results == {"loss": 1.0, "accuracy": 0.2}
+    assert kept.weights["w"].tolist() == [2, 2]
 
 
 def test_last_keeps_the_last() -> None:
     weights = {"w": torch.zeros(2)}
     best = BestWeights("last")
     offer_all(best, weights, [3.0, 1.0, 2.0])
-    assert best.choose(weights, 3) == (weights, 3)
+    assert best.choose(weights) == (weights, 3, {"loss": 2.0, "accuracy": 0.3})
 
 
 def test_a_resumed_run_remembers_the_best() -> None:
@@ -33,4 +34,5 @@ def test_a_resumed_run_remembers_the_best() -> None:
     offer_all(before, weights, [3.0, 1.0])
     after.load_state_dict(before.state_dict())
     offer_all(after, weights, [2.0], first=3)
-    assert after.choose(weights, 3)[1] == 2
+    assert after.choose(weights).step == 2
+    assert after.choose(weights).weights["w"].tolist() == [2, 2]

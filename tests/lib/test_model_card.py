@@ -15,7 +15,7 @@ def test_the_card_holds_settings_inputs_and_metrics(tmp_path: Path) -> None:
     write_model_card(tmp_path, **arguments)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: transformers\n")
-    for line in ('    "epochs": 1.0', '  "seed": 3', "| `models/sft` | `ab12` |", "| eval_accuracy | 0.812346 |"):
+    for line in ('    "epochs": 1.0', '  "seed": 3,', "| `models/sft` | `ab12` |", "| eval_accuracy | 0.812346 |"):
         assert line in text.splitlines()
     assert text.index("cd34") < text.index("ab12")  # by path, so the order given is no difference
     write_model_card(tmp_path, **arguments)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lib.sampling import invert_distribution, sample_responses, uniform_draws
+from stages.lib.errors import StageError
+from stages.lib.sampling import invert_distribution, require_room, sample_responses, uniform_draws
 from tests.tiny_models import CPU, EOS, PAD, tiny_gpt2, tiny_llama
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10], [11, 12, 13]]
@@ -78,3 +79,10 @@ def test_draws_belong_to_seed_step_and_row() -> None:
     assert draws[:3].tolist() == uniform_draws(1, 2, 3, 3).tolist()
     others = [uniform_draws(*key, 5)[0] for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2))]
     assert len({draws[0], *others}) == 5
+
+
+def test_a_prompt_whose_response_may_not_fit_is_refused() -> None:
+    config = tiny_llama().config  # 64 positions
+    require_room([[3] * 40, [3] * 2], config, 24, "tokens")
+    with pytest.raises(StageError, match=r"^tokens: the longest prompt has 41 tokens, and 24 new ones"):
+        require_room([[3] * 2, [3] * 41], config, 24, "tokens")

@@ -15,7 +15,7 @@ SEQUENCES = [[3, 4, 5, 1], [6, 1], [7, 8, 9, 10, 11]]
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 def test_a_score_is_read_at_the_last_real_token(pad: Callable) -> None:
     model = tiny_classifier()
-    alone = [float(model(torch.tensor([sequence])).logits) for sequence in SEQUENCES]
+    alone = [float(model(torch.tensor([sequence])).logits.detach()) for sequence in SEQUENCES]
     assert SequenceScores(model)(*pad(SEQUENCES, PAD, CPU)).tolist() == pytest.approx(alone, abs=1e-5)
 
 
