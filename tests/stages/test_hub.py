@@ -2,18 +2,29 @@
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
+from tests.stages.conftest import STAGES
 from tests.stages.test_prepare_data import FILES, prepare, prepared, refused, write_raw
+from tests.stages.tiny_pipeline import PROJECT, call, change, lay_over, new_project, read_yaml, start, write_yaml
 
 DATA = "Anthropic/hh-rlhf"
 DATA_COMMIT = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 MODEL = "Qwen/Qwen2.5-0.5B"
 MODEL_COMMIT = "060db6499f32faf8b98477b0a26969ef7d8b9987"
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SECTION = {
     "source": "hub",
     "path": "data/raw/none",
@@ -41,7 +52,6 @@ def compressed(rows):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A Qwen2 of a few thousand parameters with a byte-level tokenizer, laid out as on the Hub."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -53,7 +63,7 @@ def model_folder(tmp_path_factory):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
     tokenizer.train_from_iterator(["question good bad which?"] * 9, trainer)
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -156,3 +166,39 @@ def test_a_model_is_loaded_by_name_and_by_snapshot(hub, tmp_path, model_folder):
     for line in lines:
         assert line.startswith("Qwen2ForCausalLM question 7? ")
         assert float(line.split()[-1]) == pytest.approx(total, abs=1e-5)
+
+
+NO_TEMPLATE = {"chat_template": "data/raw/none"}
+SHORT = {
+    "prepare_data": {"eval_fraction": 0.3},
+    "tokenize": {"max_length": 128, "max_prompt_length": 112},
+    "train_sft": {"epochs": 1.0, "batch_size": 8, "optimizer": {"learning_rate": 1e-3}},
+    "train_rm": {"epochs": 1.0, "batch_size": 8},
+    "train_dpo": {"epochs": 1.0, "batch_size": 8},
+    "train_ppo": {"iterations": 2, "rollout_batch_size": 4, "minibatch_size": 4, "max_new_tokens": 8},
+    "evaluate": {"max_prompts": 4, "max_new_tokens": 8, "bootstrap_resamples": 200},
+}
+
+
+@pytest.mark.slow
+def test_the_profile_goes_from_the_hub_to_the_report(hub, tmp_path):
+    """qwen2.5-0.5b-hh with its own names, revisions and precisions, and a smaller model behind the name."""
+    folder = new_project(tmp_path)
+    settings = read_yaml(PROJECT / "profiles/default.yaml")
+    lay_over(settings, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
+    write_yaml(folder / "params.yaml", settings)
+    change(folder / "params.yaml", SHORT)
+    for stage, options in (("prepare_data", {}), ("prepare_base", {"corpus": "data/raw/none"} | NO_TEMPLATE)):
+        process = start(folder, stage, base_environment=hub.environment(tmp_path / "cache"), **options)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    for stage in STAGES[2:]:
+        call(folder, stage)
+    first = pd.read_csv(folder / "metrics/curves/train_dpo.csv").iloc[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("sft", "rm", "dpo", "ppo"):
+        tensors = load_file(folder / f"models/{name}/model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    config = json.loads((folder / "models/ppo/config.json").read_text())
+    assert config["eos_token_id"] == 2  # <|im_end|>, not the <|endoftext|> of the model as it came
+    assert (folder / "metrics/report.html").is_file()

@@ -128,9 +128,12 @@ def call(folder: Path, stage: str, **changed: str) -> None:
         module.main(**arguments)
 
 
-def start(folder: Path, stage: str, *, launch: str = "", **changed: str) -> subprocess.Popen:
+def start(
+    folder: Path, stage: str, *, launch: str = "", base_environment: dict[str, str] | None = None, **changed: str
+) -> subprocess.Popen:
     """Start a stage as its own process, or under the launcher `launch`, with the paths of dvc.yaml."""
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
+    environment = {**(base_environment or os.environ), "PYTHONPATH": str(PROJECT)}
+    environment["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
     words = (launch or f"{sys.executable} -m").split()
     return subprocess.Popen(
         [*words, f"stages.{script(stage)}", *stage_options(stage, **changed)],
