@@ -10,32 +10,36 @@ SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the
         --metrics metrics/evaluate/ppo.json --samples data/samples/ppo.jsonl
 """
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from stages.lib.batching import pair_batches, sequence_batches
-from stages.lib.errors import PathOption, StageError, run
+from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.film_gold import gold_utility
 from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
-from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
-from stages.lib.processes import Processes, join_processes
-from stages.lib.progress import log_run
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.sampling import require_room, sample_responses
-from stages.lib.scalar_scores import SequenceScores
-from stages.lib.scratch import scratch_root
-from stages.lib.sequence_logprobs import all_pair_logps
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, read_table
 from stages.lib.tokenizer_files import require_same_tokenizer
+
+if not asks_for_help():
+    import torch
+    from torch import nn
+
+    from stages.lib.batching import pair_batches, sequence_batches
+    from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+    from stages.lib.processes import Processes, join_processes
+    from stages.lib.progress import log_run
+    from stages.lib.sampling import require_room, sample_responses
+    from stages.lib.scalar_scores import SequenceScores
+    from stages.lib.scratch import scratch_root
+    from stages.lib.sequence_logprobs import all_pair_logps
+    from stages.lib.token_logprobs import TokenLogProbs
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, read_table
 
 SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
 
@@ -102,7 +106,6 @@ class Evaluation:
         )
         return self.processes.gather(own)
 
-    @torch.no_grad()
     def judge(
         self, prompts: list[list[int]], responses: list[list[int]], policy: nn.Module, sft: nn.Module, scorer: nn.Module
     ) -> tuple[list[float], list[float]]:
@@ -119,7 +122,6 @@ class Evaluation:
                 kl[row] = float(logps[place] - sft_logps[place])
         return self.processes.gather(rewards), self.processes.gather(kl)
 
-    @torch.no_grad()
     def pair_rewards(self, scorer: nn.Module, pairs: dict[str, list]) -> tuple[list[float], list[float]]:
         """The reward model's scores of the chosen and of the rejected replies."""
         own = {name: self.processes.share(column) for name, column in pairs.items()}

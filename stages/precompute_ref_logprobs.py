@@ -5,21 +5,25 @@ DPO then trains without a reference model in memory. The content of tokens and w
     python -m stages.precompute_ref_logprobs --tokens data/tokens/preference --model models/sft --out data/ref_logprobs
 """
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.lib.errors import PathOption, run
+from stages.lib.errors import PathOption, asks_for_help, run
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
-from stages.lib.pretrained import end_and_pad_ids, freeze, load_language_model
-from stages.lib.processes import join_processes
-from stages.lib.progress import Progress, log_run
 from stages.lib.runtime import read_runtime
-from stages.lib.scratch import scratch_root
-from stages.lib.sequence_logprobs import all_pair_logps
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
+
+if not asks_for_help():
+    from stages.lib.pretrained import end_and_pad_ids, freeze, load_language_model
+    from stages.lib.processes import join_processes
+    from stages.lib.progress import Progress, log_run
+    from stages.lib.scratch import scratch_root
+    from stages.lib.sequence_logprobs import all_pair_logps
+    from stages.lib.token_logprobs import TokenLogProbs
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
 
 ROWS_AT_A_TIME = 1024
 

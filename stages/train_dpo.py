@@ -10,26 +10,30 @@ optimizer step.
         --out models/dpo --metrics metrics/train_dpo.json --curve metrics/curves/train_dpo.csv
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
-from stages.lib.best_weights import BestWeights
-from stages.lib.dpo_loss import preference_losses
-from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import PathOption, StageError, run
-from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.epoch_settings import EpochSettings
+from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.params import read_params, read_value
-from stages.lib.pretrained import end_and_pad_ids, load_language_model
-from stages.lib.processes import Processes, join_processes
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.sequence_logprobs import pair_logps
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
-from stages.lib.training_run import TrainingRun
+
+if not asks_for_help():
+    import torch
+
+    from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+    from stages.lib.best_weights import BestWeights
+    from stages.lib.dpo_loss import preference_losses
+    from stages.lib.engine import Engine, require_finite
+    from stages.lib.pretrained import end_and_pad_ids, load_language_model
+    from stages.lib.processes import Processes, join_processes
+    from stages.lib.sequence_logprobs import pair_logps
+    from stages.lib.token_logprobs import TokenLogProbs
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
+    from stages.lib.training_run import TrainingRun
 
 PAIR_METRICS = (
     "loss",
@@ -44,23 +48,15 @@ COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for nam
 
 
 @dataclass(frozen=True)
-class TrainDpo:
+class TrainDpo(EpochSettings):
     """Section `train_dpo` of params.yaml; the file explains each key."""
 
     loss_type: Literal["sigmoid", "ipo"]
     beta: float
     label_smoothing: float
-    epochs: float
-    batch_size: int
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    eval_every: int
-    keep: Literal["best", "last"]
-    optimizer: OptimizerSettings
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
-            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
+        super().__post_init__()
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, found {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

@@ -13,6 +13,8 @@ start as MODEL, critic and reward model as REWARD_MODEL.
         --curve metrics/curves/train_ppo.csv
 """
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass
@@ -20,27 +22,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
-from stages.lib.batching import rows_of_step, sequence_batches
-from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import PathOption, run
-from stages.lib.kl_control import AdaptiveKLController, FixedKLController
+from stages.lib.errors import PathOption, asks_for_help, run
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
-from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
-from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
-from stages.lib.processes import Processes, join_processes
-from stages.lib.rollouts import Rollouts, Scored, assemble, on_response, score_responses, values_before
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.sampling import require_room, sample_responses
-from stages.lib.scalar_scores import SequenceScores, TokenScores
-from stages.lib.score_normalisation import RunningMoments, shape_scores
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import PROMPT_SCHEMA, check_table_ids, read_table
 from stages.lib.tokenizer_files import require_same_tokenizer
-from stages.lib.training_run import TrainingRun
+
+if not asks_for_help():
+    import torch
+
+    from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+    from stages.lib.batching import rows_of_step, sequence_batches
+    from stages.lib.engine import Engine, require_finite
+    from stages.lib.kl_control import AdaptiveKLController, FixedKLController
+    from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
+    from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+    from stages.lib.processes import Processes, join_processes
+    from stages.lib.rollouts import Rollouts, Scored, assemble, on_response, score_responses, values_before
+    from stages.lib.sampling import require_room, sample_responses
+    from stages.lib.scalar_scores import SequenceScores, TokenScores
+    from stages.lib.score_normalisation import RunningMoments, shape_scores
+    from stages.lib.token_logprobs import TokenLogProbs
+    from stages.lib.token_tables import PROMPT_SCHEMA, check_table_ids, read_table
+    from stages.lib.training_run import TrainingRun
 
 ROLLOUT_METRICS = (
     "objective/scores",

@@ -9,47 +9,39 @@ Llama 2, arXiv 2307.09288).
         --metrics metrics/train_rm.json --curve metrics/curves/train_rm.csv
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-
-from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
-from stages.lib.best_weights import BestWeights
-from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import PathOption, run
+from stages.lib.epoch_settings import EpochSettings
+from stages.lib.errors import PathOption, asks_for_help, run
 from stages.lib.intervals import wilson_interval
-from stages.lib.optimizer_settings import OptimizerSettings
-from stages.lib.pairwise_loss import pairwise_logistic_losses
 from stages.lib.params import read_params, read_value
-from stages.lib.pretrained import end_and_pad_ids, new_classifier
-from stages.lib.processes import Processes, join_processes
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.scalar_scores import SequenceScores
-from stages.lib.token_tables import PREFERENCE_SCHEMA, check_table_ids, read_table
-from stages.lib.training_run import TrainingRun
+
+if not asks_for_help():
+    import torch
+
+    from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+    from stages.lib.best_weights import BestWeights
+    from stages.lib.engine import Engine, require_finite
+    from stages.lib.pairwise_loss import pairwise_logistic_losses
+    from stages.lib.pretrained import end_and_pad_ids, new_classifier
+    from stages.lib.processes import Processes, join_processes
+    from stages.lib.scalar_scores import SequenceScores
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, check_table_ids, read_table
+    from stages.lib.training_run import TrainingRun
 
 PAIR_METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
 
 
 @dataclass(frozen=True)
-class TrainRm:
+class TrainRm(EpochSettings):
     """Section `train_rm` of params.yaml; the file explains each key."""
 
     init_from: str
-    epochs: float
-    batch_size: int
     use_margin: bool
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    eval_every: int
-    keep: Literal["best", "last"]
-    optimizer: OptimizerSettings
-
-    def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
-            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
 
 
 class PairLoss:

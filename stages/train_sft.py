@@ -8,42 +8,34 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
         --metrics metrics/train_sft.json --curve metrics/curves/train_sft.csv
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from stages.lib.batching import is_due, micro_batches, pad_right, rows_of_step, steps_in
-from stages.lib.best_weights import BestWeights
-from stages.lib.engine import Engine, require_finite
-from stages.lib.errors import PathOption, run
-from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.epoch_settings import EpochSettings
+from stages.lib.errors import PathOption, asks_for_help, run
 from stages.lib.params import read_params, read_value
-from stages.lib.pretrained import end_and_pad_ids, load_language_model
-from stages.lib.processes import Processes, join_processes
 from stages.lib.runtime import Runtime, read_runtime
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import SFT_SCHEMA, check_table_ids, read_table
-from stages.lib.training_run import TrainingRun
+
+if not asks_for_help():
+    import torch
+
+    from stages.lib.batching import is_due, micro_batches, pad_right, rows_of_step, steps_in
+    from stages.lib.best_weights import BestWeights
+    from stages.lib.engine import Engine, require_finite
+    from stages.lib.pretrained import end_and_pad_ids, load_language_model
+    from stages.lib.processes import Processes, join_processes
+    from stages.lib.token_logprobs import TokenLogProbs
+    from stages.lib.token_tables import SFT_SCHEMA, check_table_ids, read_table
+    from stages.lib.training_run import TrainingRun
 
 COLUMNS = ("loss", "grad_norm", "learning_rate", "eval/loss")
 
 
 @dataclass(frozen=True)
-class TrainSft:
+class TrainSft(EpochSettings):
     """Section `train_sft` of params.yaml; the file explains each key."""
-
-    epochs: float
-    batch_size: int
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    eval_every: int
-    keep: Literal["best", "last"]
-    optimizer: OptimizerSettings
-
-    def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.batch_size < 1 or self.eval_every < 1:
-            raise ValueError("epochs must be above 0, batch_size and eval_every at least 1")
 
 
 class TokenLoss:

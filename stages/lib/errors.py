@@ -17,6 +17,11 @@ class StageError(Exception):
     """A mistake in a setting, a row or a file. The message says what, where, what was expected and what to do."""
 
 
+def asks_for_help() -> bool:
+    """True if the command line asks for --help, which then need not wait for seconds until torch is loaded."""
+    return "--help" in sys.argv[1:]
+
+
 def run(main: Callable[..., None]) -> None:
     """Run a stage's `main` as a Typer command; a `StageError` becomes one message on stderr and exit code 2."""
     try:

@@ -1,0 +1,31 @@
+"""Settings of a pass over rows: the sections that share them, and what they refuse."""
+
+import pytest
+
+from stages.lib.epoch_settings import EpochSettings
+from stages.lib.errors import StageError
+from stages.lib.params import build, load_yaml
+from stages.train_dpo import TrainDpo
+from stages.train_rm import TrainRm
+from stages.train_sft import TrainSft
+from tests.real_files import PROJECT
+
+SECTIONS = {"train_sft": TrainSft, "train_rm": TrainRm, "train_dpo": TrainDpo}
+PARAMS = load_yaml(PROJECT / "params.yaml")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("epochs", 0.0, "epochs must be above 0, found 0.0"),
+        ("batch_size", 0, "batch_size must be at least 1, found 0"),
+        ("eval_every", -1, "eval_every must be at least 1, found -1"),
+        ("keep", "worst", "'worst' (str) is not one of: best, last; did you mean 'best'?"),
+    ],
+)
+def test_a_section_refuses_what_makes_no_run(section: str, key: str, value: object, message: str) -> None:
+    assert isinstance(build(SECTIONS[section], PARAMS[section], section), EpochSettings)
+    with pytest.raises(StageError) as error:
+        build(SECTIONS[section], {**PARAMS[section], key: value}, section)
+    assert message.split(";")[0] in str(error.value)
