@@ -12,6 +12,7 @@ SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ if not asks_for_help():
     from stages.lib.scratch import scratch_root
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
-    from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, read_table
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
 
 SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
 
@@ -120,7 +121,12 @@ class Evaluation:
             for place, row in enumerate(batch.rows):
                 rewards[row] = float(scores[place])
                 kl[row] = float(logps[place] - sft_logps[place])
-        return self.processes.gather(rewards), self.processes.gather(kl)
+        rewards, kl = self.processes.gather(rewards), self.processes.gather(kl)
+        for place, numbers in enumerate(zip(rewards, kl, strict=True)):
+            if not all(map(math.isfinite, numbers)):
+                reward, divergence = numbers
+                raise StageError(f"response {place + 1} has reward {reward} and KL {divergence}: a model is broken")
+        return rewards, kl
 
     def pair_rewards(self, scorer: nn.Module, pairs: dict[str, list]) -> tuple[list[float], list[float]]:
         """The reward model's scores of the chosen and of the rejected replies."""
@@ -171,10 +177,15 @@ def main(
     if pairs["row"][:] != reference["row"][:]:
         raise StageError(f"{ref_logprobs} was made from other rows than {preference_tokens}; run ref_logprobs again")
     prepared = dict(enumerate(read_jsonl(prompts)))
+    if not set(table["row"]) <= prepared.keys():
+        raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
     rows = [prepared[row] for row in table["row"]]
 
     evaluation = Evaluation(settings, seed, runtime, processes, sft)
     models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
+    vocab_size = models[policy].config.vocab_size
+    check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
+    check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
     where = f"{prompt_tokens} with evaluate.max_new_tokens"
     require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
     scorer = evaluation.load_reward_model(reward_model)

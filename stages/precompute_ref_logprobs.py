@@ -7,11 +7,13 @@ DPO then trains without a reference model in memory. The content of tokens and w
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from stages.lib.errors import PathOption, asks_for_help, run
+from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
 from stages.lib.runtime import read_runtime
@@ -61,6 +63,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             logps = all_pair_logps(module, own, runtime.micro_batch_tokens, pad_id, processes.device)
             chosen += processes.gather(logps.chosen.tolist())
             rejected += processes.gather(logps.rejected.tolist())
+            require_numbers(chosen[start:] + rejected[start:], table["row"][rows.start : rows.stop], tokens / split)
             if processes.is_main:
                 progress.update(rows.stop, len(rows), {})
         columns[split] = {
@@ -69,13 +72,21 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             "reference_rejected_logps": rejected,
         }
     if processes.is_main:
+        schema = REFERENCE_SCHEMA.with_metadata({"precision": settings.precision})
         with written_whole(out) as (partial,):
             partial.mkdir()
             for split, values in columns.items():
-                write_table(partial / f"{split}.arrow", values, REFERENCE_SCHEMA)
+                write_table(partial / f"{split}.arrow", values, schema)
         device = str(processes.device)
         log_run(scratch_root(), "ref_logprobs", None, processes.world_size, device, time.monotonic() - started)
     processes.leave()
+
+
+def require_numbers(logps: list[float], rows: list[int], where: Path) -> None:
+    """Raise a StageError that names the row if a log-prob is not finite. `logps`: of all chosen, then all rejected."""
+    for place, value in enumerate(logps):
+        if not math.isfinite(value):
+            raise StageError(f"{where}, row {rows[place % len(rows)]}: its log-prob is {value}; the model is broken")
 
 
 if __name__ == "__main__":

@@ -128,13 +128,13 @@ def with_text(reply: Message, where: str) -> Message:
     return reply
 
 
-def margin_of(row: dict[str, Any], where: str) -> float:
-    """The margin of a pair; 0 where it has none."""
+def margin_of(row: dict[str, Any], where: str) -> float | None:
+    """The margin of a pair, or None where it has none."""
     margin = row.get("margin")
     if margin is None:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise StageError(f"{where}: 'margin' must be a finite number, found {margin!r}")
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin) or margin < 0:
+        raise StageError(f"{where}: 'margin' must be a finite number of at least 0, found {margin!r}")
     return float(margin)
 
 

@@ -32,7 +32,7 @@ if not asks_for_help():
     from stages.lib.processes import Processes, join_processes
     from stages.lib.sequence_logprobs import pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
-    from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
+    from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_note, read_table
     from stages.lib.training_run import TrainingRun
 
 PAIR_METRICS = (
@@ -118,9 +118,15 @@ class Pairs:
 
     def __init__(self, tokens: Path, ref_logprobs: Path) -> None:
         self.tokens = read_table(tokens, PREFERENCE_SCHEMA)
+        self.path = ref_logprobs
         self.reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
         if self.tokens["row"][:] != self.reference["row"][:]:
             raise StageError(f"{ref_logprobs} was made from other rows than {tokens}; run the stage ref_logprobs again")
+
+    @property
+    def reference_precision(self) -> str | None:
+        """The precision in which the reference log-probs were computed."""
+        return read_note(self.path, "precision")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -143,6 +149,11 @@ def main(
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
     train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
+    if train.reference_precision != settings.precision:
+        raise StageError(
+            f"params.yaml: train_dpo.precision is {settings.precision}, but {ref_logprobs} was computed in "
+            f"{train.reference_precision}: the first step's margin would not be 0; give both the same precision"
+        )
     outs = {"model": out, "metrics": metrics, "curve": curve}
     inputs = [tokens, ref_logprobs, model]
     declared = {"train_dpo": settings, "seed": seed}
@@ -167,6 +178,7 @@ def main(
             if is_due(step + 1, settings.eval_every, total):
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": value for name, value in results.items()}
+                require_finite(results["loss"], "held-out loss", step)
                 best.offer(results, step + 1, engine.master_weights(language_model))
             tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
             this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))

@@ -96,7 +96,6 @@ class TrainPpo:
     normalise_scores: bool
     missing_eos_penalty: float
     critic_warmup_iterations: int
-    shown_samples: int
     precision: Literal["fp32", "bf16"]
     save_dtype: Literal["float32", "bfloat16"]
     policy_optimizer: OptimizerSettings
@@ -109,7 +108,7 @@ class TrainPpo:
         for key in ("temperature", "clip_range", "value_clip_range", "max_kl", "max_policy_kl", "score_clip"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ValueError(f"{key} must be above 0, found {getattr(self, key)}")
-        for key in ("kl_coef", "missing_eos_penalty", "critic_warmup_iterations", "shown_samples"):
+        for key in ("kl_coef", "missing_eos_penalty", "critic_warmup_iterations"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
         for key in ("gamma", "lam"):
@@ -239,12 +238,17 @@ class Ppo:
                 for name, value in sums.items():
                     totals[name].append(value)
                 require_finite(sums["policy/loss"] + sums["value/loss"], "loss", self.critic.steps_taken)
+                if settings.max_policy_kl is not None and sums["policy/approxkl"] > settings.max_policy_kl:
+                    self.policy.discard_gradients()
+                    self.critic.discard_gradients()
+                    return self._update_means(totals)
                 if train_policy:
                     totals["policy/grad_norm"].append(self.policy.step())
                 totals["value/grad_norm"].append(self.critic.step())
-            last_kl = totals["policy/approxkl"][-1]
-            if settings.max_policy_kl is not None and last_kl > settings.max_policy_kl:
-                break
+        return self._update_means(totals)
+
+    @staticmethod
+    def _update_means(totals: dict[str, list[float]]) -> dict[str, float]:
         means = {name: sum(values) / len(values) for name, values in totals.items() if values}
         return means | {"policy/updates": float(len(totals["policy/grad_norm"]))}
 
@@ -342,18 +346,17 @@ def main(
             row = summarise_rollouts(batch, shaped, returns, ppo.kl_controller.coef)
             require_finite(row["objective/rlhf_reward"], "reward", iteration)
             row["learning_rate"] = ppo.policy.learning_rate
-            row |= ppo.update(batch, advantages, returns, iteration)
-            ppo.kl_controller.update(row["objective/kl"], len(rows))
+            if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
+                early_stop.stopped_after = iteration + 1
+                this_run.say(f"train_ppo: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
+            else:
+                row |= ppo.update(batch, advantages, returns, iteration)
+                ppo.kl_controller.update(row["objective/kl"], len(rows))
             if log:
                 write_rollouts(log, iteration, [table["row"][index] for index in rows], batch, decode)
             response_tokens = int(batch.response_mask.sum())
             this_run.record(iteration, response_tokens, row, ("objective/scores", "objective/kl", "response/eos_rate"))
-            show_samples(this_run, batch, decode, settings.shown_samples)
-            if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
-                early_stop.stopped_after = iteration + 1
-                this_run.say(
-                    f"train_ppo: stopped early, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}"
-                )
+            show_samples(this_run, batch, decode, runtime.shown_samples)
         results = final_results(log, settings, early_stop.stopped_after) if log else {}
 
         def build_others(staged: dict[str, Path]) -> None:

@@ -12,9 +12,11 @@ Llama 2, arXiv 2307.09288).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from stages.lib.epoch_settings import EpochSettings
-from stages.lib.errors import PathOption, asks_for_help, run
+from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.intervals import wilson_interval
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import Runtime, read_runtime
@@ -62,8 +64,8 @@ class PairLoss:
         for batch in pair_batches(*columns, self.budget, self.pad_id, self.processes.device):
             with torch.set_grad_enabled(train):
                 chosen, rejected = engine(batch.input_ids, batch.attention_mask).chunk(2)
-                margins = torch.tensor([own["margin"][row] for row in batch.rows], device=chosen.device)
-                losses = pairwise_logistic_losses(chosen, rejected, margins * self.use_margin)
+                margins = [own["margin"][row] if self.use_margin else 0.0 for row in batch.rows]
+                losses = pairwise_logistic_losses(chosen, rejected, torch.tensor(margins, device=chosen.device))
                 if train:
                     engine.backward(losses.sum() / count)
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
@@ -89,6 +91,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         for table, split in ((train, "train"), (held_out, "eval")):
             columns = ("prompt_ids", "chosen_ids", "rejected_ids")
             check_table_ids(table, columns, classifier.config.vocab_size, tokens / f"{split}.arrow")
+            if settings.use_margin:
+                require_margins(table, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = Engine(SequenceScores(classifier), settings.optimizer, total, processes)
         best = BestWeights(settings.keep)
@@ -102,6 +106,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             if is_due(step + 1, settings.eval_every, total):
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
+                require_finite(results["loss"], "held-out loss", step)
                 best.offer(results, step + 1, engine.master_weights(classifier))
             tokens_seen = count_tokens(train[rows])
             this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
@@ -110,6 +115,13 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step}
         this_run.publish_model(classifier, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
+
+
+def require_margins(table: Any, path: Path) -> None:
+    """Raise a StageError that names the first row without a margin."""
+    for row, margin in zip(table["row"], table["margin"], strict=True):
+        if margin is None:
+            raise StageError(f"{path}, row {row} has no margin: set train_rm.use_margin: false, or give every pair one")
 
 
 def summarise(held_out_means: dict[str, float], pairs: int) -> dict[str, float]:

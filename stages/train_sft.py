@@ -92,6 +92,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             row = {"loss": loss_sum / count, "learning_rate": learning_rate, "grad_norm": engine.step()}
             if is_due(step + 1, settings.eval_every, total):
                 row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
+                require_finite(row["eval/loss"], "held-out loss", step)
                 best.offer({"loss": row["eval/loss"]}, step + 1, engine.master_weights(language_model))
             this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
         kept = best.choose(engine.master_weights(language_model))

@@ -94,6 +94,11 @@ class Engine:
         self.steps_taken += 1
         return norm
 
+    def discard_gradients(self) -> None:
+        """Forget what `backward` has added up since the last step."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.grad = master.grad = None
+
     def _sum_gradients(self) -> None:
         for master in self.masters:
             if master.grad is None:

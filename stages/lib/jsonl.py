@@ -17,12 +17,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise StageError(f"{path} does not exist")
     empty = True
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             empty = False
-            yield parse_object(line, f"{path}, line {number}")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise StageError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from None
+            yield parse_object(text, f"{path}, line {number}")
     if empty:
         raise StageError(f"{path} is empty: expected one JSON object a line")
 

@@ -6,6 +6,7 @@ Every field of the dataclass must be in the file and every key of the file must 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from stages.lib.errors import StageError
 
 PARAMS_FILE = Path("params.yaml")
 GRAPH_FILE = Path("dvc.yaml")
+LARGEST_SEED = 2**32  # what every generator of random numbers here takes
 Settings = TypeVar("Settings")
 
 
@@ -41,7 +43,10 @@ def read_value(key: str, kind: type, path: Path = PARAMS_FILE) -> Any:
     document = load_yaml(path)
     if key not in document:
         raise StageError(f"{path}: key '{key}' is missing{nearest(key, document)}")
-    return convert(document[key], kind, f"{path}: {key}")
+    value = convert(document[key], kind, f"{path}: {key}")
+    if key == "seed" and not 0 <= value < LARGEST_SEED:
+        raise StageError(f"{path}: seed must be at least 0 and below {LARGEST_SEED}, found {value}")
+    return value
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise StageError(f"{path} is missing; run from the project's top folder")
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise StageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise StageError(f"{path}: expected sections (key: value), found {type(document).__name__}")
@@ -122,6 +127,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 def convert_scalar(value: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise StageError(f"{where}: expected a finite number, found {value}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise StageError(f"{where}: expected {names.get(kind, kind.__name__)}, found {describe(value)}")

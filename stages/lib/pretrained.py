@@ -38,7 +38,8 @@ def new_classifier(path: Path, precision: str, runtime: Runtime, device: torch.d
     """
     from transformers import AutoModelForSequenceClassification
 
-    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, num_labels=1)
+    head_alone = frozenset({"score.weight"})
+    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, head_alone, num_labels=1)
     require_scalar_head(model, path)
     width = model.score.weight.shape[1]
     head = torch.empty((1, width), dtype=torch.float32)
@@ -59,18 +60,33 @@ def require_scalar_head(model: nn.Module, path: Path) -> nn.Module:
 
 
 def _load(
-    auto_class: Any, path: Path, precision: str, runtime: Runtime, device: torch.device, **overrides: Any
+    auto_class: Any,
+    path: Path,
+    precision: str,
+    runtime: Runtime,
+    device: torch.device,
+    may_be_missing: frozenset[str] = frozenset(),
+    **overrides: Any,
 ) -> nn.Module:
     read_config(path)
     _quiet_loading()
     try:
-        model = auto_class.from_pretrained(
-            path, dtype=DTYPES[precision], attn_implementation=runtime.attention, local_files_only=True, **overrides
+        model, report = auto_class.from_pretrained(
+            path,
+            dtype=DTYPES[precision],
+            attn_implementation=runtime.attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **overrides,
         )
     except ImportError as error:
         raise StageError(f"runtime.yaml: attention: {runtime.attention} cannot be used here: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"{path} cannot be loaded as {auto_class.__name__}: {error}") from None
+    except Exception as error:  # safetensors and torch raise types of their own for malformed files
+        reason = " ".join(str(error).split())
+        raise StageError(f"{path} cannot be loaded as {auto_class.__name__}: {reason}") from None
+    missing = {*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])} - may_be_missing
+    if missing:
+        raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
     switch_off_dropout(model)
     if runtime.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -124,7 +140,9 @@ def save_model(
     from stages.lib.tokenizer_files import copy_tokenizer
 
     dtype = DTYPES[save_dtype]
-    model.save_pretrained(out, state_dict={name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()})
+    # Tied weights are one tensor under two names, and must stay one to be saved once.
+    cast = {tensor.data_ptr(): tensor.detach().to("cpu", dtype) for tensor in weights.values()}
+    model.save_pretrained(out, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})
     config_file = out / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = save_dtype

@@ -1,7 +1,7 @@
 """The processes of one launch: who am I, what is my share, and sums over all of us."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,6 +65,22 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def in_main(self, action: Callable[[], Item]) -> Item | None:
+        """Run `action` in the main process, where it may raise a StageError that all processes then raise.
+
+        Returns its value in the main process, None in the others.
+        """
+        value, message = None, None
+        if self.is_main:
+            try:
+                value = action()
+            except StageError as error:
+                message = str(error)
+        message = self.broadcast(message)
+        if message is not None:
+            raise StageError(message)
+        return value
+
     def leave(self) -> None:
         """Wait for all and close the process group."""
         if self.world_size > 1:
@@ -95,6 +111,8 @@ def choose_device(runtime: Runtime, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise StageError("runtime.yaml: device: cuda, but torch finds no GPU here; set it to auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise StageError(f"process {local_rank + 1} of this machine has no GPU: there are {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.lib.errors import StageError
-from stages.lib.params import build, load_yaml, nearest
+from stages.lib.params import build, describe, load_yaml, nearest
 
 RUNTIME_FILE = Path("runtime.yaml")
 STAGES = (
@@ -31,6 +31,7 @@ class Runtime:
     generation_batch_size: int
     checkpoint_seconds: float
     log_seconds: float
+    shown_samples: int
     resume_across_code_change: bool
 
     def __post_init__(self) -> None:
@@ -45,5 +46,8 @@ def read_runtime(stage: str, path: Path = RUNTIME_FILE) -> Runtime:
     for section in document:
         if section not in ("default", *STAGES):
             raise StageError(f"{path}: no stage is named '{section}'{nearest(section, STAGES)}")
-    values = {**(document.get("default") or {}), **(document.get(stage) or {})}
-    return build(Runtime, values, f"{path}: {stage}")
+    sections = [document.get(section) or {} for section in ("default", stage)]
+    for section, values in zip(("default", stage), sections, strict=True):
+        if not isinstance(values, dict):
+            raise StageError(f"{path}: {section}: expected keys, found {describe(values)}")
+    return build(Runtime, sections[0] | sections[1], f"{path}: {stage}")

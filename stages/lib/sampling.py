@@ -14,7 +14,8 @@ from stages.lib.token_logprobs import position_ids
 
 def uniform_draws(seed: int, step: int, row: int, count: int) -> np.ndarray:
     """`count` uniform numbers in [0, 1) that belong to (seed, step, row). Shape: (count,), float64."""
-    return np.random.Generator(np.random.Philox(key=[seed, (step << 32) + row])).random(count)
+    key, counter = [seed, (step << 32) + row], [0, 0, 0, 1]  # the counter sets it apart from the order of rows
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 
 def require_room(prompts: Iterable[Sequence[int]], config: Any, max_new_tokens: int, where: str) -> None:

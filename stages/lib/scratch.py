@@ -79,7 +79,9 @@ class Scratch:
         return lock
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint under a temporary name, sync it to disk, rename it, and only then remove older ones.
+        """Write a checkpoint under a temporary name, sync it to disk, rename it, and only then remove others.
+
+        Those of later steps go too: they are of a run that this one did not resume.
 
         Raises:
             StageError: the disk is full or not writable; the earlier checkpoints are as they were.
@@ -91,18 +93,22 @@ class Scratch:
         try:
             remove(partial)
             partial.mkdir()
+            for log in self.logs.iterdir():
+                _sync(log)
             _write_synced(partial / "state.pt", buffer.getbuffer())
             manifest = {"step": step, "sha256": file_hash(partial / "state.pt"), "code": self.code}
             _write_synced(partial / "manifest.json", json.dumps(manifest).encode())
-            _sync_folder(partial)
+            _sync(partial)
             remove(final)
             partial.rename(final)
-            _sync_folder(self.folder)
+            _sync(self.folder)
         except OSError as error:
             remove(partial)
             raise StageError(f"checkpoint of step {step} cannot be written to {self.folder}: {error}") from None
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        before = [path for path in self._checkpoints() if path.name <= final.name][-KEPT_CHECKPOINTS:]
+        for other in self._checkpoints():
+            if other not in before:
+                shutil.rmtree(other)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The newest checkpoint that is whole and was made by this code, or None; its logs are cut to its lengths."""
@@ -111,13 +117,23 @@ class Scratch:
             if manifest is None:
                 continue
             state = torch.load(folder / "state.pt", map_location=device, weights_only=False)
-            for name, length in state.pop("log_lengths").items():
-                os.truncate(self.logs / name, length)
+            if not self._cut_logs(state.pop("log_lengths")):
+                print(f"warning: {self.logs} lacks lines that {folder} counts on; trying another", file=sys.stderr)
+                continue
             print(f"resuming from step {manifest['step']} ({folder})", flush=True)
             return state
         for log in self.logs.iterdir():
             log.unlink()
         return None
+
+    def _cut_logs(self, lengths: dict[str, int]) -> bool:
+        """Cut the logs back to these lengths. Returns False, doing nothing, if one is shorter."""
+        found = self._log_lengths()
+        if any(found.get(name, 0) < length for name, length in lengths.items()):
+            return False
+        for name, length in lengths.items():
+            os.truncate(self.logs / name, length)
+        return True
 
     def _usable_manifest(self, folder: Path) -> dict[str, Any] | None:
         try:
@@ -165,12 +181,12 @@ class Scratch:
         }
         _write_synced(self.folder / "complete.json.partial", json.dumps(record).encode())
         (self.folder / "complete.json.partial").rename(self.folder / "complete.json")
-        _sync_folder(self.folder)
+        _sync(self.folder)
 
     def publish_complete(self, outs: dict[str, Path]) -> bool:
         """Copy the outs of a complete run to their places. Returns False, doing nothing, if no run is complete."""
         record = completed_record(self.folder)
-        if record is None or (record["code"] != self.code and not self.across_code_change):
+        if record is None or record["code"] != self.code:
             return False
         if any(dvc_hash(self.folder / "outs" / name) != out["dvc_hash"] for name, out in record["outs"].items()):
             print(f"warning: the finished outs in {self.folder} are damaged; not using them", file=sys.stderr)
@@ -197,7 +213,7 @@ def _write_synced(path: Path, content: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

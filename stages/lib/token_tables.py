@@ -98,6 +98,14 @@ def read_table(path: Path, schema: pa.Schema) -> "Dataset":
     return table
 
 
+def read_note(path: Path, name: str) -> str | None:
+    """A note that the writer of a table put into its schema's metadata, or None. Raises OSError as opening a file."""
+    with pa.memory_map(str(path)) as source:
+        metadata = pa.ipc.open_stream(source).schema.metadata or {}
+    note = metadata.get(name.encode())
+    return None if note is None else note.decode()
+
+
 def _described(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 

@@ -68,9 +68,9 @@ class TrainingRun:
         self.processes = processes
         self.stop_signal = 0
         self.started = time.monotonic()
-        self.scratch: Scratch | None = None
-        if processes.is_main:
-            self.scratch = Scratch(stage, self.settings, inputs, across_code_change=runtime.resume_across_code_change)
+        self.scratch = processes.in_main(
+            lambda: Scratch(stage, self.settings, inputs, across_code_change=runtime.resume_across_code_change)
+        )
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
@@ -126,8 +126,10 @@ class TrainingRun:
         return state["step"]
 
     def _save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        if self.scratch:
+        def save() -> None:
             self.scratch.save(step, {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}})
+
+        self.processes.in_main(save)
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
         """Add the row of a finished step (0-based) to the curve and show some of it. `units`: tokens handled."""

@@ -131,3 +131,12 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     require_finite(1.0, "loss", 0)
     with pytest.raises(StageError, match="loss is nan at optimizer step 5"):
         require_finite(float("nan"), "loss", 4)
+
+
+def test_discarded_gradients_leave_no_trace() -> None:
+    engines = [Engine(MeanLogProb(tiny_llama().bfloat16()), settings(), 2, ALONE) for _ in range(2)]
+    engines[0].backward(engines[0](IDS) / 7)
+    engines[0].discard_gradients()
+    for engine in engines:
+        train(engine, 1)
+    assert torch.equal(flat(engines[0].masters), flat(engines[1].masters))

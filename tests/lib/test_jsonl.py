@@ -55,3 +55,10 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_json_ends_with_a_newline_and_keeps_its_order(tmp_path: Path) -> None:
     write_json(tmp_path / "m.json", {"b": 1, "a": 2})
     assert (tmp_path / "m.json").read_text() == '{\n  "b": 1,\n  "a": 2\n}\n'
+
+
+def test_a_line_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    with pytest.raises(StageError, match=r"rows.jsonl, line 2: not UTF-8 text"):
+        list(read_jsonl(path))

@@ -59,6 +59,7 @@ def test_a_section_becomes_a_dataclass() -> None:
         ({"optimizer": {"rat": 1}}, "s.optimizer.rat is not a known key; did you mean 'rate'?"),
         ({"optimizer": 3}, "s.optimizer: expected a section with keys, found 3 (int)"),
         ({"keep": "bset"}, "s.keep: 'bset' (str) is not one of: best, last; did you mean 'best'?"),
+        ({"limit": float("inf")}, "s.limit: expected a finite number, found inf"),
         ({"limit": "none"}, "s.limit: expected a number, found 'none' (str)"),
         ({"names": "a"}, "s.names: expected a list, found 'a' (str)"),
         ({"names": ["a", 1]}, "s.names[1]: expected text, found 1 (int)"),
@@ -122,3 +123,9 @@ def test_a_section_that_no_stage_reads_is_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(StageError, match=r"no stage reads 'train_mr'; did you mean 'train_rm'\?"):
         read_params("s", Inner)
     assert declared_sections(load_yaml(Path("dvc.yaml"))) == {"s", "seed", "train_rm"}
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "1.5"])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path, seed: str) -> None:
+    with pytest.raises(StageError, match=r"params.yaml: seed"):
+        read_value("seed", int, write(tmp_path, f"seed: {seed}\n"))

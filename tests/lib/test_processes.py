@@ -13,6 +13,7 @@ ALONE = Processes(0, 1, CPU)
 SCRIPT = """
 import torch
 from pathlib import Path
+from stages.lib.errors import StageError
 from stages.lib.processes import join_processes
 from stages.lib.runtime import read_runtime
 
@@ -26,6 +27,18 @@ assert processes.gather(processes.share([7])) == [7]
 assert processes.sum([processes.rank + 1, 0.25]) == [3.0, 0.5]
 assert processes.any(processes.rank == 1) and not processes.any(False)
 assert processes.broadcast(processes.rank + 5) == 5
+assert processes.in_main(lambda: 5) == (5 if processes.is_main else None)
+
+
+def mistake():
+    raise StageError("the main process met it")
+
+
+try:
+    processes.in_main(mistake)
+    raise AssertionError
+except StageError as error:
+    assert str(error) == "the main process met it"
 tensor = torch.tensor([1.0, processes.rank])
 processes.sum_tensor(tensor)
 assert tensor.tolist() == [2.0, 1.0]

@@ -36,6 +36,7 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
     [
         ("train_pppo: {}\n", "no stage is named 'train_pppo'; did you mean 'train_ppo'?"),
         ("train_rm: {thread: 1}\n", "train_rm.thread is not a known key; did you mean 'threads'?"),
+        ("train_rm: 3\n", "train_rm: expected keys, found 3 (int)"),
         ("train_rm: {threads: 0}\n", "threads must be at least 1, found 0"),
         ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
     ],

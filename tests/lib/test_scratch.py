@@ -169,3 +169,36 @@ def test_a_disk_that_refuses_keeps_the_earlier_checkpoints(monkeypatch: pytest.M
         scratch.save(2, {"step": 2})
     assert scratch.load(CPU)["step"] == 1
     assert list(scratch.folder.glob("*.partial")) == []
+
+
+def test_checkpoints_of_a_run_that_was_not_resumed_give_way() -> None:
+    scratch = new_scratch()
+    for step in (490, 500):
+        scratch.save(step, {"step": step})
+        manifest = scratch.folder / f"checkpoint-{step:08d}/manifest.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
+    assert scratch.load(CPU) is None
+    scratch.save(50, {"step": 50})
+    assert scratch.load(CPU)["step"] == 50
+    assert [path.name for path in scratch.folder.glob("checkpoint-*")] == ["checkpoint-00000050"]
+
+
+def test_a_checkpoint_whose_log_is_too_short_is_not_used(capsys: pytest.CaptureFixture) -> None:
+    scratch = new_scratch()
+    log = scratch.logs / "curve.csv"
+    for step in (1, 2):
+        log.write_text("step\n" + "1\n" * step)
+        scratch.save(step, {"step": step})
+    log.write_text("step\n1\n")
+    assert scratch.load(CPU)["step"] == 1
+    assert log.read_text() == "step\n1\n"
+    assert "lacks lines that" in capsys.readouterr().err
+
+
+def test_a_result_of_other_code_is_never_published_as_this_codes(root: Path) -> None:
+    scratch = new_scratch()
+    outs = finish(scratch, root)
+    record = scratch.folder / "complete.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "code": "another"}))
+    release(scratch)
+    assert not new_scratch(across_code_change=True).publish_complete(outs)

@@ -148,7 +148,7 @@ def test_preference_by_hand(tmp_path, base):
     metrics = tokenize_here(tmp_path, base, "preference", rows)
     ids = {"prompt_ids": [USER, ID_H, ID_I, ASSISTANT], "chosen_ids": [HO, EOS], "rejected_ids": [ID_O, EOS]}
     table = read_table(tmp_path / "data/tokens/preference/train.arrow", PREFERENCE_SCHEMA)
-    assert list(table) == [{"row": 0, **ids, "margin": 0.0}, {"row": 2, **ids, "margin": 0.5}]
+    assert list(table) == [{"row": 0, **ids, "margin": None}, {"row": 2, **ids, "margin": 0.5}]
     assert metrics["train_tokens"] == 16
     assert metrics["max_tokens"] == 6
     assert metrics["dropped/special_token_in_text"] == 1
@@ -194,7 +194,11 @@ def test_a_reply_over_the_budget(tmp_path, base):
         ("sft", [{"messages": [user("h")]}], "train.jsonl, line 1: 'messages' must hold a prompt and end with"),
         ("sft", [{"messages": [user("h"), assistant(" ")]}], "train.jsonl, line 1: the reply is empty"),
         ("preference", [PAIR, {**PAIR, "chosen": []}], "line 2: 'chosen' must hold exactly one message"),
-        ("preference", [{**PAIR, "margin": "big"}], "line 1: 'margin' must be a finite number, found 'big'"),
+        (
+            "preference",
+            [{**PAIR, "margin": "big"}],
+            "line 1: 'margin' must be a finite number of at least 0, found 'big'",
+        ),
         (
             "preference",
             [{**PAIR, "rejected": [assistant(7)]}],

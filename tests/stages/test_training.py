@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages.lib.errors import StageError
 from stages.lib.token_tables import PREFERENCE_SCHEMA, read_table, write_table
@@ -311,3 +311,82 @@ def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
     _, errors = process.communicate()
     assert process.returncode != 0
     assert errors.count("error: data/raw is no model folder") == 1
+
+
+def test_a_kl_above_its_limit_stops_before_the_update(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_ppo": {"max_kl": 1e-9}})
+    call(folder, "train_ppo")
+    ours, whole = curve(folder, "train_ppo"), curve(tiny, "train_ppo")
+    last = next(index for index, kl in enumerate(whole["objective/kl"]) if kl > 1e-9)
+    assert ours["objective/kl"].tolist() == whole["objective/kl"][: last + 1].tolist()
+    assert ours["policy/updates"].isna().tolist() == [False] * last + [True]
+    assert metrics(folder, "train_ppo")["stopped_early"] == 1
+    assert metrics(tiny, "train_ppo")["stopped_early"] == 0
+
+
+def test_a_policy_too_far_from_its_rollouts_ends_the_phase(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_ppo": {"max_policy_kl": 1e-9, "epochs": 1}})
+    call(folder, "train_ppo")
+    # The first minibatch of a phase is at distance 0, the second is not.
+    assert list(curve(folder, "train_ppo")["policy/updates"]) == [1, 1, 1]
+
+
+def test_margins_are_wanted_where_they_are_used(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_rm": {"use_margin": True}})
+    assert "train.arrow, row 0 has no margin" in refused(folder, "train_rm")
+
+
+def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    for split in ("train", "eval"):
+        path = folder / f"data/tokens/preference/{split}.arrow"
+        columns = {**read_table(path, PREFERENCE_SCHEMA)[:]}
+        columns["margin"] = [1.5] * len(columns["row"])
+        path.unlink()
+        write_table(path, columns, PREFERENCE_SCHEMA)
+    change(folder / "params.yaml", {"train_rm": {"use_margin": True}})
+    call(folder, "train_rm")
+    # A new head scores all alike: -ln sigmoid(0 - 1.5) = 1.7014.
+    assert curve(folder, "train_rm")["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=0.1)
+
+
+def test_another_precision_than_the_references_is_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_dpo": {"precision": "bf16"}})
+    assert "train_dpo.precision is bf16, but data/ref_logprobs was computed in fp32" in refused(folder, "train_dpo")
+
+
+def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    file = folder / "models/sft/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "models/sft lacks 1 weights, the first is model.layers.1.mlp.up_proj" in refused(folder, "train_rm")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "models/sft cannot be loaded as AutoModelForCausalLM" in refused(folder, "ref_logprobs")
+
+
+def test_tied_weights_are_saved_once(tiny: Path) -> None:
+    assert "model.embed_tokens.weight" in weights(tiny, "sft")
+    assert "lm_head.weight" not in weights(tiny, "sft")
+
+
+def test_prompts_of_other_rows_are_refused(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    path = folder / "data/prepared/prompts/eval.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    assert "was made from other rows than data/prepared/prompts/eval.jsonl" in refused(folder, "evaluate@ppo")
+
+
+def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    file = folder / "models/sft/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "data/tokens/preference/train, row 0: its log-prob is nan" in refused(folder, "ref_logprobs")
+    assert "a model is broken" in refused(folder, "evaluate@sft")
