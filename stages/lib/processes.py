@@ -12,6 +12,8 @@ from stages.lib.errors import StageError
 from stages.lib.runtime import Runtime
 
 Item = TypeVar("Item")
+VECTOR_FUNCTIONS = (torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp)
+VECTOR_FUNCTIONS += (torch.log, torch.log10, torch.sin, torch.sqrt, torch.tan, torch.tanh)  # ATen/cpu/vml.h
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,22 @@ def choose_device(runtime: Runtime, local_rank: int) -> torch.device:
 def make_deterministic() -> None:
     """Have torch choose kernels that give the same bytes at every run, and refuse those that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    # Does what use_deterministic_algorithms(True) does, without its import of the compiler, which takes 2 seconds.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
     torch.backends.cuda.matmul.allow_tf32 = False
+    settle_vector_maths()
+
+
+def settle_vector_maths() -> None:
+    """Call each of MKL's vector functions once, on one element, before several threads can be the first to call it.
+
+    MKL 2024, which torch's wheels hold, chooses a function's kernel at its first call. When two threads make that call
+    together, one of them may get the kernel of low accuracy: its share of the result, such as half of the cosines of
+    the first forward pass, is then off by 1e-4, in about one process of 200 on a busy machine
+    (github.com/pytorch/pytorch/issues/188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.full((1,), 0.5, dtype=dtype)
+        for function in VECTOR_FUNCTIONS:
+            function(one)
