@@ -36,7 +36,7 @@ def local_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 empty = False
                 yield where, row
         except UnicodeDecodeError as error:
-            raise StageError(f"{file}: not UTF-8 text ({error.reason}, byte {error.start} of a block)") from None
+            raise StageError(f"{file}, line {undecodable_line(file)}: not UTF-8 text ({error.reason})") from None
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise StageError(f"{file}: not a whole gzip file ({error})") from None
         if empty:
@@ -72,6 +72,13 @@ def open_text(file: Path) -> TextIO:
     if file.suffix.lower() == ".gz":
         return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
     return file.open(encoding="utf-8-sig", newline="")
+
+
+def undecodable_line(file: Path) -> int:
+    """The first line, counted from 1, that is no UTF-8. The text readers decode blocks, so they cannot tell."""
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+        numbered = enumerate(lines, start=1)
+        return next(number for number, line in numbered if line.decode("utf-8", errors="ignore").encode() != line)
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Row]]:
