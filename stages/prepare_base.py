@@ -10,6 +10,7 @@ there, those of markers with a little seeded noise so that they differ.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -352,6 +353,7 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Pa
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported to save a model, warns without it
     model.save_pretrained(out, max_shard_size="1TB")
     tokenizer.save_pretrained(out)
     file = out / "tokenizer_config.json"

@@ -102,6 +102,8 @@ def join_processes(runtime: Runtime) -> Processes:
     device = choose_device(runtime, local_rank)
     torch.set_num_threads(max(1, runtime.threads // local_world_size))
     make_deterministic()
+    # transformers imports DeepSpeed to save a model, which otherwise warns that it had to find the device itself.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Processes(dist.get_rank(), dist.get_world_size(), device)

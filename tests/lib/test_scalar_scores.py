@@ -23,7 +23,7 @@ def test_a_pad_id_inside_a_sequence_is_a_token_like_any_other() -> None:
     model = tiny_classifier()
     ids, mask = pad_right([[3, PAD], [3, 4, 5]], PAD, CPU)
     shorter = SequenceScores(model)(*pad_right([[3]], PAD, CPU))
-    assert SequenceScores(model)(ids, mask)[0].item() != pytest.approx(float(shorter), abs=1e-4)
+    assert SequenceScores(model)(ids, mask)[0].item() != pytest.approx(shorter.item(), abs=1e-4)
 
 
 def test_the_score_at_a_token_is_that_of_the_sequence_cut_there() -> None:
