@@ -33,4 +33,4 @@ def test_the_score_at_a_token_is_that_of_the_sequence_cut_there() -> None:
     for row, sequence in enumerate(SEQUENCES):
         for end in range(len(sequence)):
             cut = SequenceScores(model)(*pad_right([sequence[: end + 1]], PAD, CPU))
-            assert float(scores[row, end]) == pytest.approx(float(cut), abs=1e-5)
+            assert scores[row, end].item() == pytest.approx(cut.item(), abs=1e-5)
