@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +31,10 @@ from stages.lib.tokenizer_files import require_same_tokenizer
 
 if not asks_for_help():
     import torch
-    from torch import nn
 
-    from stages.lib.batching import pair_batches, sequence_batches
-    from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+    from stages.lib.batching import micro_batching
+    from stages.lib.engine import frozen
+    from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
     from stages.lib.progress import log_run
     from stages.lib.sampling import require_room, sample_responses
@@ -73,29 +75,46 @@ class Responses:
     gold: list[float] | None
 
 
+@dataclass
+class Policy:
+    """A frozen language model under evaluation."""
+
+    log_probs: TokenLogProbs
+    call: Callable  # `log_probs`, sharded if runtime.yaml asks for it
+    config: Any
+
+    @contextmanager
+    def at(self, temperature: float) -> Iterator[None]:
+        """Log-probs of logits divided by `temperature`."""
+        self.log_probs.temperature = temperature
+        yield
+        self.log_probs.temperature = 1.0
+
+
 class Evaluation:
     """The models of an evaluation and what is asked of them."""
 
     def __init__(self, settings: Evaluate, seed: int, runtime: Runtime, processes: Processes, sft: Path) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
         self.eos_id, self.pad_id = end_and_pad_ids(sft)
+        self.batching = micro_batching(runtime, self.pad_id, processes)
 
-    def load_policy(self, path: Path) -> nn.Module:
-        return freeze(load_language_model(path, self.settings.precision, self.runtime, self.processes.device))
+    def load_policy(self, path: Path) -> Policy:
+        model = load_language_model(path, self.settings.precision, self.runtime, self.processes.device)
+        module = TokenLogProbs(model, chunk_tokens=self.runtime.logits_chunk_tokens)
+        return Policy(module, frozen(module, self.runtime, self.processes), model.config)
 
-    def load_reward_model(self, path: Path) -> nn.Module:
+    def load_reward_model(self, path: Path) -> Callable:
         classifier = load_classifier(path, self.settings.precision, self.runtime, self.processes.device)
-        return SequenceScores(freeze(classifier))
+        return frozen(SequenceScores(classifier), self.runtime, self.processes)
 
-    def log_probs(self, policy: nn.Module, temperature: float = 1.0) -> TokenLogProbs:
-        return TokenLogProbs(policy, temperature=temperature, chunk_tokens=self.runtime.logits_chunk_tokens)
-
-    def sample(self, policy: nn.Module, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
+    def sample(self, policy: Policy, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
         """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
-        own = sample_responses(
-            policy,
-            self.processes.share(prompts),
-            self.processes.share(rows),
+        return sample_responses(
+            policy.call,
+            prompts,
+            rows,
+            config=policy.config,
             seed=self.seed,
             step=SAMPLING_STEP,
             temperature=self.settings.temperature,
@@ -103,51 +122,41 @@ class Evaluation:
             eos_id=self.eos_id,
             pad_id=self.pad_id,
             batch_size=self.runtime.generation_batch_size,
-            device=self.processes.device,
+            processes=self.processes,
         )
-        return self.processes.gather(own)
 
     def judge(
-        self, prompts: list[list[int]], responses: list[list[int]], policy: nn.Module, sft: nn.Module, scorer: nn.Module
+        self, prompts: list[list[int]], responses: list[list[int]], policy: Policy, sft: Policy, scorer: Callable
     ) -> tuple[list[float], list[float]]:
         """(rewards, KL to SFT) of each response."""
-        own_prompts, own = self.processes.share(prompts), self.processes.share(responses)
-        rewards, kl = [0.0] * len(own), [0.0] * len(own)
-        modules = [self.log_probs(model, self.settings.temperature or 1.0) for model in (policy, sft)]
-        budget = self.runtime.micro_batch_tokens
-        for batch in sequence_batches(own_prompts, own, budget, self.pad_id, self.processes.device):
-            scores = scorer(batch.input_ids, batch.attention_mask)
-            logps, sft_logps = (module(*batch[1:])[0].sum(dim=-1) for module in modules)
-            for place, row in enumerate(batch.rows):
-                rewards[row] = float(scores[place])
-                kl[row] = float(logps[place] - sft_logps[place])
-        rewards, kl = self.processes.gather(rewards), self.processes.gather(kl)
+        found: dict[int, tuple[float, float]] = {}
+        temperature = self.settings.temperature or 1.0
+        with policy.at(temperature), sft.at(temperature):
+            for batch in self.batching.sequences(prompts, responses):
+                scores = scorer(*batch.inputs, batch.end_mask).tolist()
+                logps, sft_logps = (
+                    batch.on_completions(model.call(*batch.inputs, batch.completion_mask)[0]).sum(dim=-1)
+                    for model in (policy, sft)
+                )
+                found |= dict(zip(batch.rows, zip(scores, (logps - sft_logps).tolist(), strict=True), strict=True))
+        rewards, kl = (list(column) for column in zip(*self.processes.gather_rows(found), strict=True))
         for place, numbers in enumerate(zip(rewards, kl, strict=True)):
             if not all(map(math.isfinite, numbers)):
                 reward, divergence = numbers
                 raise StageError(f"response {place + 1} has reward {reward} and KL {divergence}: a model is broken")
         return rewards, kl
 
-    def pair_rewards(self, scorer: nn.Module, pairs: dict[str, list]) -> tuple[list[float], list[float]]:
-        """The reward model's scores of the chosen and of the rejected replies."""
-        own = {name: self.processes.share(column) for name, column in pairs.items()}
-        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
-        chosen, rejected = ([0.0] * len(own["prompt_ids"]) for _ in range(2))
-        budget = self.runtime.micro_batch_tokens
-        for batch in pair_batches(*columns, budget, self.pad_id, self.processes.device):
-            for target, scores in zip(
-                (chosen, rejected), scorer(batch.input_ids, batch.attention_mask).chunk(2), strict=True
-            ):
-                for row, score in zip(batch.rows, scores.tolist(), strict=True):
-                    target[row] = score
-        return self.processes.gather(chosen), self.processes.gather(rejected)
+    def pair_rewards(self, scorer: Callable, pairs: dict[str, list]) -> list[tuple[float, float]]:
+        """The reward model's scores of the chosen and of the rejected reply of each pair."""
+        found: dict[int, tuple[float, float]] = {}
+        for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
+            chosen, rejected = scorer(*batch.inputs, batch.end_mask).tensor_split(2)
+            found |= dict(zip(batch.rows, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+        return self.processes.gather_rows(found)
 
-    def implicit_margins(self, policy: nn.Module, pairs: dict[str, list], reference: dict[str, list]) -> list[float]:
+    def implicit_margins(self, policy: Policy, pairs: dict[str, list], reference: dict[str, list]) -> list[float]:
         """log π/π_SFT of the chosen reply minus that of the rejected one, for each pair."""
-        own = {name: self.processes.share(column) for name, column in pairs.items()}
-        budget = self.runtime.micro_batch_tokens
-        logps = all_pair_logps(self.log_probs(policy), own, budget, self.pad_id, self.processes.device)
-        chosen, rejected = (self.processes.gather(part.tolist()) for part in logps)
+        chosen, rejected = (part.tolist() for part in all_pair_logps(policy.call, pairs, self.batching))
         references = zip(reference["reference_chosen_logps"], reference["reference_rejected_logps"], strict=True)
         return [c - r - (rc - rr) for c, r, (rc, rr) in zip(chosen, rejected, references, strict=True)]
 
@@ -265,11 +274,10 @@ def against_sft(name: str, own: list[float], theirs: list[float], resamples: int
 
 
 def preference_results(
-    evaluation: Evaluation, policy: nn.Module, scorer: nn.Module, pairs: dict[str, list], reference: dict[str, list]
+    evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: dict[str, list], reference: dict[str, list]
 ) -> dict[str, float]:
     """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
-    chosen, rejected = evaluation.pair_rewards(scorer, pairs)
-    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    margins = [chosen - rejected for chosen, rejected in evaluation.pair_rewards(scorer, pairs)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
     calibration = calibration_error(confidence, [float(margin > 0) for margin in margins])

@@ -19,7 +19,9 @@ from stages.lib.params import read_params
 from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
-    from stages.lib.pretrained import end_and_pad_ids, freeze, load_language_model
+    from stages.lib.batching import micro_batching
+    from stages.lib.engine import frozen
+    from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes
     from stages.lib.progress import Progress, log_run
     from stages.lib.scratch import scratch_root
@@ -44,9 +46,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     runtime = read_runtime("precompute_ref_logprobs")
     processes = join_processes(runtime)
     tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
-    language_model = freeze(load_language_model(model, settings.precision, runtime, processes.device))
-    module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
-    pad_id = end_and_pad_ids(model)[1]
+    language_model = load_language_model(model, settings.precision, runtime, processes.device)
+    module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
+    batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
     columns = {}
     for split, table in tables.items():
         check_table_ids(
@@ -59,10 +61,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
         chosen, rejected = [], []
         for start in range(0, len(table), ROWS_AT_A_TIME):
             rows = range(start, min(start + ROWS_AT_A_TIME, len(table)))
-            own = table[processes.share(rows)]
-            logps = all_pair_logps(module, own, runtime.micro_batch_tokens, pad_id, processes.device)
-            chosen += processes.gather(logps.chosen.tolist())
-            rejected += processes.gather(logps.rejected.tolist())
+            logps = all_pair_logps(module, table[rows], batching)
+            chosen += logps.chosen.tolist()
+            rejected += logps.rejected.tolist()
             require_numbers(chosen[start:] + rejected[start:], table["row"][rows.start : rows.stop], tokens / split)
             if processes.is_main:
                 progress.update(rows.stop, len(rows), {})

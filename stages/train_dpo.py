@@ -19,17 +19,17 @@ from typing import Any, Literal
 from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
     from stages.lib.best_weights import BestWeights
     from stages.lib.dpo_loss import preference_losses
-    from stages.lib.engine import Engine, require_finite
+    from stages.lib.engine import Engine, new_engine, require_finite
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
-    from stages.lib.processes import Processes, join_processes
+    from stages.lib.processes import join_processes
     from stages.lib.sequence_logprobs import pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_note, read_table
@@ -66,39 +66,35 @@ class TrainDpo(EpochSettings):
 
 
 class PairLoss:
-    """The loss and metrics of pairs, cut into micro-batches of this process's share."""
+    """The loss and metrics of pairs, each process running its part of the micro-batches."""
 
-    def __init__(self, settings: TrainDpo, runtime: Runtime, processes: Processes, pad_id: int) -> None:
+    def __init__(self, settings: TrainDpo, batching: MicroBatching) -> None:
         self.settings = settings
-        self.budget = runtime.micro_batch_tokens
-        self.processes = processes
-        self.pad_id = pad_id
+        self.batching = batching
 
     def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
         """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
         count = len(pairs["prompt_ids"])
-        own = {name: self.processes.share(column) for name, column in pairs.items()}
-        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
         sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
-        for batch in pair_batches(*columns, self.budget, self.pad_id, self.processes.device):
+        for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
             with torch.set_grad_enabled(train):
                 logps = pair_logps(engine, batch)
-                result = self._losses(logps.chosen, logps.rejected, own, batch.rows)
+                result = self._losses(logps.chosen, logps.rejected, pairs, batch.rows)
                 if train:
                     engine.backward(result.losses.sum() / count)
             margins = result.chosen_rewards - result.rejected_rewards
             accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
             parts = (result.losses, result.chosen_rewards, result.rejected_rewards, margins, accuracies, *logps)
             sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        means = [total / count for total in self.processes.sum(sums.tolist())]
+        means = [total / count for total in self.batching.processes.sum(sums.tolist())]
         return dict(zip(PAIR_METRICS, means, strict=True))
 
-    def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor, own: dict[str, list], rows: list[int]) -> Any:
+    def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor, pairs: dict[str, list], rows: list[int]) -> Any:
         def column(name: str) -> torch.Tensor:
-            return torch.tensor([own[name][row] for row in rows], device=chosen.device)
+            return torch.tensor([pairs[name][row] for row in rows], device=chosen.device)
 
         def lengths(name: str) -> torch.Tensor:
-            return torch.tensor([len(own[name][row]) for row in rows], device=chosen.device)
+            return torch.tensor([len(pairs[name][row]) for row in rows], device=chosen.device)
 
         return preference_losses(
             chosen,
@@ -166,9 +162,9 @@ def main(
             check_table_ids(pairs.tokens, columns, language_model.config.vocab_size, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
-        engine = Engine(module, settings.optimizer, total, processes)
-        best = BestWeights(settings.keep)
-        pair_loss = PairLoss(settings, runtime, processes, end_and_pad_ids(model)[1])
+        engine = new_engine(module, settings.optimizer, total, runtime, processes)
+        best = BestWeights(settings.keep, is_main=processes.is_main)
+        pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
@@ -179,10 +175,10 @@ def main(
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": value for name, value in results.items()}
                 require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, engine.master_weights(language_model))
+                best.offer(results, step + 1, lambda: engine.master_weights(language_model))
             tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
             this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
-        kept = best.choose(engine.master_weights(language_model))
+        kept = best.choose(lambda: engine.master_weights(language_model))
         results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
         results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
         this_run.publish_model(

@@ -33,13 +33,13 @@ if not asks_for_help():
     import torch
 
     from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
-    from stages.lib.batching import rows_of_step, sequence_batches
-    from stages.lib.engine import Engine, require_finite
+    from stages.lib.batching import micro_batching, rows_of_step
+    from stages.lib.engine import frozen, new_engine, require_finite
     from stages.lib.kl_control import AdaptiveKLController, FixedKLController
     from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
-    from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
+    from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
-    from stages.lib.rollouts import Rollouts, Scored, assemble, on_response, score_responses, values_before
+    from stages.lib.rollouts import Rollouts, assemble, score_responses, values_before
     from stages.lib.sampling import require_room, sample_responses
     from stages.lib.scalar_scores import SequenceScores, TokenScores
     from stages.lib.score_normalisation import RunningMoments, shape_scores
@@ -144,20 +144,21 @@ class Ppo:
     ) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
         self.eos_id, self.pad_id = end_and_pad_ids(model)
-        where = (settings.precision, runtime, processes.device)
+        where, launch = (settings.precision, runtime, processes.device), (runtime, processes)
         self.language_model = load_language_model(model, *where)
         log_probs = {"temperature": settings.temperature, "chunk_tokens": runtime.logits_chunk_tokens}
         updates = settings.updates_per_iteration
-        self.policy = Engine(
+        self.policy = new_engine(
             TokenLogProbs(self.language_model, with_entropies=True, **log_probs),
             settings.policy_optimizer,
             (settings.iterations - settings.critic_warmup_iterations) * updates,
-            processes,
+            *launch,
         )
         critic = TokenScores(load_classifier(reward_model, *where))
-        self.critic = Engine(critic, settings.critic_optimizer, settings.iterations * updates, processes)
-        self.reference = TokenLogProbs(freeze(load_language_model(model, *where)), **log_probs)
-        self.reward_model = SequenceScores(freeze(load_classifier(reward_model, *where)))
+        self.critic = new_engine(critic, settings.critic_optimizer, settings.iterations * updates, *launch)
+        self.reference = frozen(TokenLogProbs(load_language_model(model, *where), **log_probs), *launch)
+        self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where)), *launch)
+        self.batching = micro_batching(runtime, self.pad_id, processes)
         self.moments = RunningMoments()
         self.kl_controller = (
             AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
@@ -167,12 +168,12 @@ class Ppo:
 
     def collect(self, prompts: list[list[int]], iteration: int) -> Rollouts:
         """Sample a response to each prompt and have all models judge it. The same in every process."""
-        places = self.processes.share(range(len(prompts)))
-        own = [prompts[place] for place in places]
+        self.language_model.eval()
         responses = sample_responses(
-            self.language_model.eval(),
-            own,
-            places,
+            self.policy,
+            prompts,
+            range(len(prompts)),
+            config=self.language_model.config,
             seed=self.seed,
             step=iteration,
             temperature=self.settings.temperature,
@@ -180,25 +181,22 @@ class Ppo:
             eos_id=self.eos_id,
             pad_id=self.pad_id,
             batch_size=self.runtime.generation_batch_size,
-            device=self.processes.device,
+            processes=self.processes,
         )
         self.language_model.train()
         scored = score_responses(
-            own,
+            prompts,
             responses,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
             reward_model=self.reward_model,
-            runtime=self.runtime,
-            pad_id=self.pad_id,
-            device=self.processes.device,
+            batching=self.batching,
         )
-        gathered = Scored(*(self.processes.gather(column) for column in scored))
         return assemble(
             prompts,
-            self.processes.gather(responses),
-            gathered,
+            responses,
+            scored,
             kl_estimator=self.settings.kl_estimator,
             eos_id=self.eos_id,
             device=self.processes.device,
@@ -234,14 +232,15 @@ class Ppo:
             order = np.random.Generator(np.random.Philox(key=key)).permutation(len(rollouts.prompts))
             for start in range(0, len(order), settings.minibatch_size):
                 rows = [int(row) for row in order[start : start + settings.minibatch_size]]
-                sums = self._accumulate(rows, rollouts, advantages, returns, train_policy)
+                minibatch = (rows, rollouts, advantages, returns)
+                if settings.max_policy_kl is not None:
+                    before = self._accumulate(*minibatch, train_policy=False, train_critic=False)
+                    if before["policy/approxkl"] > settings.max_policy_kl:
+                        return self._update_means(totals)
+                sums = self._accumulate(*minibatch, train_policy=train_policy)
                 for name, value in sums.items():
                     totals[name].append(value)
                 require_finite(sums["policy/loss"] + sums["value/loss"], "loss", self.critic.steps_taken)
-                if settings.max_policy_kl is not None and sums["policy/approxkl"] > settings.max_policy_kl:
-                    self.policy.discard_gradients()
-                    self.critic.discard_gradients()
-                    return self._update_means(totals)
                 if train_policy:
                     totals["policy/grad_norm"].append(self.policy.step())
                 totals["value/grad_norm"].append(self.critic.step())
@@ -253,21 +252,27 @@ class Ppo:
         return means | {"policy/updates": float(len(totals["policy/grad_norm"]))}
 
     def _accumulate(
-        self, rows: list[int], rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor, train_policy: bool
+        self,
+        rows: list[int],
+        rollouts: Rollouts,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        *,
+        train_policy: bool,
+        train_critic: bool = True,
     ) -> dict[str, float]:
-        """Gradients of one minibatch, from this process's share of it; means over all its tokens."""
+        """Gradients of one minibatch, from this process's part of it; means over all its tokens."""
         tokens = int(rollouts.response_mask[rows].sum())
-        own = self.processes.share(rows)
         width = rollouts.response_mask.shape[1]
         sums = torch.zeros(5, dtype=torch.float64)
-        columns = ([rollouts.prompts[row] for row in own], [rollouts.responses[row] for row in own])
-        for batch in sequence_batches(*columns, self.runtime.micro_batch_tokens, self.pad_id, self.processes.device):
-            places = [own[row] for row in batch.rows]
+        columns = ([rollouts.prompts[row] for row in rows], [rollouts.responses[row] for row in rows])
+        for batch in self.batching.sequences(*columns):
+            places = [rows[row] for row in batch.rows]
             mask = rollouts.response_mask[places]
             with torch.set_grad_enabled(train_policy):
-                logps, _ = self.policy(batch.input_ids, batch.attention_mask, batch.completion_mask)
+                logps, _ = self.policy(*batch.inputs, batch.completion_mask)
                 policy = policy_loss_terms(
-                    on_response(logps, batch.completion_mask, width),
+                    batch.on_completions(logps, width),
                     rollouts.logps[places],
                     advantages[places],
                     mask,
@@ -275,11 +280,13 @@ class Ppo:
                 )
                 if train_policy:
                     self.policy.backward(policy.loss_sum / tokens)
-            values = on_response(values_before(self.critic, batch), batch.completion_mask, width)
-            value = value_loss_terms(
-                values, rollouts.values[places], returns[places], mask, self.settings.value_clip_range
-            )
-            self.critic.backward(value.loss_sum / tokens)
+            with torch.set_grad_enabled(train_critic):
+                values = batch.on_completions(values_before(self.critic, batch), width)
+                value = value_loss_terms(
+                    values, rollouts.values[places], returns[places], mask, self.settings.value_clip_range
+                )
+                if train_critic:
+                    self.critic.backward(value.loss_sum / tokens)
             parts = (policy.loss_sum, policy.clipped_sum, policy.approx_kl_sum, value.loss_sum, value.clipped_sum)
             sums += torch.stack([part.detach().double().cpu() for part in parts])
         names = ("policy/loss", "policy/clipfrac", "policy/approxkl", "value/loss", "value/clipfrac")

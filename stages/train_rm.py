@@ -19,17 +19,17 @@ from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.intervals import wilson_interval
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import is_due, pair_batches, rows_of_step, steps_in
+    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
     from stages.lib.best_weights import BestWeights
-    from stages.lib.engine import Engine, require_finite
+    from stages.lib.engine import Engine, new_engine, require_finite
     from stages.lib.pairwise_loss import pairwise_logistic_losses
     from stages.lib.pretrained import end_and_pad_ids, new_classifier
-    from stages.lib.processes import Processes, join_processes
+    from stages.lib.processes import join_processes
     from stages.lib.scalar_scores import SequenceScores
     from stages.lib.token_tables import PREFERENCE_SCHEMA, check_table_ids, read_table
     from stages.lib.training_run import TrainingRun
@@ -47,31 +47,27 @@ class TrainRm(EpochSettings):
 
 
 class PairLoss:
-    """The loss and metrics of pairs, cut into micro-batches of this process's share."""
+    """The loss and metrics of pairs, each process running its part of the micro-batches."""
 
-    def __init__(self, settings: TrainRm, runtime: Runtime, processes: Processes, pad_id: int) -> None:
+    def __init__(self, settings: TrainRm, batching: MicroBatching) -> None:
         self.use_margin = settings.use_margin
-        self.budget = runtime.micro_batch_tokens
-        self.processes = processes
-        self.pad_id = pad_id
+        self.batching = batching
 
     def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
         """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
         count = len(pairs["prompt_ids"])
-        own = {name: self.processes.share(column) for name, column in pairs.items()}
-        columns = (own["prompt_ids"], own["chosen_ids"], own["rejected_ids"])
         sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
-        for batch in pair_batches(*columns, self.budget, self.pad_id, self.processes.device):
+        for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
             with torch.set_grad_enabled(train):
-                chosen, rejected = engine(batch.input_ids, batch.attention_mask).chunk(2)
-                margins = [own["margin"][row] if self.use_margin else 0.0 for row in batch.rows]
+                chosen, rejected = engine(*batch.inputs, batch.end_mask).tensor_split(2)
+                margins = [pairs["margin"][row] if self.use_margin else 0.0 for row in batch.rows]
                 losses = pairwise_logistic_losses(chosen, rejected, torch.tensor(margins, device=chosen.device))
                 if train:
                     engine.backward(losses.sum() / count)
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
             parts = (losses, correct, chosen, rejected, chosen - rejected)
             sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        means = [total / count for total in self.processes.sum(sums.tolist())]
+        means = [total / count for total in self.batching.processes.sum(sums.tolist())]
         return dict(zip(PAIR_METRICS, means, strict=True))
 
 
@@ -94,9 +90,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             if settings.use_margin:
                 require_margins(table, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
-        engine = Engine(SequenceScores(classifier), settings.optimizer, total, processes)
-        best = BestWeights(settings.keep)
-        pair_loss = PairLoss(settings, runtime, processes, end_and_pad_ids(model)[1])
+        engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
+        best = BestWeights(settings.keep, is_main=processes.is_main)
+        pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
@@ -107,10 +103,10 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
                 require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, engine.master_weights(classifier))
+                best.offer(results, step + 1, lambda: engine.master_weights(classifier))
             tokens_seen = count_tokens(train[rows])
             this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
-        kept = best.choose(engine.master_weights(classifier))
+        kept = best.choose(lambda: engine.master_weights(classifier))
         results = summarise(kept.results, len(held_out))
         results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step}
         this_run.publish_model(classifier, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)

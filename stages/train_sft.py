@@ -16,16 +16,16 @@ from typing import Any
 from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, asks_for_help, run
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import is_due, micro_batches, pad_right, rows_of_step, steps_in
+    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
     from stages.lib.best_weights import BestWeights
-    from stages.lib.engine import Engine, require_finite
+    from stages.lib.engine import Engine, new_engine, require_finite
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
-    from stages.lib.processes import Processes, join_processes
+    from stages.lib.processes import join_processes
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import SFT_SCHEMA, check_table_ids, read_table
     from stages.lib.training_run import TrainingRun
@@ -39,27 +39,22 @@ class TrainSft(EpochSettings):
 
 
 class TokenLoss:
-    """Summed cross-entropy of rows, cut into micro-batches of this process's share."""
+    """Summed cross-entropy of rows, each process running its part of the micro-batches."""
 
-    def __init__(self, runtime: Runtime, processes: Processes, pad_id: int) -> None:
-        self.budget = runtime.micro_batch_tokens
-        self.processes = processes
-        self.pad_id = pad_id
+    def __init__(self, batching: MicroBatching) -> None:
+        self.batching = batching
 
     def __call__(self, engine: Engine, rows: dict[str, list], *, train: bool) -> tuple[float, int]:
         """Add the gradient of the mean loss (if `train`). Returns (loss sum, tokens), both over all processes."""
         tokens = sum(sum(mask) for mask in rows["loss_mask"])
-        ids, masks = self.processes.share(rows["input_ids"]), self.processes.share(rows["loss_mask"])
         loss_sum = 0.0
-        for group in micro_batches([len(sequence) for sequence in ids], self.budget):
-            input_ids, attention_mask = pad_right([ids[row] for row in group], self.pad_id, self.processes.device)
-            targets, _ = pad_right([masks[row] for row in group], 0, self.processes.device)
+        for batch in self.batching.masked(rows["input_ids"], rows["loss_mask"]):
             with torch.set_grad_enabled(train):
-                logps, _ = engine(input_ids, attention_mask, targets.bool())
+                logps, _ = engine(*batch.inputs, batch.completion_mask)
                 if train:
                     engine.backward(-logps.sum() / tokens)
             loss_sum -= float(logps.detach().sum())
-        return self.processes.sum([loss_sum])[0], tokens
+        return self.batching.processes.sum([loss_sum])[0], tokens
 
 
 def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
@@ -79,9 +74,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             check_table_ids(table, ("input_ids",), language_model.config.vocab_size, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
-        engine = Engine(module, settings.optimizer, total, processes)
-        best = BestWeights(settings.keep)
-        token_loss = TokenLoss(runtime, processes, end_and_pad_ids(model)[1])
+        engine = new_engine(module, settings.optimizer, total, runtime, processes)
+        best = BestWeights(settings.keep, is_main=processes.is_main)
+        token_loss = TokenLoss(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         base_loss = held_out_loss(engine, held_out, token_loss)
         this_run.say(f"train_sft: {len(train)} rows, {total} steps; held-out loss of the base model {base_loss:.4f}")
         for step in this_run.steps(total, engine=engine, best=best):
@@ -93,9 +88,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             if is_due(step + 1, settings.eval_every, total):
                 row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
                 require_finite(row["eval/loss"], "held-out loss", step)
-                best.offer({"loss": row["eval/loss"]}, step + 1, engine.master_weights(language_model))
+                best.offer({"loss": row["eval/loss"]}, step + 1, lambda: engine.master_weights(language_model))
             this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
-        kept = best.choose(engine.master_weights(language_model))
+        kept = best.choose(lambda: engine.master_weights(language_model))
         results = {
             "eval_loss": kept.results["loss"],
             "eval_loss_base": base_loss,

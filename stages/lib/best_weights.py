@@ -1,6 +1,6 @@
 """Which weights a training stage ends with: the last ones, or the best it evaluated."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,28 +15,57 @@ class Kept(NamedTuple):
 
 
 class BestWeights:
-    """Keeps a copy of the weights with the lowest evaluation loss, if `keep` is "best"; part of a checkpoint."""
+    """Keeps a copy of the weights with the lowest evaluation loss, if `keep` is "best"; part of a checkpoint.
 
-    def __init__(self, keep: Literal["best", "last"]) -> None:
+    The copy is in the main process alone, the rest in all of them.
+    """
+
+    def __init__(self, keep: Literal["best", "last"], *, is_main: bool) -> None:
         self.keep = keep
+        self.is_main = is_main
         self.step = 0
         self.results: dict[str, float] = {}
         self.weights: dict[str, torch.Tensor] | None = None
 
-    def offer(self, results: Mapping[str, float], step: int, weights: dict[str, torch.Tensor]) -> None:
-        """Take note of an evaluation; with "best", copy `weights` if `results["loss"]` is below all earlier ones."""
+    def offer(self, results: Mapping[str, float], step: int, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Take note of an evaluation; with "best", copy `weights()` if `results["loss"]` is below all earlier ones."""
         if self.keep == "last":
             self.step, self.results = step, dict(results)
         elif not self.results or results["loss"] < self.results["loss"]:
             self.step, self.results = step, dict(results)
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+            found = weights()
+            # Tied weights are one tensor under two names, and stay one.
+            own = {tensor.data_ptr(): tensor.detach().cpu().clone() for tensor in found.values()}
+            self.weights = {name: own[tensor.data_ptr()] for name, tensor in found.items()}
 
-    def choose(self, last: dict[str, torch.Tensor]) -> Kept:
-        """What to publish. `last` are the weights after the last step, which is always evaluated."""
-        return Kept(last if self.weights is None else self.weights, self.step, self.results)
+    def choose(self, last: Callable[[], dict[str, torch.Tensor]]) -> Kept:
+        """What to publish. `last()` are the weights after the last step, which is always evaluated."""
+        return Kept(last() if self.weights is None else self.weights, self.step, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "results": self.results, "weights": self.weights}
+        return {"step": self.step, "results": self.results, "names": self._tied_names()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.results, self.weights = state["step"], state["results"], state["weights"]
+    def _tied_names(self) -> dict[str, str] | None:
+        """Each name of a weight → the first name of the same tensor."""
+        if self.weights is None:
+            return None
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self.weights.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The copy, in the main process, which alone has one."""
+        for name, first in (self._tied_names() or {}).items():
+            if name == first:
+                yield name, self.weights[name]
+
+    def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
+        self.step, self.results, names = state["step"], state["results"], state["names"]
+        if names is None:
+            self.weights = None
+            return
+        kept = {}
+        for first in dict.fromkeys(names.values()):
+            tensor = read(first)
+            if self.is_main:
+                kept[first] = tensor
+        self.weights = {name: kept[first] for name, first in names.items()} if self.is_main else {}

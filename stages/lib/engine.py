@@ -2,55 +2,63 @@
 
 The caller divides its loss by the global denominator of the optimizer step (tokens or pairs over all micro-batches and
 processes), so gradients are summed, never averaged, and neither micro-batching nor sharding changes a step.
+
+`new_engine` chooses the back: plain torch for one process, DeepSpeed for several or where its ZeRO or offload is asked
+for. Nothing above this file knows which.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from stages.lib.activation_offload import offloaded_activations
 from stages.lib.errors import StageError
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.processes import Processes
+from stages.lib.runtime import Runtime
 from stages.lib.schedule import learning_rate
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
 
-class Engine:
+
+class Engine(ABC):
     """AdamW (arXiv 1711.05101) with a learning-rate schedule and gradient clipping.
 
     In bf16 the module holds bf16 weights and the optimizer float32 masters: gradients are added up in float32, and a
     step rounds the masters into the module. In fp32 the weights are their own masters.
+
+    Every method is called by all processes of the launch.
 
     Args:
         module: called like a function; all its parameters that require a gradient are trained.
         total_steps: optimizer steps of the whole run, the horizon of the schedule.
     """
 
-    def __init__(self, module: nn.Module, settings: OptimizerSettings, total_steps: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        total_steps: int,
+        runtime: Runtime,
+        processes: Processes,
+    ) -> None:
         self.module = module
         self.settings = settings
         self.total_steps = total_steps
+        self.activation_offload = runtime.activation_offload
         self.processes = processes
         self.steps_taken = 0
-        named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
-        self.weights = [weight for _, weight in named]
-        self.masters = [
-            weight if weight.dtype == torch.float32 else weight.detach().float().clone() for weight in self.weights
-        ]
-        self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
-        )
+        self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Weight decay on matrices only: not on norms and biases."""
-        matrices = [master for master in self.masters if master.ndim >= 2]
-        vectors = [master for master in self.masters if master.ndim < 2]
-        groups = [(matrices, self.settings.weight_decay), (vectors, 0.0)]
-        return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        return self.module(*inputs)
+    def __call__(self, *inputs: Any) -> Any:
+        offload = self.activation_offload and torch.is_grad_enabled()
+        with offloaded_activations() if offload else nullcontext():
+            return self._forward(*inputs)
 
     @property
     def learning_rate(self) -> float:
@@ -66,77 +74,213 @@ class Engine:
             settings.schedule,
         )
 
+    def step(self) -> float:
+        """Sum the gradients over processes, clip and apply them. Returns their global L2 norm before clipping.
+
+        Raises:
+            StageError: the norm is not finite, so the weights may be broken; nothing is saved from here on.
+        """
+        norm = self._apply()
+        require_finite(norm, "gradient norm", self.steps_taken)
+        self.steps_taken += 1
+        return norm
+
+    @abstractmethod
+    def _forward(self, *inputs: Any) -> Any: ...
+
+    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's part of the loss (already divided by the global denominator)."""
+
+    @abstractmethod
+    def _apply(self) -> float:
+        """What `step` does, but for the count."""
+
+    @abstractmethod
+    def full_gradient(self, name: str) -> torch.Tensor:
+        """The gradient of one trained parameter, summed over micro-batches and processes; before `step`."""
+
+    @abstractmethod
+    def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
+        """The float32 master of a trained parameter, or its AdamW moment `key`, whole."""
+
+    @abstractmethod
+    def set_full_state(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
+        """The reverse of `full_state`; `finish_loading` follows once all are set."""
+
+    @abstractmethod
+    def finish_loading(self) -> None:
+        """Bring the module's weights in line with masters that were set."""
+
+    def full_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the module that is not trained, whole."""
+        return weight.detach()
+
+    def master_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The state dict of `model` (the engine's module or a part of it), trained weights in float32.
+
+        Returns:
+            In the main process all of it; tied weights are one tensor under two names. Elsewhere nothing.
+        """
+        names = {id(weight): name for name, weight in self.trained.items()}
+        found: dict[int, torch.Tensor] = {}
+        result = {}
+        for name, weight in model.state_dict(keep_vars=True).items():
+            if id(weight) not in found:
+                trained = names.get(id(weight))
+                found[id(weight)] = self.full_state(trained) if trained else self.full_weight(weight)
+            if self.processes.is_main:
+                result[name] = found[id(weight)].detach()
+            else:
+                found[id(weight)] = torch.empty(0)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The small part of what a later process needs to go on; `tensors` is the large one."""
+        return {"steps_taken": self.steps_taken}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Masters and moments by name, whole, one at a time; any number of processes and ZeRO stage can load them."""
+        for name in self.trained:
+            yield name, self.full_state(name).detach()
+            for key in MOMENTS if self.steps_taken else ():
+                yield f"{name}/{key}", self.full_state(name, key).detach()
+
+    def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
+        """Go on from a saved state. `read` returns the tensor of a name that `tensors` gave, in all processes."""
+        self.steps_taken = state["steps_taken"]
+        for name in self.trained:
+            self.set_full_state(name, read(name))
+            for key in MOMENTS if self.steps_taken else ():
+                self.set_full_state(name, read(f"{name}/{key}"), key)
+        self.finish_loading()
+
+    def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> torch.optim.AdamW:
+        """AdamW with weight decay on matrices only: not on norms and biases."""
+        matrices = [weight for weight in weights.values() if weight.ndim >= 2]
+        vectors = [weight for weight in weights.values() if weight.ndim < 2]
+        groups = [(matrices, self.settings.weight_decay), (vectors, 0.0)]
+        betas = (self.settings.beta1, self.settings.beta2)
+        return torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for group, decay in groups if group],
+            lr=self.settings.learning_rate,
+            betas=betas,
+            fused=True,
+        )
+
+    def moment_zero(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The optimizer's state of one of its tensors, made if there is none yet, at the count of steps taken."""
+        state = optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        state["step"].fill_(float(self.steps_taken))
+        return state
+
+
+class TorchEngine(Engine):
+    """Plain torch: every process holds all of it, gradients are summed by one all-reduce."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        total_steps: int,
+        runtime: Runtime,
+        processes: Processes,
+    ) -> None:
+        super().__init__(module, settings, total_steps, runtime, processes)
+        self.masters = {
+            name: weight.detach().float().clone() if weight.dtype in (torch.bfloat16, torch.float16) else weight
+            for name, weight in self.trained.items()
+        }
+        self.optimizer = self.new_optimizer(self.masters)
+
+    def _forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        for weight, master in zip(self.weights, self.masters, strict=True):
+        for name, weight in self.trained.items():
+            master = self.masters[name]
             if weight is not master and weight.grad is not None:
                 gradient = weight.grad.float()
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 weight.grad = None
 
-    def step(self) -> float:
-        """Sum the gradients over processes, clip and apply them. Returns their global L2 norm before clipping.
-
-        Raises:
-            StageError: the norm is not finite; the weights are left as they were.
-        """
-        self._sum_gradients()
-        gradients = [master.grad for master in self.masters]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        require_finite(norm, "gradient norm", self.steps_taken)
-        torch.nn.utils.clip_grads_with_norm_(self.masters, self.settings.max_grad_norm, torch.tensor(norm))
+    def _apply(self) -> float:
+        masters = list(self.masters.values())
+        sum_gradients(masters, self.processes)
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
+        if not bool(torch.isfinite(norm)):
+            return float(norm)
+        torch.nn.utils.clip_grads_with_norm_(masters, self.settings.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._round_masters()
-        self.steps_taken += 1
-        return norm
+        self.finish_loading()
+        return float(norm)
 
-    def discard_gradients(self) -> None:
-        """Forget what `backward` has added up since the last step."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.grad = master.grad = None
+    def full_gradient(self, name: str) -> torch.Tensor:
+        gradient = self.masters[name].grad.clone()
+        self.processes.sum_tensor(gradient)
+        return gradient
 
-    def _sum_gradients(self) -> None:
-        for master in self.masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        if self.processes.world_size > 1:
-            flat = torch.cat([master.grad.flatten() for master in self.masters])
-            self.processes.sum_tensor(flat)
-            for master, part in zip(self.masters, flat.split([m.numel() for m in self.masters]), strict=True):
-                master.grad.copy_(part.view_as(master))
+    def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
+        master = self.masters[name]
+        return master.detach() if key is None else self.optimizer.state[master][key]
 
-    def _round_masters(self) -> None:
+    def set_full_state(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
+        master = self.masters[name]
         with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if weight is not master:
-                    weight.copy_(master)
+            (master if key is None else self.moment_zero(self.optimizer, master)[key]).copy_(value)
 
-    def master_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The state dict of `model` (the engine's module or a part of it), trained weights in float32."""
-        masters = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
-        return {
-            name: masters.get(id(weight), weight).detach() for name, weight in model.state_dict(keep_vars=True).items()
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on: masters, optimizer, step count."""
-        return {
-            "masters": [master.detach() for master in self.masters],
-            "optimizer": self.optimizer.state_dict(),
-            "steps_taken": self.steps_taken,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def finish_loading(self) -> None:
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self._round_masters()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_taken = state["steps_taken"]
+            for name, weight in self.trained.items():
+                if weight is not self.masters[name]:
+                    weight.copy_(self.masters[name])
+
+
+def sum_gradients(weights: list[torch.Tensor], processes: Processes) -> None:
+    """Sum the gradients of these weights over the processes, by one all-reduce; one that has none gets zeros."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    if processes.world_size > 1:
+        flat = torch.cat([weight.grad.flatten() for weight in weights])
+        processes.sum_tensor(flat)
+        for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+            weight.grad.copy_(part.view_as(weight))
+
+
+def new_engine(
+    module: nn.Module, settings: OptimizerSettings, total_steps: int, runtime: Runtime, processes: Processes
+) -> Engine:
+    """An engine with the back that `runtime.yaml` and the launch ask for."""
+    # DeepSpeed without ZeRO does not add up bf16 gradients in float32, which this engine promises.
+    half = any(weight.dtype == torch.bfloat16 for weight in module.parameters() if weight.requires_grad)
+    lacking = half and runtime.zero_stage == 0
+    if lacking and runtime.engine == "deepspeed":
+        raise StageError("runtime.yaml: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3")
+    if runtime.uses_deepspeed(processes.world_size) and not lacking:
+        from stages.lib.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, settings, total_steps, runtime, processes)
+    return TorchEngine(module, settings, total_steps, runtime, processes)
+
+
+def frozen(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:
+    """A module without gradients (reference, reward model, a policy under evaluation), sharded if so asked."""
+    module.requires_grad_(False)
+    module.eval()
+    if runtime.frozen_zero_stage == 3:
+        from stages.lib.deepspeed_engine import sharded
+
+        return sharded(module, runtime, processes)
+    return module
 
 
 def require_finite(value: float, name: str, step: int) -> None:

@@ -100,6 +100,8 @@ def build(settings: type[Settings], values: Any, where: str) -> Settings:
 
 def convert(value: Any, kind: Any, where: str) -> Any:
     """Check `value` against the type `kind` and return it (an int where a float is wanted becomes a float)."""
+    if kind is typing.Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return build(kind, value, where)

@@ -123,12 +123,6 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Switch off gradients and layer-specific training behaviour: a reference or reward model."""
-    model.requires_grad_(False)
-    return model.eval()
-
-
 def save_model(
     model: nn.Module, weights: dict[str, torch.Tensor], out: Path, *, save_dtype: str, tokenizer_from: Path
 ) -> None:

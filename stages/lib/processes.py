@@ -1,7 +1,7 @@
 """The processes of one launch: who am I, what is my share, and sums over all of us."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +59,15 @@ class Processes:
         total = sum(len(part) for part in parts)
         return [parts[index % self.world_size][index // self.world_size] for index in range(total)]
 
+    def gather_rows(self, own: Mapping[int, Item]) -> list[Item]:
+        """The items of rows 0 to n - 1 in all processes; each row is in the `own` of one process."""
+        parts: list[Any] = [dict(own)]
+        if self.world_size > 1:
+            parts *= self.world_size
+            dist.all_gather_object(parts, dict(own))
+        rows = {row: item for part in parts for row, item in part.items()}
+        return [rows[row] for row in range(len(rows))]
+
     def broadcast(self, value: Item) -> Item:
         """The main process's `value`, in all processes."""
         if self.world_size == 1:
@@ -66,6 +75,17 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """The main process's `tensor` (on its CPU), on the CPU of all processes."""
+        if self.world_size == 1:
+            return tensor
+        shape, dtype = self.broadcast((tensor.shape, tensor.dtype) if self.is_main else None)
+        everywhere = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.is_main:
+            everywhere.copy_(tensor)
+        dist.broadcast(everywhere, src=0)
+        return everywhere.cpu()
 
     def in_main(self, action: Callable[[], Item]) -> Item | None:
         """Run `action` in the main process, where it may raise a StageError that all processes then raise.

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from stages.lib.batching import SequenceBatch, sequence_batches
+from stages.lib.batching import MicroBatching, SequenceBatch
 from stages.lib.kl_control import kl_estimate
-from stages.lib.runtime import Runtime
 
 
 class Rollouts(NamedTuple):
@@ -26,13 +24,13 @@ class Rollouts(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What the models say of some rollouts: lists over responses, of per-token lists or numbers."""
+    """What the models say of one response: a number per token, and its score."""
 
-    logps: list[list[float]]
-    reference_logps: list[list[float]]
-    entropies: list[list[float]]
-    values: list[list[float]]
-    scores: list[float]
+    logps: list[float]
+    reference_logps: list[float]
+    entropies: list[float]
+    values: list[float]
+    score: float
 
 
 @torch.no_grad()
@@ -41,60 +39,55 @@ def score_responses(
     responses: Sequence[Sequence[int]],
     *,
     policy: Callable,
-    reference: nn.Module,
+    reference: Callable,
     critic: Callable,
-    reward_model: nn.Module,
-    runtime: Runtime,
-    pad_id: int,
-    device: torch.device,
-) -> Scored:
-    """Forward passes of all four models over this process's responses, without gradient, in the order given."""
-    empty: list[list[float]] = [[] for _ in prompts]
-    result = Scored(*(list(empty) for _ in range(4)), [0.0] * len(prompts))
-    for batch in sequence_batches(prompts, responses, runtime.micro_batch_tokens, pad_id, device):
-        logps, entropies = policy(batch.input_ids, batch.attention_mask, batch.completion_mask)
-        reference_logps, _ = reference(batch.input_ids, batch.attention_mask, batch.completion_mask)
-        values = values_before(critic, batch)
-        scores = reward_model(batch.input_ids, batch.attention_mask)
-        for place, row in enumerate(batch.rows):
-            kept = batch.completion_mask[place]
-            result.logps[row] = logps[place][kept].tolist()
-            result.entropies[row] = entropies[place][kept].tolist()
-            result.reference_logps[row] = reference_logps[place][kept].tolist()
-            result.values[row] = values[place][kept].tolist()
-            result.scores[row] = float(scores[place])
-    return result
+    reward_model: Callable,
+    batching: MicroBatching,
+) -> list[Scored]:
+    """Forward passes of all four models over all responses, without gradient; the same list in all processes."""
+    found: dict[int, Scored] = {}
+    for batch in batching.sequences(prompts, responses):
+        logps, entropies = policy(*batch.inputs, batch.completion_mask)
+        reference_logps, _ = reference(*batch.inputs, batch.completion_mask)
+        per_token = (logps, reference_logps, entropies, values_before(critic, batch))
+        columns = [batch.on_completions(values).tolist() for values in per_token]
+        scores = reward_model(*batch.inputs, batch.end_mask).tolist()
+        for place, (row, length) in enumerate(zip(batch.rows, batch.completion_lengths, strict=True)):
+            found[row] = Scored(*(column[place][:length] for column in columns), scores[place])
+    return batching.processes.gather_rows(found)
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:
     """V of the state before each token: the critic read one position earlier. (b, t); the first column is 0."""
-    scores = critic(batch.input_ids, batch.attention_mask)
+    scores = critic(*batch.inputs)
     return torch.cat([torch.zeros_like(scores[:, :1]), scores[:, :-1]], dim=1)
 
 
 def assemble(
     prompts: list[list[int]],
     responses: list[list[int]],
-    scored: Scored,
+    scored: list[Scored],
     *,
     kl_estimator: str,
     eos_id: int,
     device: torch.device,
 ) -> Rollouts:
     """Put lists over all responses of a phase into aligned tensors."""
-    logps = response_tensor(scored.logps, device)
+    logps, reference_logps, entropies, values = (
+        response_tensor([getattr(one, name) for one in scored], device) for name in Scored._fields[:4]
+    )
     lengths = torch.tensor([len(response) for response in responses], device=device)
     mask = torch.arange(logps.shape[1], device=device) < lengths[:, None]
-    kl = kl_estimate(logps, response_tensor(scored.reference_logps, device), kl_estimator)
+    kl = kl_estimate(logps, reference_logps, kl_estimator)
     return Rollouts(
         prompts=prompts,
         responses=responses,
         response_mask=mask,
         logps=logps,
         kl=torch.where(mask, kl, 0.0),
-        entropies=response_tensor(scored.entropies, device),
-        values=response_tensor(scored.values, device),
-        scores=torch.tensor(scored.scores, dtype=torch.float32, device=device),
+        entropies=entropies,
+        values=values,
+        scores=torch.tensor([one.score for one in scored], dtype=torch.float32, device=device),
         ended=torch.tensor([response[-1] == eos_id for response in responses], device=device),
     )
 
@@ -103,11 +96,3 @@ def response_tensor(rows: Sequence[Sequence[float]], device: torch.device) -> to
     """Per-token lists of unequal length as a (b, t) float32 tensor, 0 beyond each end."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32, device=device)
-
-
-def on_response(values: torch.Tensor, completion_mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Move per-token values of right-padded sequences (b, s) to response coordinates (b, width), 0 beyond the end."""
-    lengths = completion_mask.sum(dim=-1)
-    response_mask = torch.arange(width, device=values.device) < lengths[:, None]
-    empty = torch.zeros(response_mask.shape, dtype=values.dtype, device=values.device)
-    return empty.masked_scatter(response_mask, values[completion_mask])

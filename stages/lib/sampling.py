@@ -1,15 +1,14 @@
 """Sampling responses so that a response depends on weights, prompt and its own seed, never on the batch it is in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from stages.lib.batching import pad_left
 from stages.lib.errors import StageError
-from stages.lib.token_logprobs import position_ids
+from stages.lib.processes import Processes
 
 
 def uniform_draws(seed: int, step: int, row: int, count: int) -> np.ndarray:
@@ -31,10 +30,11 @@ def require_room(prompts: Iterable[Sequence[int]], config: Any, max_new_tokens: 
 
 @torch.no_grad()
 def sample_responses(
-    language_model: nn.Module,
+    policy: Callable,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[int],
     *,
+    config: Any,
     seed: int,
     step: int,
     temperature: float,
@@ -42,66 +42,88 @@ def sample_responses(
     eos_id: int,
     pad_id: int,
     batch_size: int,
-    device: torch.device,
+    processes: Processes,
 ) -> list[list[int]]:
     """Sample one response to each prompt from softmax(logits / temperature), by inverting its cumulative distribution.
 
+    The processes share the prompts out and take each forward pass together, as ZeRO 3 demands: a process whose prompts
+    are all answered goes along on padding.
+
     Args:
-        prompts: token ids of each prompt.
+        policy: a `TokenLogProbs` module or an engine around one.
+        prompts: token ids of each prompt, the same in all processes.
         rows: with `seed` and `step`, the identity of each response's random numbers.
+        config: the language model's configuration.
         temperature: 0 takes the likeliest token.
+        batch_size: sequences that one process samples at a time.
     Returns:
         Token ids of each response, up to and including the first EOS, or `max_new_tokens` of them without one.
     """
-    responses: list[list[int]] = [[] for _ in prompts]
+    from transformers import DynamicCache
+
     by_length = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    for start in range(0, len(by_length), batch_size):
-        group = by_length[start : start + batch_size]
-        draws = np.stack([uniform_draws(seed, step, rows[index], max_new_tokens) for index in group])
+    responses: dict[int, list[int]] = {}
+    width = batch_size * processes.world_size
+    for start in range(0, len(by_length), width):
+        together = by_length[start : start + width]
+        group = processes.share(together)
+        draws = [uniform_draws(seed, step, rows[index], max_new_tokens) for index in group]
         sampled = _sample_batch(
-            language_model, [prompts[index] for index in group], draws, temperature, eos_id, pad_id, device
+            policy,
+            [prompts[index] for index in group or together[:1]],
+            np.stack(draws or [np.zeros(max_new_tokens)]),
+            temperature,
+            DynamicCache(config=config),
+            eos_id,
+            pad_id,
+            processes,
+            asleep=not group,
         )
-        for index, tokens in zip(group, sampled.tolist(), strict=True):
+        for index, tokens in zip(group, sampled.tolist(), strict=False):
             responses[index] = tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
-    return responses
+    return processes.gather_rows(responses)
 
 
 def _sample_batch(
-    language_model: nn.Module,
+    policy: Callable,
     prompts: list[Sequence[int]],
     draws: np.ndarray,
     temperature: float,
+    cache: Any,
     eos_id: int,
     pad_id: int,
-    device: torch.device,
+    processes: Processes,
+    *,
+    asleep: bool,
 ) -> torch.Tensor:
-    """Token by token with a key-value cache, until every row has ended. (b, new tokens); pads after EOS."""
-    from transformers import DynamicCache
+    """Token by token with a key-value cache, until every row of every process has ended.
 
-    ids, mask = pad_left(prompts, pad_id, device)
-    positions = position_ids(mask)
-    cache = DynamicCache(config=language_model.config)
-    uniform = torch.from_numpy(draws).to(device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    Args:
+        asleep: this process has no prompts of its own, and only goes along.
+    Returns:
+        (b, new tokens); pads after EOS.
+    """
+    ids, mask = pad_left(prompts, pad_id, processes.device)
+    positions = positions_of(mask)
+    uniform = torch.from_numpy(draws).to(processes.device)
+    ended = torch.full((len(prompts),), asleep, dtype=torch.bool, device=processes.device)
     tokens = []
     for step in range(draws.shape[1]):
-        output = language_model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token = torch.where(ended, pad_id, invert_distribution(output.logits[:, -1], uniform[:, step], temperature))
+        logits = policy(ids, mask, positions, None, cache)
+        token = torch.where(ended, pad_id, invert_distribution(logits, uniform[:, step], temperature))
         tokens.append(token)
         ended = ended | (token == eos_id)
-        if bool(ended.all()):
+        if not processes.any(not bool(ended.all())):
             break
         ids = token[:, None]
         mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
         positions = positions[:, -1:] + 1
     return torch.stack(tokens, dim=1)
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted over real tokens, so padding on the left does not shift them. (b, t) → (b, t)."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def invert_distribution(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -4,42 +4,65 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stages.lib.token_logprobs import position_ids
+from stages.lib.token_logprobs import at_least_float32
+
+
+class ScalarHead(nn.Linear):
+    """A bias-free head with one output that computes in float32 or wider, whatever the dtype of its weights."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__(weight.shape[1], 1, bias=False, device="meta")
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, d) → (…, 1)."""
+        return functional.linear(at_least_float32(hidden), at_least_float32(self.weight))
 
 
 class TokenScores(nn.Module):
-    """A transformers sequence classifier with one output, read at any token. The head runs in float32.
+    """A transformers sequence classifier with one output, read at any token.
 
     Args:
-        classifier: `AutoModelForSequenceClassification` with `num_labels=1` and a bias-free head named `score`.
+        classifier: `AutoModelForSequenceClassification` with `num_labels=1` and a bias-free head named `score`, which
+            is replaced by a `ScalarHead` on the same weights.
     """
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
+        classifier.score = ScalarHead(classifier.score.weight)
         self.classifier = classifier
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Scores at every token. (b, t), (b, t) → (b, t), float32; positions of padding hold no meaning."""
-        hidden = self._hidden(input_ids, attention_mask)
-        return functional.linear(hidden.float(), self.classifier.score.weight.float()).squeeze(-1)
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores at every token, float32 or wider; those of padding hold no meaning.
 
-    def _hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        Shapes: (b, t), (b, t) or None where there is no padding, (b, t) → (b, t).
+        """
+        return self.classifier.score(self._hidden(input_ids, attention_mask, position_ids)).squeeze(-1)
+
+    def _hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
         output = self.classifier.base_model(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),
+            attention_mask=None if attention_mask is None else attention_mask.long(),
+            position_ids=position_ids,
             use_cache=False,
         )
         return output.last_hidden_state
 
 
 class SequenceScores(TokenScores):
-    """The same classifier, read at the last real token of each sequence: a reward model."""
+    """The same classifier, read at the last token of each sequence: a reward model."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Score at the last True of `attention_mask` (right or left padded). (b, t), (b, t) → (b,), float32."""
-        hidden = self._hidden(input_ids, attention_mask)
-        width = attention_mask.shape[1]
-        last = (attention_mask * torch.arange(width, device=attention_mask.device)).argmax(dim=-1)
-        at_end = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        return functional.linear(at_end.float(), self.classifier.score.weight.float()).squeeze(-1)
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        end_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores at the True places of `end_mask` (b, t), row after row. Returns (n,), float32 or wider."""
+        hidden = self._hidden(input_ids, attention_mask, position_ids)
+        return self.classifier.score(hidden[end_mask]).squeeze(-1)

@@ -5,28 +5,32 @@ other settings or inputs never resume an old state:
 
     train_rm-0a1b2c3d4e5f6071/
         lock                        held while a process writes here
-        checkpoint-00000040/        state.pt and manifest.json (its checksum, the code it was made by)
+        checkpoint-00000040/        state.pt, tensors-*.safetensors, manifest.json (checksums, the code it was made by)
         logs/                       files that grow as training goes on; a checkpoint knows their lengths
         outs/ + complete.json       the finished outs, until dvc.lock holds their hashes
 """
 
 import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize_tensors
 
 from stages.lib.errors import StageError
 from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
 from stages.lib.outputs import remove, written_whole
 
 KEPT_CHECKPOINTS = 2
+FILE_BYTES = 2**30  # tensors of a checkpoint that are gathered before they are written
 
 
 def scratch_root() -> Path:
@@ -78,11 +82,14 @@ class Scratch:
             ) from None
         return lock
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         """Write a checkpoint under a temporary name, sync it to disk, rename it, and only then remove others.
 
         Those of later steps go too: they are of a run that this one did not resume.
 
+        Args:
+            state: what is small.
+            tensors: what is large, by name; no more than `FILE_BYTES` of it are held at a time.
         Raises:
             StageError: the disk is full or not writable; the earlier checkpoints are as they were.
         """
@@ -95,8 +102,11 @@ class Scratch:
             partial.mkdir()
             for log in self.logs.iterdir():
                 _sync(log)
-            _write_synced(partial / "state.pt", buffer.getbuffer())
-            manifest = {"step": step, "sha256": file_hash(partial / "state.pt"), "code": self.code}
+            hashes = {"state.pt": _write_synced(partial / "state.pt", buffer.getbuffer())}
+            for place, content in enumerate(_files_of(tensors)):
+                name = f"tensors-{place:05d}.safetensors"
+                hashes[name] = _write_synced(partial / name, content)
+            manifest = {"step": step, "sha256": hashes, "code": self.code}
             _write_synced(partial / "manifest.json", json.dumps(manifest).encode())
             _sync(partial)
             remove(final)
@@ -110,18 +120,18 @@ class Scratch:
             if other not in before:
                 shutil.rmtree(other)
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
+    def load(self) -> "Checkpoint | None":
         """The newest checkpoint that is whole and was made by this code, or None; its logs are cut to its lengths."""
         for folder in reversed(self._checkpoints()):
             manifest = self._usable_manifest(folder)
             if manifest is None:
                 continue
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=False)
-            if not self._cut_logs(state.pop("log_lengths")):
+            checkpoint = Checkpoint(folder)
+            if not self._cut_logs(checkpoint.state.pop("log_lengths")):
                 print(f"warning: {self.logs} lacks lines that {folder} counts on; trying another", file=sys.stderr)
                 continue
             print(f"resuming from step {manifest['step']} ({folder})", flush=True)
-            return state
+            return checkpoint
         for log in self.logs.iterdir():
             log.unlink()
         return None
@@ -138,8 +148,8 @@ class Scratch:
     def _usable_manifest(self, folder: Path) -> dict[str, Any] | None:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-            whole = file_hash(folder / "state.pt") == manifest["sha256"]
-        except (OSError, ValueError, KeyError):
+            whole = all(file_hash(folder / name) == digest for name, digest in manifest["sha256"].items())
+        except (OSError, ValueError, KeyError, AttributeError):
             whole = False
         if not whole:
             print(f"warning: {folder} is damaged (its checksum differs); trying the one before it", file=sys.stderr)
@@ -206,11 +216,40 @@ def completed_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_synced(path: Path, content: bytes | memoryview) -> None:
+class Checkpoint:
+    """A checkpoint on disk: its small state, and its tensors, each read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=False)
+        files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor that was saved under `name`, on the CPU."""
+        return self._file_of[name].get_tensor(name)
+
+
+def _files_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
+    """Contents of safetensors files of about `FILE_BYTES` that hold these tensors."""
+    held: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        held[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+        if size >= FILE_BYTES:
+            yield serialize_tensors(held)
+            held, size = {}, 0
+    if held:
+        yield serialize_tensors(held)
+
+
+def _write_synced(path: Path, content: bytes | memoryview) -> str:
+    """Write a file to disk. Returns the SHA-256 of what was meant to be written."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stages.lib.batching import SequenceBatch, pair_batches
+from stages.lib.batching import MicroBatching, SequenceBatch
 
 
 class PairLogProbs(NamedTuple):
@@ -15,21 +15,22 @@ class PairLogProbs(NamedTuple):
 
 
 def pair_logps(module: Any, batch: SequenceBatch) -> PairLogProbs:
-    """ℓ of the chosen and rejected completions of one `pair_batches` forward pass. Shapes: (b,), (b,)."""
-    logps, _ = module(batch.input_ids, batch.attention_mask, batch.completion_mask)
-    chosen, rejected = logps.sum(dim=-1).chunk(2)
+    """ℓ of the chosen and rejected completions of one forward pass over pairs. Shapes: (b,), (b,)."""
+    logps, _ = module(*batch.inputs, batch.completion_mask)
+    chosen, rejected = batch.on_completions(logps).sum(dim=-1).tensor_split(2)
     return PairLogProbs(chosen, rejected)
 
 
 @torch.no_grad()
-def all_pair_logps(
-    module: Any, pairs: dict[str, list], token_budget: int, pad_id: int, device: torch.device
-) -> PairLogProbs:
-    """ℓ of every pair, in the order given, on the CPU in float32. `pairs`: columns of the preference token table."""
-    count = len(pairs["prompt_ids"])
-    result = PairLogProbs(torch.zeros(count), torch.zeros(count))
-    columns = (pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"])
-    for batch in pair_batches(*columns, token_budget, pad_id, device):
-        for target, values in zip(result, pair_logps(module, batch), strict=True):
-            target[batch.rows] = values.float().cpu()
-    return result
+def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching) -> PairLogProbs:
+    """ℓ of every pair, in the order given, on the CPU in float32, in all processes.
+
+    Args:
+        pairs: columns of the preference token table, the same in all processes.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for batch in batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
+        logps = pair_logps(module, batch)
+        found |= dict(zip(batch.rows, zip(*(part.tolist() for part in logps), strict=True), strict=True))
+    everything = batching.processes.gather_rows(found)
+    return PairLogProbs(*torch.tensor(everything, dtype=torch.float32).reshape(-1, 2).unbind(dim=1))

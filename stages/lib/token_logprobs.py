@@ -1,5 +1,7 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -34,21 +36,31 @@ class TokenLogProbs(nn.Module):
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor | None = None,
+        cache: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Log-probs of the masked tokens and the entropies of the distributions they were drawn from.
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), True on real tokens; padding may stand on either side.
-            target_mask: (b, t), True on tokens whose log-prob is wanted; never at a row's first real token.
+            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding.
+            position_ids: (b, t); several sequences may lie in one row, each counted from 0.
+            target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
+            cache: a key-value cache; then `target_mask` is None and the logits after the last token are returned.
         Returns:
-            logps (b, t) and entropies (b, t) in nats, float32, 0 outside `target_mask`; entropies carry no gradient.
+            logps (b, t) and entropies (b, t) in nats, float32 or wider, 0 outside `target_mask`; entropies carry no
+            gradient. With a cache: logits (b, vocabulary).
         """
+        if target_mask is None:
+            return self._next_token_logits(input_ids, attention_mask, position_ids, cache)
         output = self.language_model.base_model(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),
+            attention_mask=None if attention_mask is None else attention_mask.long(),
+            position_ids=position_ids,
             use_cache=False,
         )
         before_target = target_mask[:, 1:]
@@ -62,8 +74,21 @@ class TokenLogProbs(nn.Module):
             for start in range(0, max(1, hidden.shape[0]), self.chunk_tokens)
         ]
         logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        empty = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
+        empty = torch.zeros(input_ids.shape, dtype=logps.dtype, device=input_ids.device)
         return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
+
+    def _next_token_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        output = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if recompute:
@@ -72,7 +97,7 @@ class TokenLogProbs(nn.Module):
 
     def _logps_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, d), (n,) → (n,), (n,)."""
-        logits = self.language_model.get_output_embeddings()(hidden).float()
+        logits = at_least_float32(self.language_model.get_output_embeddings()(hidden))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
@@ -83,6 +108,6 @@ class TokenLogProbs(nn.Module):
             return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions counted over real tokens, so padding on the left does not shift them. (b, t) → (b, t)."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Half-precision values in float32; others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

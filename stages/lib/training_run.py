@@ -12,6 +12,7 @@ The loop itself stays in the script:
         run.publish(build)
 """
 
+import collections
 import dataclasses
 import signal
 import sys
@@ -29,15 +30,25 @@ from stages.lib.pretrained import save_model
 from stages.lib.processes import Processes
 from stages.lib.progress import Curve, Progress, log_run
 from stages.lib.runtime import Runtime
-from stages.lib.scratch import Scratch, scratch_root
+from stages.lib.scratch import Checkpoint, Scratch, scratch_root
 
 
 class Stateful(Protocol):
-    """A part of the training state that a checkpoint holds."""
+    """A part of the training state that a checkpoint holds; all processes call its methods together."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LargeState(Protocol):
+    """A part with tensors too large to be gathered at once: they are saved and read one by one, by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None: ...
 
 
 class TrainingRun:
@@ -94,7 +105,7 @@ class TrainingRun:
             print(f"{self.stage}: already finished with these settings and inputs; published its result again")
         return self.processes.any(done)
 
-    def steps(self, total: int, **parts: Stateful) -> Iterator[int]:
+    def steps(self, total: int, **parts: Stateful | LargeState) -> Iterator[int]:
         """Yield the optimizer steps that are left, 0-based, and checkpoint `parts` on time, on a signal and at the end.
 
         A signal (SIGTERM, Ctrl-C) saves and exits with 128 + its number once the step under way is over.
@@ -116,19 +127,43 @@ class TrainingRun:
                     print(f"\n{self.stage}: stopped by signal {stop}; state saved at step {step + 1}", flush=True)
                 sys.exit(128 + stop)
 
-    def _restore(self, parts: Mapping[str, Stateful]) -> int:
-        state = self.scratch.load(torch.device("cpu")) if self.scratch else None
-        state = self.processes.broadcast(state)
+    def _restore(self, parts: Mapping[str, Stateful | LargeState]) -> int:
+        loaded = self.scratch.load() if self.scratch else None
+        state = self.processes.broadcast(loaded.state if loaded else None)
         if state is None:
             return 0
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            if hasattr(part, "tensors"):
+                part.load_state_dict(state["parts"][name], self._reader(loaded, name))
+            else:
+                part.load_state_dict(state["parts"][name])
         return state["step"]
 
-    def _save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        def save() -> None:
-            self.scratch.save(step, {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}})
+    def _reader(self, loaded: Checkpoint | None, part: str) -> Callable[[str], torch.Tensor]:
+        """Reads a tensor from disk in the main process and hands it to all."""
 
+        def read(name: str) -> torch.Tensor:
+            return self.processes.broadcast_tensor(loaded.read(f"{part}/{name}") if loaded else None)
+
+        return read
+
+    def _save(self, step: int, parts: Mapping[str, Stateful | LargeState]) -> None:
+        state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
+        tensors = (
+            (f"{name}/{key}", tensor)
+            for name, part in parts.items()
+            if hasattr(part, "tensors")
+            for key, tensor in part.tensors()
+        )
+
+        def save() -> None:
+            try:
+                self.scratch.save(step, state, tensors)
+            finally:
+                collections.deque(tensors, maxlen=0)  # the others are gathering with us, to the last one
+
+        if not self.processes.is_main:
+            collections.deque(tensors, maxlen=0)
         self.processes.in_main(save)
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from stages.lib.errors import StageError
-from stages.lib.sampling import invert_distribution, require_room, sample_responses, uniform_draws
+from stages.lib.processes import Processes
+from stages.lib.sampling import invert_distribution, positions_of, require_room, sample_responses, uniform_draws
+from stages.lib.token_logprobs import TokenLogProbs
 from tests.tiny_models import CPU, EOS, PAD, tiny_gpt2, tiny_llama
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10], [11, 12, 13]]
@@ -17,7 +19,10 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10], [11, 12, 13]]
 
 def sample(model: nn.Module, prompts: list[list[int]], rows: list[int], **changed: Any) -> list[list[int]]:
     options = {"seed": 5, "step": 2, "temperature": 1.0, "max_new_tokens": 12, "batch_size": 4}
-    return sample_responses(model, prompts, rows, eos_id=EOS, pad_id=PAD, device=CPU, **{**options, **changed})
+    alone = Processes(0, 1, CPU)
+    ids = {"eos_id": EOS, "pad_id": PAD}
+    options |= changed
+    return sample_responses(TokenLogProbs(model), prompts, rows, config=model.config, processes=alone, **ids, **options)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -86,3 +91,8 @@ def test_a_prompt_whose_response_may_not_fit_is_refused() -> None:
     require_room([[3] * 40, [3] * 2], config, 24, "tokens")
     with pytest.raises(StageError, match=r"^tokens: the longest prompt has 41 tokens, and 24 new ones"):
         require_room([[3] * 2, [3] * 41], config, 24, "tokens")
+
+
+def test_positions_count_real_tokens_only() -> None:
+    mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
+    assert positions_of(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]

@@ -10,7 +10,6 @@ import torch
 
 from stages.lib.errors import StageError
 from stages.lib.scratch import Scratch, completed_record
-from tests.tiny_models import CPU
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def release(scratch: Scratch) -> None:
 def test_a_checkpoint_comes_back() -> None:
     scratch = new_scratch()
     scratch.save(3, {"weights": torch.arange(4.0), "step": 3})
-    state = scratch.load(CPU)
+    state = scratch.load().state
     assert state["step"] == 3
     assert state["weights"].tolist() == [0, 1, 2, 3]
 
@@ -38,7 +37,7 @@ def test_a_checkpoint_comes_back() -> None:
 def test_without_a_checkpoint_logs_start_anew() -> None:
     scratch = new_scratch()
     (scratch.logs / "curve.csv").write_text("step\n1\n")
-    assert scratch.load(CPU) is None
+    assert scratch.load() is None
     assert list(scratch.logs.iterdir()) == []
 
 
@@ -48,7 +47,7 @@ def test_logs_are_cut_to_what_they_were() -> None:
     log.write_text("step\n1\n2\n")
     scratch.save(2, {"step": 2})
     log.write_text("step\n1\n2\n3\n4")
-    scratch.load(CPU)
+    scratch.load()
     assert log.read_text() == "step\n1\n2\n"
 
 
@@ -60,7 +59,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys: pytest.Capture
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    assert scratch.load(CPU)["step"] == 1
+    assert scratch.load().state["step"] == 1
     assert "checkpoint-00000002 is damaged" in capsys.readouterr().err
 
 
@@ -69,7 +68,7 @@ def test_a_half_written_checkpoint_is_not_one() -> None:
     scratch.save(1, {"step": 1})
     (scratch.folder / "checkpoint-00000002.partial").mkdir()
     (scratch.folder / "checkpoint-00000003").mkdir()
-    assert scratch.load(CPU)["step"] == 1
+    assert scratch.load().state["step"] == 1
 
 
 def test_old_checkpoints_go() -> None:
@@ -96,10 +95,10 @@ def test_other_code_resumes_only_if_asked(capsys: pytest.CaptureFixture) -> None
     scratch.save(1, {"step": 1})
     manifest = scratch.folder / "checkpoint-00000001/manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
-    assert scratch.load(CPU) is None
+    assert scratch.load() is None
     assert "resume_across_code_change" in capsys.readouterr().out
     release(scratch)
-    assert new_scratch(across_code_change=True).load(CPU)["step"] == 1
+    assert new_scratch(across_code_change=True).load().state["step"] == 1
     assert "made by other code; going on from it" in capsys.readouterr().out
 
 
@@ -167,7 +166,7 @@ def test_a_disk_that_refuses_keeps_the_earlier_checkpoints(monkeypatch: pytest.M
     monkeypatch.setattr(module, "_write_synced", full)
     with pytest.raises(StageError, match=r"checkpoint of step 2 cannot be written .*No space left"):
         scratch.save(2, {"step": 2})
-    assert scratch.load(CPU)["step"] == 1
+    assert scratch.load().state["step"] == 1
     assert list(scratch.folder.glob("*.partial")) == []
 
 
@@ -177,9 +176,9 @@ def test_checkpoints_of_a_run_that_was_not_resumed_give_way() -> None:
         scratch.save(step, {"step": step})
         manifest = scratch.folder / f"checkpoint-{step:08d}/manifest.json"
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
-    assert scratch.load(CPU) is None
+    assert scratch.load() is None
     scratch.save(50, {"step": 50})
-    assert scratch.load(CPU)["step"] == 50
+    assert scratch.load().state["step"] == 50
     assert [path.name for path in scratch.folder.glob("checkpoint-*")] == ["checkpoint-00000050"]
 
 
@@ -190,7 +189,7 @@ def test_a_checkpoint_whose_log_is_too_short_is_not_used(capsys: pytest.CaptureF
         log.write_text("step\n" + "1\n" * step)
         scratch.save(step, {"step": step})
     log.write_text("step\n1\n")
-    assert scratch.load(CPU)["step"] == 1
+    assert scratch.load().state["step"] == 1
     assert log.read_text() == "step\n1\n"
     assert "lacks lines that" in capsys.readouterr().err
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from stages.lib.batching import MicroBatching
+from stages.lib.processes import Processes
 from stages.lib.sequence_logprobs import all_pair_logps
 from stages.lib.token_logprobs import TokenLogProbs
 from tests.tiny_models import CPU, EOS, PAD, tiny_llama
@@ -14,10 +16,12 @@ PAIRS = {
 }
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("budget", [1, 20, 1000])
-def test_sums_are_those_of_each_sequence_alone(budget: int) -> None:
+def test_sums_are_those_of_each_sequence_alone(budget: int, packing: bool) -> None:
     model = tiny_llama()
-    result = all_pair_logps(TokenLogProbs(model), PAIRS, budget, PAD, CPU)
+    batching = MicroBatching(budget, packing, PAD, Processes(0, 1, CPU))
+    result = all_pair_logps(TokenLogProbs(model), PAIRS, batching)
     for name, sums in (("chosen_ids", result.chosen), ("rejected_ids", result.rejected)):
         for row, completion in enumerate(PAIRS[name]):
             prompt = PAIRS["prompt_ids"][row]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lib.batching import completion_mask, pad_left, pad_right
-from stages.lib.token_logprobs import TokenLogProbs, position_ids
+from stages.lib.batching import MicroBatching, SequenceBatch
+from stages.lib.processes import Processes
+from stages.lib.token_logprobs import TokenLogProbs
 from tests.tiny_models import CPU, PAD, tiny_gpt2, tiny_llama
 
 PROMPTS = [[3, 4, 5], [6], [7, 8]]
@@ -24,41 +25,42 @@ def expected(model: nn.Module, row: int, temperature: float = 1.0) -> tuple[torc
     return log_probs.gather(-1, torch.tensor(COMPLETIONS[row])[:, None]).squeeze(-1), entropies
 
 
-def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ids, attention_mask = (pad_left if side == "left" else pad_right)(SEQUENCES, PAD, CPU)
-    lengths, totals = [len(prompt) for prompt in PROMPTS], [len(sequence) for sequence in SEQUENCES]
-    mask = completion_mask(lengths, totals, ids.shape[1], CPU)
-    if side == "left":
-        mask = torch.stack([row.roll(ids.shape[1] - total) for row, total in zip(mask, totals, strict=True)])
-    return ids, attention_mask, mask
+def batch_of(packing: bool) -> SequenceBatch:
+    (batch,) = MicroBatching(1000, packing, PAD, Processes(0, 1, CPU)).sequences(PROMPTS, COMPLETIONS)
+    return batch
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [2, 4096])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_log_probs_and_entropies_are_those_of_each_sequence_alone(
-    make: Callable[[], nn.Module], chunk_tokens: int, side: str
+    make: Callable[[], nn.Module], chunk_tokens: int, packing: bool, attention: str
 ) -> None:
     model = make()
-    ids, attention_mask, mask = padded(side)
+    model.set_attn_implementation(attention)
+    batch = batch_of(packing)
     module = TokenLogProbs(model, temperature=0.7, chunk_tokens=chunk_tokens, with_entropies=True)
-    logps, entropies = module(ids, attention_mask, mask)
-    for row in range(len(SEQUENCES)):
+    found = module(*batch.inputs, batch.completion_mask)
+    logps, entropies = (batch.on_completions(values) for values in found)
+    for place, row in enumerate(batch.rows):
         log_probs, entropy = expected(model, row, temperature=0.7)
-        assert logps[row][mask[row]].tolist() == pytest.approx(log_probs.tolist(), abs=1e-5)
-        assert entropies[row][mask[row]].tolist() == pytest.approx(entropy.tolist(), abs=1e-5)
-    assert logps[~mask].count_nonzero() == 0
+        length = len(COMPLETIONS[row])
+        assert logps[place][:length].tolist() == pytest.approx(log_probs.tolist(), abs=1e-5)
+        assert entropies[place][:length].tolist() == pytest.approx(entropy.tolist(), abs=1e-5)
+    assert found[0][~batch.completion_mask].count_nonzero() == 0
 
 
-def test_the_gradient_is_that_of_the_whole_logits() -> None:
-    ids, attention_mask, mask = padded("right")
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_gradient_is_that_of_the_whole_logits(packing: bool) -> None:
+    batch = batch_of(packing)
     gradients = []
     for chunk_tokens in (None, 2):
         model = tiny_llama()
         if chunk_tokens is None:
             loss = sum(expected(model, row)[0].sum() for row in range(len(SEQUENCES)))
         else:
-            loss = TokenLogProbs(model, chunk_tokens=chunk_tokens)(ids, attention_mask, mask)[0].sum()
+            loss = TokenLogProbs(model, chunk_tokens=chunk_tokens)(*batch.inputs, batch.completion_mask)[0].sum()
         loss.backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert torch.allclose(*gradients, atol=1e-5)
@@ -66,13 +68,8 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
 
 def test_a_batch_without_targets_gives_zeros_and_a_gradient_of_zero() -> None:
     model = tiny_llama()
-    ids, attention_mask, mask = padded("right")
-    logps, _ = TokenLogProbs(model)(ids, attention_mask, torch.zeros_like(mask))
+    batch = batch_of(packing=False)
+    logps, _ = TokenLogProbs(model)(*batch.inputs, torch.zeros_like(batch.completion_mask))
     logps.sum().backward()
     assert logps.count_nonzero() == 0
-    assert model.lm_head.weight.grad.count_nonzero() == 0
-
-
-def test_positions_count_real_tokens_only() -> None:
-    mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    assert all(weight.grad is not None and weight.grad.count_nonzero() == 0 for weight in model.parameters())

@@ -86,21 +86,25 @@ def test_models_load_as_they_are_with_the_tokenizer_of_the_base(tiny: Path) -> N
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from stages.lib.batching import pad_left, pad_right
+    from stages.lib.batching import MicroBatching
+    from stages.lib.processes import Processes
     from stages.lib.scalar_scores import SequenceScores
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "models/rm").eval()
     table = read_table(tiny / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
     sequences = [row["prompt_ids"] + row["chosen_ids"] for row in table]
-    ids, mask = (pad_left if side == "left" else pad_right)(sequences, model.config.pad_token_id, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/rm", padding_side=side)
+    padded = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+    pad_id = model.config.pad_token_id
+    (batch,) = MicroBatching(10**6, False, pad_id, Processes(0, 1, torch.device("cpu"))).masked(sequences, sequences)
     with torch.no_grad():
-        theirs = model(ids, attention_mask=mask.long()).logits.squeeze(-1)
-        ours = SequenceScores(model)(ids, mask)
+        theirs = model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits.squeeze(-1)
         alone = [float(model(torch.tensor([sequence])).logits) for sequence in sequences]
-    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-5)
-    assert ours.tolist() == pytest.approx(alone, abs=1e-5)
+        ours = SequenceScores(model)(*batch.inputs, batch.end_mask)
+    assert ours.tolist() == pytest.approx(theirs[batch.rows].tolist(), abs=1e-5)
+    assert ours.tolist() == pytest.approx([alone[row] for row in batch.rows], abs=1e-5)
 
 
 def test_the_published_reward_model_has_the_published_accuracy(tiny: Path) -> None:

@@ -1,0 +1,233 @@
+"""The DeepSpeed back of the engine: ZeRO 0 to 3, optimizer and parameters on the CPU if asked."""
+
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stages.lib.engine import Engine, sum_gradients
+from stages.lib.errors import StageError
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.processes import Processes
+from stages.lib.runtime import Runtime
+
+
+class DeepSpeedEngine(Engine):
+    """The same engine on `deepspeed.initialize`, with the same AdamW of torch inside ZeRO."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        total_steps: int,
+        runtime: Runtime,
+        processes: Processes,
+    ) -> None:
+        super().__init__(module, settings, total_steps, runtime, processes)
+        dtypes = {weight.dtype for weight in self.trained.values()}
+        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+            raise StageError(f"DeepSpeed trains float32 or bfloat16 weights, one of them at a time, found {dtypes}")
+        bf16 = dtypes == {torch.bfloat16}
+        self.stage = runtime.zero_stage
+        config = deepspeed_config(
+            {
+                "bf16": {"enabled": bf16},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+                "gradient_clipping": settings.max_grad_norm,
+                "zero_optimization": zero_section(runtime),
+            },
+            runtime,
+            processes,
+        )
+        optimizer = self.new_optimizer(dict(self.trained))
+        self.inner = initialize(module, config, processes, optimizer=optimizer)
+        # In float32 without ZeRO, DeepSpeed steps the optimizer it was given and reports no norm: we sum by ourselves.
+        self.unwrapped = self.stage == 0 and not bf16
+        self.inner.enable_backward_allreduce = not self.unwrapped
+        self.moments_linked = False
+
+    def _forward(self, *inputs: Any) -> Any:
+        return self.inner(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over processes what is to be summed.
+        self.inner.backward(loss if self.unwrapped else loss * self.processes.world_size)
+
+    def _apply(self) -> float:
+        for group in self.inner.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if not self.unwrapped:
+            self.inner.step()
+            return float(self.inner.get_global_grad_norm())
+        weights = list(self.trained.values())
+        sum_gradients(weights, self.processes)
+        norm = float(torch.nn.utils.get_total_norm([weight.grad for weight in weights]))
+        self.inner.step()
+        return norm
+
+    def full_gradient(self, name: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.unwrapped:
+            gradient = self.trained[name].grad.clone()
+            self.processes.sum_tensor(gradient)
+            return gradient
+        return safe_get_full_grad(self.trained[name]).float()
+
+    def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weight = self.trained[name]
+        if self.unwrapped:
+            return weight.detach() if key is None else self.inner.optimizer.state[weight][key]
+        if key is not None:
+            self._link_moments()
+        shape = getattr(weight, "ds_shape", weight.shape)
+        value = safe_get_full_fp32_param(weight) if key is None else safe_get_full_optimizer_state(weight, key)
+        return value.reshape(shape).cpu()
+
+    def full_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        if not hasattr(weight, "ds_id"):
+            return weight.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().cpu().clone()
+
+    def set_full_state(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
+        weight = self.trained[name]
+        if self.unwrapped:
+            with torch.no_grad():
+                (weight if key is None else self.moment_zero(self.inner.optimizer, weight)[key]).copy_(value)
+            return
+        if key is not None:
+            self._make_moments()
+        if self.stage == 3:
+            _set_partition(weight, value, key)
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            value = value.to(weight.device, torch.float32)
+            if key is None:
+                safe_set_full_fp32_param(weight, value)
+            else:
+                safe_set_full_optimizer_state(weight, value, key)
+
+    def _make_moments(self) -> None:
+        """AdamW makes its moments in its first step; a loaded state needs them before."""
+        wrapper = self.inner.optimizer
+        base = wrapper.optimizer
+        groups = (
+            wrapper.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else [weight for group in base.param_groups for weight in group["params"]]
+        )
+        for weight in groups:
+            self.moment_zero(base, weight)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of a weight; by itself it looks for those of the first group alone."""
+        if self.stage < 3 and not self.moments_linked:
+            self.inner.optimizer._hp_optimizer_states_linked = False
+            self.inner.optimizer._lazy_init_hp_params_optimizer_state()
+        self.moments_linked = True
+
+    def finish_loading(self) -> None:
+        if self.unwrapped:
+            return
+        wrapper = self.inner.optimizer
+        if self.stage < 3:
+            wrapper.update_lp_params()
+            return
+        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if wrapper.persistent_parameters:
+            # What step() ends with: parameters too small to be worth sharding are gathered once and kept.
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+
+def _set_partition(weight: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    """Copy this process's part of a full tensor into ZeRO 3's shard; the last one may be padded."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    shard = safe_get_local_fp32_param(weight) if key is None else safe_get_local_optimizer_state(weight, key)
+    size = shard.numel()
+    padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=shard.device)
+    padded[: value.numel()] = value.flatten()
+    part = padded.narrow(0, size * dist.get_rank(), size)
+    if key is None:
+        safe_set_local_fp32_param(weight, part)
+    else:
+        safe_set_local_optimizer_state(weight, part, key)
+
+
+def sharded(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:
+    """A frozen module whose weights ZeRO 3 shards over the processes (and keeps on the CPU if so asked)."""
+    section: dict[str, Any] = {"stage": 3}
+    if runtime.frozen_offload_parameters:
+        section["offload_param"] = {"device": "cpu"}
+    bf16 = next(module.parameters()).dtype == torch.bfloat16
+    config = deepspeed_config({"bf16": {"enabled": bf16}, "zero_optimization": section}, runtime, processes)
+    engine = initialize(module, config, processes)
+    engine.eval()
+    return engine
+
+
+def zero_section(runtime: Runtime) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": runtime.zero_stage}
+    if runtime.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu"}
+    if runtime.offload_parameters:
+        section["offload_param"] = {"device": "cpu"}
+    return section
+
+
+def deepspeed_config(own: dict[str, Any], runtime: Runtime, processes: Processes) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, with the keys of `runtime.yaml`'s `deepspeed` laid over it."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": processes.world_size,
+        "managed_gradient_accumulation": False,  # the loop says when a step is complete
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        **own,
+    }
+    config["zero_optimization"]["overlap_comm"] = False
+    return _laid_over(config, runtime.deepspeed)
+
+
+def _laid_over(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(config)
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, **options: Any) -> Any:
+    """`deepspeed.initialize`, in the process group of the launch or in one of this process alone."""
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not dist.is_initialized():
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with redirect_stdout(io.StringIO()):  # what it prints of itself and of memory
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        return deepspeed.initialize(model=module, config=config, **options)[0]
