@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
@@ -224,6 +226,9 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives of torch by names that torch means to drop.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", "0")  # a process without a launcher; DeepSpeed refuses to start without it
     if not dist.is_initialized():
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -87,12 +87,12 @@ def assemble(
         kl=torch.where(mask, kl, 0.0),
         entropies=entropies,
         values=values,
-        scores=torch.tensor([one.score for one in scored], dtype=torch.float32, device=device),
+        scores=torch.tensor([one.score for one in scored], device=device),
         ended=torch.tensor([response[-1] == eos_id for response in responses], device=device),
     )
 
 
 def response_tensor(rows: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
-    """Per-token lists of unequal length as a (b, t) float32 tensor, 0 beyond each end."""
+    """Per-token lists of unequal length as a (b, t) tensor, 0 beyond each end."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32, device=device)
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], device=device)

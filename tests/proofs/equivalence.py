@@ -1,0 +1,283 @@
+"""Speed is not a result: every stage under every way to run it, compared with one process, plain torch and padding.
+
+Each training stage takes 20 optimizer steps from the same weights. Measured are relative L2 distances of the first
+step's gradient, of the weights' change in it and of the weights after all steps, and the largest relative difference of
+a loss on the way. PPO's rollouts are compared token for token; a response that differs must begin to do so at a tie,
+where the uniform draw lies within 1e-5 of a boundary of the cumulative distribution.
+
+    python -m tests.proofs.equivalence PROJECT                             # makes PROJECT first if it is not there
+    torchrun --standalone --nproc_per_node=2 -m tests.proofs.equivalence PROJECT --table table.md
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.lib import engine as engine_module
+from stages.lib import pretrained
+from stages.lib.processes import Processes, join_processes
+from stages.lib.runtime import read_runtime
+from tests.stages.tiny_pipeline import (
+    call,
+    change,
+    inside,
+    lay_over,
+    new_project,
+    read_yaml,
+    script,
+    stage_options,
+    write_yaml,
+)
+
+STEPS = 20
+TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+ONCE = {"eval_every": 1000, "keep": "last"}
+TWENTY_STEPS = {
+    "train_sft": {"epochs": 2.5, "batch_size": 8, **ONCE},
+    "train_rm": {"epochs": 3.34, "batch_size": 8, **ONCE},
+    "train_dpo": {"epochs": 3.34, "batch_size": 8, **ONCE},
+    "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12},
+}
+# Without it ZeRO 3 would not shard weights as small as these.
+SHARD_ALL = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+ZERO_3 = {"zero_stage": 3, "frozen_zero_stage": 3, **SHARD_ALL}
+ONE_PROCESS = {
+    "micro-batch 1": {"micro_batch_tokens": 1},
+    "packing": {"packing": True, "micro_batch_tokens": 300},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "eager attention": {"attention": "eager"},
+    "logits in chunks of 7": {"logits_chunk_tokens": 7},
+    "activations offloaded": {"activation_offload": True},
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": True},
+    "ZeRO 3": ZERO_3,
+}
+SEVERAL_PROCESSES = {
+    "plain torch": {"engine": "torch"},
+    "ZeRO 0": {"zero_stage": 0, "engine": "deepspeed"},
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": ZERO_3,
+    "ZeRO 3, all offloaded": {
+        **ZERO_3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+        "frozen_offload_parameters": True,
+    },
+    "ZeRO 2, packing, checkpointing": {
+        "zero_stage": 2,
+        "packing": True,
+        "micro_batch_tokens": 200,
+        "gradient_checkpointing": True,
+    },
+    "plain torch, micro-batch 1": {"engine": "torch", "micro_batch_tokens": 1, "generation_batch_size": 1},
+}
+
+
+class Probe:
+    """Notes the first gradient, and the weights before, after the first step and at the end, of each engine."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+        self.found: dict[str, torch.Tensor] = {}
+        self.engines: list[int] = []
+
+    def note(self, name: str, tensors: Iterator[torch.Tensor]) -> None:
+        parts = [tensor.detach().flatten().double().cpu() for tensor in tensors]
+        if self.is_main:
+            self.found[name] = torch.cat(parts)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        probe, step = self, engine_module.Engine.step
+
+        def watched(engine: Any) -> float:
+            if id(engine) not in probe.engines:
+                probe.engines.append(id(engine))
+            name = f"{probe.engines.index(id(engine))}"
+            masters = (engine.full_state(weight) for weight in engine.trained)
+            if engine.steps_taken == 0:
+                probe.note(f"{name}/gradient", (engine.full_gradient(weight) for weight in engine.trained))
+                probe.note(f"{name}/weights 0", masters)
+            norm = step(engine)
+            if engine.steps_taken in (1, STEPS):
+                probe.note(
+                    f"{name}/weights {engine.steps_taken}", (engine.full_state(weight) for weight in engine.trained)
+                )
+            return norm
+
+        engine_module.Engine.step = watched
+        try:
+            yield
+        finally:
+            engine_module.Engine.step = step
+
+
+def make_project(folder: Path) -> None:
+    """The tiny pipeline up to the models that the compared stages start from."""
+    folder.mkdir(parents=True)
+    new_project(folder)
+    for stage in ("prepare_data", "prepare_base", "tokenize@sft", "tokenize@preference", "tokenize@prompts"):
+        call(folder, stage)
+    for stage in ("train_sft", "train_rm", "ref_logprobs", "train_dpo"):
+        call(folder, stage)
+    change(folder / "params.yaml", TWENTY_STEPS)
+
+
+def run_stage(
+    project: Path, stage: str, knobs: dict[str, Any], processes: Processes, precision: str
+) -> tuple[dict[str, torch.Tensor], Path]:
+    """One run of a stage's real `main`. Returns what the probe found, and the folder with its outs."""
+    folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="equivalence-") if processes.is_main else None))
+    if processes.is_main:
+        shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
+        runtime = read_yaml(project / "runtime.yaml")
+        lay_over(runtime["default"], {key: value for key, value in knobs.items() if key != "deepspeed"})
+        runtime["default"]["deepspeed"] = knobs.get("deepspeed", {})
+        write_yaml(folder / "runtime.yaml", runtime)
+        if precision == "bf16":
+            sections = {stage: {"precision": "bf16"}, "ref_logprobs": {"precision": "bf16"}}
+            change(folder / "params.yaml", sections)
+    processes.broadcast(None)
+    probe = Probe(processes.is_main)
+    module = importlib.import_module(f"stages.{script(stage)}")
+    options = stage_options(stage)
+    arguments = {
+        name[2:].replace("-", "_"): Path(value) for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+    with inside(folder), one_launch(module, processes), probe.watching(), contextlib.redirect_stdout(io.StringIO()):
+        module.main(**arguments)
+    return probe.found, folder
+
+
+@contextlib.contextmanager
+def one_launch(module: Any, processes: Processes) -> Iterator[None]:
+    """Many runs of stages in the process group of one launch."""
+    join, leave = module.join_processes, Processes.leave
+    module.join_processes = lambda _runtime: processes
+    Processes.leave = lambda _self: None
+    try:
+        yield
+    finally:
+        module.join_processes, Processes.leave = join, leave
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Models load in float64 where the settings say fp32."""
+    pretrained.DTYPES["fp32"] = torch.float64
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        pretrained.DTYPES["fp32"] = torch.float32
+        torch.set_default_dtype(torch.float32)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((one - other).norm() / other.norm().clamp(min=1e-300))
+
+
+def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, stage: str) -> dict[str, float]:
+    """Distances of a run from the reference run saved in `reference`."""
+    wanted = load_file(reference / "probe.safetensors")
+    result = {"gradient": 0.0, "first update": 0.0, f"weights after {STEPS} steps": 0.0}
+    for name in sorted({name.split("/")[0] for name in wanted}):
+        pairs = {
+            "gradient": (found[f"{name}/gradient"], wanted[f"{name}/gradient"]),
+            "first update": tuple(side[f"{name}/weights 1"] - side[f"{name}/weights 0"] for side in (found, wanted)),
+            f"weights after {STEPS} steps": (found[f"{name}/weights {STEPS}"], wanted[f"{name}/weights {STEPS}"]),
+        }
+        for key, (one, other) in pairs.items():
+            result[key] = max(result[key], distance(one, other))
+    curve = f"metrics/curves/{stage}.csv"
+    ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
+    columns = ["policy/loss", "value/loss"] if stage == "train_ppo" else ["loss"]
+    scale = theirs[columns].abs().max()
+    result["losses"] = float(((ours[columns] - theirs[columns]).abs() / scale).max().max())
+    if stage == "train_ppo":
+        result["differing rollouts"] = float(differing_rollouts(folder, reference))
+    return result
+
+
+def differing_rollouts(folder: Path, reference: Path) -> int:
+    sides = []
+    for side in (folder, reference):
+        lines = (side / "data/rollouts/train_ppo/rollouts.jsonl").read_text().splitlines()
+        sides.append([json.loads(line)["response_ids"] for line in lines])
+    return sum(one != other for one, other in zip(*sides, strict=True))
+
+
+def measure(project: Path, stages: list[str], precision: str, only: list[str]) -> list[dict[str, Any]]:
+    """Run all configurations of this launch's number of processes. The reference runs are made by one process."""
+    with inside(project):
+        processes = join_processes(read_runtime("train_sft"))
+    knobs = ONE_PROCESS if processes.world_size == 1 else SEVERAL_PROCESSES
+    rows = []
+    for stage in stages:
+        reference = project.parent / f"reference-{precision}-{stage}"
+        if not reference.exists():
+            alone = replace(processes, rank=0, world_size=1)
+            if processes.is_main:
+                found, folder = run_stage(project, stage, {"engine": "torch"}, alone, precision)
+                save_file(found, folder / "probe.safetensors")
+                shutil.move(folder, reference)
+            processes.broadcast(None)
+        for name, changes in knobs.items():
+            if (only and name not in only) or not possible(changes, precision):
+                continue
+            started = time.monotonic()
+            found, folder = run_stage(project, stage, changes, processes, precision)
+            if processes.is_main:
+                row = {"stage": stage, "precision": precision, "processes": processes.world_size, "configuration": name}
+                rows.append({**row, **compare(found, folder, reference, stage)})
+                rows[-1]["seconds"] = round(time.monotonic() - started, 1)
+                print(json.dumps(rows[-1]), flush=True)
+                shutil.rmtree(folder)
+    processes.leave()
+    return rows
+
+
+def possible(knobs: dict[str, Any], precision: str) -> bool:
+    """float64 is for the plain engine; DeepSpeed without ZeRO does not train bf16 with float32 sums."""
+    plain = knobs.get("engine") == "torch" or not any(key.startswith(("zero", "engine")) for key in knobs)
+    return plain if precision == "fp64" else not (precision == "bf16" and knobs.get("engine") == "deepspeed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--stages", nargs="+", default=list(TRAINING))
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp64"])
+    parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
+    parser.add_argument("--out", type=Path, help="JSON file to which the measurements are added")
+    options = parser.parse_args()
+    project = options.project.resolve()
+    if not project.exists() and os.environ.get("RANK", "0") == "0":
+        make_project(project)
+    rows = []
+    for precision in options.precision:
+        with in_float64() if precision == "fp64" else contextlib.nullcontext():
+            rows += measure(project, options.stages, precision, options.only)
+    if options.out and rows:
+        before = json.loads(options.out.read_text()) if options.out.exists() else []
+        options.out.write_text(json.dumps(before + rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
