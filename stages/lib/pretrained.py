@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.lib.errors import StageError
 from stages.lib.lora_settings import BaseQuantization
-from stages.lib.quantization import is_quantized, nf4_options, whole_twin
+from stages.lib.quantization import is_quantized, nf4_options, settle_quantized_layers, whole_twin
 from stages.lib.runtime import Runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,6 +109,7 @@ def _load(
     if missing:
         raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
     switch_off_dropout(model)
+    settle_quantized_layers(model)
     if runtime.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

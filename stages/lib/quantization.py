@@ -11,6 +11,8 @@ from torch import nn
 
 from stages.lib.errors import StageError
 
+BLOCK = 64  # weights that share a constant
+
 
 def nf4_options(compute_dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Options of `from_pretrained` that load a model in NF4. Raises StageError where bitsandbytes does not run."""
@@ -39,6 +41,36 @@ def require_nf4(device: torch.device) -> None:
         raise StageError(f"{where}: bitsandbytes cannot be imported ({error}); install it, or set null") from None
     except Exception as error:  # a missing native library or kernel shows itself in many types
         raise StageError(f"{where}: bitsandbytes fails there ({' '.join(str(error).split())}); set null") from None
+
+
+def settle_quantized_layers(model: nn.Module) -> None:
+    """Make a model's 4-bit layers trustworthy, or raise a StageError that says why they are not.
+
+    bitsandbytes 0.50 repacks a layer's weight for some CPUs at its first evaluation, after which no gradient passes
+    through it: that is switched off. And on CPUs with AVX-512 it takes the wrong block's constant where rows are no
+    multiple of 64 weights long (of 16 they are): such a base would be far from the one that was asked for.
+    """
+    layers = quantized_layers(model).values()
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    for width, dtype in sorted(
+        {(layer.weight.quant_state.shape[1], layer.weight.quant_state.dtype) for layer in layers}, key=str
+    ):
+        if not keeps_block_maxima(width, dtype, model.device):
+            raise StageError(
+                f"params.yaml: base_quantization: nf4 gives wrong weights on {model.device.type} where rows are "
+                f"{width} long, as in this model, by a fault of bitsandbytes; set null, or use a GPU"
+            )
+
+
+def keeps_block_maxima(width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether rows of `width` weights come back from NF4 with the largest magnitude of each block of 64 as it was."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn((BLOCK, width), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+    maxima = (values.reshape(-1, BLOCK).abs().amax(dim=1).float() for values in (weight, back))
+    return torch.allclose(*maxima, rtol=1e-2)
 
 
 def is_quantized(model: nn.Module) -> bool:
