@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
+from stages.lib.lora_settings import BaseQuantization
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
 from stages.lib.runtime import read_runtime
@@ -37,6 +38,7 @@ class RefLogprobs:
     """Section `ref_logprobs` of params.yaml; the file explains each key."""
 
     precision: Literal["fp32", "bf16"]
+    base_quantization: BaseQuantization
 
 
 def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
@@ -46,7 +48,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     runtime = read_runtime("precompute_ref_logprobs")
     processes = join_processes(runtime)
     tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
-    language_model = load_language_model(model, settings.precision, runtime, processes.device)
+    where = (settings.precision, runtime, processes.device, settings.base_quantization)
+    language_model = load_language_model(model, *where)
     module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
     batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
     columns = {}
@@ -73,7 +76,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             "reference_rejected_logps": rejected,
         }
     if processes.is_main:
-        schema = REFERENCE_SCHEMA.with_metadata({"precision": settings.precision})
+        notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
+        schema = REFERENCE_SCHEMA.with_metadata(notes)
         with written_whole(out) as (partial,):
             partial.mkdir()
             for split, values in columns.items():

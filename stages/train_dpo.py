@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
+from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import read_runtime
 
@@ -28,6 +29,7 @@ if not asks_for_help():
     from stages.lib.best_weights import BestWeights
     from stages.lib.dpo_loss import preference_losses
     from stages.lib.engine import Engine, new_engine, require_finite
+    from stages.lib.lora import Lora
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes
     from stages.lib.sequence_logprobs import pair_logps
@@ -124,6 +126,11 @@ class Pairs:
         """The precision in which the reference log-probs were computed."""
         return read_note(self.path, "precision")
 
+    @property
+    def reference_quantization(self) -> str | None:
+        """How the model that computed them was held: "None" or "nf4"."""
+        return read_note(self.path, "base_quantization")
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -150,13 +157,20 @@ def main(
             f"params.yaml: train_dpo.precision is {settings.precision}, but {ref_logprobs} was computed in "
             f"{train.reference_precision}: the first step's margin would not be 0; give both the same precision"
         )
+    quantization = quantization_of_base(settings.lora)
+    if train.reference_quantization != str(quantization):
+        raise StageError(
+            f"params.yaml: train_dpo trains on base_quantization {quantization}, but {ref_logprobs} was computed with "
+            f"{train.reference_quantization}: the first step's margin would not be 0; give ref_logprobs the same"
+        )
     outs = {"model": out, "metrics": metrics, "curve": curve}
     inputs = [tokens, ref_logprobs, model]
     declared = {"train_dpo": settings, "seed": seed}
     with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        language_model = load_language_model(model, settings.precision, runtime, processes.device)
+        language_model = load_language_model(model, settings.precision, runtime, processes.device, quantization)
+        lora = Lora(language_model, settings.lora, seed, model)
         for pairs, split in ((train, "train"), (held_out, "eval")):
             columns = ("prompt_ids", "chosen_ids", "rejected_ids")
             check_table_ids(pairs.tokens, columns, language_model.config.vocab_size, tokens / f"{split}.arrow")
@@ -175,14 +189,20 @@ def main(
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": value for name, value in results.items()}
                 require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, lambda: engine.master_weights(language_model))
+                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
             tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
             this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
-        kept = best.choose(lambda: engine.master_weights(language_model))
+        weights = engine.master_weights(language_model)
+        kept = best.choose(lambda: lora.trained(weights))
         results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
         results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
         this_run.publish_model(
-            language_model, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
+            language_model,
+            processes.in_main(lambda: lora.merged(weights | kept.weights)),
+            results | lora.counts(),
+            save_dtype=settings.save_dtype,
+            tokenizer_from=model,
+            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
         )
     processes.leave()
 

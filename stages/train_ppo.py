@@ -6,7 +6,8 @@
     L_V = ½ E[max((V − G)², (clip(V, V_old ± ε_v) − G)²)]
 
 Means are over the response tokens of a whole minibatch, and each minibatch is an optimizer step. Policy and reference
-start as MODEL, critic and reward model as REWARD_MODEL.
+start as MODEL, critic and reward model as REWARD_MODEL. With LoRA the reference is the policy without its adapters, and
+the reward model the critic without its adapters and with its first head: two models in memory instead of four.
 
     python -m stages.train_ppo --tokens data/tokens/prompts --model models/sft --reward-model models/rm \\
         --out models/ppo --rollouts data/rollouts/train_ppo --metrics metrics/train_ppo.json \\
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stages.lib.errors import PathOption, asks_for_help, run
+from stages.lib.lora_settings import LoraSettings, quantization_of_base
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import Runtime, read_runtime
@@ -36,6 +38,7 @@ if not asks_for_help():
     from stages.lib.batching import micro_batching, rows_of_step
     from stages.lib.engine import frozen, new_engine, require_finite
     from stages.lib.kl_control import AdaptiveKLController, FixedKLController
+    from stages.lib.lora import Lora
     from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
     from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
@@ -43,6 +46,7 @@ if not asks_for_help():
     from stages.lib.sampling import require_room, sample_responses
     from stages.lib.scalar_scores import SequenceScores, TokenScores
     from stages.lib.score_normalisation import RunningMoments, shape_scores
+    from stages.lib.shared_base import FirstHead, WithoutAdapters
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PROMPT_SCHEMA, check_table_ids, read_table
     from stages.lib.training_run import TrainingRun
@@ -98,6 +102,7 @@ class TrainPpo:
     critic_warmup_iterations: int
     precision: Literal["fp32", "bf16"]
     save_dtype: Literal["float32", "bfloat16"]
+    lora: LoraSettings | None
     policy_optimizer: OptimizerSettings
     critic_optimizer: OptimizerSettings
 
@@ -144,8 +149,10 @@ class Ppo:
     ) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
         self.eos_id, self.pad_id = end_and_pad_ids(model)
-        where, launch = (settings.precision, runtime, processes.device), (runtime, processes)
+        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
+        launch = (runtime, processes)
         self.language_model = load_language_model(model, *where)
+        self.lora = Lora(self.language_model, settings.lora, seed, model)
         log_probs = {"temperature": settings.temperature, "chunk_tokens": runtime.logits_chunk_tokens}
         updates = settings.updates_per_iteration
         self.policy = new_engine(
@@ -154,10 +161,21 @@ class Ppo:
             (settings.iterations - settings.critic_warmup_iterations) * updates,
             *launch,
         )
-        critic = TokenScores(load_classifier(reward_model, *where))
-        self.critic = new_engine(critic, settings.critic_optimizer, settings.iterations * updates, *launch)
-        self.reference = frozen(TokenLogProbs(load_language_model(model, *where), **log_probs), *launch)
-        self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where)), *launch)
+        classifier = load_classifier(reward_model, *where)
+        critic_lora = Lora(classifier, settings.lora, seed, reward_model)
+        # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
+        shares_body = settings.lora is not None and runtime.zero_stage < 3
+        first_head = FirstHead(classifier) if shares_body else None
+        critic_updates = settings.iterations * updates
+        self.critic = new_engine(TokenScores(classifier), settings.critic_optimizer, critic_updates, *launch)
+        if settings.lora:
+            self.reference = WithoutAdapters(self.policy, self.lora)
+        else:
+            self.reference = frozen(TokenLogProbs(load_language_model(model, *where), **log_probs), *launch)
+        if first_head:
+            self.reward_model = WithoutAdapters(SequenceScores(first_head), critic_lora)
+        else:
+            self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where)), *launch)
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.moments = RunningMoments()
         self.kl_controller = (
@@ -365,15 +383,17 @@ def main(
             this_run.record(iteration, response_tokens, row, ("objective/scores", "objective/kl", "response/eos_rate"))
             show_samples(this_run, batch, decode, runtime.shown_samples)
         results = final_results(log, settings, early_stop.stopped_after) if log else {}
+        weights = ppo.policy.master_weights(ppo.language_model)
 
         def build_others(staged: dict[str, Path]) -> None:
             staged["rollouts"].mkdir()
             (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.read_bytes())
+            ppo.lora.save_adapter(weights, staged["model"], settings.save_dtype)
 
         this_run.publish_model(
             ppo.language_model,
-            ppo.policy.master_weights(ppo.language_model),
-            results,
+            processes.in_main(lambda: ppo.lora.merged(weights)),
+            results | ppo.lora.counts(),
             save_dtype=settings.save_dtype,
             tokenizer_from=model,
             build_others=build_others,

@@ -18,6 +18,7 @@ from typing import Any
 from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.intervals import wilson_interval
+from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import read_runtime
 
@@ -27,6 +28,7 @@ if not asks_for_help():
     from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
     from stages.lib.best_weights import BestWeights
     from stages.lib.engine import Engine, new_engine, require_finite
+    from stages.lib.lora import Lora
     from stages.lib.pairwise_loss import pairwise_logistic_losses
     from stages.lib.pretrained import end_and_pad_ids, new_classifier
     from stages.lib.processes import join_processes
@@ -83,7 +85,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
     with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        classifier = new_classifier(model, settings.precision, runtime, processes.device, seed)
+        where = (settings.precision, runtime, processes.device)
+        classifier = new_classifier(model, *where, seed, quantization_of_base(settings.lora))
+        lora = Lora(classifier, settings.lora, seed, model)
         for table, split in ((train, "train"), (held_out, "eval")):
             columns = ("prompt_ids", "chosen_ids", "rejected_ids")
             check_table_ids(table, columns, classifier.config.vocab_size, tokens / f"{split}.arrow")
@@ -103,13 +107,21 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                 results = pair_loss(engine, held_out[:], train=False)
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
                 require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, lambda: engine.master_weights(classifier))
+                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
             tokens_seen = count_tokens(train[rows])
             this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
-        kept = best.choose(lambda: engine.master_weights(classifier))
+        weights = engine.master_weights(classifier)
+        kept = best.choose(lambda: lora.trained(weights))
         results = summarise(kept.results, len(held_out))
-        results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step}
-        this_run.publish_model(classifier, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step, **lora.counts()}
+        this_run.publish_model(
+            classifier,
+            processes.in_main(lambda: lora.merged(weights | kept.weights)),
+            results,
+            save_dtype=settings.save_dtype,
+            tokenizer_from=model,
+            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
+        )
     processes.leave()
 
 

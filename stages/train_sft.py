@@ -15,6 +15,7 @@ from typing import Any
 
 from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, asks_for_help, run
+from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import read_runtime
 
@@ -24,6 +25,7 @@ if not asks_for_help():
     from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
     from stages.lib.best_weights import BestWeights
     from stages.lib.engine import Engine, new_engine, require_finite
+    from stages.lib.lora import Lora
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes
     from stages.lib.token_logprobs import TokenLogProbs
@@ -69,7 +71,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
     with TrainingRun("train_sft", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        language_model = load_language_model(model, settings.precision, runtime, processes.device)
+        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
+        language_model = load_language_model(model, *where)
+        lora = Lora(language_model, settings.lora, seed, model)
         for table, split in ((train, "train"), (held_out, "eval")):
             check_table_ids(table, ("input_ids",), language_model.config.vocab_size, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
@@ -88,18 +92,26 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             if is_due(step + 1, settings.eval_every, total):
                 row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
                 require_finite(row["eval/loss"], "held-out loss", step)
-                best.offer({"loss": row["eval/loss"]}, step + 1, lambda: engine.master_weights(language_model))
+                results = {"loss": row["eval/loss"]}
+                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
             this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
-        kept = best.choose(lambda: engine.master_weights(language_model))
+        weights = engine.master_weights(language_model)
+        kept = best.choose(lambda: lora.trained(weights))
         results = {
             "eval_loss": kept.results["loss"],
             "eval_loss_base": base_loss,
             "train_rows": len(train),
             "steps": total,
             "kept_step": kept.step,
+            **lora.counts(),
         }
         this_run.publish_model(
-            language_model, kept.weights, results, save_dtype=settings.save_dtype, tokenizer_from=model
+            language_model,
+            processes.in_main(lambda: lora.merged(weights | kept.weights)),
+            results,
+            save_dtype=settings.save_dtype,
+            tokenizer_from=model,
+            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
         )
     processes.leave()
 

@@ -16,6 +16,7 @@ from stages.lib.engine import Engine, sum_gradients
 from stages.lib.errors import StageError
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.processes import Processes
+from stages.lib.quantization import quantized_layers
 from stages.lib.runtime import Runtime
 
 
@@ -34,6 +35,7 @@ class DeepSpeedEngine(Engine):
         dtypes = {weight.dtype for weight in self.trained.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
             raise StageError(f"DeepSpeed trains float32 or bfloat16 weights, one of them at a time, found {dtypes}")
+        require_whole_weights(module, runtime.zero_stage)
         bf16 = dtypes == {torch.bfloat16}
         self.stage = runtime.zero_stage
         config = deepspeed_config(
@@ -178,6 +180,7 @@ def _set_partition(weight: nn.Parameter, value: torch.Tensor, key: str | None) -
 
 def sharded(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:
     """A frozen module whose weights ZeRO 3 shards over the processes (and keeps on the CPU if so asked)."""
+    require_whole_weights(module, 3)
     section: dict[str, Any] = {"stage": 3}
     if runtime.frozen_offload_parameters:
         section["offload_param"] = {"device": "cpu"}
@@ -186,6 +189,12 @@ def sharded(module: nn.Module, runtime: Runtime, processes: Processes) -> Callab
     engine = initialize(module, config, processes)
     engine.eval()
     return engine
+
+
+def require_whole_weights(module: nn.Module, stage: int) -> None:
+    """Raise StageError where ZeRO 3 is to shard weights that are held in 4 bits, which it would destroy."""
+    if stage == 3 and quantized_layers(module):
+        raise StageError("runtime.yaml: ZeRO 3 cannot shard a base of base_quantization: nf4; use ZeRO 0, 1 or 2")
 
 
 def zero_section(runtime: Runtime) -> dict[str, Any]:

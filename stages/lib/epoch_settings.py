@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.lib.lora_settings import LoraSettings
 from stages.lib.optimizer_settings import OptimizerSettings
 
 
@@ -16,6 +17,7 @@ class EpochSettings:
     save_dtype: Literal["float32", "bfloat16"]
     eval_every: int
     keep: Literal["best", "last"]
+    lora: LoraSettings | None
     optimizer: OptimizerSettings
 
     def __post_init__(self) -> None:

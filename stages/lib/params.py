@@ -108,8 +108,9 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = [argument for argument in arguments if argument is not type(None)]
-        return convert(value, inner, where)
+        inner = [argument for argument in arguments if argument is not type(None)]
+        lists = [argument for argument in inner if typing.get_origin(argument) is tuple]
+        return convert(value, lists[0] if lists and isinstance(value, list) else inner[0], where)
     if origin is typing.Literal:
         if value not in arguments or isinstance(value, bool) != isinstance(arguments[0], bool):
             choices = ", ".join(map(str, arguments))

@@ -9,29 +9,46 @@ import torch
 from torch import nn
 
 from stages.lib.errors import StageError
+from stages.lib.lora_settings import BaseQuantization
+from stages.lib.quantization import is_quantized, nf4_options, settle_quantized_layers, whole_twin
 from stages.lib.runtime import Runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_language_model(path: Path, precision: str, runtime: Runtime, device: torch.device) -> nn.Module:
-    """Load a causal language model, without dropout. Raises StageError if `path` is no such model."""
+def load_language_model(
+    path: Path, precision: str, runtime: Runtime, device: torch.device, quantization: BaseQuantization = None
+) -> nn.Module:
+    """Load a causal language model, without dropout. Raises StageError if `path` is no such model.
+
+    Args:
+        quantization: of the linear layers of the body, which then cannot be trained.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, precision, runtime, device)
+    return _load(AutoModelForCausalLM, path, precision, runtime, device, quantization)
 
 
-def load_classifier(path: Path, precision: str, runtime: Runtime, device: torch.device) -> nn.Module:
+def load_classifier(
+    path: Path, precision: str, runtime: Runtime, device: torch.device, quantization: BaseQuantization = None
+) -> nn.Module:
     """Load a model with a scalar head named `score`, as `train_rm` writes it. Raises StageError if there is none."""
     from transformers import AutoModelForSequenceClassification
 
     if not any("SequenceClassification" in name for name in read_config(path).get("architectures") or []):
         raise StageError(f"{path} is no reward model: its config.json names no sequence classifier")
-    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, quantization, num_labels=1)
     return require_scalar_head(model, path)
 
 
-def new_classifier(path: Path, precision: str, runtime: Runtime, device: torch.device, seed: int) -> nn.Module:
+def new_classifier(
+    path: Path,
+    precision: str,
+    runtime: Runtime,
+    device: torch.device,
+    seed: int,
+    quantization: BaseQuantization = None,
+) -> nn.Module:
     """A classifier on the body of the language model at `path`, its head drawn from N(0, 1/(d+1)²) with `seed`.
 
     The head is that of OpenAI's "Learning to summarize" (arXiv 2009.01325): bias-free, standard deviation 1/(d+1).
@@ -39,7 +56,8 @@ def new_classifier(path: Path, precision: str, runtime: Runtime, device: torch.d
     from transformers import AutoModelForSequenceClassification
 
     head_alone = frozenset({"score.weight"})
-    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, head_alone, num_labels=1)
+    where = (path, precision, runtime, device, quantization)
+    model = _load(AutoModelForSequenceClassification, *where, head_alone, num_labels=1)
     require_scalar_head(model, path)
     width = model.score.weight.shape[1]
     head = torch.empty((1, width), dtype=torch.float32)
@@ -65,11 +83,14 @@ def _load(
     precision: str,
     runtime: Runtime,
     device: torch.device,
+    quantization: BaseQuantization,
     may_be_missing: frozenset[str] = frozenset(),
     **overrides: Any,
 ) -> nn.Module:
     read_config(path)
     _quiet_loading()
+    if quantization == "nf4":
+        overrides |= nf4_options(DTYPES[precision], device)
     try:
         model, report = auto_class.from_pretrained(
             path,
@@ -88,10 +109,11 @@ def _load(
     if missing:
         raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
     switch_off_dropout(model)
+    settle_quantized_layers(model)
     if runtime.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return model.to(device)
+    return model if quantization else model.to(device)
 
 
 def _quiet_loading() -> None:
@@ -129,11 +151,14 @@ def save_model(
     """Write a model folder: `weights` cast to `save_dtype`, config, generation config, and the tokenizer's files.
 
     Args:
-        weights: state dict of `model`, for instance the float32 masters of a bf16 model.
+        weights: state dict of `model`, for instance the float32 masters of a bf16 model; if it is quantised or has
+            adapters, the state dict of the plain model that computes the same.
     """
     from stages.lib.tokenizer_files import copy_tokenizer
 
     dtype = DTYPES[save_dtype]
+    if is_quantized(model):
+        model = whole_twin(model)
     # Tied weights are one tensor under two names, and must stay one to be saved once.
     cast = {tensor.data_ptr(): tensor.detach().to("cpu", dtype) for tensor in weights.values()}
     model.save_pretrained(out, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})

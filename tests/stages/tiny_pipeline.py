@@ -30,7 +30,7 @@ TINY = {
 
 def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and settings.get(key) is not None:
             lay_over(settings[key], value)
         else:
             assert key in settings, f"params.yaml has no key {key}"
