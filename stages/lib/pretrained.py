@@ -111,7 +111,7 @@ def _load(
     switch_off_dropout(model)
     settle_quantized_layers(model)
     if runtime.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model if quantization else model.to(device)
 

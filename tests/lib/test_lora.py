@@ -171,7 +171,7 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model, lora = with_adapters(tiny_llama)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()(IDS, labels=IDS).loss.backward()
         return {name: model.get_parameter(name).grad for name in lora.trained_names}
 
