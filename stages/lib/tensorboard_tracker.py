@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.lib.trackers import Rows
+from stages.lib.trackers import Row
 
 
 class TensorBoardTracker:
@@ -25,7 +25,7 @@ class TensorBoardTracker:
         self.hyperparameters = {"stage": stage, **flat(settings)}
         self.last_step = 0
 
-    def start(self, first_step: int, earlier: Rows) -> None:
+    def start(self, first_step: int, earlier: list[Row]) -> None:
         from tensorboard.compat.proto import event_pb2
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -35,26 +35,27 @@ class TensorBoardTracker:
         self.file = self.folder / f"events.out.tfevents.{number:010d}"
         self.file.touch(exist_ok=False)
         self._write(file_version="brain.Event:2")
-        # A start at a step takes back what earlier files hold from that step on: SummaryWriter's purge_step.
+        # A start at a step hides what earlier files hold from that step on (SummaryWriter's purge_step). All rows are
+        # written again, since a killed attempt may have got fewer to its file than to its checkpoint.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=first_step, session_log=start)
+        self._write(step=min([first_step, *(row.step for row in earlier)]), session_log=start)
         self._write_hyperparameters()
-        for step, values in {} if files else earlier.items():
-            self.log(step, values)
+        for row in earlier:
+            self.log(row)
         self.last_step = first_step - 1
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, row: Row) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step=step, summary=Summary(value=scalars))
-        self.last_step = step
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in row.values.items()]
+        self._write(wall_time=row.time, step=row.step, summary=Summary(value=scalars))
+        self.last_step = row.step
 
     def finish(self, results: Mapping[str, float], exit_code: int) -> None:
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
         if results:
-            self.log(self.last_step, results)
+            self.log(Row(self.last_step, time.time(), dict(results)))
         status = api_pb2.STATUS_FAILURE if exit_code else api_pb2.STATUS_SUCCESS
         end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
         self._write_for_plugin(metadata.SESSION_END_INFO_TAG, session_end_info=end)
@@ -79,13 +80,13 @@ class TensorBoardTracker:
         about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content))
         self._write(summary=Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]))
 
-    def _write(self, **content: Any) -> None:
+    def _write(self, *, wall_time: float | None = None, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         with self.file.open("r+b") as file:  # which fails where the file has gone
             file.seek(0, 2)
-            RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+            RecordWriter(file).write(Event(wall_time=wall_time or time.time(), **content).SerializeToString())
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +21,26 @@ from stages.lib.runtime import Runtime
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
 SECONDS_TO_STOP = 8.0  # and one that was stopped or failed: launchers kill what is still there after 30
 
-Rows = dict[int, dict[str, float]]
+
+@dataclass(frozen=True)
+class Row:
+    """What is tracked of one step (1-based); `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    values: dict[str, float]
 
 
 class Tracker(Protocol):
     """One tracking backend. All but `give_up` are called in the tracker's own thread, and may raise anything."""
 
-    def start(self, first_step: int, earlier: Rows, /) -> None:
-        """Open the run. `first_step` (1-based) comes next; `earlier` are the rows of the steps before it, by step."""
+    def start(self, first_step: int, earlier: list[Row], /) -> None:
+        """Open the run. `first_step` (1-based) comes next; `earlier` are the rows of the steps before it, in order.
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+        An earlier attempt has logged the earlier rows, or was killed before it could, and perhaps some of later steps.
+        """
+
+    def log(self, row: Row) -> None: ...
 
     def finish(self, results: Mapping[str, float], exit_code: int) -> None: ...
 
@@ -53,18 +64,17 @@ class Journal:
         self.path = path
         now = time.strftime("%Y%m%d-%H%M%S")
         head = {"id": f"{path.parent.name}-{now}", "name": f"{stage}-{label or now}"}
-        self.rows: Rows = {}
+        self.rows: list[Row] = []
         if first_step > 1:
-            records = _whole_lines(path)
-            head = records[0] if records and "id" in records[0] else head
-            self.rows = {row.pop("step"): row for row in records[1:] if row["step"] < first_step}
+            old_head, *records = _whole_lines(path) or [head]
+            head = old_head
+            self.rows = [Row(**record) for record in records if record["step"] < first_step]
         self.id, self.name = head["id"], head["name"]
-        lines = [head, *({"step": step, **row} for step, row in self.rows.items())]
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *map(asdict, self.rows))))
 
-    def append(self, step: int, values: Mapping[str, float]) -> None:
+    def append(self, row: Row) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(asdict(row)) + "\n")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -144,10 +154,11 @@ class Trackers:
         """Track the row of `step` (1-based)."""
         if not self._open(step):
             return
+        row = Row(step, time.time(), dict(values))
         with self._journal_or_warning():
-            self.journal.append(step, values)
+            self.journal.append(row)
         for thread in self.threads:
-            thread.order(thread.tracker.log, step, dict(values))
+            thread.order(thread.tracker.log, row)
 
     def add_results(self, steps: int, results: Mapping[str, float]) -> None:
         """Track the final metrics of a run that has done all its `steps`, in this process or in an earlier one."""

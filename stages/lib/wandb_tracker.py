@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.runtime import Runtime
-from stages.lib.trackers import SECONDS_TO_UPLOAD, Rows
+from stages.lib.trackers import SECONDS_TO_UPLOAD, Row
 
 SECONDS_TO_CONNECT = 30.0
 
@@ -33,7 +33,7 @@ class WandbTracker:
         self.offline = runtime.wandb_mode == "offline"
         self.run: Any = None
 
-    def start(self, _first_step: int, earlier: Rows) -> None:
+    def start(self, _first_step: int, earlier: list[Row]) -> None:
         import wandb
 
         wandb.setup(wandb.Settings(mode=self.runtime.wandb_mode, silent=True))  # $WANDB_MODE does not count
@@ -62,18 +62,18 @@ class WandbTracker:
         )
         self.folder = Path(self.run.dir).parent
         self.next_step = self.run.step if self.run.resumed else 0
-        for step, values in earlier.items():
-            self.log(step, values)
+        for row in earlier:
+            self.log(row)
         if self.offline:
             for other in set(self.folder.parent.glob(f"offline-run-*-{self.run_id}")) - {self.folder}:
                 shutil.rmtree(other)
         print(f"{self.stage}: wandb {self.folder if self.offline else self.run.url}", flush=True)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, row: Row) -> None:
         if self.offline and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is gone")
-        if step >= self.next_step:  # wandb takes no step twice
-            self.run.log(dict(values), step=step, commit=True)
+        if row.step >= self.next_step:  # wandb takes no step twice
+            self.run.log({**row.values, "_timestamp": row.time}, step=row.step, commit=True)
 
     def finish(self, results: Mapping[str, float], exit_code: int) -> None:
         self.run.summary.update(dict(results))
