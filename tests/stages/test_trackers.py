@@ -104,7 +104,10 @@ def test_a_killed_and_resumed_run_is_tracked_whole_and_once(
     if number == signal.SIGKILL:
         wait_for(folder, "runs/tensorboard/*/events*", process)
     process.send_signal(number)
+    sent = time.monotonic()
     process.communicate()
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert time.monotonic() - sent < 20
     first = {path.name for path in (folder / "runs/tensorboard").iterdir()}
     process = start(folder, stage)
     output, errors = process.communicate()
@@ -115,26 +118,6 @@ def test_a_killed_and_resumed_run_is_tracked_whole_and_once(
     check_tensorboard(folder, stage)
     check_wandb(folder, stage)
     assert outs_of(folder, stage) == outs_of(tiny, stage)
-
-
-@pytest.mark.slow
-def test_a_signal_ends_a_tracked_run_within_seconds(copy_of_tiny: Copy) -> None:
-    folder = copy_of_tiny()
-    change(folder / "runtime.yaml", BOTH)
-    change(folder / "params.yaml", {"train_sft": {"epochs": 1000.0}})
-    process = start(folder, "train_sft")
-    wait_for(folder, "runs/wandb/offline-run-*/*.wandb", process)
-    process.send_signal(signal.SIGTERM)
-    sent = time.monotonic()
-    _, errors = process.communicate()
-    assert time.monotonic() - sent < 15
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "warning" not in errors
-    (file,) = (folder / "runs/wandb").glob("offline-run-*/*.wandb")
-    steps = [step for step, _ in wandb_rows(file)]
-    assert steps == list(range(1, len(steps) + 1))
-    (checkpoint,) = sorted(folder.glob(".scratch/*/checkpoint-*"))[-1:]
-    assert steps[-1] == int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 @pytest.mark.slow
