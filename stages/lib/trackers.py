@@ -198,9 +198,10 @@ class Trackers:
 
     @contextlib.contextmanager
     def _journal_or_warning(self) -> Iterator[None]:
-        """Go on without trackers if the journal cannot be written."""
+        """Go on without trackers if the journal cannot be read or written."""
         try:
             yield
-        except OSError as error:
-            warn(f"tracking failed, the run goes on without it: {self.journal_path} cannot be written: {error}")
+        except Exception as error:
+            reason = f"{self.journal_path}: {type(error).__name__}: {error}"
+            warn(f"tracking failed, the run goes on without it: {reason}")
             self.names = []

@@ -127,11 +127,17 @@ def test_a_package_that_is_missing_is_told_once(
     assert "ModuleNotFoundError" in line
 
 
-def test_a_journal_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "scratch/tracked.jsonl").mkdir(parents=True)
+def test_a_journal_of_no_use_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    journal = tmp_path / "scratch/tracked.jsonl"
+    journal.mkdir(parents=True)
     attempt(tmp_path, range(1, 6), trackers=["tensorboard"]).close(0)
     (line,) = failures(capsys)
-    assert "tracked.jsonl cannot be written" in line
+    assert "tracked.jsonl: IsADirectoryError" in line
+    journal.rmdir()
+    journal.write_text('{"not": "ours"}\n')
+    attempt(tmp_path, range(4, 6), trackers=["tensorboard"]).close(0)
+    (line,) = failures(capsys)
+    assert "tracked.jsonl: KeyError" in line
 
 
 def test_a_tracker_that_hangs_is_left_behind(capsys: pytest.CaptureFixture) -> None:
