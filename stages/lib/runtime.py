@@ -1,5 +1,6 @@
 """`runtime.yaml`: how a stage runs on this machine. Nothing here may change a result beyond rounding."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ OUR_DEEPSPEED_KEYS = {
     "managed_gradient_accumulation",
 }
 
+TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
+TRACKED_FOLDERS = ("data", "metrics", "models", "stages")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -53,13 +57,22 @@ class Runtime:
     checkpoint_seconds: float
     log_seconds: float
     shown_samples: int
+    kept_checkpoints: int
     resume_across_code_change: bool
+    trackers: tuple[Literal["tensorboard", "wandb"], ...]
+    tracker_folder: str
+    tracker_project: str
+    tracker_run: str | None
+    tracker_tags: tuple[str, ...]
+    wandb_mode: Literal["offline", "online", "disabled"]
 
     def __post_init__(self) -> None:
-        for key in ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size"):
+        at_least_1 = ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size")
+        for key in (*at_least_1, "kept_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
         self._check_zero()
+        self._check_trackers()
 
     def _check_zero(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -82,6 +95,20 @@ class Runtime:
         """True if a launch of so many processes trains with DeepSpeed."""
         wanted = world_size > 1 or self.zero_stage > 0 or bool(self.deepspeed)
         return self.engine == "deepspeed" or (self.engine == "auto" and wanted)
+
+    def _check_trackers(self) -> None:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers must name each tracker once, found {', '.join(self.trackers)}")
+        for key in ("tracker_project", "tracker_run"):
+            name = getattr(self, key)
+            if name is not None and not TRACKER_NAME.fullmatch(name):
+                raise ValueError(f"{key} must be up to 100 letters, digits, spaces, dots, - and _, found {name!r}")
+        for tag in self.tracker_tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"tracker_tags must have 1 to 64 characters each, found {tag!r}")
+        for name in TRACKED_FOLDERS:
+            if Path(self.tracker_folder).resolve().is_relative_to(Path(name).resolve()):
+                raise ValueError(f"tracker_folder must not lie in {name}/, which DVC or Git tracks; runs/ is untracked")
 
 
 def read_runtime(stage: str, path: Path = RUNTIME_FILE) -> Runtime:

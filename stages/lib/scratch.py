@@ -29,7 +29,6 @@ from stages.lib.errors import StageError
 from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
 from stages.lib.outputs import remove, written_whole
 
-KEPT_CHECKPOINTS = 2
 FILE_BYTES = 2**30  # tensors of a checkpoint that are gathered before they are written
 
 
@@ -55,16 +54,26 @@ def _is_stage_script(name: str, module: Any) -> bool:
 class Scratch:
     """The scratch folder of one stage with these settings and inputs, held under a lock. Main process only.
 
+    Args:
+        kept_checkpoints: how many of the newest checkpoints stay, at least 1.
+
     Raises:
         StageError: another process holds the folder.
     """
 
     def __init__(
-        self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], *, across_code_change: bool = False
+        self,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: Iterable[Path],
+        *,
+        across_code_change: bool = False,
+        kept_checkpoints: int = 2,
     ) -> None:
         self.input_hashes = {str(path): content_hash(path) for path in inputs}
         self.code = code_hash()
         self.across_code_change = across_code_change
+        self.kept_checkpoints = kept_checkpoints
         fingerprint = value_hash([settings, sorted(self.input_hashes.items())])
         self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
         self.logs = self.folder / "logs"
@@ -115,7 +124,7 @@ class Scratch:
         except OSError as error:
             remove(partial)
             raise StageError(f"checkpoint of step {step} cannot be written to {self.folder}: {error}") from None
-        before = [path for path in self._checkpoints() if path.name <= final.name][-KEPT_CHECKPOINTS:]
+        before = [path for path in self._checkpoints() if path.name <= final.name][-self.kept_checkpoints :]
         for other in self._checkpoints():
             if other not in before:
                 shutil.rmtree(other)

@@ -14,6 +14,7 @@ The loop itself stays in the script:
 
 import collections
 import dataclasses
+import resource
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ from stages.lib.processes import Processes
 from stages.lib.progress import Curve, Progress, log_run
 from stages.lib.runtime import Runtime
 from stages.lib.scratch import Checkpoint, Scratch, scratch_root
+from stages.lib.trackers import Trackers
 
 
 class Stateful(Protocol):
@@ -80,8 +82,18 @@ class TrainingRun:
         self.stop_signal = 0
         self.started = time.monotonic()
         self.scratch = processes.in_main(
-            lambda: Scratch(stage, self.settings, inputs, across_code_change=runtime.resume_across_code_change)
+            lambda: Scratch(
+                stage,
+                self.settings,
+                inputs,
+                across_code_change=runtime.resume_across_code_change,
+                kept_checkpoints=runtime.kept_checkpoints,
+            )
         )
+        self.trackers = (
+            Trackers(stage, self.settings, runtime, self.scratch.folder / "tracked.jsonl") if self.scratch else None
+        )
+        self.last_record = 0.0
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
@@ -91,9 +103,11 @@ class TrainingRun:
         }
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        if self.trackers:
+            self.trackers.close(0 if error is None else 128 + self.stop_signal if self.stop_signal else 1)
 
     def _note_signal(self, number: int, _frame: object) -> None:
         self.stop_signal = number
@@ -170,7 +184,24 @@ class TrainingRun:
         """Add the row of a finished step (0-based) to the curve and show some of it. `units`: tokens handled."""
         if self.curve and self.progress:
             self.curve.append(step + 1, metrics)
+            self.trackers.log(step + 1, {**metrics, **self._performance(units)})
             self.progress.update(step + 1, units, {name: metrics[name] for name in shown if name in metrics})
+
+    def _performance(self, units: int) -> dict[str, float]:
+        """Of the step just done, for trackers: tokens per second since the step before, and this process's peak memory.
+
+        The seconds are all that went by, those of an evaluation or a checkpoint included.
+        """
+        now = time.monotonic()
+        since = self.last_record or self.progress.started
+        self.last_record = now
+        values = {
+            "perf/tokens_per_second": units / max(now - since, 1e-9),
+            "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if self.processes.device.type == "cuda":
+            values["perf/peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**20
+        return values
 
     def say(self, text: str) -> None:
         """Print a line, once."""
@@ -225,6 +256,8 @@ class TrainingRun:
                 build_others(staged)
 
         self.publish(build)
+        if self.trackers and self.progress:
+            self.trackers.add_results(self.progress.total, results)
 
 
 def _plain(value: Any) -> Any:

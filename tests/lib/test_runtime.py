@@ -1,5 +1,7 @@
 """runtime.yaml: defaults, overrides by script, nothing unknown."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,9 +41,27 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ("train_rm: 3\n", "train_rm: expected keys, found 3 (int)"),
         ("train_rm: {threads: 0}\n", "threads must be at least 1, found 0"),
         ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
+        ("train_rm: {kept_checkpoints: 0}\n", "kept_checkpoints must be at least 1, found 0"),
+        ("train_rm: {trackers: [wandbb]}\n", "trackers[0]: 'wandbb' (str) is not one of: tensorboard, wandb; did you"),
+        ("train_rm: {trackers: wandb}\n", "train_rm.trackers: expected a list, found 'wandb' (str)"),
+        ("train_rm: {trackers: [wandb, wandb]}\n", "trackers must name each tracker once, found wandb, wandb"),
+        ("train_rm: {tracker_run: a/b}\n", "tracker_run must be up to 100 letters, digits, spaces, dots, - and _"),
+        ("train_rm: {tracker_project: ''}\n", "tracker_project must be up to 100 letters"),
+        ("train_rm: {tracker_tags: [3]}\n", "tracker_tags[0]: expected text, found 3 (int)"),
+        ("train_rm: {tracker_tags: ['']}\n", "tracker_tags must have 1 to 64 characters each, found ''"),
+        ("train_rm: {tracker_folder: models/sft/runs}\n", "tracker_folder must not lie in models/, which DVC or Git"),
+        ("train_rm: {tracker_folder: runs/../metrics}\n", "tracker_folder must not lie in metrics/"),
+        ("train_rm: {wandb_mode: off}\n", "'off' (str) is not one of: offline, online, disabled"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, extra: str, message: str) -> None:
     with pytest.raises(StageError) as error:
         read_runtime("train_rm", write(tmp_path, extra))
     assert message in str(error.value)
+
+
+def test_git_and_dvc_leave_the_folder_of_the_trackers_alone() -> None:
+    folder = read_runtime("train_sft", PROJECT / "runtime.yaml").tracker_folder
+    file = f"{folder}/tensorboard/run/events.out.tfevents.0000000001"
+    for tool in ("git", f"{sys.executable} -m dvc"):
+        assert subprocess.run([*tool.split(), "check-ignore", "--quiet", file], cwd=PROJECT).returncode == 0

@@ -18,7 +18,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def new_scratch(settings: dict | None = None, inputs: tuple[Path, ...] = (), **options: bool) -> Scratch:
+def new_scratch(settings: dict | None = None, inputs: tuple[Path, ...] = (), **options: bool | int) -> Scratch:
     return Scratch("train_rm", settings or {"learning_rate": 1}, inputs, **options)
 
 
@@ -71,14 +71,13 @@ def test_a_half_written_checkpoint_is_not_one() -> None:
     assert scratch.load().state["step"] == 1
 
 
-def test_old_checkpoints_go() -> None:
-    scratch = new_scratch()
+@pytest.mark.parametrize(("kept", "steps"), [(1, [5]), (2, [4, 5]), (4, [2, 3, 4, 5])])
+def test_old_checkpoints_go(kept: int, steps: list[int]) -> None:
+    scratch = new_scratch(kept_checkpoints=kept)
     for step in range(1, 6):
         scratch.save(step, {"step": step})
-    assert sorted(path.name for path in scratch.folder.glob("checkpoint-*")) == [
-        "checkpoint-00000004",
-        "checkpoint-00000005",
-    ]
+    names = sorted(path.name for path in scratch.folder.glob("checkpoint-*"))
+    assert names == [f"checkpoint-{step:08d}" for step in steps]
 
 
 def test_a_state_belongs_to_its_settings_and_inputs(root: Path) -> None:

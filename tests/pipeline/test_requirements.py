@@ -12,7 +12,8 @@ from packaging.utils import canonicalize_name
 from tests.pipeline.closure import ROOT, imported_names, parsed
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-ASKED = [Requirement(line) for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+EXTRAS = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+ASKED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS]]
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
 PROVIDERS = packages_distributions()
 PINNED = [Requirement(line) for line in LOCK if line and not line.startswith(("#", "-"))]

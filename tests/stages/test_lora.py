@@ -155,7 +155,9 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
         settings = read_params("train_ppo", TrainPpo)
         ppo = Ppo(settings, 17, read_runtime("train_ppo"), alone, Path("models/ppo"), Path("models/rm"))
     trained = {id(weight) for engine in (ppo.policy, ppo.critic) for weight in engine.module.parameters()}
-    frozen = [weight for module in (ppo.reference, ppo.reward_model) for weight in module.parameters()]
+    frozen = [
+        weight for module in (ppo.reference.module.module, ppo.reward_model.module) for weight in module.parameters()
+    ]
     assert sum(weight.numel() for weight in frozen if id(weight) not in trained) == 32  # the reward model's head
 
 

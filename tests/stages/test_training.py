@@ -394,3 +394,11 @@ def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy) -> No
     save_file(tensors, file, metadata={"format": "pt"})
     assert "data/tokens/preference/train, row 0: its log-prob is nan" in refused(folder, "ref_logprobs")
     assert "a model is broken" in refused(folder, "evaluate@sft")
+
+
+def test_as_many_checkpoints_stay_as_runtime_yaml_says(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0, "kept_checkpoints": 3}})
+    call(folder, "train_rm")
+    names = sorted(path.name for path in folder.glob(".scratch/*/checkpoint-*"))
+    assert names == [f"checkpoint-{step:08d}" for step in (4, 5, 6)]

@@ -1,0 +1,207 @@
+"""Trackers: what goes to a run's curve also goes to TensorBoard and Weights & Biases, as `runtime.yaml` asks.
+
+A tracker never touches a result. Each has a thread of its own, so that training waits for none, and the first error of
+one ends that tracker with a warning and nothing else. What was tracked also stands in a journal in the scratch folder:
+from it a resumed run takes the id it goes on under, and the rows that a tracker lost when the run was killed.
+"""
+
+import contextlib
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.lib.runtime import Runtime
+
+SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
+SECONDS_TO_STOP = 8.0  # and one that was stopped or failed: launchers kill what is still there after 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is tracked of one step (1-based); `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    values: dict[str, float]
+
+
+class Tracker(Protocol):
+    """One tracking backend. All but `give_up` are called in the tracker's own thread, and may raise anything."""
+
+    def start(self, first_step: int, earlier: list[Row], /) -> None:
+        """Open the run. `first_step` (1-based) comes next; `earlier` are the rows of the steps before it, in order.
+
+        An earlier attempt has logged the earlier rows, or was killed before it could, and perhaps some of later steps.
+        """
+
+    def log(self, row: Row) -> None: ...
+
+    def finish(self, results: Mapping[str, float], exit_code: int) -> None: ...
+
+    def give_up(self) -> None:
+        """Leave nothing behind for which the process would wait at its end. Called from any thread."""
+
+
+class Journal:
+    """The file of what a run tracked: a line with its id and name, then one a step.
+
+    A run that starts at its first step begins a new journal; one that is resumed goes on in the old one, from which the
+    steps that it makes again are taken out.
+
+    Args:
+        path: in the run's scratch folder.
+        label: what the name ends in, or None for the time.
+        first_step: the step (1-based) that comes next.
+    """
+
+    def __init__(self, path: Path, stage: str, label: str | None, first_step: int) -> None:
+        self.path = path
+        now = time.strftime("%Y%m%d-%H%M%S")
+        head = {"id": f"{path.parent.name}-{now}", "name": f"{stage}-{label or now}"}
+        self.rows: list[Row] = []
+        if first_step > 1:
+            old_head, *records = _whole_lines(path) or [head]
+            head = old_head
+            self.rows = [Row(**record) for record in records if record["step"] < first_step]
+        self.id, self.name = head["id"], head["name"]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *map(asdict, self.rows))))
+
+    def append(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file up to the first line that a kill has cut short."""
+    records = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            records.append(json.loads(line))
+    return records
+
+
+class TrackerThread(threading.Thread):
+    """Runs one tracker. After its first error it says so on stderr, once, and ignores what comes."""
+
+    def __init__(self, label: str, tracker: Tracker) -> None:
+        super().__init__(name=f"tracker-{label}", daemon=True)
+        self.label = label
+        self.tracker = tracker
+        self.warned = threading.Lock()
+        self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        try:
+            while order := self.orders.get():
+                order()
+        except Exception as error:
+            self._warn(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(Exception):
+                self.tracker.finish({}, 1)
+            with contextlib.suppress(Exception):
+                self.tracker.give_up()
+
+    def order(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Have the tracker do something after all that was ordered before."""
+        if not self.warned.locked():
+            self.orders.put(lambda: call(*arguments))
+
+    def close(self, seconds: float) -> None:
+        """Wait until all is done, or `seconds` have gone by, or the user presses Ctrl-C."""
+        self.orders.put(None)
+        with contextlib.suppress(KeyboardInterrupt):
+            self.join(seconds)
+        if self.is_alive():
+            self._warn(f"it was not done after {seconds:.0f} seconds")
+            with contextlib.suppress(Exception):
+                self.tracker.give_up()
+
+    def _warn(self, reason: str) -> None:
+        if self.warned.acquire(blocking=False):
+            warn(f"tracking with {self.label} failed, the run goes on without it: {reason}")
+
+
+def warn(text: str) -> None:
+    print("warning:", *text.split(), file=sys.stderr, flush=True)
+
+
+class Trackers:
+    """The trackers of one run of a stage, opened with the first row. Main process only.
+
+    Args:
+        settings: what the stage reads of `params.yaml`, by section; the trackers show it as the run's configuration.
+        journal: path of the journal, in the run's scratch folder.
+    """
+
+    def __init__(self, stage: str, settings: Mapping[str, Any], runtime: Runtime, journal: Path) -> None:
+        self.stage = stage
+        self.settings = settings
+        self.runtime = runtime
+        self.journal_path = journal
+        self.journal: Journal | None = None
+        self.results: dict[str, float] = {}
+        self.threads: list[TrackerThread] = []
+        disabled = {"wandb"} if runtime.wandb_mode == "disabled" else set()
+        self.names = [name for name in runtime.trackers if name not in disabled]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Track the row of `step` (1-based)."""
+        if not self._open(step):
+            return
+        row = Row(step, time.time(), dict(values))
+        with self._journal_or_warning():
+            self.journal.append(row)
+        for thread in self.threads:
+            thread.order(thread.tracker.log, row)
+
+    def add_results(self, steps: int, results: Mapping[str, float]) -> None:
+        """Track the final metrics of a run that has done all its `steps`, in this process or in an earlier one."""
+        self._open(steps + 1)
+        self.results = {f"final/{name}": value for name, value in results.items()}
+
+    def close(self, exit_code: int) -> None:
+        """End all trackers; takes long only if the run ended well and an upload is under way."""
+        for thread in self.threads:
+            thread.order(thread.tracker.finish, self.results, exit_code)
+        deadline = time.monotonic() + (SECONDS_TO_STOP if exit_code else SECONDS_TO_UPLOAD)
+        for thread in self.threads:
+            thread.close(max(deadline - time.monotonic(), 0.1))
+        self.threads = []
+
+    def _open(self, first_step: int) -> bool:
+        """Open the trackers unless they are; False if there are none."""
+        if self.names and not self.threads:
+            with self._journal_or_warning():
+                self.journal = Journal(self.journal_path, self.stage, self.runtime.tracker_run, first_step)
+                for name in self.names:
+                    thread = TrackerThread(name, self._tracker(name, self.journal))
+                    thread.order(thread.tracker.start, first_step, self.journal.rows)
+                    thread.start()
+                    self.threads.append(thread)
+        return bool(self.threads)
+
+    def _tracker(self, name: str, journal: Journal) -> Tracker:
+        if name == "tensorboard":
+            from stages.lib.tensorboard_tracker import TensorBoardTracker
+
+            folder = Path(self.runtime.tracker_folder) / "tensorboard" / journal.name
+            return TensorBoardTracker(folder, self.stage, self.settings)
+        from stages.lib.wandb_tracker import WandbTracker
+
+        return WandbTracker(self.stage, self.settings, self.runtime, journal.id, journal.name)
+
+    @contextlib.contextmanager
+    def _journal_or_warning(self) -> Iterator[None]:
+        """Go on without trackers if the journal cannot be read or written."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{self.journal_path}: {type(error).__name__}: {error}"
+            warn(f"tracking failed, the run goes on without it: {reason}")
+            self.names = []

@@ -1,0 +1,232 @@
+"""Trackers: no step twice after a resumption, and no failure of theirs that stops a run."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.lib.params import load_yaml
+from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.tensorboard_tracker import flat
+from stages.lib.trackers import Journal, Row, Trackers, TrackerThread
+from tests.real_files import PROJECT
+from tests.tracked_values import tensorboard_scalars, wandb_rows
+
+SETTINGS = {"train_sft": {"precision": "fp32"}, "seed": 0}
+
+
+def runtime(folder: Path, **values: object) -> Runtime:
+    document = load_yaml(PROJECT / "runtime.yaml")["default"] | {"tracker_folder": str(folder / "runs")} | values
+    path = folder / "runtime.yaml"
+    path.write_text(json.dumps({"default": document}))
+    return read_runtime("train_sft", path)
+
+
+def attempt(folder: Path, steps: range, **values: object) -> Trackers:
+    """A run of the stage, or what a kill lets it do of one: `steps` with loss 1 / step."""
+    (folder / "scratch").mkdir(exist_ok=True)
+    trackers = Trackers("train_sft", SETTINGS, runtime(folder, **values), folder / "scratch/tracked.jsonl")
+    for step in steps:
+        trackers.log(step, {"loss": 1 / step})
+    return trackers
+
+
+def tensorboard_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    return {run.name: tensorboard_scalars(run)["loss"] for run in sorted((folder / "runs/tensorboard").iterdir())}
+
+
+def test_a_resumed_run_has_no_step_twice_and_none_lost(tmp_path: Path) -> None:
+    tensorboard = {"trackers": ["tensorboard"], "tracker_run": "trial"}
+    attempt(tmp_path, range(1, 8), **tensorboard).close(1)
+    attempt(tmp_path, range(5, 10), **tensorboard).close(0)
+    losses = tensorboard_losses(tmp_path)
+    assert losses == {"train_sft-trial": [(step, pytest.approx(1 / step)) for step in range(1, 10)]}
+
+
+def test_a_run_that_starts_anew_shows_nothing_of_the_one_before(tmp_path: Path) -> None:
+    tensorboard = {"trackers": ["tensorboard"], "tracker_run": "trial"}
+    attempt(tmp_path, range(1, 8), **tensorboard).close(1)
+    attempt(tmp_path, range(1, 3), **tensorboard).close(0)
+    assert tensorboard_losses(tmp_path) == {"train_sft-trial": [(1, 1.0), (2, 0.5)]}
+
+
+def test_a_tracker_that_is_named_late_gets_the_rows_before(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "scratch/tracked.jsonl"
+    Journal(path, "train_sft", None, 1).append(Row(1, 1000.5, {"loss": 1.0}))
+    with path.open("a") as file:
+        file.write('{"step": 2, "ti')
+    attempt(tmp_path, range(3, 5), trackers=["tensorboard"]).close(0)
+    assert [step for step, _ in next(iter(tensorboard_losses(tmp_path).values()))] == [1, 3, 4]
+    (head, first, *_) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert head["id"].startswith("scratch-")
+    assert first == {"step": 1, "time": 1000.5, "values": {"loss": 1.0}}
+
+
+def test_final_metrics_of_a_run_with_no_steps_left_are_tracked(tmp_path: Path) -> None:
+    attempt(tmp_path, range(1, 4), trackers=["tensorboard"]).close(1)
+    last = attempt(tmp_path, range(0), trackers=["tensorboard"])
+    last.add_results(3, {"eval_loss": 0.25})
+    last.close(0)
+    (run,) = (tmp_path / "runs/tensorboard").iterdir()
+    assert tensorboard_scalars(run)["final/eval_loss"] == [(3, 0.25)]
+
+
+def test_none_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    attempt(tmp_path, range(1, 4), trackers=["wandb"], wandb_mode="disabled").close(0)
+    attempt(tmp_path, range(1, 4), trackers=[]).close(0)
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "scratch/tracked.jsonl").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_settings_become_one_level_of_keys() -> None:
+    settings = {"train_sft": {"keep": "last", "optimizer": {"beta1": 0.9}, "limit": None, "sizes": [1, 2]}, "seed": 3}
+    assert flat(settings) == {
+        "train_sft.keep": "last",
+        "train_sft.optimizer.beta1": 0.9,
+        "train_sft.limit": "null",
+        "train_sft.sizes": "[1, 2]",
+        "seed": 3,
+    }
+
+
+def failures(capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines on stderr, all of which must be warnings."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("warning: tracking ") for line in lines), lines
+    return lines
+
+
+def test_a_folder_that_goes_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trackers = attempt(tmp_path, range(1, 3), trackers=["tensorboard"])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/tensorboard/*/events*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    (tmp_path / "runs").write_text("in the way")
+    for step in range(3, 6):
+        trackers.log(step, {"loss": 1.0})
+    trackers.close(0)
+    (line,) = failures(capsys)
+    assert "tensorboard failed, the run goes on without it: NotADirectoryError" in line
+
+
+def test_a_package_that_is_missing_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    attempt(tmp_path, range(1, 6), trackers=["tensorboard"]).close(0)
+    (line,) = failures(capsys)
+    assert "ModuleNotFoundError" in line
+
+
+def test_a_journal_of_no_use_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    journal = tmp_path / "scratch/tracked.jsonl"
+    journal.mkdir(parents=True)
+    attempt(tmp_path, range(1, 6), trackers=["tensorboard"]).close(0)
+    (line,) = failures(capsys)
+    assert "tracked.jsonl: IsADirectoryError" in line
+    journal.rmdir()
+    journal.write_text('{"not": "ours"}\n')
+    attempt(tmp_path, range(4, 6), trackers=["tensorboard"]).close(0)
+    (line,) = failures(capsys)
+    assert "tracked.jsonl: KeyError" in line
+
+
+def test_a_tracker_that_hangs_is_left_behind(capsys: pytest.CaptureFixture) -> None:
+    class Stuck:
+        def __init__(self) -> None:
+            self.free, self.given_up = threading.Event(), False
+
+        def log(self, _row: Row) -> None:
+            self.free.wait()
+            raise OSError("too late to matter")
+
+        def give_up(self) -> None:
+            self.given_up = True
+
+    tracker = Stuck()
+    thread = TrackerThread("stuck", tracker)
+    thread.start()
+    thread.order(tracker.log, Row(1, 0.0, {}))
+    started = time.monotonic()
+    thread.close(0.2)
+    assert time.monotonic() - started < 2
+    assert tracker.given_up
+    tracker.free.set()
+    thread.join()
+    (line,) = failures(capsys)
+    assert "it was not done after 0 seconds" in line
+
+
+def in_own_process(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in which `attempt` and `folder` are known: what wandb leaves in a process must not meet other tests."""
+    start = "import os, sys, time; from pathlib import Path; from tests.lib.test_trackers import attempt\n"
+    return subprocess.run(
+        [sys.executable, "-c", f"{start}folder = Path(sys.argv[1])\n{code}", folder],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_an_offline_run_of_wandb_that_was_killed_is_whole_in_one_folder(tmp_path: Path) -> None:
+    values = "trackers=['wandb'], tracker_run='trial'"
+    wait = "while not list(folder.glob('runs/wandb/offline-run-*/*.wandb')): time.sleep(0.01)"
+    # wandb writes a run's first rows to its file after 15 seconds, so this kill loses all of them.
+    in_own_process(tmp_path, f"attempt(folder, range(1, 8), {values})\n{wait}\nos.kill(os.getpid(), 9)")
+    (before,) = tmp_path.glob("runs/wandb/offline-run-*")
+    done = in_own_process(tmp_path, f"attempt(folder, range(5, 10), {values}).close(0)", WANDB_MODE="online")
+    assert (done.returncode, done.stderr) == (0, "")
+    (after,) = tmp_path.glob("runs/wandb/offline-run-*")
+    assert after != before
+    (file,) = after.glob("*.wandb")
+    assert wandb_rows(file) == [(step, {"loss": 1 / step}) for step in range(1, 10)]
+    assert before.name.split("-", 4)[3:] == after.name.split("-", 4)[3:]
+
+
+@pytest.mark.slow
+def test_a_crash_of_wandb_is_told_once(tmp_path: Path) -> None:
+    code = """
+trackers = attempt(folder, range(1, 3), trackers=["wandb"])
+while not list(folder.glob("runs/wandb/offline-run-*/*.wandb")):
+    time.sleep(0.01)
+time.sleep(2)
+import wandb
+os.kill(wandb.setup().assert_service()._proc._process.pid, 9)
+for step in range(3, 6):
+    time.sleep(0.2)
+    trackers.log(step, {"loss": 1.0})
+trackers.close(0)
+"""
+    done = in_own_process(tmp_path, code)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: tracking with wandb failed, the run goes on without it: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "reason"), [("", "no API key: run `wandb login`"), ("a" * 40, "it was not done after 8 seconds")]
+)
+def test_a_server_out_of_reach_is_told_once_and_soon(tmp_path: Path, key: str, reason: str) -> None:
+    code = "attempt(folder, range(1, 6), trackers=['wandb'], wandb_mode='online').close(143)"
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    environment["WANDB_MODE"] = "offline"  # which runtime.yaml overrules
+    started = time.monotonic()
+    done = in_own_process(tmp_path, code, WANDB_API_KEY=key, **environment)
+    assert time.monotonic() - started < 30
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: tracking with wandb failed, the run goes on without it: ")
+    assert reason in line
