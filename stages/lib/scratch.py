@@ -23,14 +23,11 @@ from typing import IO, Any
 import torch
 
 from stages.lib.errors import StageError
-from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
+from stages.lib.hashing import combined_hash, dvc_hash, dvc_hashes, file_hash, value_hash
 from stages.lib.outputs import remove, written_whole
+from stages.lib.scratch_root import scratch_root
 
 KEPT_CHECKPOINTS = 2
-
-
-def scratch_root() -> Path:
-    return Path(os.environ.get("STAGEWISE_SCRATCH") or ".scratch")
 
 
 def code_hash() -> str:
@@ -58,7 +55,7 @@ class Scratch:
     def __init__(
         self, stage: str, settings: dict[str, Any], inputs: Iterable[Path], *, across_code_change: bool = False
     ) -> None:
-        self.input_hashes = {str(path): content_hash(path) for path in inputs}
+        self.input_hashes = dvc_hashes(inputs)
         self.code = code_hash()
         self.across_code_change = across_code_change
         fingerprint = value_hash([settings, sorted(self.input_hashes.items())])
