@@ -100,9 +100,10 @@ def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
     of_sft = [again for name, again, _ in titles if name.startswith("train_sft")]
     assert of_sft == ["", *[" (see above)"] * 3]  # below rm, ppo, ref_logprobs and dpo
     for words in (
-        "params      seed 17; train_ppo: iterations 3, ",
+        "params      seed 17; train_ppo: ",
+        "iterations 3, ",
         "source      generated film reviews",
-        ", threads 2, ",
+        "threads 2, ",
     ):
         assert words in text
     assert f"train_ppo.py {dvc_hash(recorded / 'stages/train_ppo.py')[:8]}" in text
