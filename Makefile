@@ -1,4 +1,4 @@
-# `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1.
+# `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=….
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -24,7 +24,7 @@ endif
 repro = .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
-        metrics metrics-diff plots dag status use test test-fast lint clean
+        metrics metrics-diff plots dag status lineage use test test-fast lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,9 @@ dag: $(VENV) ## List the stages, and after which others each one runs (`dvc dag`
 status: $(VENV) ## Say which stages are stale, and why
 	.venv/bin/dvc status
 
+lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as recorded: OUT=models/ppo (else all models)
+	.venv/bin/python -m stages.show_lineage $(OUT)
+
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
 	.venv/bin/python -m stages.use_profile --profile profiles/$(PROFILE).yaml $(if $(FORCE),--drop-edits)
 
@@ -97,7 +100,8 @@ lint: $(VENV) ## Check style and format
 	.venv/bin/ruff format --check stages tests
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
-	rm -rf .scratch plots .pytest_cache .ruff_cache
+	rm -rf plots .pytest_cache .ruff_cache
+	test ! -d .scratch || find .scratch -mindepth 1 -maxdepth 1 ! -name runs.jsonl -exec rm -rf {} +
 	find . -path ./.venv -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
 	  \( -name __pycache__ -o -name '.*.partial' \) -prune -exec rm -rf {} +
 	@test -z "$$STAGEWISE_SCRATCH" || echo "kept: training state in $$STAGEWISE_SCRATCH"

@@ -22,10 +22,12 @@ from typing import Any, Literal
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.film_gold import gold_utility
+from stages.lib.hashing import dvc_hashes
 from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
+from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime, read_runtime
 from stages.lib.tokenizer_files import require_same_tokenizer
 
@@ -36,10 +38,8 @@ if not asks_for_help():
     from stages.lib.engine import frozen
     from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
-    from stages.lib.progress import log_run
     from stages.lib.sampling import require_room, sample_responses
     from stages.lib.scalar_scores import SequenceScores
-    from stages.lib.scratch import scratch_root
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
@@ -215,8 +215,15 @@ def main(
             write_jsonl(
                 partial_samples, sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
             )
-        device = str(processes.device)
-        log_run(scratch_root(), "evaluate", None, processes.world_size, device, time.monotonic() - started)
+        log_run(
+            f"evaluate@{policy.name}",
+            dvc_hashes([metrics, samples]),
+            time.monotonic() - started,
+            runtime=runtime,
+            processes=processes.world_size,
+            device=str(processes.device),
+            launcher=launcher_in_use(),
+        )
     processes.leave()
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
+from stages.lib.hashing import dvc_hashes
 from stages.lib.lora_settings import BaseQuantization
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
+from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
@@ -24,8 +26,7 @@ if not asks_for_help():
     from stages.lib.engine import frozen
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes
-    from stages.lib.progress import Progress, log_run
-    from stages.lib.scratch import scratch_root
+    from stages.lib.progress import Progress
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
@@ -82,8 +83,15 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             partial.mkdir()
             for split, values in columns.items():
                 write_table(partial / f"{split}.arrow", values, schema)
-        device = str(processes.device)
-        log_run(scratch_root(), "ref_logprobs", None, processes.world_size, device, time.monotonic() - started)
+        log_run(
+            "ref_logprobs",
+            dvc_hashes([out]),
+            time.monotonic() - started,
+            runtime=runtime,
+            processes=processes.world_size,
+            device=str(processes.device),
+            launcher=launcher_in_use(),
+        )
     processes.leave()
 
 

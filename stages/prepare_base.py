@@ -8,23 +8,28 @@ there, those of markers with a little seeded noise so that they differ.
         --chat-template stages/templates/chat.jinja --out models/base
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stages.lib.chat import decode_completion, encode_completion, encode_prompt, special_tokens
 from stages.lib.conversations import Message, UnusableRowError, messages_from
 from stages.lib.errors import StageError, run
+from stages.lib.hashing import dvc_hashes
 from stages.lib.jsonl import read_jsonl
+from stages.lib.model_card import shareable_path, write_model_card
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
+from stages.lib.run_log import log_run
 from stages.lib.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -368,6 +373,12 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Pa
             raise StageError(f"the tokenizer cannot be written as {name}; use a model with a fast tokenizer")
 
 
+def shareable(settings: PrepareBase) -> dict[str, Any]:
+    """The settings as a model card shows them."""
+    paths = {key: shareable_path(getattr(settings, key)) for key in ("path", "corpus", "chat_template")}
+    return dataclasses.asdict(settings) | paths
+
+
 def main(
     source: Annotated[Path, typer.Option(help="Folder of a pretrained model, or the placeholder for none.")],
     corpus: Annotated[Path, typer.Option(help="sft rows that a new tokenizer is trained on.")],
@@ -375,6 +386,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write the base model into.")],
 ) -> None:
     """Make the base model."""
+    started = time.monotonic()
     settings = read_params("prepare_base", PrepareBase)
     seed = read_value("seed", int)
     if settings.source == "scratch":
@@ -398,6 +410,15 @@ def main(
     check_template(tokenizer)
     with written_whole(out) as (folder,):
         save(model, tokenizer, folder)
+        write_model_card(
+            folder,
+            stage="prepare_base",
+            settings={"prepare_base": shareable(settings), "seed": seed},
+            inputs=dvc_hashes(path for path in (source, corpus, chat_template) if path.as_posix() != NO_FILE),
+            metrics={"parameters": model.num_parameters(), "tokens": len(tokenizer)},
+            base_model=settings.hub_model,
+        )
+    log_run("prepare_base", dvc_hashes([out]), time.monotonic() - started)
     print(f"base model: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, pad {tokenizer.pad_token}")
 
 

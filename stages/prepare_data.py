@@ -13,6 +13,7 @@ A row that breaks a rule is dropped and counted by reason in the metrics. Run it
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,11 +28,13 @@ from stages.lib import film_reviews
 from stages.lib.conversations import Example, UnusableRowError
 from stages.lib.errors import StageError, run
 from stages.lib.formats import Format, detect_format, read_example, renamed
+from stages.lib.hashing import dvc_hashes
 from stages.lib.jsonl import write_json
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
 from stages.lib.prompt_splits import eval_prompts, prompt_digest
 from stages.lib.raw_rows import hub_rows, local_rows
+from stages.lib.run_log import log_run
 
 Kind = Literal["sft", "preference", "prompts"]
 KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
@@ -222,6 +225,7 @@ def main(
     metrics: Annotated[Path, typer.Option(help="JSON file of the counts to write.")],
 ) -> None:
     """Turn raw data into prepared rows for SFT, preference learning and RL."""
+    started = time.monotonic()
     settings = read_params("prepare_data", PrepareData)
     seed = read_value("seed", int)
     counts: Counter = Counter()
@@ -233,6 +237,7 @@ def main(
         written = write_prepared(rows, settings.kinds, dict(zip(KINDS, folders, strict=True)))
         values = dict(sorted({**counts, **written}.items()))
         write_json(metrics_partial, values)
+    log_run("prepare_data", dvc_hashes([*(out / kind for kind in KINDS), metrics]), time.monotonic() - started)
     for key, value in values.items():
         print(f"{key:32} {value}")
 

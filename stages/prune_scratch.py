@@ -15,7 +15,8 @@ def main() -> None:
     """Remove the scratch folders whose outs stand in `dvc.lock` with the same hashes."""
     from ruamel.yaml import YAML
 
-    from stages.lib.scratch import completed_record, scratch_root
+    from stages.lib.scratch import completed_record
+    from stages.lib.scratch_root import scratch_root
 
     lock_file = Path("dvc.lock")
     lock = YAML(typ="safe", pure=True).load(lock_file.read_text()) if lock_file.is_file() else {}

@@ -23,9 +23,11 @@ import typer
 from stages.lib.chat import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT, encode_completion, encode_prompt, load_tokenizer
 from stages.lib.conversations import Message, UnusableRowError, messages_from
 from stages.lib.errors import StageError, run
+from stages.lib.hashing import dvc_hashes
 from stages.lib.jsonl import read_jsonl, write_json
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
+from stages.lib.run_log import log_run
 from stages.lib.token_tables import (
     PREFERENCE_SCHEMA,
     PROMPT_SCHEMA,
@@ -229,6 +231,7 @@ def main(
     metrics: Annotated[Path, typer.Option(help="JSON file for the counts.")],
 ) -> None:
     """Encode the prepared rows of one kind."""
+    started = time.monotonic()
     settings = read_params("tokenize", Tokenize)
     limits = read_model_limits(tokenizer)
     if limits.max_positions is not None and settings.max_length > limits.max_positions:
@@ -249,6 +252,7 @@ def main(
             id_columns = [name for name in schema.names if name.endswith("_ids")]
             check_table_ids(read_table(table, schema), id_columns, limits.vocab_size, rows / f"{split}.jsonl")
         write_json(metrics_partial, metrics_of(kind, counts, dropped))
+    log_run(f"tokenize@{kind}", dvc_hashes([out, metrics]), time.monotonic() - started)
     summary = ", ".join(f"{counts[split].rows:,} {split} rows ({counts[split].tokens:,} tokens)" for split in SPLITS)
     print(f"tokenize {kind}: {summary}, {dropped.total():,} rows dropped")
 

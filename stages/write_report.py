@@ -8,6 +8,7 @@ say is escaped; the same metrics give the same bytes.
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -18,11 +19,13 @@ import typer
 from stages.lib.curve_tables import read_curve, training_and_evaluation
 from stages.lib.errors import StageError, run
 from stages.lib.figures import COLOURS, Line, line_figure
+from stages.lib.hashing import dvc_hashes
 from stages.lib.jsonl import read_jsonl
 from stages.lib.number_formats import decimal, number, percent, signed
 from stages.lib.outcome import BASELINE, has_gold, outcome, shown
 from stages.lib.outputs import written_whole
 from stages.lib.pages import render_page, write_page
+from stages.lib.run_log import log_run
 
 POLICIES = (BASELINE, "dpo", "ppo")
 ALWAYS_TRAINED = ("train_sft", "train_rm")
@@ -305,9 +308,11 @@ def main(
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
 ) -> None:
     """Write the report on what is in METRICS and SAMPLES."""
+    started = time.monotonic()
     page = page_of(read_inputs(metrics, samples))
     with written_whole(out) as (partial,):
         write_page(partial, page)
+    log_run("report", dvc_hashes([out]), time.monotonic() - started)
     print(f"Wrote {out}; open it in a browser.")
 
 

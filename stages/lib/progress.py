@@ -1,15 +1,10 @@
-"""The curve of a training run (CSV), its progress on the console, and an untracked log of what ran where."""
+"""The curve of a training run (CSV), and its progress on the console."""
 
 import csv
 import io
-import json
-import os
-import platform
-import resource
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +75,3 @@ class Progress:
             print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
         else:
             print(text, flush=True)
-
-
-def log_run(folder: Path, stage: str, runtime: Any, processes: int, device: str, seconds: float) -> None:
-    """Append one line on how a stage ran to `folder/runs.jsonl`: launcher, versions, wall time, peak memory."""
-    record = {
-        "stage": stage,
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(seconds, 1),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "processes": processes,
-        "device": device,
-        "launcher": os.environ.get("LAUNCH", "python -m"),
-        "runtime": runtime,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "dvc", "deepspeed")},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "runs.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")

@@ -26,14 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize_tensors
 
 from stages.lib.errors import StageError
-from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
+from stages.lib.hashing import combined_hash, dvc_hash, dvc_hashes, file_hash, value_hash
 from stages.lib.outputs import remove, written_whole
+from stages.lib.scratch_root import scratch_root
 
 FILE_BYTES = 2**30  # tensors of a checkpoint that are gathered before they are written
-
-
-def scratch_root() -> Path:
-    return Path(os.environ.get("STAGEWISE_SCRATCH") or ".scratch")
 
 
 def code_hash() -> str:
@@ -70,7 +67,7 @@ class Scratch:
         across_code_change: bool = False,
         kept_checkpoints: int = 2,
     ) -> None:
-        self.input_hashes = {str(path): content_hash(path) for path in inputs}
+        self.input_hashes = dvc_hashes(inputs)
         self.code = code_hash()
         self.across_code_change = across_code_change
         self.kept_checkpoints = kept_checkpoints

@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -29,9 +29,10 @@ from stages.lib.jsonl import write_json
 from stages.lib.model_card import write_model_card
 from stages.lib.pretrained import save_model
 from stages.lib.processes import Processes
-from stages.lib.progress import Curve, Progress, log_run
+from stages.lib.progress import Curve, Progress
+from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime
-from stages.lib.scratch import Checkpoint, Scratch, scratch_root
+from stages.lib.scratch import Checkpoint, Scratch, completed_record
 from stages.lib.trackers import Trackers
 
 
@@ -220,15 +221,20 @@ class TrainingRun:
             if "curve" in self.outs:
                 (folder / "curve").write_bytes((self.scratch.logs / "curve.csv").read_bytes())
             self.scratch.complete(self.outs)
+            self._log_run(completed_record(self.scratch.folder)["outs"].values())
             self.scratch.publish_complete(self.outs)
-            log_run(
-                scratch_root(),
-                self.stage,
-                _plain(self.runtime),
-                self.processes.world_size,
-                str(self.processes.device),
-                time.monotonic() - self.started,
-            )
+
+    def _log_run(self, outs: Iterable[Mapping[str, str]]) -> None:
+        """Before the outs are published: a kill in between publishes them at the next start, which trains nothing."""
+        log_run(
+            self.stage,
+            {out["path"]: out["dvc_hash"] for out in outs},
+            time.monotonic() - self.started,
+            runtime=self.runtime,
+            processes=self.processes.world_size,
+            device=str(self.processes.device),
+            launcher=launcher_in_use(),
+        )
 
     def publish_model(
         self,

@@ -1,12 +1,11 @@
 """The curve, and what a log shows of a run."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from stages.lib import progress
-from stages.lib.progress import Curve, Progress, log_run
+from stages.lib.progress import Curve, Progress
 
 
 def test_a_curve_has_a_row_a_step_and_gaps_where_nothing_was_measured(tmp_path: Path) -> None:
@@ -44,13 +43,3 @@ def test_time_left_of_a_resumed_run_counts_from_where_it_resumed(
     clock[0] = 10.0
     shown.update(91, 50, {})
     assert "5 tokens/s  1:30 left" in capsys.readouterr().out
-
-
-def test_a_run_is_logged_with_versions_time_and_memory(tmp_path: Path) -> None:
-    for seconds in (1.26, 2.0):
-        log_run(tmp_path / "scratch", "train_rm", {"threads": 2}, 1, "cpu", seconds)
-    first, second = (json.loads(line) for line in (tmp_path / "scratch/runs.jsonl").read_text().splitlines())
-    assert (first["seconds"], second["seconds"]) == (1.3, 2.0)
-    assert first["stage"] == "train_rm"
-    assert first["peak_memory_mib"] > 20
-    assert set(first["versions"]) == {"torch", "transformers", "datasets", "dvc", "deepspeed"}

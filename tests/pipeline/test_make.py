@@ -37,6 +37,7 @@ VARIABLES = [
     "REV",
     "PROFILE",
     "FORCE",
+    "OUT",
 ]
 STEPS = {
     "tokenize": "tokenize",
@@ -163,6 +164,8 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         (["metrics-diff", "REV=HEAD~1"], ["dvc metrics diff HEAD~1"]),
         (["plots", "REV=v1"], ["python -m stages.plot_curves --rev v1 --rev workspace --out plots/curves.html"]),
         (["status"], ["dvc status"]),
+        (["lineage"], ["python -m stages.show_lineage"]),
+        (["lineage", "OUT=models/ppo"], ["python -m stages.show_lineage models/ppo"]),
         (["use", "PROFILE=small"], ["python -m stages.use_profile --profile profiles/small.yaml"]),
         (
             ["use", "PROFILE=small", "FORCE=1"],
@@ -261,6 +264,7 @@ def test_a_missing_python_is_said_so(project):
 
 def test_clean_leaves_data_models_and_the_cache(project):
     kept = ["data/prepared/sft/train.jsonl", "models/sft/model.safetensors", "dvc.lock", ".dvc/cache/a"]
+    kept += [".scratch/runs.jsonl"]
     removed = [".scratch/train_rm-1/state.pt", "plots/a.html", "models/.sft.partial/x", "stages/__pycache__/a.pyc"]
     for file in [*kept, *removed]:
         (project / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The whole graph, tiny, through `make repro` in a fresh checkout: it ends in a report; a second run does nothing."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -66,3 +67,26 @@ def test_a_setting_makes_stale_its_stage_and_what_follows_alone(checkout: Path) 
     (checkout / "params.yaml").write_text(text)
     stale = {line.rstrip(":") for line in status.stdout.splitlines() if line.endswith(":") and line[0] not in " \t"}
     assert stale == {"train_dpo"}  # what follows it is stale once its outs have changed
+
+
+@pytest.mark.slow
+def test_old_settings_put_back_are_restored_without_training(checkout: Path) -> None:
+    text, runs = (checkout / "params.yaml").read_text(), checkout / ".scratch/runs.jsonl"
+    outs = ("dvc.lock", "models/dpo/model.safetensors", "metrics/train_dpo.json", "metrics/curves/train_dpo.csv")
+    before = {out: (checkout / out).read_bytes() for out in outs}
+    count = len(runs.read_text().splitlines())
+
+    (checkout / "params.yaml").write_text(text.replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    other = make(checkout, "train-dpo")
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert {out for out in outs if (checkout / out).read_bytes() == before[out]} == set()
+    (*_, last) = runs.read_text().splitlines()
+    assert len(runs.read_text().splitlines()) == count + 1
+    assert json.loads(last)["stage"] == "train_dpo"
+
+    (checkout / "params.yaml").write_text(text)
+    back = make(checkout, "train-dpo")
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert "Stage 'train_dpo' is cached - skipping run, checking out outputs" in back.stdout
+    assert {out: (checkout / out).read_bytes() for out in outs} == before
+    assert len(runs.read_text().splitlines()) == count + 1  # nothing has run

@@ -1,0 +1,238 @@
+"""How an out came to be: the records of `dvc.lock` from the stage that made it back to where the data came from.
+
+A record is what DVC wrote when the stage ran: its command, its settings, and the hash of every file and folder that it
+read and wrote. Each hash is compared with what lies in the workspace; content is read anew, nothing is taken from a
+file's time or from a cache.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import StageError
+from stages.lib.hashing import dvc_hash
+from stages.lib.params import GRAPH_FILE, PARAMS_FILE, load_yaml, nearest
+from stages.lib.run_log import read_runs, run_that_made
+
+LOCK_FILE = Path("dvc.lock")
+CODE_FOLDER = "stages/"
+MODELS_FOLDER = "models/"
+SAME, ALTERED, MISSING, EARLIER = "same", "altered", "missing", "earlier"
+MATRIX_ITEM = re.compile(r"\$\{item\.\w+\}")
+Record = dict[str, Any]
+
+
+class Lock:
+    """`dvc.lock`, and which stage made what. Raises StageError if it is missing or malformed."""
+
+    def __init__(self) -> None:
+        if not LOCK_FILE.is_file():
+            raise StageError(f"{LOCK_FILE} is missing: nothing has been made here yet; run `make repro`")
+        self.stages: dict[str, Record] = load_yaml(LOCK_FILE).get("stages") or {}
+        self.maker = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
+        self.hash_of = {out["path"]: out.get("md5") for stage in self.stages.values() for out in stage.get("outs", [])}
+
+    def out_with(self, path: str) -> str | None:
+        """The out that is `path` or a folder above it."""
+        return next((out for out in self.maker if path == out or path.startswith(f"{out}/")), None)
+
+    def models(self) -> list[str]:
+        return [out for out in self.maker if out.startswith(MODELS_FOLDER)]
+
+    def asked_for(self, path: Path) -> str:
+        """The out that a user means. Raises StageError naming the outs there are."""
+        name = Path(os.path.relpath(path)).as_posix()
+        out = self.out_with(name)
+        if out is None:
+            raise StageError(
+                f"{name}: no stage in {LOCK_FILE} makes it{nearest(name, self.maker)}; "
+                f"the outs there are: {', '.join(sorted(self.maker)) or 'none'}"
+            )
+        return out
+
+
+class Workspace:
+    """Hashes of what lies here, each taken once."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, str | None] = {}
+
+    def hash_of(self, path: str) -> str | None:
+        """As DVC hashes a file or folder; None if there is none."""
+        if path not in self._hashes:
+            self._hashes[path] = dvc_hash(Path(path)) if Path(path).exists() else None
+        return self._hashes[path]
+
+    def state(self, path: str, recorded: str | None) -> str:
+        here = self.hash_of(path)
+        return MISSING if here is None else SAME if here == recorded else ALTERED
+
+
+def trace(lock: Lock, asked: Iterable[str]) -> Record:
+    """Everything that made the outs `asked` and how it compares with the workspace, as a JSON-like value.
+
+    Returns:
+        `stages` by name, each before the stages it took something from; `altered`, `missing` and `older`: lists of
+        sentences on what in the workspace is not as recorded, not there, or newer than the record.
+    """
+    workspace, runs = Workspace(), read_runs()
+    params = load_yaml(PARAMS_FILE)
+    declared = declared_stages(load_yaml(GRAPH_FILE), params)
+    stages: dict[str, Record] = {}
+    pending = [lock.maker[out] for out in asked]
+    while pending:
+        name = pending.pop(0)
+        if name in stages:
+            continue
+        stages[name] = stage_record(name, lock, workspace, runs)
+        stages[name]["older"] = [
+            *changed_code(name, stages[name]["code"]),
+            *changed_settings(name, stages[name]["params"], params),
+            *changed_declaration(name, stages[name], declared.get(name)),
+        ]
+        pending += [entry["made_by"] for entry in stages[name]["inputs"] if entry["made_by"]]
+    return {"asked": list(asked), "stages": stages, **findings(stages)}
+
+
+def stage_record(name: str, lock: Lock, workspace: Workspace, runs: list[Record]) -> Record:
+    """One stage as `dvc.lock` has it, with the state of each of its files and the run that wrote its outs."""
+    stage = lock.stages[name]
+    outs = [entry_of(out, workspace) for out in stage.get("outs", [])]
+    deps = [entry_of(dep, workspace) for dep in stage.get("deps", [])]
+    code = [dep for dep in deps if dep["path"].startswith(CODE_FOLDER)]
+    inputs = [dep for dep in deps if not dep["path"].startswith(CODE_FOLDER)]
+    for entry in inputs:
+        out = lock.out_with(entry["path"])
+        entry["made_by"] = lock.maker[out] if out else None
+        if out and is_earlier(entry, out, lock, workspace):
+            entry["state"] = EARLIER
+    settings = (stage.get("params") or {}).get(str(PARAMS_FILE)) or {}
+    return {
+        "cmd": stage["cmd"],
+        "params": settings,
+        "code": code,
+        "inputs": inputs,
+        "outs": outs,
+        "origin": origin(settings),
+        "run": run_that_made({out["path"]: out["md5"] for out in outs}, runs),
+    }
+
+
+def entry_of(recorded: Mapping[str, Any], workspace: Workspace) -> Record:
+    path, md5 = recorded["path"], recorded.get("md5")
+    return {"path": path, "md5": md5, "state": workspace.state(path, md5)}
+
+
+def is_earlier(entry: Mapping[str, Any], out: str, lock: Lock, workspace: Workspace) -> bool:
+    """True if a stage read another version of `entry` than the one in `out` as `dvc.lock` has it now.
+
+    Of a file within a folder the lock has no hash of its own: it is compared if the folder here is as recorded.
+    """
+    if entry["path"] == out:
+        return entry["md5"] != lock.hash_of[out]
+    return entry["state"] == ALTERED and workspace.hash_of(out) == lock.hash_of[out]
+
+
+def origin(settings: Mapping[str, Any]) -> str | None:
+    """Where a stage got what no other stage made, from its settings as recorded; None if it has no `source`."""
+    for section in (value for value in settings.values() if isinstance(value, dict) and "source" in value):
+        source = section["source"]
+        for kind in ("dataset", "model"):
+            if source == "hub" and section.get(f"hub_{kind}"):
+                where = [f"{key} {section[f'hub_{key}']}" for key in ("data_dir", "split") if section.get(f"hub_{key}")]
+                name = f"Hub {kind} {section[f'hub_{kind}']} at revision {section['hub_revision']}"
+                return ", ".join([name, *where])
+        if source == "local":
+            return f"local: {section['path']}"
+        return {"film_reviews": "generated film reviews", "scratch": "new random weights"}.get(source, source)
+    return None
+
+
+def declared_stages(graph: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Record]:
+    """Command and deps of each stage of `dvc.yaml`, with its matrix and the values of `params.yaml` put in."""
+    found = {}
+    for name, stage in graph["stages"].items():
+        ((_, items),) = (stage.get("matrix") or {None: [None]}).items()
+        for item in items:
+            found[name if item is None else f"{name}@{item}"] = {
+                "cmd": put_in(stage["cmd"], item, params),
+                "deps": {put_in(dep, item, params) for dep in stage.get("deps") or ()},
+            }
+    return found
+
+
+def put_in(text: str, item: str | None, params: Mapping[str, Any]) -> str:
+    def value(match: re.Match) -> str:
+        found: Any = params
+        for key in match[1].split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return match[0] if found is None else str(found)
+
+    return re.sub(r"\$\{([\w.]+)\}", value, MATRIX_ITEM.sub(str(item), text))
+
+
+def changed_code(name: str, code: Iterable[Mapping[str, Any]]) -> list[str]:
+    changed = [entry["path"] for entry in code if entry["state"] == ALTERED]
+    gone = [entry["path"] for entry in code if entry["state"] == MISSING]
+    return [
+        *([f"{name} ran before these changed: {', '.join(changed)}"] if changed else []),
+        *([f"{name} ran when these were still there: {', '.join(gone)}"] if gone else []),
+    ]
+
+
+def changed_settings(name: str, recorded: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    before, now = flat(recorded), flat({key: params[key] for key in recorded if key in params})
+    absent = object()
+    return [
+        f"{name} was made with {key} {shown(before.get(key))}, and {PARAMS_FILE} has {shown(now.get(key))}"
+        for key in {**before, **now}
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+
+
+def changed_declaration(name: str, record: Mapping[str, Any], declared: Mapping[str, Any] | None) -> list[str]:
+    if declared is None:
+        return [f"{GRAPH_FILE} has no stage {name} any more"]
+    faults = []
+    if record["cmd"].split() != declared["cmd"].split():
+        faults.append(f"the command of {name} in {GRAPH_FILE} is another one")
+    recorded = {entry["path"] for entry in [*record["code"], *record["inputs"]]}
+    for paths, what in ((declared["deps"] - recorded, "without"), (recorded - declared["deps"], "still with")):
+        faults += [f"{name} ran {what} these deps: {', '.join(sorted(paths))}"] if paths else []
+    return faults
+
+
+def flat(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Dotted key → value, below every non-empty mapping."""
+    leaves = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{section}{key}.") if isinstance(value, dict) and value else {f"{section}{key}": value}
+    return leaves
+
+
+def shown(value: Any) -> str:
+    """A setting as YAML writes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def findings(stages: Mapping[str, Record]) -> dict[str, list[str]]:
+    """What is not as recorded, each once: files of data and models; what is not there; what the record is behind."""
+    altered: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    older: dict[str, None] = {}
+    for name, stage in stages.items():
+        for entry in [*stage["outs"], *stage["inputs"]]:
+            if entry["state"] == ALTERED:
+                altered[f"{entry['path']} was altered since {entry.get('made_by') or name} ran"] = None
+            elif entry["state"] == EARLIER:
+                text = f"{name} was made from an earlier {entry['path']} than {entry['made_by']} has made since"
+                older[text] = None
+            elif entry["state"] == MISSING:
+                missing[entry["path"]] = None
+        older |= dict.fromkeys(stage["older"])
+    whole = [path for path in missing if not any(path.startswith(f"{other}/") for other in missing)]
+    return {"altered": list(altered), "missing": whole, "older": list(older)}

@@ -1,0 +1,240 @@
+"""What a stage really reads when it runs: each real script, tiny, where nothing lies that dvc.yaml does not declare.
+
+    python -m tests.pipeline.observed FOLDER    run all stages there; what each read: observed.json
+
+Every stage runs in a process and a folder of its own, which holds its declared deps and nothing else of `stages/`,
+`data/`, `models/` and `metrics/`: a file that is read undeclared is not there, so the stage fails. What it did read is
+then seen in three ways: its modules, in `sys.modules`; files opened by Python, through an audit hook; and data, which
+Arrow and safetensors open past Python, by the time of last access. The keys of params.yaml are recorded as the code
+looks them up.
+
+The processes are forked from one that has loaded torch and its kin but nothing of `stages`, so that they start fast.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import runpy
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.pipeline.closure import load_graph
+from tests.stages.tiny_pipeline import lay_over, new_project, read_yaml, script, stage_options, write_yaml
+
+HEAVY = (
+    *("torch._dynamo", "datasets", "pandas", "matplotlib.backends.backend_svg", "accelerate", "deepspeed"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
+)
+ACCESSED_LONG_AGO = 0
+DATA_FOLDERS = ("data", "metrics", "models")
+
+
+class RecordedSettings(dict):
+    """The mapping in params.yaml, noting which of its keys are looked up."""
+
+    def __init__(self, values: dict[str, Any], keys: set[str]) -> None:
+        super().__init__(values)
+        self.keys_read = keys
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+
+class WatchParams(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes `stages.lib.params.load_yaml`, once that module is imported, return settings that note what is read."""
+
+    def __init__(self, keys: set[str]) -> None:
+        self.keys = keys
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "stages.lib.params":
+            return None
+        self.found = importlib.machinery.PathFinder.find_spec(name, path, target)
+        spec = importlib.machinery.ModuleSpec(name, self, origin=self.found.origin)
+        spec.has_location = True
+        return spec
+
+    def exec_module(self, module: Any) -> None:
+        self.found.loader.exec_module(module)
+        load_yaml, params_file = module.load_yaml, module.PARAMS_FILE
+
+        def load_and_watch(path: Path) -> dict[str, Any]:
+            values = load_yaml(path)
+            return RecordedSettings(values, self.keys) if path == params_file else values
+
+        module.load_yaml = load_and_watch
+
+
+def observe(project: Path, stage: str, declared: dict[str, list[str]]) -> dict[str, Any]:
+    """Run one stage in a folder of what it declares; its outs are moved to `project`. Raises RuntimeError if it fails.
+
+    Returns:
+        `modules`, `files` (opened by Python), `data` (files accessed) and `params`: sorted lists.
+    """
+    folder = project.with_name(f"only-{stage}")
+    lay_out(project, folder, declared["deps"])
+    report = project.with_name(f"{stage}.json")
+    process = os.fork()
+    if process == 0:
+        run_forked(folder, stage, report)
+    _, status = os.waitpid(process, 0)
+    if status != 0:
+        raise RuntimeError(f"{stage} fails where only what it declares is there (status {status})")
+    seen = json.loads(report.read_text())
+    seen["data"] = sorted(accessed(folder, declared["deps"]))
+    for out in declared["outs"]:
+        target = project / out
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / out).rename(target)
+    seen["left_behind"] = sorted(files_of(folder, declared["deps"]))
+    return seen
+
+
+def lay_out(project: Path, folder: Path, deps: list[str]) -> None:
+    """A folder with the settings, the package files of `stages/` and the deps, as if last accessed long ago."""
+    packages = ["stages/__init__.py", "stages/lib/__init__.py"]
+    for name in ["params.yaml", "runtime.yaml", "dvc.yaml", *packages, *deps]:
+        source, target = project / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+    for file in folder.rglob("*"):
+        os.utime(file, ns=(ACCESSED_LONG_AGO, time.time_ns()))
+
+
+def run_forked(folder: Path, stage: str, report: Path) -> None:
+    """The child: run the script as `python -m` would, write what was seen, and end."""
+    status = 1
+    try:
+        output = os.open(report.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        os.environ["STAGEWISE_SCRATCH"] = str(report.with_suffix(".scratch"))
+        report.write_text(json.dumps(run_watched(folder, stage)))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def run_watched(folder: Path, stage: str) -> dict[str, list[str]]:
+    files: set[str] = set()
+    keys: set[str] = set()
+
+    def note_opened(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            path = os.path.relpath(os.path.abspath(arguments[0]), folder)  # noqa: PTH100 (a Path would open files)
+            if not path.startswith("..") and os.path.isfile(path):  # noqa: PTH113
+                files.add(path)
+
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if not (Path(entry or ".") / "stages").is_dir())]
+    sys.path_importer_cache.clear()
+    sys.dont_write_bytecode = True
+    sys.meta_path.insert(0, WatchParams(keys))
+    sys.argv = [f"stages.{script(stage)}", *stage_options(stage)]
+    sys.addaudithook(note_opened)
+    try:
+        runpy.run_module(f"stages.{script(stage)}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    modules = [module.__file__ for name, module in sys.modules.items() if name.startswith("stages.")]
+    code = {os.path.relpath(file, folder) for file in modules if file and not file.endswith("__init__.py")}
+    return {
+        "modules": sorted({*code, f"stages/{script(stage)}.py"}),
+        "files": sorted(files),
+        "params": sorted(keys),
+    }
+
+
+def accessed(folder: Path, deps: list[str]) -> Iterator[str]:
+    for dep in deps:
+        below = [folder / dep, *(folder / dep).rglob("*")]
+        yield from (
+            str(file.relative_to(folder))
+            for file in below
+            if file.is_file() and file.stat().st_atime_ns != ACCESSED_LONG_AGO
+        )
+
+
+def files_of(folder: Path, deps: list[str]) -> Iterator[str]:
+    """The files below data/, metrics/ and models/ that are in no dep."""
+    for top in DATA_FOLDERS:
+        for file in (folder / top).rglob("*"):
+            name = str(file.relative_to(folder))
+            if file.is_file() and not any(name == dep or name.startswith(f"{dep}/") for dep in deps):
+                yield name
+
+
+def access_times_are_kept(folder: Path) -> bool:
+    """False where the file system is mounted with `noatime`."""
+    probe = folder / "probe"
+    probe.write_text("x")
+    os.utime(probe, ns=(ACCESSED_LONG_AGO, time.time_ns()))
+    probe.read_text()
+    return probe.stat().st_atime_ns != ACCESSED_LONG_AGO
+
+
+def declared_by_stage(params: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Deps, outs and params keys of every stage of dvc.yaml, with the values of `params` put in."""
+    from stages.lib.lineage import put_in
+    from tests.pipeline.test_graph import all_instances, outs_of, paths
+
+    return {
+        name: {
+            "deps": list(dict.fromkeys(put_in(dep, None, params) for dep in paths(stage["deps"]))),
+            "outs": outs_of(stage),
+            "params": list(stage.get("params") or ()),
+        }
+        for name, stage in all_instances(load_graph()).items()
+    }
+
+
+def observe_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run every stage of dvc.yaml in turn, below `folder`."""
+    project = folder / "project"
+    project.mkdir()
+    new_project(project)
+    params = read_yaml(project / "params.yaml")
+    lay_over(params, SHORTER)
+    write_yaml(project / "params.yaml", params)
+    declared = declared_by_stage(params)
+    for name in [name for name in sys.modules if name == "stages" or name.startswith("stages.")]:
+        del sys.modules[name]
+    for name in HEAVY:
+        importlib.import_module(name)
+    return {stage: {"declared": wanted, **observe(project, stage, wanted)} for stage, wanted in declared.items()}
+
+
+SHORTER = {
+    "train_sft": {"epochs": 0.25},
+    "train_rm": {"epochs": 0.5},
+    "train_dpo": {"epochs": 0.25},
+    "train_ppo": {"iterations": 1},
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve()
+    if not access_times_are_kept(folder):
+        sys.exit(f"{folder}: the file system keeps no times of access, by which reads are seen")
+    (folder / "observed.json").write_text(json.dumps(observe_all(folder), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A change makes stale exactly the stages that it can affect: DVC's answer, the source and what runs read agree."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.closure import LAUNCHER, ROOT, code_files, is_code, load_graph, params_read, script_of
+from tests.pipeline.observed import access_times_are_kept
+from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, SECTION, TABLE, stale_at_once, table
+from tests.pipeline.test_graph import all_instances
+from tests.stages.tiny_pipeline import read_yaml
+
+pytestmark = pytest.mark.slow
+STAGES = all_instances(load_graph())
+DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
+# Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
+NOT_RUN = {
+    "ref_logprobs": {
+        "stages/lib/tokenizer_files.py": "pretrained.py imports it to save a model; this stage saves none"
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Row of the table → stale stages, from DVC."""
+    return stale_at_once(tmp_path_factory.mktemp("staleness").resolve())
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each stage read in a run, from a process of its own that forks one for each stage."""
+    folder = tmp_path_factory.mktemp("observed")
+    if not access_times_are_kept(folder):
+        pytest.skip("the file system keeps no times of access (noatime), by which reads of data are seen")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipeline.observed", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    return json.loads((folder / "observed.json").read_text())
+
+
+def test_the_committed_table_is_what_dvc_says(answers) -> None:
+    mend = "python -m tests.pipeline.staleness --write"
+    assert TABLE.read_text(encoding="utf-8") == HEAD + table(answers), mend
+
+
+def test_dvc_agrees_with_the_imports_and_the_keys_in_the_source(answers) -> None:
+    files = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*") if "__pycache__" not in str(path)
+    }
+    files = {file for file in files if (ROOT / file).is_file()}
+    assert {row for row in answers if is_code(row)} == files
+    for name, stage in STAGES.items():
+        code = code_files(script_of(stage["cmd"]))
+        brought = DEFAULTS["prepare_base"]["chat_template"] if name == "prepare_base" else None  # a setting, not code
+        assert {row for row in answers if is_code(row) and name in answers[row]} == {*code, brought} - {None}, name
+        sections = {
+            row.removeprefix(SECTION) for row, stale in answers.items() if row.startswith(SECTION) and name in stale
+        }
+        assert sections == params_read(code), name
+
+
+def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers) -> None:
+    assert [row for row in (*IN_NO_DEPS, COMMENT, LAUNCHER) if answers[row]] == []
+    assert answers[RAW_DATA] == {"prepare_data", "prepare_base"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_reads_the_code_that_is_declared(observed, name: str) -> None:
+    seen = observed[name]
+    read = {*seen["modules"], *(file for file in seen["files"] if is_code(file) and not file.endswith("__init__.py"))}
+    declared = {dep for dep in seen["declared"]["deps"] if is_code(dep)}
+    assert read <= declared
+    assert declared - read == set(NOT_RUN.get(name, ())), "list in NOT_RUN what is imported under other settings only"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_looks_up_the_params_that_are_declared(observed, name: str) -> None:
+    assert observed[name]["params"] == sorted(observed[name]["declared"]["params"])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_reads_the_data_and_models_that_are_declared_and_writes_its_outs_alone(observed, name: str) -> None:
+    """What is not declared is not there; and each dep that is declared is read."""
+    seen = observed[name]
+    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep != RAW_DATA]
+    unread = [dep for dep in data if not any(file == dep or file.startswith(f"{dep}/") for file in seen["data"])]
+    assert unread == []
+    assert RAW_DATA not in seen["data"]  # the placeholder for no data and no model
+    assert seen["left_behind"] == []
+    within = [*seen["declared"]["deps"], *seen["declared"]["outs"], "params.yaml", "dvc.yaml", "runtime.yaml"]
+    for file in seen["files"]:
+        if not is_code(file) and ".partial/" not in file:
+            assert any(file == path or file.startswith(f"{path}/") for path in within), file
+
+
+def test_what_is_read_undeclared_fails_the_run(tmp_path: Path) -> None:
+    """The watch itself: a stage that opens a file, imports a module or looks up a key is seen to."""
+    (tmp_path / "stages/lib").mkdir(parents=True)
+    for package in ("stages", "stages/lib"):
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows").write_text("1\n")
+    (tmp_path / "params.yaml").write_text("seed: 1\nother: 2\n")
+    (tmp_path / "stages/lib/late.py").touch()
+    (tmp_path / "stages/lib/params.py").write_text((ROOT / "stages/lib/params.py").read_text())
+    (tmp_path / "stages/lib/errors.py").write_text((ROOT / "stages/lib/errors.py").read_text())
+    (tmp_path / "stages/write_report.py").write_text(
+        "from stages.lib.params import read_value\n"
+        "if __name__ == '__main__':\n"
+        "    import stages.lib.late\n"
+        "    read_value('seed', int)\n"
+        "    open('data/rows').read()\n"
+    )
+    code = (
+        "import json, pathlib, os\nfrom tests.pipeline.observed import run_watched\n"
+        "folder = pathlib.Path(os.environ['FOLDER'])\nimport sys\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'stages']: del sys.modules[name]\n"
+        "os.chdir(folder)\nprint(json.dumps(run_watched(folder, 'report')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["params"] == ["seed"]
+    assert seen["modules"] == [
+        *("stages/lib/errors.py", "stages/lib/late.py", "stages/lib/params.py", "stages/write_report.py"),
+    ]
+    assert {"data/rows", "params.yaml"} <= set(seen["files"])

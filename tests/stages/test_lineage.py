@@ -1,0 +1,249 @@
+"""The lineage of a model: the chain that DVC recorded, and what of it the workspace still has."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.lib.hashing import dvc_hash
+from stages.lib.lineage import origin
+from stages.show_lineage import main
+from tests.stages.tiny_pipeline import PROJECT, change, inside, lay_over, read_yaml
+
+pytestmark = pytest.mark.slow
+BEHIND_PPO = ["train_ppo", "tokenize@prompts", "train_rm", "train_sft", "prepare_data", "prepare_base"]
+BEHIND_PPO += ["tokenize@preference", "tokenize@sft"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project with its own code and the lock that DVC writes of it. Read only."""
+    folder = tmp_path_factory.mktemp("recorded") / "project"
+    shutil.copytree(tiny, folder, symlinks=True, ignore=shutil.ignore_patterns("stages", "train_*-*"))
+    shutil.copytree(PROJECT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    dvc(folder, "init", "--no-scm", "--quiet")
+    dvc(folder, "config", "core.analytics", "false")
+    dvc(folder, "commit", "--force", "--quiet")
+    shutil.rmtree(folder / ".dvc")
+    return folder
+
+
+def dvc(folder: Path, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def project(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "project"))
+
+
+def lineage(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, what is printed, errors) of the real command."""
+    with inside(folder):
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.show_lineage", *arguments], capture_output=True, text=True, check=False
+        )
+    return done.returncode, done.stdout, done.stderr
+
+
+def of(folder: Path, *paths: str) -> tuple[int, dict[str, Any]]:
+    """(exit code, record), from the script's `main` in this process."""
+    code, printed = 0, io.StringIO()
+    with inside(folder), contextlib.redirect_stdout(printed):
+        try:
+            main([Path(path) for path in paths], as_json=True)
+        except SystemExit as end:
+            code = end.code
+    return code, json.loads(printed.getvalue())
+
+
+def test_the_chain_goes_back_to_the_data_with_every_hash_of_the_lock(recorded: Path) -> None:
+    code, record = of(recorded, "models/ppo")
+    assert code == 0
+    assert sorted(record["stages"]) == sorted(BEHIND_PPO)
+    assert {part: record[part] for part in ("asked", "altered", "missing", "older")} == {
+        "asked": ["models/ppo"],
+        "altered": [],
+        "missing": [],
+        "older": [],
+    }
+    locked = YAML(typ="safe", pure=True).load((recorded / "dvc.lock").read_text())["stages"]
+    for name, stage in record["stages"].items():
+        assert stage["params"] == locked[name].get("params", {}).get("params.yaml", {})
+        for part, entries in (("deps", stage["code"] + stage["inputs"]), ("outs", stage["outs"])):
+            hashes = {entry["path"]: entry["md5"] for entry in entries}
+            assert hashes == {entry["path"]: entry["md5"] for entry in locked[name][part]}
+            assert all(dvc_hash(recorded / path) == md5 for path, md5 in hashes.items())
+        runs = [json.loads(line) for line in (recorded / ".scratch/runs.jsonl").read_text().splitlines()]
+        assert stage["run"] == next(run for run in runs if run["stage"] == name)
+    makers = {entry["path"]: entry["made_by"] for entry in record["stages"]["prepare_base"]["inputs"]}
+    assert makers == {"data/prepared/sft/train.jsonl": "prepare_data", "data/raw/none": None}
+
+
+def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
+    code, text, _ = lineage(recorded, "models/ppo", "models/dpo/")
+    assert code == 0
+    titles = re.findall(r"^[│├└─ ]*([a-z@_]+( \(see above\))?) → (.*)$", text, flags=re.MULTILINE)
+    full = [name for name, again, _ in titles if not again]
+    assert sorted(full) == sorted([*BEHIND_PPO, "ref_logprobs", "train_dpo"])
+    assert titles[0] == ("train_ppo", "", f"models/ppo {dvc_hash(recorded / 'models/ppo')[:8]}")
+    of_sft = [again for name, again, _ in titles if name.startswith("train_sft")]
+    assert of_sft == ["", *[" (see above)"] * 3]  # below rm, ppo, ref_logprobs and dpo
+    for words in (
+        "params      seed 17; train_ppo: ",
+        "iterations 3, ",
+        "source      generated film reviews",
+        "threads 2, ",
+    ):
+        assert words in text
+    assert f"train_ppo.py {dvc_hash(recorded / 'stages/train_ppo.py')[:8]}" in text
+    assert re.search(r"run +20\d\d-.* s, \d+ MiB, 1 process on cpu\n.*launcher +python -m\n", text)
+    assert "MISSING" not in text
+    assert text.endswith("All that is here is as recorded.\n")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_all_models_are_shown_if_none_is_named(recorded: Path) -> None:
+    code, record = of(recorded)
+    assert code == 0
+    assert sorted(record["asked"]) == [f"models/{name}" for name in ("base", "dpo", "ppo", "rm", "sft")]
+
+
+def append(text: str) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        with path.open("a") as file:
+            file.write(text)
+
+    return edit
+
+
+def set_beta(path: Path) -> None:
+    change(path, {"train_rm": {"epochs": 2.0}})
+
+
+def declare_more(path: Path) -> None:
+    path.write_text(path.read_text().replace("--out models/rm", "--out models/rm --seed 1"))
+
+
+ALTERED = "altered"
+OLDER = "older"
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "part", "said"),
+    [
+        ("models/sft/config.json", append("\n"), ALTERED, ["models/sft was altered since train_sft ran"]),
+        (
+            "data/prepared/sft/train.jsonl",
+            append("\n"),
+            ALTERED,
+            [
+                "data/prepared/sft was altered since prepare_data ran",
+                "data/prepared/sft/train.jsonl was altered since prepare_data ran",
+            ],
+        ),
+        ("data/raw/none", append("x"), ALTERED, ["data/raw/none was altered since prepare_base ran"]),
+        (
+            "stages/lib/pairwise_loss.py",
+            append("#\n"),
+            OLDER,
+            ["train_rm ran before these changed: stages/lib/pairwise_loss.py"],
+        ),
+        (
+            "stages/lib/pairwise_loss.py",
+            Path.unlink,
+            OLDER,
+            ["train_rm ran when these were still there: stages/lib/pairwise_loss.py"],
+        ),
+        ("params.yaml", set_beta, OLDER, ["train_rm was made with train_rm.epochs 1.0, and params.yaml has 2.0"]),
+        ("dvc.yaml", declare_more, OLDER, ["the command of train_rm in dvc.yaml is another one"]),
+        ("stages/train_ppo.py", append("#\n"), None, []),
+        ("models/dpo/config.json", append("\n"), None, []),
+        ("runtime.yaml", append("#\n"), None, []),
+    ],
+)
+def test_what_is_not_as_recorded_is_said_with_exit_code_1(
+    project: Path, file: str, edit, part: str, said: list
+) -> None:
+    edit(project / file)
+    code, record = of(project, "models/rm")
+    assert code == (1 if said else 0)
+    found = {name: record[name] for name in (ALTERED, OLDER) if record[name]}
+    if "data/raw" in file:
+        assert set(said) <= set(found[part])
+    else:
+        assert found == ({part: said} if said else {})
+
+
+def test_what_is_not_here_is_said_and_is_no_fault(project: Path) -> None:
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / "models/sft")
+    code, record = of(project, "models/rm")
+    assert code == 0
+    assert set(record["missing"]) == {
+        *("data/raw/none", "models/sft", "data/tokens/sft", "data/tokens/preference"),
+        *(f"data/prepared/{kind}" for kind in ("sft", "preference", "prompts")),
+    }
+
+
+@pytest.mark.parametrize("path", ["models/sft", "data/prepared/sft/train.jsonl"])
+def test_a_stage_that_read_an_earlier_version_is_named(project: Path, path: str) -> None:
+    """As after a later `dvc repro train_sft` alone: the record of the version that train_rm read is gone."""
+    lock = read_yaml(project / "dvc.lock")
+    reader = "train_rm" if path == "models/sft" else "prepare_base"
+    (dep,) = (dep for dep in lock["stages"][reader]["deps"] if dep["path"] == path)
+    dep["md5"] = "0" * 32
+    with (project / "dvc.lock").open("w") as file:
+        YAML(typ="safe", pure=True).dump(lock, file)
+    code, record = of(project, "models/rm")
+    assert code == 1
+    maker = "train_sft" if path == "models/sft" else "prepare_data"
+    assert record["older"] == [f"{reader} was made from an earlier {path} than {maker} has made since"]
+    assert record["altered"] == []
+
+
+def test_a_run_of_other_outs_is_not_taken_for_this_one(project: Path) -> None:
+    log = project / ".scratch/runs.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        if record["stage"] == "train_sft":
+            record["outs"]["models/sft"] = "0" * 32 + ".dir"
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, text, _ = lineage(project, "models/sft")
+    assert code == 0
+    assert text.count("run         not known: no record of that run here") == 1
+    assert of(project, "models/sft")[1]["stages"]["train_sft"]["run"] is None
+
+
+def test_a_path_that_no_stage_makes_is_refused_with_the_outs_there_are(project: Path) -> None:
+    code, text, error = lineage(project, "models/pppo")
+    assert (code, text) == (2, "")
+    assert error.startswith("error: models/pppo: no stage in dvc.lock makes it; did you mean 'models/ppo'?; ")
+    assert "models/base, models/dpo, models/ppo" in error
+    (project / "dvc.lock").unlink()
+    code, _, error = lineage(project, "models/ppo")
+    assert (code, error) == (2, "error: dvc.lock is missing: nothing has been made here yet; run `make repro`\n")
+
+
+def test_hub_sources_are_named_with_their_revision() -> None:
+    params = read_yaml(PROJECT / "profiles/default.yaml")
+    lay_over(params, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
+    base, data = params["prepare_base"], params["prepare_data"]
+    assert (
+        origin({"seed": 1, "prepare_base": base}) == f"Hub model Qwen/Qwen2.5-0.5B at revision {base['hub_revision']}"
+    )
+    named = origin({"prepare_data": data})
+    assert named.startswith(f"Hub dataset Anthropic/hh-rlhf at revision {data['hub_revision']}")
+    assert (f", data_dir {data['hub_data_dir']}" in named) == bool(data["hub_data_dir"])
+    assert origin({"prepare_base": base | {"source": "local", "path": "models/mine"}}) == "local: models/mine"
+    assert origin({"train_rm": {"epochs": 1.0}, "seed": 1}) is None
