@@ -13,8 +13,9 @@ SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.film_gold import gold_utility
 from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
-from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
 from stages.lib.runtime import Runtime, read_runtime
 from stages.lib.tokenizer_files import require_same_tokenizer
@@ -32,12 +32,11 @@ if not asks_for_help():
     from torch import nn
 
     from stages.lib.batching import pair_batches, sequence_batches
+    from stages.lib.partial_results import PartialResults
     from stages.lib.pretrained import end_and_pad_ids, freeze, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
-    from stages.lib.progress import log_run
     from stages.lib.sampling import require_room, sample_responses
     from stages.lib.scalar_scores import SequenceScores
-    from stages.lib.scratch import scratch_root
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
@@ -121,12 +120,7 @@ class Evaluation:
             for place, row in enumerate(batch.rows):
                 rewards[row] = float(scores[place])
                 kl[row] = float(logps[place] - sft_logps[place])
-        rewards, kl = self.processes.gather(rewards), self.processes.gather(kl)
-        for place, numbers in enumerate(zip(rewards, kl, strict=True)):
-            if not all(map(math.isfinite, numbers)):
-                reward, divergence = numbers
-                raise StageError(f"response {place + 1} has reward {reward} and KL {divergence}: a model is broken")
-        return rewards, kl
+        return self.processes.gather(rewards), self.processes.gather(kl)
 
     def pair_rewards(self, scorer: nn.Module, pairs: dict[str, list]) -> tuple[list[float], list[float]]:
         """The reward model's scores of the chosen and of the rejected replies."""
@@ -164,7 +158,6 @@ def main(
     samples: PathOption,
 ) -> None:
     """Evaluate POLICY against SFT on held-out prompts and pairs."""
-    started = time.monotonic()
     settings = read_params("evaluate", Evaluate)
     seed = read_value("seed", int)
     runtime = read_runtime("evaluate_policy")
@@ -181,34 +174,94 @@ def main(
         raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
     rows = [prepared[row] for row in table["row"]]
 
-    evaluation = Evaluation(settings, seed, runtime, processes, sft)
-    models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
-    vocab_size = models[policy].config.vocab_size
-    check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
-    check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
-    where = f"{prompt_tokens} with evaluate.max_new_tokens"
-    require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
-    scorer = evaluation.load_reward_model(reward_model)
-    decode = reply_decoder(sft)
-    judged = {}
-    for path, model in models.items():
-        ids = evaluation.sample(model, table["prompt_ids"], table["row"])
-        rewards, kl = evaluation.judge(table["prompt_ids"], ids, model, models[sft], scorer)
-        texts = [decode(response) for response in ids]
-        judged[path] = Responses(ids, texts, rewards, kl, gold_of(rows, texts))
-        if processes.is_main:
-            print(f"evaluate {policy.name}: {path} answered {len(ids)} prompts", flush=True)
-    results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
-    results |= preference_results(evaluation, models[policy], scorer, pairs[:], reference[:])
-    if processes.is_main:
-        with written_whole(metrics, samples) as (partial_metrics, partial_samples):
-            write_json(partial_metrics, results)
+    declared = {"evaluate": settings, "seed": seed}
+    inputs = [policy, sft, reward_model, prompts, prompt_tokens, preference_tokens, ref_logprobs]
+    outs = {"metrics": metrics, "samples": samples}
+    with PartialResults("evaluate", declared, inputs, outs, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        evaluation = Evaluation(settings, seed, runtime, processes, sft)
+        models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
+        vocab_size = models[policy].config.vocab_size
+        check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
+        check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
+        where = f"{prompt_tokens} with evaluate.max_new_tokens"
+        require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
+        scorer = evaluation.load_reward_model(reward_model)
+        decode = reply_decoder(sft)
+        judged = {}
+        for name, path in {"sft": sft, "policy": policy}.items():
+            if path in judged:
+                continue
+            answers = answer_and_judge(this_run, evaluation, name, table, models[path], models[sft], scorer)
+            texts = [decode(response) for response in answers["ids"]]
+            judged[path] = Responses(**answers, texts=texts, gold=gold_of(rows, texts))
+            this_run.say(f"evaluate {policy.name}: {path} answered {len(texts)} prompts")
+        results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
+        results |= preference_results(this_run, evaluation, models[policy], scorer, pairs, reference)
+
+        def build(staged: dict[str, Path]) -> None:
+            write_json(staged["metrics"], results)
             write_jsonl(
-                partial_samples, sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
+                staged["samples"], sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
             )
-        device = str(processes.device)
-        log_run(scratch_root(), "evaluate", None, processes.world_size, device, time.monotonic() - started)
+
+        this_run.publish(build)
     processes.leave()
+
+
+def answer_and_judge(
+    this_run: PartialResults,
+    evaluation: Evaluation,
+    name: str,
+    prompts: dict[str, list],
+    policy: nn.Module,
+    sft: nn.Module,
+    scorer: nn.Module,
+) -> dict[str, list]:
+    """`ids`, `rewards` and `kl` of one policy's responses to all prompts."""
+
+    def compute(prompt_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
+        ids = evaluation.sample(policy, prompt_ids, rows)
+        rewards, kl = evaluation.judge(prompt_ids, ids, policy, sft, scorer)
+        for row, reward, divergence in zip(rows, rewards, kl, strict=True):
+            if not (math.isfinite(reward) and math.isfinite(divergence)):
+                raise StageError(f"prompt {row}: reward {reward} and KL {divergence} of a response: a model is broken")
+        return {"ids": ids, "rewards": rewards, "kl": kl}
+
+    return joined(
+        this_run.keep(
+            f"{name}-responses-{chunk.start}-{chunk.stop}",
+            partial(compute, prompts["prompt_ids"][chunk.start : chunk.stop], prompts["row"][chunk.start : chunk.stop]),
+        )
+        for chunk in this_run.chunks(len(prompts["row"]))
+    )
+
+
+def judge_pairs(
+    this_run: PartialResults, evaluation: Evaluation, policy: nn.Module, scorer: nn.Module, pairs: Any, reference: Any
+) -> dict[str, list]:
+    """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
+
+    def compute(chunk: range) -> dict[str, list]:
+        own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (pairs, reference))
+        chosen, rejected = evaluation.pair_rewards(scorer, own_pairs)
+        implicit = evaluation.implicit_margins(policy, own_pairs, own_reference)
+        return {"chosen": chosen, "rejected": rejected, "implicit": implicit}
+
+    return joined(
+        this_run.keep(f"pairs-{chunk.start}-{chunk.stop}", partial(compute, chunk))
+        for chunk in this_run.chunks(len(pairs))
+    )
+
+
+def joined(parts: Iterable[dict[str, list]]) -> dict[str, list]:
+    """The columns of all parts, one after the other."""
+    columns: dict[str, list] = {}
+    for part in parts:
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 def reply_decoder(model: Path) -> Any:
@@ -265,17 +318,16 @@ def against_sft(name: str, own: list[float], theirs: list[float], resamples: int
 
 
 def preference_results(
-    evaluation: Evaluation, policy: nn.Module, scorer: nn.Module, pairs: dict[str, list], reference: dict[str, list]
+    this_run: PartialResults, evaluation: Evaluation, policy: nn.Module, scorer: nn.Module, pairs: Any, reference: Any
 ) -> dict[str, float]:
     """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
-    chosen, rejected = evaluation.pair_rewards(scorer, pairs)
-    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    judged = judge_pairs(this_run, evaluation, policy, scorer, pairs, reference)
+    margins = [good - bad for good, bad in zip(judged["chosen"], judged["rejected"], strict=True)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
     calibration = calibration_error(confidence, [float(margin > 0) for margin in margins])
-    implicit = evaluation.implicit_margins(policy, pairs, reference)
     return {
-        **accuracy("preference_accuracy", implicit, tolerance=1e-3),
+        **accuracy("preference_accuracy", judged["implicit"], tolerance=1e-3),
         **accuracy("rm_accuracy", margins),
         "rm_calibration_error": calibration,
         "preference_pairs": len(margins),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,24 +166,15 @@ class Ppo:
             else FixedKLController(settings.kl_coef)
         )
 
-    def collect(self, prompts: list[list[int]], iteration: int) -> Rollouts:
-        """Sample a response to each prompt and have all models judge it. The same in every process."""
+    def collect(self, prompts: list[list[int]], iteration: int, may_stop: Callable[[], None]) -> Rollouts:
+        """Sample a response to each prompt and have all models judge it. The same in every process.
+
+        `may_stop` is called where a phase can be left: until it is over, nothing that a checkpoint holds changes.
+        """
         places = self.processes.share(range(len(prompts)))
         own = [prompts[place] for place in places]
-        responses = sample_responses(
-            self.language_model.eval(),
-            own,
-            places,
-            seed=self.seed,
-            step=iteration,
-            temperature=self.settings.temperature,
-            max_new_tokens=self.settings.max_new_tokens,
-            eos_id=self.eos_id,
-            pad_id=self.pad_id,
-            batch_size=self.runtime.generation_batch_size,
-            device=self.processes.device,
-        )
-        self.language_model.train()
+        sampled = self.sample(prompts, iteration, may_stop)
+        responses = self.processes.share(sampled)
         scored = score_responses(
             own,
             responses,
@@ -195,14 +187,43 @@ class Ppo:
             device=self.processes.device,
         )
         gathered = Scored(*(self.processes.gather(column) for column in scored))
+        may_stop()
         return assemble(
             prompts,
-            self.processes.gather(responses),
+            sampled,
             gathered,
             kl_estimator=self.settings.kl_estimator,
             eos_id=self.eos_id,
             device=self.processes.device,
         )
+
+    def sample(self, prompts: list[list[int]], iteration: int, may_stop: Callable[[], None]) -> list[list[int]]:
+        """A response to each prompt, the shortest prompts first; all processes fill one batch each, then look up."""
+        self.language_model.eval()
+        responses: list[list[int]] = [[] for _ in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+        together = self.runtime.generation_batch_size * self.processes.world_size
+        for start in range(0, len(by_length), together):
+            group = by_length[start : start + together]
+            own = self.processes.share(group)
+            sampled = sample_responses(
+                self.language_model,
+                [prompts[place] for place in own],
+                own,
+                seed=self.seed,
+                step=iteration,
+                temperature=self.settings.temperature,
+                max_new_tokens=self.settings.max_new_tokens,
+                eos_id=self.eos_id,
+                pad_id=self.pad_id,
+                batch_size=self.runtime.generation_batch_size,
+                device=self.processes.device,
+            )
+            for place, response in zip(group, self.processes.gather(sampled), strict=True):
+                responses[place] = response
+            may_stop()
+        self.language_model.train()
+        return responses
 
     def advantages(self, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(advantages, returns), each (b, t), and the shaped score of each response (b,)."""
@@ -341,7 +362,7 @@ def main(
             if early_stop.stopped_after:
                 continue
             rows = rows_of_step(iteration, len(table), settings.rollout_batch_size, math.ceil(passes), seed)
-            batch = ppo.collect(table[rows]["prompt_ids"], iteration)
+            batch = ppo.collect(table[rows]["prompt_ids"], iteration, this_run.may_stop)
             advantages, returns, shaped = ppo.advantages(batch)
             row = summarise_rollouts(batch, shaped, returns, ppo.kl_controller.coef)
             require_finite(row["objective/rlhf_reward"], "reward", iteration)

@@ -30,12 +30,19 @@ class Runtime:
     logits_chunk_tokens: int
     generation_batch_size: int
     checkpoint_seconds: float
+    rows_per_partial_result: int
     log_seconds: float
     shown_samples: int
     resume_across_code_change: bool
 
     def __post_init__(self) -> None:
-        for key in ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size"):
+        for key in (
+            "threads",
+            "micro_batch_tokens",
+            "logits_chunk_tokens",
+            "generation_batch_size",
+            "rows_per_partial_result",
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
 
