@@ -84,4 +84,7 @@ class PartialResults(StageRun):
         if not whole:
             print(f"warning: {path} is damaged (its checksum differs); computing it again", file=sys.stderr)
             return None
-        return value if code == self.scratch.code or self.runtime.resume_across_code_change else None
+        if code == self.scratch.code or self.runtime.resume_across_code_change:
+            return value
+        self.say(f"note: {path} was made by other code (runtime.yaml: resume_across_code_change) and is not used")
+        return None

@@ -9,12 +9,15 @@ once dvc.lock holds the result `stages.prune_scratch` must leave no training sta
 - several in a row: three such kills at operations drawn at random, one after the other;
 - SIGTERM, SIGINT before operations drawn at random: also exit code 128 + n, one line, no traceback, within seconds;
 - random moment: real processes, a signal at a random moment, from the loading of libraries to the end. Under torchrun
-  also to one rank alone.
+  also to one rank alone; and killed on two processes, finished on one;
+- during DVC's commit, in `dvc exp run --temp`, in a queue's worker (`tests/proofs/dvc_kills.py`).
 
     python -m tests.proofs.kill_matrix --stages train_sft train_ppo --processes 1 --kills 5 --table matrix.md
 """
 
 import argparse
+import json
+import math
 import os
 import random
 import shutil
@@ -26,12 +29,17 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
+from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_temp
+from tests.proofs.dvc_projects import dvc_project
 from tests.proofs.forked_stage import kill_points, load_libraries, prune_forked, run_forked
 from tests.proofs.tiny_projects import (
     differences,
     listing,
+    outs_of,
     remove_outs,
     start_process,
     without_outs,
@@ -224,7 +232,78 @@ def not_begun(output: str) -> bool:
     return "KeyboardInterrupt" in output and "stages/lib" not in output
 
 
+def other_processes_row(folder: Path, stage: str, draw: random.Random) -> Row:
+    """Two processes are killed, one finishes: the files are those of one process but for the rounding of sums."""
+    row = Row(stage, 2, OTHER_NUMBER, trials=1)
+    started = time.monotonic()
+    trials = RealTrials(folder, stage, 2, draw)
+    truth = numbers_of(folder, stage)
+    without_outs(folder, stage)
+    trials.output.unlink(missing_ok=True)
+    process = start_process(folder, stage, 2, trials.output)
+    while process.poll() is None and not saved_something(folder):
+        time.sleep(0.005)
+    row.kills += process.poll() is None
+    end_group(process)
+    process.wait()
+    remove_outs(folder, stage)
+    trials.output.unlink()
+    status = start_process(folder, stage, 1, trials.output).wait()
+    output = trials.output.read_text()
+    row.resumed = int(any(word in output for word in RESUMED))
+    if status or not row.resumed:
+        row.failures.append(f"{stage}: one process does not go on from the state of two: {output[-2000:]}")
+    elif sorted(listing(folder)) != sorted(trials.truth) or not close(numbers_of(folder, stage), truth):
+        row.failures.append(f"{stage}: gone on on one process, the result is not that of two")
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def saved_something(folder: Path) -> bool:
+    saved = (*folder.glob(".scratch/*/checkpoint-????????"), *folder.glob(".scratch/*/kept/*.json"))
+    return len(saved) > 1
+
+
+def numbers_of(folder: Path, stage: str) -> list[float]:
+    """Every number in the metrics of a stage, or in the table that it writes."""
+    found: list[float] = []
+    for path in (folder / out for out in outs_of(stage)):
+        if path.suffix == ".json":
+            found += json.loads(path.read_text()).values()
+        elif path.name == "ref_logprobs":
+            table = read_table(path / "train.arrow", REFERENCE_SCHEMA)
+            found += table["reference_chosen_logps"][:] + table["reference_rejected_logps"][:]
+    return found
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return len(ours) > 0 and all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) for a, b in pairs)
+
+
+def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
+    """Kills of what DVC runs (`tests/proofs/dvc_kills.py`)."""
+    project = dvc_project(truth, make(work / "dvc") / "project")
+    draw = random.Random(seed)
+    trials = {
+        (stage, "SIGKILL during DVC's commit"): partial(killed_in_commit, project, stage, draw) for stage in SAVING
+    }
+    trials["train_sft", "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
+    trials["train_sft", "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
+    rows = []
+    for (stage, method), trial in trials.items():
+        started = time.monotonic()
+        shutil.rmtree(project / ".scratch", ignore_errors=True)
+        wrong = trial()
+        failures = [f"{stage}, {method}: {text}" for text in wrong]
+        rows.append(Row(stage, 1, method, 1, 1, int(not wrong), 0.0, time.monotonic() - started, failures))
+        print("  ".join(rows[-1].cells()), flush=True)
+    return rows
+
+
 ONE_RANK = "SIGKILL to one rank"
+OTHER_NUMBER = "SIGKILL, then one process"
+SAVING = STAGES[1:]  # tokenize keeps nothing
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -289,7 +368,7 @@ def tiny_truth(folder: Path) -> Path:
     """A project in which every stage has run undisturbed, each in a child: this process computes nothing."""
     new_project(folder)
     change(folder / "runtime.yaml", {"default": {"threads": 1}})  # trials run beside each other
-    for stage in ALL_STAGES[: ALL_STAGES.index("report")]:
+    for stage in ALL_STAGES:
         ended = run_forked(folder, stage)
         if ended.status:
             raise RuntimeError(f"{stage} fails undisturbed: {ended.output[-3000:]}")
@@ -342,11 +421,14 @@ def one_round(truth: Path, work: Path, seed: int, options: argparse.Namespace) -
             if processes == 1 or not stage.startswith("tokenize"):  # tokenize is one process, always
                 folder = copy_for(truth, work / f"{stage}-{processes}")
                 rows += real_rows(folder, stage, processes, options.real_kills, draw)
+                if processes > 1:
+                    rows.append(other_processes_row(folder, stage, draw))
         print("\n".join("  ".join(row.cells()) for row in rows), flush=True)
         return rows
 
     with ThreadPoolExecutor(options.workers) as pool:
-        return [row for rows in pool.map(of_stage, options.stages) for row in rows]
+        rows = [row for rows in pool.map(of_stage, options.stages) for row in rows]
+    return rows + (dvc_rows(truth, work, seed) if options.dvc_kills else [])
 
 
 def added_up(rows: list[Row]) -> list[Row]:
@@ -393,6 +475,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--kills", type=int, help="file operations tried by each method (default: all that differ)")
     parser.add_argument("--real-kills", type=int, default=2, help="kills in a row of real processes; 0 leaves them out")
+    parser.add_argument("--dvc-kills", type=int, default=1, help="0 leaves out the kills of what DVC runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="go on with further seeds until so many minutes are over")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="stages that are tried at a time")
