@@ -146,7 +146,7 @@ def _be_the_child(
 def kill_points(operations: list[str]) -> list[int]:
     """The operations (1-based) worth a kill: the first three of each name, and all of the end.
 
-    A run repeats itself: its seventh checkpoint is written like its second.
+    A run repeats itself: its seventh checkpoint is written like its third.
     """
     seen: Counter[str] = Counter()
     chosen = []

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -232,11 +233,11 @@ def not_begun(output: str) -> bool:
     return "KeyboardInterrupt" in output and "stages/lib" not in output
 
 
-def other_processes_row(folder: Path, stage: str, draw: random.Random) -> Row:
+def other_processes_row(trials: RealTrials) -> Row:
     """Two processes are killed, one finishes: the files are those of one process but for the rounding of sums."""
+    folder, stage = trials.folder, trials.stage
     row = Row(stage, 2, OTHER_NUMBER, trials=1)
     started = time.monotonic()
-    trials = RealTrials(folder, stage, 2, draw)
     truth = numbers_of(folder, stage)
     without_outs(folder, stage)
     trials.output.unlink(missing_ok=True)
@@ -361,7 +362,7 @@ def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random
     for method, kill in methods.items():
         rows.append(Row(stage, processes, method))
         trials.trial(rows[-1], kills, kill)
-    return rows
+    return [*rows, other_processes_row(trials)] if processes > 1 else rows
 
 
 def tiny_truth(folder: Path) -> Path:
@@ -421,8 +422,6 @@ def one_round(truth: Path, work: Path, seed: int, options: argparse.Namespace) -
             if processes == 1 or not stage.startswith("tokenize"):  # tokenize is one process, always
                 folder = copy_for(truth, work / f"{stage}-{processes}")
                 rows += real_rows(folder, stage, processes, options.real_kills, draw)
-                if processes > 1:
-                    rows.append(other_processes_row(folder, stage, draw))
         print("\n".join("  ".join(row.cells()) for row in rows), flush=True)
         return rows
 
@@ -452,7 +451,8 @@ def report(rows: list[Row], failures: list[str], table: Path | None, seeds: rang
         print(f"FAILED {failure}", file=sys.stderr)
     if table:
         used = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        head = f"# Killed and resumed\n\nWritten by `tests/proofs/kill_matrix.py`, {used}, from commit {commit()}.\n"
+        by = shlex.join(["python", "-m", "tests.proofs.kill_matrix", *sys.argv[1:]])
+        head = f"# Killed and resumed\n\nWritten by `{by}`, {used}, from commit {commit()}.\n"
         explained = (
             "\nA trial is a run of one stage of the tiny pipeline that is killed once or several times and then let\n"
             "finish. A failure is any file of the project that differs from an undisturbed run's, is missing or too\n"
@@ -474,7 +474,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--kills", type=int, help="file operations tried by each method (default: all that differ)")
-    parser.add_argument("--real-kills", type=int, default=2, help="kills in a row of real processes; 0 leaves them out")
+    parser.add_argument("--real-kills", type=int, default=1, help="kills in a row of real processes; 0 leaves them out")
     parser.add_argument("--dvc-kills", type=int, default=1, help="0 leaves out the kills of what DVC runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="go on with further seeds until so many minutes are over")

