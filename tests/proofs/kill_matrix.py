@@ -51,7 +51,7 @@ from tests.stages.tiny_pipeline import PROJECT, change, new_project
 
 STAGES = ("tokenize@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
 STOPS = (signal.SIGTERM, signal.SIGINT)
-SLOWEST_EXIT = 10.0  # seconds from a signal to the end of a tiny stage
+SLOWEST_EXIT = 20.0  # seconds from a signal to the end of a tiny stage; launchers kill after 30
 SLOWEST_LOSS_OF_A_RANK = 45.0  # seconds from the death of one rank to the end of all: torchrun waits 30 for the others
 RESUMED = ("resuming", "already finished")
 
