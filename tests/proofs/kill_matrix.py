@@ -175,13 +175,17 @@ class RealTrials:
         row.trials += 1
         wrong: list[str] = []
         hit_before = False
-        for _ in range(kills):
+        for _ in range(3 * kills):
             remove_outs(self.folder, self.stage)
             self.output.unlink(missing_ok=True)
             process = start_process(self.folder, self.stage, self.processes, self.output)
             if not self.moment_came(process):
+                without_outs(self.folder, self.stage)  # it was over before: from the beginning, and sooner
+                self.seconds *= 0.7
+                hit_before = False
                 continue
             row.kills += 1
+            kills -= 1
             asked = time.monotonic()
             kill(process)
             process.wait()
@@ -192,6 +196,8 @@ class RealTrials:
             hit_before = True
             wrong += self.wrong_end(row.method, process.returncode, output, took)
             end_group(process)
+            if not kills:
+                break
         remove_outs(self.folder, self.stage)
         status, output = self.finish()
         row.resumed += any(word in output for word in RESUMED)
