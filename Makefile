@@ -1,4 +1,5 @@
-# `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=….
+# `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
+# MINUTES=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -24,7 +25,7 @@ endif
 repro = .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
-        metrics metrics-diff plots dag status lineage use test test-fast lint clean
+        metrics metrics-diff plots dag status lineage use test test-fast prove soak lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -94,6 +95,13 @@ test: $(VENV) ## Run all tests
 
 test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'
+
+prove: $(VENV) ## Kill every stage in every way and write down what came of it (half an hour)
+	.venv/bin/python -m tests.proofs.kill_matrix --table tests/proofs/kill_matrix.md
+
+MINUTES ?= 240
+soak: $(VENV) ## The same with one seed after the other: MINUTES=240
+	.venv/bin/python -m tests.proofs.kill_matrix --minutes $(MINUTES) --seed 1000 --table tests/proofs/kill_soak.md
 
 lint: $(VENV) ## Check style and format
 	.venv/bin/ruff check stages tests

@@ -13,21 +13,18 @@ SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.film_gold import gold_utility
-from stages.lib.hashing import dvc_hashes
 from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
-from stages.lib.outputs import written_whole
 from stages.lib.params import read_params, read_value
-from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime, read_runtime
 from stages.lib.tokenizer_files import require_same_tokenizer
 
@@ -36,6 +33,7 @@ if not asks_for_help():
 
     from stages.lib.batching import micro_batching
     from stages.lib.engine import frozen
+    from stages.lib.partial_results import PartialResults
     from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
     from stages.lib.sampling import require_room, sample_responses
@@ -140,10 +138,6 @@ class Evaluation:
                 )
                 found |= dict(zip(batch.rows, zip(scores, (logps - sft_logps).tolist(), strict=True), strict=True))
         rewards, kl = (list(column) for column in zip(*self.processes.gather_rows(found), strict=True))
-        for place, numbers in enumerate(zip(rewards, kl, strict=True)):
-            if not all(map(math.isfinite, numbers)):
-                reward, divergence = numbers
-                raise StageError(f"response {place + 1} has reward {reward} and KL {divergence}: a model is broken")
         return rewards, kl
 
     def pair_rewards(self, scorer: Callable, pairs: dict[str, list]) -> list[tuple[float, float]]:
@@ -173,7 +167,6 @@ def main(
     samples: PathOption,
 ) -> None:
     """Evaluate POLICY against SFT on held-out prompts and pairs."""
-    started = time.monotonic()
     settings = read_params("evaluate", Evaluate)
     seed = read_value("seed", int)
     runtime = read_runtime("evaluate_policy")
@@ -190,41 +183,99 @@ def main(
         raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
     rows = [prepared[row] for row in table["row"]]
 
-    evaluation = Evaluation(settings, seed, runtime, processes, sft)
-    models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
-    vocab_size = models[policy].config.vocab_size
-    check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
-    check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
-    where = f"{prompt_tokens} with evaluate.max_new_tokens"
-    require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
-    scorer = evaluation.load_reward_model(reward_model)
-    decode = reply_decoder(sft)
-    judged = {}
-    for path, model in models.items():
-        ids = evaluation.sample(model, table["prompt_ids"], table["row"])
-        rewards, kl = evaluation.judge(table["prompt_ids"], ids, model, models[sft], scorer)
-        texts = [decode(response) for response in ids]
-        judged[path] = Responses(ids, texts, rewards, kl, gold_of(rows, texts))
-        if processes.is_main:
-            print(f"evaluate {policy.name}: {path} answered {len(ids)} prompts", flush=True)
-    results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
-    results |= preference_results(evaluation, models[policy], scorer, pairs[:], reference[:])
-    if processes.is_main:
-        with written_whole(metrics, samples) as (partial_metrics, partial_samples):
-            write_json(partial_metrics, results)
+    declared = {"evaluate": settings, "seed": seed}
+    inputs = [policy, sft, reward_model, prompts, prompt_tokens, preference_tokens, ref_logprobs]
+    outs = {"metrics": metrics, "samples": samples}
+    logged_as = f"evaluate@{policy.name}"
+    with PartialResults("evaluate", declared, inputs, outs, runtime, processes, logged_as) as this_run:
+        if this_run.already_complete():
+            return
+        evaluation = Evaluation(settings, seed, runtime, processes, sft)
+        models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
+        vocab_size = models[policy].config.vocab_size
+        check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
+        check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
+        where = f"{prompt_tokens} with evaluate.max_new_tokens"
+        require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
+        scorer = evaluation.load_reward_model(reward_model)
+        decode = reply_decoder(sft)
+        judged = {}
+        for name, path in {"sft": sft, "policy": policy}.items():
+            if path in judged:
+                continue
+            answers = answer_and_judge(this_run, evaluation, name, table, models[path], models[sft], scorer)
+            texts = [decode(response) for response in answers["ids"]]
+            judged[path] = Responses(**answers, texts=texts, gold=gold_of(rows, texts))
+            this_run.say(f"evaluate {policy.name}: {path} answered {len(texts)} prompts")
+        results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
+        results |= preference_results(this_run, evaluation, models[policy], scorer, pairs, reference)
+
+        def build(staged: dict[str, Path]) -> None:
+            write_json(staged["metrics"], results)
             write_jsonl(
-                partial_samples, sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
+                staged["samples"], sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
             )
-        log_run(
-            f"evaluate@{policy.name}",
-            dvc_hashes([metrics, samples]),
-            time.monotonic() - started,
-            runtime=runtime,
-            processes=processes.world_size,
-            device=str(processes.device),
-            launcher=launcher_in_use(),
-        )
+
+        this_run.publish(build)
     processes.leave()
+
+
+def answer_and_judge(
+    this_run: PartialResults,
+    evaluation: Evaluation,
+    name: str,
+    prompts: dict[str, list],
+    policy: Policy,
+    sft: Policy,
+    scorer: Callable,
+) -> dict[str, list]:
+    """`ids`, `rewards` and `kl` of one policy's responses to all prompts."""
+
+    def compute(prompt_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
+        ids = evaluation.sample(policy, prompt_ids, rows)
+        rewards, kl = evaluation.judge(prompt_ids, ids, policy, sft, scorer)
+        for row, reward, divergence in zip(rows, rewards, kl, strict=True):
+            if not (math.isfinite(reward) and math.isfinite(divergence)):
+                raise StageError(f"prompt {row}: reward {reward} and KL {divergence} of a response: a model is broken")
+        return {"ids": ids, "rewards": rewards, "kl": kl}
+
+    return joined(
+        this_run.keep(
+            f"{name}-responses-{chunk.start}-{chunk.stop}",
+            partial(compute, prompts["prompt_ids"][chunk.start : chunk.stop], prompts["row"][chunk.start : chunk.stop]),
+        )
+        for chunk in this_run.chunks(len(prompts["row"]))
+    )
+
+
+def judge_pairs(
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: Any, reference: Any
+) -> dict[str, list]:
+    """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
+
+    def compute(chunk: range) -> dict[str, list]:
+        own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (pairs, reference))
+        both = evaluation.pair_rewards(scorer, own_pairs)
+        implicit = evaluation.implicit_margins(policy, own_pairs, own_reference)
+        return {
+            "chosen": [chosen for chosen, _ in both],
+            "rejected": [rejected for _, rejected in both],
+            "implicit": implicit,
+        }
+
+    return joined(
+        this_run.keep(f"pairs-{chunk.start}-{chunk.stop}", partial(compute, chunk))
+        for chunk in this_run.chunks(len(pairs))
+    )
+
+
+def joined(parts: Iterable[dict[str, list]]) -> dict[str, list]:
+    """The columns of all parts, one after the other."""
+    columns: dict[str, list] = {}
+    for part in parts:
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 def reply_decoder(model: Path) -> Any:
@@ -281,16 +332,16 @@ def against_sft(name: str, own: list[float], theirs: list[float], resamples: int
 
 
 def preference_results(
-    evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: dict[str, list], reference: dict[str, list]
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: Any, reference: Any
 ) -> dict[str, float]:
     """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
-    margins = [chosen - rejected for chosen, rejected in evaluation.pair_rewards(scorer, pairs)]
+    judged = judge_pairs(this_run, evaluation, policy, scorer, pairs, reference)
+    margins = [good - bad for good, bad in zip(judged["chosen"], judged["rejected"], strict=True)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
     calibration = calibration_error(confidence, [float(margin > 0) for margin in margins])
-    implicit = evaluation.implicit_margins(policy, pairs, reference)
     return {
-        **accuracy("preference_accuracy", implicit, tolerance=1e-3),
+        **accuracy("preference_accuracy", judged["implicit"], tolerance=1e-3),
         **accuracy("rm_accuracy", margins),
         "rm_calibration_error": calibration,
         "preference_pairs": len(margins),

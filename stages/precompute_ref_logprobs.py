@@ -8,30 +8,27 @@ DPO then trains without a reference model in memory. The content of tokens and w
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
-from stages.lib.hashing import dvc_hashes
 from stages.lib.lora_settings import BaseQuantization
-from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
-from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
-    from stages.lib.batching import micro_batching
+    from stages.lib.batching import MicroBatching, micro_batching
     from stages.lib.engine import frozen
+    from stages.lib.partial_results import PartialResults
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes
     from stages.lib.progress import Progress
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
     from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
-
-ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -44,55 +41,58 @@ class RefLogprobs:
 
 def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
-    started = time.monotonic()
     settings = read_params("ref_logprobs", RefLogprobs)
     runtime = read_runtime("precompute_ref_logprobs")
     processes = join_processes(runtime)
     tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
-    where = (settings.precision, runtime, processes.device, settings.base_quantization)
-    language_model = load_language_model(model, *where)
-    module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
-    batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
-    columns = {}
-    for split, table in tables.items():
-        check_table_ids(
-            table,
-            ("prompt_ids", "chosen_ids", "rejected_ids"),
-            language_model.config.vocab_size,
-            tokens / f"{split}.arrow",
-        )
-        progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
-        chosen, rejected = [], []
-        for start in range(0, len(table), ROWS_AT_A_TIME):
-            rows = range(start, min(start + ROWS_AT_A_TIME, len(table)))
-            logps = all_pair_logps(module, table[rows], batching)
-            chosen += logps.chosen.tolist()
-            rejected += logps.rejected.tolist()
-            require_numbers(chosen[start:] + rejected[start:], table["row"][rows.start : rows.stop], tokens / split)
-            if processes.is_main:
-                progress.update(rows.stop, len(rows), {})
-        columns[split] = {
-            "row": table["row"][:],
-            "reference_chosen_logps": chosen,
-            "reference_rejected_logps": rejected,
-        }
-    if processes.is_main:
-        notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
-        schema = REFERENCE_SCHEMA.with_metadata(notes)
-        with written_whole(out) as (partial,):
-            partial.mkdir()
+    declared = {"ref_logprobs": settings}
+    with PartialResults("ref_logprobs", declared, [tokens, model], {"logps": out}, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        where = (settings.precision, runtime, processes.device, settings.base_quantization)
+        language_model = load_language_model(model, *where)
+        module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        columns = {}
+        for split, table in tables.items():
+            check_table_ids(
+                table,
+                ("prompt_ids", "chosen_ids", "rejected_ids"),
+                language_model.config.vocab_size,
+                tokens / f"{split}.arrow",
+            )
+            progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
+            chosen, rejected = [], []
+            for rows in this_run.chunks(len(table)):
+                compute = partial(all_logps, module, table, rows, tokens / split, batching)
+                both = this_run.keep(f"{split}-{rows.start}-{rows.stop}", compute)
+                chosen += both["chosen"]
+                rejected += both["rejected"]
+                if processes.is_main:
+                    progress.update(rows.stop, len(rows), {})
+            columns[split] = {
+                "row": table["row"][:],
+                "reference_chosen_logps": chosen,
+                "reference_rejected_logps": rejected,
+            }
+
+        def build(staged: dict[str, Path]) -> None:
+            staged["logps"].mkdir()
+            notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
+            schema = REFERENCE_SCHEMA.with_metadata(notes)
             for split, values in columns.items():
-                write_table(partial / f"{split}.arrow", values, schema)
-        log_run(
-            "ref_logprobs",
-            dvc_hashes([out]),
-            time.monotonic() - started,
-            runtime=runtime,
-            processes=processes.world_size,
-            device=str(processes.device),
-            launcher=launcher_in_use(),
-        )
+                write_table(staged["logps"] / f"{split}.arrow", values, schema)
+
+        this_run.publish(build)
     processes.leave()
+
+
+def all_logps(module: Callable, table: Any, rows: range, where: Path, batching: MicroBatching) -> dict[str, list]:
+    """The log-probs of the `chosen` and of the `rejected` replies of some rows, computed by all processes together."""
+    logps = all_pair_logps(module, table[rows], batching)
+    both = {name: values.tolist() for name, values in logps._asdict().items()}
+    require_numbers(both["chosen"] + both["rejected"], table["row"][rows.start : rows.stop], where)
+    return both
 
 
 def require_numbers(logps: list[float], rows: list[int], where: Path) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,8 +185,11 @@ class Ppo:
             else FixedKLController(settings.kl_coef)
         )
 
-    def collect(self, prompts: list[list[int]], iteration: int) -> Rollouts:
-        """Sample a response to each prompt and have all models judge it. The same in every process."""
+    def collect(self, prompts: list[list[int]], iteration: int, may_stop: Callable[[], None]) -> Rollouts:
+        """Sample a response to each prompt and have all models judge it. The same in every process.
+
+        `may_stop` is called where a phase can be left: until it is over, nothing that a checkpoint holds changes.
+        """
         self.language_model.eval()
         responses = sample_responses(
             self.policy,
@@ -200,6 +204,7 @@ class Ppo:
             pad_id=self.pad_id,
             batch_size=self.runtime.generation_batch_size,
             processes=self.processes,
+            after_batch=may_stop,
         )
         self.language_model.train()
         scored = score_responses(
@@ -211,6 +216,7 @@ class Ppo:
             reward_model=self.reward_model,
             batching=self.batching,
         )
+        may_stop()
         return assemble(
             prompts,
             responses,
@@ -366,7 +372,7 @@ def main(
             if early_stop.stopped_after:
                 continue
             rows = rows_of_step(iteration, len(table), settings.rollout_batch_size, math.ceil(passes), seed)
-            batch = ppo.collect(table[rows]["prompt_ids"], iteration)
+            batch = ppo.collect(table[rows]["prompt_ids"], iteration, this_run.may_stop)
             advantages, returns, shaped = ppo.advantages(batch)
             row = summarise_rollouts(batch, shaped, returns, ppo.kl_controller.coef)
             require_finite(row["objective/rlhf_reward"], "reward", iteration)

@@ -1,20 +1,32 @@
 """A stage as a command: paths as options, and a user's mistake as one message with exit code 2 and no traceback."""
 
+import errno
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 USER_ERROR_EXIT_CODE = 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
 
 class StageError(Exception):
     """A mistake in a setting, a row or a file. The message says what, where, what was expected and what to do."""
+
+
+class StoppedError(BaseException):
+    """SIGTERM or Ctrl-C, raised where it arrived so that half-written outs are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def asks_for_help() -> bool:
@@ -23,13 +35,48 @@ def asks_for_help() -> bool:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a stage's `main` as a Typer command; a `StageError` becomes one message on stderr and exit code 2."""
+    """Run a stage's `main` as a Typer command; a `StageError` becomes one message on stderr and exit code 2.
+
+    So does a full disk. SIGTERM and Ctrl-C end it at once, with one line and exit code 128 + their number, but where
+    a stage minds them itself (`stages.lib.stop_signal`).
+    """
+    old_handlers = {number: signal.signal(number, _raise_stopped) for number in STOP_SIGNALS}
     try:
         typer.run(main)
     except StageError as error:
-        if _speaks_for_all_processes():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        _end(f"error: {error}", USER_ERROR_EXIT_CODE)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        _end(f"error: {no_space_message(error)}", USER_ERROR_EXIT_CODE)
+    except StoppedError as stopped:
+        _end(f"stopped by {signal.Signals(stopped.number).name}", 128 + stopped.number)
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+
+
+def no_space_message(error: OSError) -> str:
+    """What to say of a write that did not fit."""
+    where = f" at {error.filename}" if error.filename else f" in {Path.cwd()} or in the folder of training state"
+    return f"no space left{where} ({error.strerror}); free some and start again: what was saved before stands"
+
+
+def _raise_stopped(number: int, _frame: object) -> NoReturn:
+    raise StoppedError(number)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if _speaks_for_all_processes():
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _end_at_once(number: int, _frame: object) -> NoReturn:
+    try:
+        _end(f"stopped by {signal.Signals(number).name}", 128 + number)
+    finally:
+        os._exit(128 + number)
 
 
 def _speaks_for_all_processes() -> bool:
@@ -44,3 +91,14 @@ def _speaks_for_all_processes() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _is_a_stage(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and spec.name.startswith("stages.")
+
+
+# A stage that is being started loads libraries for seconds before it comes to `run`: nothing is there to tidy up yet.
+if _is_a_stage("__main__"):
+    for _number in STOP_SIGNALS:
+        signal.signal(_number, _end_at_once)

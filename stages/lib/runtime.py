@@ -55,6 +55,7 @@ class Runtime:
     frozen_offload_parameters: bool
     deepspeed: dict[str, Any]
     checkpoint_seconds: float
+    rows_per_partial_result: int
     log_seconds: float
     shown_samples: int
     kept_checkpoints: int
@@ -68,7 +69,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         at_least_1 = ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size")
-        for key in (*at_least_1, "kept_checkpoints"):
+        for key in (*at_least_1, "rows_per_partial_result", "kept_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
         self._check_zero()

@@ -43,6 +43,7 @@ def sample_responses(
     pad_id: int,
     batch_size: int,
     processes: Processes,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Sample one response to each prompt from softmax(logits / temperature), by inverting its cumulative distribution.
 
@@ -56,6 +57,7 @@ def sample_responses(
         config: the language model's configuration.
         temperature: 0 takes the likeliest token.
         batch_size: sequences that one process samples at a time.
+        after_batch: called by all processes together whenever each has sampled so many.
     Returns:
         Token ids of each response, up to and including the first EOS, or `max_new_tokens` of them without one.
     """
@@ -81,6 +83,7 @@ def sample_responses(
         )
         for index, tokens in zip(group, sampled.tolist(), strict=False):
             responses[index] = tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+        after_batch()
     return processes.gather_rows(responses)
 
 

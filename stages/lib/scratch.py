@@ -7,6 +7,7 @@ other settings or inputs never resume an old state:
         lock                        held while a process writes here
         checkpoint-00000040/        state.pt, tensors-*.safetensors, manifest.json (checksums, the code it was made by)
         logs/                       files that grow as training goes on; a checkpoint knows their lengths
+        kept/                       partial results of a stage that has no checkpoints
         outs/ + complete.json       the finished outs, until dvc.lock holds their hashes
 """
 
@@ -74,6 +75,7 @@ class Scratch:
         fingerprint = value_hash([settings, sorted(self.input_hashes.items())])
         self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
         self.logs = self.folder / "logs"
+        self.kept = self.folder / "kept"
         self.logs.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
 
@@ -87,6 +89,26 @@ class Scratch:
                 "wait for it, or stop it"
             ) from None
         return lock
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        self._lock.close()
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write one file of `kept`, whole or not at all.
+
+        Raises:
+            StageError: the disk is full or not writable; the files before are as they were.
+        """
+        partial = self.kept / f"{name}.partial"
+        try:
+            self.kept.mkdir(exist_ok=True)
+            _write_synced(partial, content)
+            partial.rename(self.kept / name)
+            _sync(self.kept)
+        except OSError as error:
+            remove(partial)
+            raise StageError(f"{self.kept / name} cannot be written: {error}") from None
 
     def save(self, step: int, state: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         """Write a checkpoint under a temporary name, sync it to disk, rename it, and only then remove others.

@@ -13,14 +13,11 @@ The loop itself stays in the script:
 """
 
 import collections
-import dataclasses
 import resource
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,9 +27,10 @@ from stages.lib.model_card import write_model_card
 from stages.lib.pretrained import save_model
 from stages.lib.processes import Processes
 from stages.lib.progress import Curve, Progress
-from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime
-from stages.lib.scratch import Checkpoint, Scratch, completed_record
+from stages.lib.scratch import Checkpoint
+from stages.lib.stage_run import StageRun
+from stages.lib.stop_signal import StopSignal
 from stages.lib.trackers import Trackers
 
 
@@ -54,12 +52,10 @@ class LargeState(Protocol):
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None: ...
 
 
-class TrainingRun:
-    """One run of a training stage, on all its processes; files are touched by the main process alone.
+class TrainingRun(StageRun):
+    """One run of a training stage, on all its processes.
 
     Args:
-        settings: everything of `params.yaml` that the stage reads, by section.
-        inputs: the data and models the stage reads; with `settings` they are the identity of a resumable state.
         outs: name → path of each out to publish; "curve" is the CSV this class writes itself.
         columns: of the curve, beside `step`.
     """
@@ -74,73 +70,57 @@ class TrainingRun:
         runtime: Runtime,
         processes: Processes,
     ) -> None:
-        self.stage = stage
-        self.settings = {name: _plain(value) for name, value in settings.items()}
-        self.outs = outs
+        super().__init__(stage, settings, inputs, outs, runtime, processes)
         self.columns = columns
-        self.runtime = runtime
-        self.processes = processes
-        self.stop_signal = 0
-        self.started = time.monotonic()
-        self.scratch = processes.in_main(
-            lambda: Scratch(
-                stage,
-                self.settings,
-                inputs,
-                across_code_change=runtime.resume_across_code_change,
-                kept_checkpoints=runtime.kept_checkpoints,
-            )
-        )
         self.trackers = (
             Trackers(stage, self.settings, runtime, self.scratch.folder / "tracked.jsonl") if self.scratch else None
         )
         self.last_record = 0.0
+        self.stop = StopSignal(stage, processes)
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
-    def __enter__(self) -> Self:
-        self._old_handlers = {
-            number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.trackers:
-            self.trackers.close(0 if error is None else 128 + self.stop_signal if self.stop_signal else 1)
-
-    def _note_signal(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-
-    def already_complete(self) -> bool:
-        """Publish the outs of a run that finished but whose end DVC never recorded; True if there was one."""
-        done = self.scratch is not None and self.scratch.publish_complete(self.outs)
-        if done:
-            print(f"{self.stage}: already finished with these settings and inputs; published its result again")
-        return self.processes.any(done)
+            self.trackers.close(0 if error is None else 128 + self.stop.number if self.stop.number else 1)
+        super().__exit__(kind, error, trace)
 
     def steps(self, total: int, **parts: Stateful | LargeState) -> Iterator[int]:
         """Yield the optimizer steps that are left, 0-based, and checkpoint `parts` on time, on a signal and at the end.
 
-        A signal (SIGTERM, Ctrl-C) saves and exits with 128 + its number once the step under way is over.
+        A signal (SIGTERM, Ctrl-C) saves and exits with 128 + its number once the step under way is over, or in its
+        middle where the step calls `may_stop`.
         """
-        first = self._restore(parts)
+        self.parts = parts
+        first = self.saved_step = self._restore(parts)
         if self.scratch:
             self.curve = Curve(self.scratch.logs / "curve.csv", self.columns)
             self.progress = Progress(self.stage, total, self.runtime.log_seconds, first=first)
         last_save = time.monotonic()
-        for step in range(first, total):
-            yield step
-            stop = int(max(self.processes.gather([self.stop_signal])))
-            due = self.processes.broadcast(time.monotonic() - last_save >= self.runtime.checkpoint_seconds)
-            if stop or due or step + 1 == total:
-                self._save(step + 1, parts)
-                last_save = time.monotonic()
-            if stop:
-                if self.processes.is_main:
-                    print(f"\n{self.stage}: stopped by signal {stop}; state saved at step {step + 1}", flush=True)
-                sys.exit(128 + stop)
+        with self.stop:
+            for self.step in range(first, total):
+                yield self.step
+                self.step += 1
+                due = self.processes.broadcast(time.monotonic() - last_save >= self.runtime.checkpoint_seconds)
+                if due or self.step == total:
+                    self._save_now()
+                    last_save = time.monotonic()
+                self.may_stop()
+
+    def may_stop(self) -> None:
+        """Save and exit if a signal has come: for a long step, where nothing that a checkpoint holds has changed yet.
+
+        All processes call this together.
+        """
+        if self.stop.agreed():
+            if self.saved_step != self.step:
+                self._save_now()
+            self.stop.leave(f"state saved at step {self.step}")
+
+    def _save_now(self) -> None:
+        with self.stop.saving():
+            self._save(self.step, self.parts)
+        self.saved_step = self.step
 
     def _restore(self, parts: Mapping[str, Stateful | LargeState]) -> int:
         loaded = self.scratch.load() if self.scratch else None
@@ -204,37 +184,19 @@ class TrainingRun:
             values["perf/peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**20
         return values
 
-    def say(self, text: str) -> None:
-        """Print a line, once."""
-        if self.processes.is_main:
-            print(text, flush=True)
-
     def log_file(self, name: str) -> Path | None:
         """A file that grows during training and is cut back when a checkpoint is resumed (main process only)."""
         return self.scratch.logs / name if self.scratch else None
 
     def publish(self, build: Callable[[dict[str, Path]], None]) -> None:
-        """Write all outs and put them in place by rename. `build` fills the path of each name of `outs` but "curve"."""
-        if self.scratch:
-            folder = self.scratch.stage_outs()
-            build({name: folder / name for name in self.outs})
-            if "curve" in self.outs:
-                (folder / "curve").write_bytes((self.scratch.logs / "curve.csv").read_bytes())
-            self.scratch.complete(self.outs)
-            self._log_run(completed_record(self.scratch.folder)["outs"].values())
-            self.scratch.publish_complete(self.outs)
+        """As StageRun.publish; "curve" is filled here."""
 
-    def _log_run(self, outs: Iterable[Mapping[str, str]]) -> None:
-        """Before the outs are published: a kill in between publishes them at the next start, which trains nothing."""
-        log_run(
-            self.stage,
-            {out["path"]: out["dvc_hash"] for out in outs},
-            time.monotonic() - self.started,
-            runtime=self.runtime,
-            processes=self.processes.world_size,
-            device=str(self.processes.device),
-            launcher=launcher_in_use(),
-        )
+        def build_all(staged: dict[str, Path]) -> None:
+            build(staged)
+            if "curve" in self.outs:
+                staged["curve"].write_bytes((self.scratch.logs / "curve.csv").read_bytes())
+
+        super().publish(build_all)
 
     def publish_model(
         self,
@@ -264,7 +226,3 @@ class TrainingRun:
         self.publish(build)
         if self.trackers and self.progress:
             self.trackers.add_results(self.progress.total, results)
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

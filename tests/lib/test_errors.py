@@ -1,6 +1,7 @@
 """A user's mistake is one message on stderr and exit code 2; a bug keeps its traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,51 @@ def test_of_the_processes_of_one_launch_one_speaks(tmp_path: Path) -> None:
     ended = [start(tmp_path, "--rows", "x", RANK=str(rank), **launch) for rank in (1, 0)]
     assert [process.returncode for process in ended] == [2, 2]
     assert [process.stderr for process in ended] == ["error: x is empty\n", ""]
+
+
+WAITING = """
+import signal, time
+from stages.lib.errors import run
+
+def main() -> None:
+    try:
+        print("in", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+
+run(main)
+"""
+
+
+def test_a_signal_ends_a_stage_with_one_line_and_tidies_up(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WAITING)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py")],
+            env={**os.environ, "PYTHONPATH": "."},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(number)
+        output, errors = process.communicate()
+        assert (process.returncode, output, errors) == (128 + number, "tidied up\n", f"stopped by {number.name}\n")
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path\nfrom stages.lib.errors import run\n"
+        "def main() -> None:\n    with Path('/dev/full').open('w') as file:\n        file.write('x')\nrun(main)"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no space left in ")
+    assert len(ended.stderr.splitlines()) == 1

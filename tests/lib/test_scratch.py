@@ -10,6 +10,7 @@ import torch
 
 from stages.lib.errors import StageError
 from stages.lib.scratch import Scratch, completed_record
+from stages.lib.scratch_root import scratch_root
 
 
 @pytest.fixture(autouse=True)
@@ -200,3 +201,17 @@ def test_a_result_of_other_code_is_never_published_as_this_codes(root: Path) -> 
     record.write_text(json.dumps({**json.loads(record.read_text()), "code": "another"}))
     release(scratch)
     assert not new_scratch(across_code_change=True).publish_complete(outs)
+
+
+def test_an_experiments_copy_uses_the_projects_own_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = root / ".dvc/tmp/exps/standalone/tmpabc"
+    copy.mkdir(parents=True)
+    assert scratch_root() == root / "scratch"
+    monkeypatch.delenv("STAGEWISE_SCRATCH")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.chdir(root)
+    assert scratch_root() == Path(".scratch")
+    monkeypatch.chdir(copy)
+    assert scratch_root() == root / ".scratch"
+    monkeypatch.delenv("DVC_ROOT")
+    assert scratch_root() == Path(".scratch")

@@ -163,9 +163,7 @@ def kill_after_a_checkpoint(folder: Path, stage: str, number: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "number"), [("train_sft", signal.SIGKILL), ("train_ppo", signal.SIGKILL), ("train_rm", signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("stage", "number"), [("train_ppo", signal.SIGKILL), ("train_rm", signal.SIGTERM)])
 def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, tiny: Path, stage: str, number: int) -> None:
     folder = copy_of_tiny()
     change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
@@ -177,18 +175,6 @@ def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, tiny: Pat
     assert "resuming from step" in output
     assert outs_of(folder, stage) == outs_of(tiny, stage)
     assert list(folder.rglob("*.partial")) == []
-
-
-@pytest.mark.slow
-def test_a_finished_run_that_was_not_recorded_is_published_again(copy_of_tiny: Copy, tiny: Path) -> None:
-    folder = copy_of_tiny()
-    start(folder, "train_dpo").communicate()
-    assert outs_of(folder, "train_dpo") == outs_of(tiny, "train_dpo")
-    shutil.rmtree(folder / "models/dpo")
-    process = start(folder, "train_dpo")
-    output, _ = process.communicate()
-    assert "already finished" in output
-    assert outs_of(folder, "train_dpo") == outs_of(tiny, "train_dpo")
 
 
 @pytest.mark.slow

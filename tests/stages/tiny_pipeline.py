@@ -58,7 +58,9 @@ def new_project(folder: Path) -> Path:
     settings = read_yaml(PROJECT / "profiles/default.yaml")
     lay_over(settings, TINY)
     write_yaml(folder / "params.yaml", settings)
-    write_yaml(folder / "runtime.yaml", read_yaml(PROJECT / "runtime.yaml"))
+    runtime = read_yaml(PROJECT / "runtime.yaml")
+    runtime["default"]["rows_per_partial_result"] = 16  # several partial results of so few rows
+    write_yaml(folder / "runtime.yaml", runtime)
     (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
     (folder / "data/raw").mkdir(parents=True)
     (folder / "data/raw/none").write_text("none\n")

@@ -1,0 +1,117 @@
+"""A run of a stage that keeps state in the scratch folder: who it is, whether it is finished already, publishing."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+
+from stages.lib.errors import NO_SPACE, StageError, no_space_message
+from stages.lib.processes import Processes
+from stages.lib.run_log import launcher_in_use, log_run
+from stages.lib.runtime import Runtime
+from stages.lib.scratch import Scratch, completed_record
+
+
+class StageRun:
+    """One run of a stage, on all its processes; files are touched by the main process alone.
+
+    Args:
+        settings: everything of `params.yaml` that the stage reads, by section.
+        inputs: the data and models the stage reads; with `settings` they are the identity of a resumable state.
+        outs: name → path of each out to publish.
+        logged_as: the stage's name in the log of runs, where that says more than `stage`.
+    Raises:
+        StageError: another process runs this stage with the same settings and inputs.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: list[Path],
+        outs: dict[str, Path],
+        runtime: Runtime,
+        processes: Processes,
+        logged_as: str | None = None,
+    ) -> None:
+        self.stage = stage
+        self.logged_as = logged_as or stage
+        self.settings = {name: _plain(value) for name, value in settings.items()}
+        self.outs = outs
+        self.runtime = runtime
+        self.processes = processes
+        self.started = time.monotonic()
+        self.scratch = processes.in_main(
+            lambda: Scratch(
+                stage,
+                self.settings,
+                inputs,
+                across_code_change=runtime.resume_across_code_change,
+                kept_checkpoints=runtime.kept_checkpoints,
+            )
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.scratch:
+            self.scratch.release()
+
+    def already_complete(self) -> bool:
+        """Publish the outs of a run that finished but whose end DVC never recorded; True if there was one."""
+        done = self.scratch is not None and self.scratch.publish_complete(self.outs)
+        if done:
+            print(f"{self.stage}: already finished with these settings and inputs; published its result again")
+        return self.processes.any(done)
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if self.processes.is_main:
+            print(text, flush=True)
+
+    def publish(self, build: Callable[[dict[str, Path]], None]) -> None:
+        """Write all outs and put them in place by rename. `build` fills the path of each name of `outs`.
+
+        Raises:
+            StageError: no space is left; what was saved before is as it was.
+        """
+        self.processes.in_main(lambda: self._publish(build))
+
+    def _publish(self, build: Callable[[dict[str, Path]], None]) -> None:
+        try:
+            folder = self.scratch.stage_outs()
+            build({name: folder / name for name in self.outs})
+            self.scratch.complete(self.outs)
+            self._log_run()
+            self.scratch.publish_complete(self.outs)
+        except (OSError, SafetensorError) as error:
+            self._explain(error)
+            raise
+
+    def _log_run(self) -> None:
+        """Before the outs are published: a kill in between publishes them at the next start, which trains nothing."""
+        log_run(
+            self.logged_as,
+            {out["path"]: out["dvc_hash"] for out in completed_record(self.scratch.folder)["outs"].values()},
+            time.monotonic() - self.started,
+            runtime=self.runtime,
+            processes=self.processes.world_size,
+            device=str(self.processes.device),
+            launcher=launcher_in_use(),
+        )
+
+    def _explain(self, error: Exception) -> None:
+        """Raise a StageError if a full disk is what `error` means; the library of safetensors says it in words."""
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise StageError(f"the result cannot be written to {self.scratch.folder}: {no_space_message(error)}")
+        words = ("No space left on device", "File too large", "quota")
+        if isinstance(error, SafetensorError) and any(word in str(error) for word in words):
+            raise StageError(f"the weights cannot be written to {self.scratch.folder}: {error}; free some space")
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

@@ -1,0 +1,76 @@
+"""Projects in which every stage of the tiny pipeline has run, as proofs compare with, to the byte."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from stages.lib.hashing import dvc_hash, file_hash
+from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options, write_yaml
+
+
+def outs_of(stage: str) -> list[str]:
+    """The paths that a stage writes, from dvc.yaml: outs, metrics and plots."""
+    name, _, item = stage.partition("@")
+    entry = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
+    listed = [out for key in ("outs", "metrics", "plots") for out in entry.get(key, [])]
+    paths = [out if isinstance(out, str) else next(iter(out)) for out in listed]
+    return [path.replace("${item.kind}", item).replace("${item.policy}", item) for path in paths]
+
+
+def write_lock(folder: Path, stages: list[str]) -> None:
+    """A dvc.lock that holds the hashes of the outs of `stages`, as DVC would after their run."""
+    entries = {
+        stage: {"outs": [{"path": path, "md5": dvc_hash(folder / path)} for path in outs_of(stage)]} for stage in stages
+    }
+    write_yaml(folder / "dvc.lock", {"schema": "2.0", "stages": entries})
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file (its hash) and folder of a project, hidden ones too, but training state and what is linked in."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name.split("/")[0] not in (".scratch", "stages", "outputs") and not path.is_symlink():
+            found[name] = file_hash(path) if path.is_file() else "folder"
+    return found
+
+
+def differences(ours: dict[str, str], truth: dict[str, str]) -> list[str]:
+    """What is missing, other or too much in `ours`, in words."""
+    return [
+        f"{name} is {'missing' if name not in ours else 'too much' if name not in truth else 'other'}"
+        for name in sorted(ours.keys() | truth.keys())
+        if ours.get(name) != truth.get(name)
+    ]
+
+
+def without_outs(folder: Path, stage: str) -> None:
+    """Put a project back to before `stage`: DVC removes its outs, and no training state is there."""
+    shutil.rmtree(folder / ".scratch", ignore_errors=True)
+    remove_outs(folder, stage)
+
+
+def remove_outs(folder: Path, stage: str) -> None:
+    for path in (folder / out for out in outs_of(stage)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+
+
+def start_process(folder: Path, stage: str, processes: int, output: Path) -> subprocess.Popen:
+    """Start a stage's script as a user does, under torchrun for several processes, in a process group of its own."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable] if processes == 1 else torchrun
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [*launcher, "-m", f"stages.{script(stage)}", *stage_options(stage)],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )

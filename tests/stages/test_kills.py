@@ -1,0 +1,39 @@
+"""One seeded schedule of kills for each stage; the whole matrix is `make prove`, the long one `make soak`."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.proofs.dvc_kills import killed_in_commit
+from tests.proofs.dvc_projects import dvc_project
+from tests.proofs.kill_matrix import STAGES
+from tests.stages.tiny_pipeline import PROJECT
+
+
+@pytest.mark.slow
+def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    words = ["--truth", tiny, "--processes", "1", "--kills", "0", "--real-kills", "0", "--dvc-kills", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.proofs.kill_matrix", *words, "--seed", "7", "--workers", "1", "--table", table],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # trials share the cores; a thread that waits need not spin
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")][2:]
+    assert {row[0].removeprefix("| ") for row in rows} == set(STAGES)
+    # Three kills in a row, of which one may come after the end, and a signal.
+    assert sum(int(row[4]) for row in rows) >= 2 * len(STAGES)
+
+
+@pytest.mark.slow
+def test_a_kill_while_dvc_commits_costs_nothing(tiny: Path, tmp_path: Path) -> None:
+    project = dvc_project(tiny, tmp_path / "project")
+    assert killed_in_commit(project, "train_rm", random.Random(7)) == []

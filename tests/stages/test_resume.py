@@ -1,0 +1,258 @@
+"""What a stopped stage leaves and what the next start makes of it: damage, a full disk, other settings, other inputs.
+
+Kills at every moment are in tests/proofs; here a run is cut short at one place, in this process.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stages.lib.errors import StageError
+from stages.lib.partial_results import PartialResults
+from stages.lib.stage_run import StageRun
+from stages.lib.training_run import TrainingRun
+from tests.proofs.tiny_projects import outs_of, remove_outs
+from tests.stages.tiny_pipeline import call, change, contents, start
+
+Copy = Callable[..., Path]
+
+
+class Cut(BaseException):
+    """Stands for a kill."""
+
+
+def cut_short(
+    folder: Path,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    kind: type = TrainingRun,
+    method: str = "record",
+) -> None:
+    """Run a stage until it has called a method of its run `after` times."""
+    whole, calls = getattr(kind, method), []
+
+    def counted(self: StageRun, *arguments: object) -> object:
+        if len(calls) == after:
+            raise Cut
+        calls.append(arguments)
+        return whole(self, *arguments)
+
+    remove_outs(folder, stage)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, counted)
+        with pytest.raises(Cut):
+            call(folder, stage)
+
+
+def outs(folder: Path, stage: str) -> dict[str, bytes]:
+    return {f"{out}/{name}": text for out in outs_of(stage) for name, text in contents(folder / out).items()}
+
+
+@pytest.fixture
+def folder(copy_of_tiny: Copy) -> Path:
+    project = copy_of_tiny()
+    change(project / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    return project
+
+
+def checkpoints(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.glob(".scratch/*/checkpoint-*/*") if path.is_file())
+    return {str(path): path.read_bytes() for path in found}
+
+
+def test_a_damaged_checkpoint_costs_its_steps_alone(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cut_short(folder, "train_rm", monkeypatch, after=4)
+    (state,) = folder.glob(".scratch/train_rm-*/checkpoint-00000004/state.pt")
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    capsys.readouterr()
+    call(folder, "train_rm")
+    said = capsys.readouterr()
+    assert "checkpoint-00000004 is damaged" in said.err
+    assert "resuming from step 3" in said.out
+    assert outs(folder, "train_rm") == outs(tiny, "train_rm")
+
+
+@pytest.mark.parametrize("changed", ["setting", "input"])
+def test_another_setting_or_input_starts_anew(
+    folder: Path, copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, changed: str
+) -> None:
+    cut_short(folder, "train_rm", monkeypatch, after=4)
+    fresh = copy_of_tiny("fresh")
+    for project in (folder, fresh):
+        if changed == "setting":
+            change(project / "params.yaml", {"train_rm": {"optimizer": {"learning_rate": 0.0033}}})
+        else:
+            (project / "data/tokens/preference/train.arrow").write_bytes(
+                (project / "data/tokens/preference/eval.arrow").read_bytes()
+            )
+    capsys.readouterr()
+    call(folder, "train_rm")
+    assert "resuming" not in capsys.readouterr().out
+    call(fresh, "train_rm")
+    assert outs(folder, "train_rm") == outs(fresh, "train_rm")
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Callable[[int], None]]:
+    """Makes the scratch folder a disk of so many KiB of its own; needs the right to mount one."""
+    scratch = folder / ".scratch"
+    scratch.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", scratch], capture_output=True).returncode:
+        pytest.skip("no right to mount a disk here; the test with a limit on file size holds")
+    try:
+        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", scratch], check=True) and None
+    finally:
+        subprocess.run(["umount", "-l", scratch], check=True)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(
+    folder: Path, tiny: Path, small_disk: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short(folder, "train_rm", monkeypatch, after=2)
+    before = checkpoints(folder)
+    used = sum(len(content) for content in before.values()) // 1024
+    small_disk(used + used // 4 + 64)  # room for two and a quarter, and the next is the third
+    with pytest.raises(StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm-.*No space left"):
+        call(folder, "train_rm")
+    assert checkpoints(folder) == before
+    small_disk(64 * 1024)
+    call(folder, "train_rm")
+    assert outs(folder, "train_rm") == outs(tiny, "train_rm")
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(
+    folder: Path,
+    tiny: Path,
+    small_disk: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def fill_then_publish(self: StageRun, build: Callable) -> None:
+        small_disk(4096)
+        with contextlib.suppress(OSError), (folder / ".scratch/ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        publish(self, build)
+
+    publish = StageRun._publish
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "_publish", fill_then_publish)
+        with pytest.raises(StageError, match=r"cannot be written to .*train_rm-.*; free some"):
+            call(folder, "train_rm")
+    (folder / ".scratch/ballast").unlink()
+    capsys.readouterr()
+    call(folder, "train_rm")
+    assert "resuming from step 6" in capsys.readouterr().out
+    assert outs(folder, "train_rm") == outs(tiny, "train_rm")
+
+
+def test_a_checkpoint_above_a_quota_keeps_the_earlier_one(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short(folder, "train_rm", monkeypatch, after=2)
+    before = checkpoints(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before.values())) // 2, limits[1]))
+    try:
+        with pytest.raises(StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm-.*File too large"):
+            call(folder, "train_rm")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints(folder) == before
+    call(folder, "train_rm")
+    assert outs(folder, "train_rm") == outs(tiny, "train_rm")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_tokenize_with_one_line(folder: Path) -> None:
+    remove_outs(folder, "tokenize@preference")
+    command = f"ulimit -f 4; exec {os.sys.executable} -m"
+    (folder / "limited.sh").write_text(f'{command} "$@"\n')
+    process = start(folder, "tokenize@preference", launch="sh limited.sh")
+    _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    assert errors.startswith("error: no space left")
+    assert len(errors.splitlines()) == 1
+    assert not [path for path in (folder / "data/tokens").iterdir() if "preference" in path.name]
+
+
+@pytest.mark.parametrize(("stage", "chunks"), [("ref_logprobs", 4), ("evaluate@ppo", 3)])
+def test_what_was_computed_before_a_kill_is_not_computed_again(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stage: str, chunks: int
+) -> None:
+    cut_short(folder, stage, monkeypatch, after=chunks - 1, kind=PartialResults, method="keep")
+    kept = sorted(folder.glob(".scratch/*/kept/*"))
+    assert len(kept) == chunks - 1
+    content = bytearray(kept[0].read_bytes())
+    content[content.rindex(b".") + 1] ^= 1  # the first decimal of a value: another digit
+    kept[0].write_bytes(content)
+    computed = []
+    record = PartialResults._record
+    monkeypatch.setattr(PartialResults, "_record", lambda self, value: computed.append(value) or record(self, value))
+    capsys.readouterr()
+    call(folder, stage)
+    said = capsys.readouterr()
+    assert "resuming" in said.out
+    assert f"{kept[0].name} is damaged" in said.err
+    assert len(computed) == 2  # the damaged chunk and the last one
+    assert outs(folder, stage) == outs(tiny, stage)
+
+
+def test_a_signal_while_sampling_saves_the_iterations_before(
+    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import stages.train_ppo as script
+
+    folder = copy_of_tiny()  # checkpoints once a minute: none before the signal
+    sample = script.sample_responses
+
+    def signalled(*arguments: object, **options: object) -> object:
+        if options["step"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return sample(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "sample_responses", signalled)
+        with pytest.raises(SystemExit) as ended:
+            call(folder, "train_ppo")
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert "train_ppo: stopped by SIGTERM; state saved at step 1" in said
+    assert "  2/3  " not in said
+    call(folder, "train_ppo")
+    assert "resuming from step 1" in capsys.readouterr().out
+    assert outs(folder, "train_ppo") == outs(tiny, "train_ppo")
+
+
+def catches(process: subprocess.Popen, number: int) -> bool:
+    """True once a process has a handler for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenize@sft", "train_ppo"])
+def test_a_stage_that_still_loads_libraries_ends_with_one_line(folder: Path, stage: str) -> None:
+    process = start(folder, stage)
+    deadline = time.monotonic() + 60
+    while not catches(process, signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    output, errors = process.communicate()
+    assert time.monotonic() - asked < 10
+    assert (process.returncode, output, errors) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
