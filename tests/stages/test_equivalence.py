@@ -1,0 +1,44 @@
+"""However a stage is run, it computes the same: on two processes, under every ZeRO, packed, cut, checkpointed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.proofs.equivalence import TRAINING, TWENTY_STEPS, outside
+from tests.stages.tiny_pipeline import PROJECT, change
+
+CONFIGURATIONS = (
+    "plain torch, micro-batch 1",
+    "ZeRO 0",
+    "ZeRO 1",
+    "ZeRO 2, packing, checkpointing",
+    "ZeRO 3, all offloaded",
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All stages and configurations, in one launch of two processes."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    shutil.copytree(tiny, folder / "project", symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
+    change(folder / "project/params.yaml", TWENTY_STEPS)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", "tests.proofs.equivalence", folder / "project"]
+    command += ["--out", folder / "measured.json", "--only", *CONFIGURATIONS]
+    subprocess.run(command, cwd=PROJECT, check=True, timeout=900)
+    return json.loads((folder / "measured.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_it_computes_the_same(measured: list[dict[str, Any]], stage: str, configuration: str) -> None:
+    (row,) = [row for row in measured if row["stage"] == stage and row["configuration"] == configuration]
+    assert outside(row) == {}
+    assert row["flat weights"] < 0.05
+    assert row.get("differing rollouts", 0) == 0
