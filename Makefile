@@ -93,8 +93,8 @@ test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'
 
 lint: $(VENV) ## Check style and format
-	.venv/bin/ruff check stages tests
-	.venv/bin/ruff format --check stages tests
+	.venv/bin/ruff check benchmarks stages tests
+	.venv/bin/ruff format --check benchmarks stages tests
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
 	rm -rf .scratch plots .pytest_cache .ruff_cache

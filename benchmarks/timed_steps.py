@@ -304,7 +304,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    on_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
