@@ -104,8 +104,8 @@ soak: $(VENV) ## The same with one seed after the other: MINUTES=240
 	.venv/bin/python -m tests.proofs.kill_matrix --minutes $(MINUTES) --seed 1000 --table tests/proofs/kill_soak.md
 
 lint: $(VENV) ## Check style and format
-	.venv/bin/ruff check stages tests
-	.venv/bin/ruff format --check stages tests
+	.venv/bin/ruff check benchmarks stages tests
+	.venv/bin/ruff format --check benchmarks stages tests
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
 	rm -rf plots .pytest_cache .ruff_cache

@@ -173,7 +173,7 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         ),
         (["test"], ["python -m pytest -q"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
-        (["lint"], ["ruff check stages tests", "ruff format --check stages tests"]),
+        (["lint"], ["ruff check benchmarks stages tests", "ruff format --check benchmarks stages tests"]),
     ],
 )
 def test_the_other_targets(project, arguments, expected):

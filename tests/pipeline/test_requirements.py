@@ -22,11 +22,11 @@ PINNED = [Requirement(line) for line in LOCK if line and not line.startswith(("#
 def missing_requirements(tree: ast.Module, file: str, asked: set[str]) -> set[str]:
     """Top-level names that a module imports and that no package asked for provides."""
     names = {name.split(".")[0] for name in imported_names(tree, file)} - set(sys.stdlib_module_names)
-    ours = {"stages", "tests"}
+    ours = {"benchmarks", "stages", "tests"}
     return {name for name in names - ours if not asked & {canonicalize_name(one) for one in PROVIDERS.get(name, [])}}
 
 
-@pytest.mark.parametrize("folder", ["stages", "tests"])
+@pytest.mark.parametrize("folder", ["benchmarks", "stages", "tests"])
 def test_every_package_imported_is_asked_for(folder):
     asked = {canonicalize_name(requirement.name) for requirement in ASKED}
     missing = {
