@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from stages.lib.lost_contact import end_after_lost_contact, is_lost_contact
+
 USER_ERROR_EXIT_CODE = 2
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
@@ -30,6 +32,10 @@ def run(main: Callable[..., None]) -> None:
         if _speaks_for_all_processes():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        end_after_lost_contact(error)
 
 
 def _speaks_for_all_processes() -> bool:
