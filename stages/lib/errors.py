@@ -42,7 +42,8 @@ def _speaks_for_all_processes() -> bool:
     """True in one process a launch: all ranks meet the same mistake, the first to get here reports it."""
     if "RANK" not in os.environ:
         return True
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    parent = f"{os.getppid()}-{_start_time(os.getppid())}"  # process ids come again, in containers soon
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{parent}"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     claim = Path(tempfile.gettempdir()) / f"stagewise-error-{launch}-{attempt}"
     try:
@@ -50,3 +51,11 @@ def _speaks_for_all_processes() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _start_time(process_id: int) -> str:
+    """When a process was started, in clock ticks since boot; empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -3,7 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
+
+from stages.lib import errors
 
 SCRIPT = """
 from stages.lib.errors import PathOption, StageError, run
@@ -50,3 +55,13 @@ def test_of_the_processes_of_one_launch_one_speaks(tmp_path: Path) -> None:
     ended = [start(tmp_path, "--rows", "x", RANK=str(rank), **launch) for rank in (1, 0)]
     assert [process.returncode for process in ended] == [2, 2]
     assert [process.stderr for process in ended] == ["error: x is empty\n", ""]
+
+
+def test_a_later_launch_with_the_same_process_id_speaks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    speaks = []
+    for started_at in ("100", "100", "200"):
+        monkeypatch.setattr(errors, "_start_time", lambda _process_id, time=started_at: time)
+        speaks.append(errors._speaks_for_all_processes())
+    assert speaks == [True, False, True]

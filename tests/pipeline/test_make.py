@@ -37,6 +37,7 @@ VARIABLES = [
     "REV",
     "PROFILE",
     "FORCE",
+    "STAGE",
 ]
 STEPS = {
     "tokenize": "tokenize",
@@ -168,6 +169,7 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["use", "PROFILE=small", "FORCE=1"],
             ["python -m stages.use_profile --profile profiles/small.yaml --drop-edits"],
         ),
+        (["join", "STAGE=evaluate@ppo"], ["python -m stages.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
         (["lint"], ["ruff check stages tests", "ruff format --check stages tests"]),
@@ -186,7 +188,12 @@ def test_dag_lists_every_stage_after_those_it_needs(project):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("metrics-diff", "make metrics-diff REV="), ("plots", "make plots REV="), ("use", "make use PROFILE=default")],
+    [
+        ("metrics-diff", "make metrics-diff REV="),
+        ("plots", "make plots REV="),
+        ("use", "make use PROFILE=default"),
+        ("join", "make join STAGE=train_sft"),
+    ],
 )
 def test_a_missing_variable_is_asked_for(project, target, message):
     done = make(project, target)
