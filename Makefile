@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# MINUTES=n.
+# MINUTES=n, STAGE=….
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -20,12 +20,15 @@ endif
 ifneq ($(and $(filter use,$(MAKECMDGOALS)),$(if $(PROFILE),,missing)),)
 $(error say which profile, for instance: make use PROFILE=default. There are: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
+ifneq ($(and $(filter join,$(MAKECMDGOALS)),$(if $(STAGE),,missing)),)
+$(error say which stage the first machine runs, for instance: make join STAGE=train_sft)
+endif
 
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant.
 repro = .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
-        metrics metrics-diff plots dag status lineage use test test-fast prove soak lint clean
+        metrics metrics-diff plots dag status lineage use join test test-fast prove soak lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -89,6 +92,9 @@ lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as reco
 
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
 	.venv/bin/python -m stages.use_profile --profile profiles/$(PROFILE).yaml $(if $(FORCE),--drop-edits)
+
+join: $(VENV) ## On another machine: take part in a stage that the first one runs: STAGE=train_sft, same LAUNCH
+	.venv/bin/python -m stages.join_stage --stage $(STAGE)
 
 test: $(VENV) ## Run all tests
 	.venv/bin/python -m pytest -q

@@ -11,6 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from stages.lib.lost_contact import end_after_lost_contact, is_lost_contact
+
 USER_ERROR_EXIT_CODE = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,6 +51,10 @@ def run(main: Callable[..., None]) -> None:
         if error.errno not in NO_SPACE:
             raise
         _end(f"error: {no_space_message(error)}", USER_ERROR_EXIT_CODE)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        end_after_lost_contact(error)
     except StoppedError as stopped:
         _end(f"stopped by {signal.Signals(stopped.number).name}", 128 + stopped.number)
     finally:
@@ -83,7 +89,8 @@ def _speaks_for_all_processes() -> bool:
     """True in one process a launch: all ranks meet the same mistake, the first to get here reports it."""
     if "RANK" not in os.environ:
         return True
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    parent = f"{os.getppid()}-{_start_time(os.getppid())}"  # process ids come again, in containers soon
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{parent}"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     claim = Path(tempfile.gettempdir()) / f"stagewise-error-{launch}-{attempt}"
     try:
@@ -91,6 +98,14 @@ def _speaks_for_all_processes() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _start_time(process_id: int) -> str:
+    """When a process was started, in clock ticks since boot; empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _is_a_stage(name: str) -> bool:

@@ -1,16 +1,28 @@
 """The processes of one launch: who am I, what is my share, and sums over all of us."""
 
 import os
+import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from stages.lib.errors import StageError
-from stages.lib.runtime import Runtime
+from stages.lib.hashing import file_hash
+from stages.lib.params import PARAMS_FILE
+from stages.lib.runtime import RUNTIME_FILE, Runtime
+from stages.lib.scratch import code_hash
 
+# A launcher starts all processes at about the same time; those of another machine may have to be started by hand.
+JOIN_TIMEOUT = timedelta(minutes=10)
+# While the main process hashes inputs (2 s a GB) or writes models, the others wait in a collective. A death is noticed
+# at once by the launcher or the connection, whatever this is.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 Item = TypeVar("Item")
 VECTOR_FUNCTIONS = (torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp)
 VECTOR_FUNCTIONS += (torch.log, torch.log10, torch.sin, torch.sqrt, torch.tan, torch.tanh)  # ATen/cpu/vml.h
@@ -110,24 +122,102 @@ class Processes:
             dist.destroy_process_group()
 
 
+class Place(NamedTuple):
+    """A process's place as its launcher put it into the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
 def join_processes(runtime: Runtime) -> Processes:
-    """Join the launch that the environment describes (torchrun sets RANK, WORLD_SIZE and so on), or stand alone.
+    """Join the launch that the environment describes (RANK, WORLD_SIZE and so on), or stand alone.
 
     Raises:
-        StageError: `runtime.yaml` asks for a GPU and there is none.
+        StageError: the environment is incomplete, the others cannot be met, or they were started differently;
+            `runtime.yaml` asks for a GPU and there is none.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    device = choose_device(runtime, local_rank)
-    torch.set_num_threads(max(1, runtime.threads // local_world_size))
+    place = read_place(os.environ)
+    device = choose_device(runtime, place.local_rank)
+    torch.set_num_threads(max(1, runtime.threads // place.local_world_size))
     make_deterministic()
     # transformers imports DeepSpeed to save a model, which otherwise warns that it had to find the device itself.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return Processes(dist.get_rank(), dist.get_world_size(), device)
-    return Processes(0, 1, device)
+    if place.world_size == 1:
+        return Processes(0, 1, device)
+    meet(place, "nccl" if device.type == "cuda" else "gloo")
+    processes = Processes(place.rank, place.world_size, device)
+    require_same_work(processes.gather([own_work()]))
+    return processes
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """The place that torchrun, the deepspeed launcher or `stages/slurm_rank.sh` describe; rank 0 of 1 without them.
+
+    Raises:
+        StageError: a variable is missing or no number, or Slurm started processes that do not know of each other.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in environment and tasks != "1":
+        raise StageError(
+            f"srun started {tasks} processes that do not know of each other; end LAUNCH in `sh stages/slurm_rank.sh`"
+        )
+
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            if name in environment:
+                if not environment[name].isdecimal():
+                    raise StageError(f"environment variable {name} is no number: {environment[name]!r}")
+                return int(environment[name])
+        if default is None:
+            raise StageError(f"WORLD_SIZE is {world_size}, but {names[0]} is not set; start the stage by a launcher")
+        return default
+
+    world_size = number("WORLD_SIZE", default=1)
+    if world_size <= 1:
+        return Place(0, 1, number("LOCAL_RANK", default=0), 1)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environment:
+            raise StageError(f"WORLD_SIZE is {world_size}, but {name} is not set; start the stage by a launcher")
+    # The deepspeed launcher says LOCAL_SIZE.
+    local_world_size = number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)
+    return Place(number("RANK"), world_size, number("LOCAL_RANK"), max(1, local_world_size))
+
+
+def meet(place: Place, backend: str) -> None:
+    """Make the process group of all processes of the launch."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore("stagewise", store)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StageError(
+            f"process {place.rank} of {place.world_size} could not meet the others at {where}; were all of them "
+            f"started, and can this machine reach that one? ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def own_work() -> dict[str, str]:
+    """What this process was started to do; `host` says where."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    settings = {str(path): file_hash(path) for path in (PARAMS_FILE, RUNTIME_FILE) if path.is_file()}
+    command = " ".join([spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"host": socket.gethostname(), "command": command, **settings, "code": code_hash()}
+
+
+def require_same_work(works: Sequence[Mapping[str, str]]) -> None:
+    """Raise StageError if the processes were not started alike: they would wait for each other, or mix two runs."""
+    first = works[0]
+    for rank, work in enumerate(works):
+        for name in [name for name in first | work if name != "host" and first.get(name) != work.get(name)]:
+            where = f"process {rank} ({work['host']})", f"process 0 ({first['host']})"
+            if name == "command":
+                raise StageError(f"{where[0]} runs `{work[name]}`, but {where[1]} runs `{first[name]}`")
+            raise StageError(f"{name} of {where[0]} differs from that of {where[1]}; give all machines the same files")
 
 
 def choose_device(runtime: Runtime, local_rank: int) -> torch.device:

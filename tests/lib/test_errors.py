@@ -4,7 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
+
+from stages.lib import errors
 
 SCRIPT = """
 from stages.lib.errors import PathOption, StageError, run
@@ -99,3 +104,13 @@ def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: no space left in ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_later_launch_with_the_same_process_id_speaks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    speaks = []
+    for started_at in ("100", "100", "200"):
+        monkeypatch.setattr(errors, "_start_time", lambda _process_id, time=started_at: time)
+        speaks.append(errors._speaks_for_all_processes())
+    assert speaks == [True, False, True]

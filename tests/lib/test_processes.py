@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.processes import Processes
+from stages.lib.errors import StageError
+from stages.lib.processes import Place, Processes, read_place, require_same_work
 from tests.tiny_models import CPU
 
 ALONE = Processes(0, 1, CPU)
@@ -82,6 +83,63 @@ def test_shares_are_all_there_is_once(world_size: int) -> None:
     shares = [Processes(rank, world_size, CPU).share(items) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+PLACE = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place(0, 1, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place(0, 1, 0, 1)),
+        (PLACE | {"LOCAL_WORLD_SIZE": "2"}, Place(5, 6, 1, 2)),
+        (PLACE | {"LOCAL_SIZE": "2"}, Place(5, 6, 1, 2)),  # the deepspeed launcher's word
+        (PLACE, Place(5, 6, 1, 6)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, Place(0, 1, 0, 1)),
+        (PLACE | {"SLURM_STEP_NUM_TASKS": "6", "LOCAL_WORLD_SIZE": "2"}, Place(5, 6, 1, 2)),
+    ],
+)
+def test_a_launcher_says_each_process_its_place(environment: dict[str, str], place: Place) -> None:
+    assert read_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({**PLACE, "RANK": "x"}, "environment variable RANK is no number: 'x'"),
+        ({name: value for name, value in PLACE.items() if name != "LOCAL_RANK"}, "LOCAL_RANK is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes that do not know of each other"),
+    ],
+)
+def test_half_a_place_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        read_place(environment)
+
+
+WORK = {"host": "a", "command": "stages.train_sft --out x", "params.yaml": "1", "code": "2"}
+
+
+def test_processes_on_two_machines_may_do_the_same_work() -> None:
+    require_same_work([WORK, WORK | {"host": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"command": "stages.train_rm"},
+            r"process 1 \(b\) runs `stages.train_rm`, but process 0 \(a\) runs `stages.tr",
+        ),
+        ({"params.yaml": "3"}, r"params.yaml of process 1 \(b\) differs from that of process 0 \(a\)"),
+        ({"runtime.yaml": "3"}, r"runtime.yaml of process 1"),
+        ({"code": "3"}, r"code of process 1"),
+    ],
+)
+def test_processes_that_were_started_differently_are_told_so(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        require_same_work([WORK, WORK | {"host": "b"} | changed])
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ VARIABLES = [
     "PROFILE",
     "FORCE",
     "OUT",
+    "STAGE",
 ]
 STEPS = {
     "tokenize": "tokenize",
@@ -171,6 +172,7 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["use", "PROFILE=small", "FORCE=1"],
             ["python -m stages.use_profile --profile profiles/small.yaml --drop-edits"],
         ),
+        (["join", "STAGE=evaluate@ppo"], ["python -m stages.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
         (["lint"], ["ruff check benchmarks stages tests", "ruff format --check benchmarks stages tests"]),
@@ -189,7 +191,12 @@ def test_dag_lists_every_stage_after_those_it_needs(project):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("metrics-diff", "make metrics-diff REV="), ("plots", "make plots REV="), ("use", "make use PROFILE=default")],
+    [
+        ("metrics-diff", "make metrics-diff REV="),
+        ("plots", "make plots REV="),
+        ("use", "make use PROFILE=default"),
+        ("join", "make join STAGE=train_sft"),
+    ],
 )
 def test_a_missing_variable_is_asked_for(project, target, message):
     done = make(project, target)
