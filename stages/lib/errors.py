@@ -12,9 +12,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from stages.lib.lost_contact import end_after_lost_contact, is_lost_contact
+from stages.lib.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 USER_ERROR_EXIT_CODE = 2
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
@@ -42,6 +42,7 @@ def run(main: Callable[..., None]) -> None:
     So does a full disk. SIGTERM and Ctrl-C end it at once, with one line and exit code 128 + their number, but where
     a stage minds them itself (`stages.lib.stop_signal`).
     """
+    STOP_WATCH.start(speak_for_all)
     old_handlers = {number: signal.signal(number, _raise_stopped) for number in STOP_SIGNALS}
     try:
         typer.run(main)
@@ -56,7 +57,12 @@ def run(main: Callable[..., None]) -> None:
             raise
         end_after_lost_contact(error)
     except StoppedError as stopped:
-        _end(f"stopped by {signal.Signals(stopped.number).name}", 128 + stopped.number)
+        speak_for_all(f"stopped by {signal.Signals(stopped.number).name}")
+        _end_now(128 + stopped.number)
+    except SystemExit as ended:
+        if ended.code in [128 + number for number in STOP_SIGNALS]:
+            _end_now(ended.code)
+        raise
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
@@ -73,16 +79,26 @@ def _raise_stopped(number: int, _frame: object) -> NoReturn:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    if _speaks_for_all_processes():
-        print(message, file=sys.stderr, flush=True)
+    speak_for_all(message)
     sys.exit(status)
 
 
+def _end_now(status: int) -> NoReturn:
+    """End without what Python and the libraries do at their end, some of which waits for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _end_at_once(number: int, _frame: object) -> NoReturn:
-    try:
-        _end(f"stopped by {signal.Signals(number).name}", 128 + number)
-    finally:
-        os._exit(128 + number)
+    speak_for_all(f"stopped by {signal.Signals(number).name}")
+    os._exit(128 + number)
+
+
+def speak_for_all(message: str) -> None:
+    """Print a last line on stderr, once a launch, whichever of its processes comes first."""
+    if _speaks_for_all_processes():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _speaks_for_all_processes() -> bool:

@@ -3,15 +3,15 @@
 Outside such work a signal ends a stage at once (see `stages.lib.errors.run`).
 """
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn, Self
 
-from stages.lib.errors import STOP_SIGNALS
+from stages.lib.errors import speak_for_all
 from stages.lib.processes import Processes
+from stages.lib.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 GRACE_SECONDS = 20.0  # launchers kill 30 seconds after they have asked
 
@@ -27,28 +27,22 @@ class StopSignal:
         self.name = name
         self.processes = processes
         self.number = 0
-        self._saving = False
 
     def __enter__(self) -> Self:
         self._old_handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        self._old_handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+        self._stack = ExitStack()
+        self._stack.enter_context(STOP_WATCH.allow(GRACE_SECONDS))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._stack.close()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         if kind is None and self.number:
             signal.raise_signal(self.number)  # it came after the last look
 
     def _note(self, number: int, _frame: object) -> None:
-        if not self.number and not self._saving:
-            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         self.number = number
-
-    def _give_up(self, _number: int, _frame: object) -> None:
-        self._say(f"within {GRACE_SECONDS:.0f} s no place to save was reached; what was saved before stands")
-        os._exit(128 + self.number)
 
     def agreed(self) -> bool:
         """True in all processes if one of them has got a signal. All processes call this together."""
@@ -61,19 +55,11 @@ class StopSignal:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside, a signal is noted and no time limit runs: a kill in the middle of a save does no harm."""
-        self._saving = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
+        """Inside, no time limit runs: a kill in the middle of a save does no harm."""
+        with STOP_WATCH.allow(None):
             yield
-        finally:
-            self._saving = False
 
     def leave(self, saved: str) -> NoReturn:
         """End with exit code 128 + the signal's number, and one line that says what is `saved`."""
-        self._say(saved)
+        speak_for_all(f"{self.name}: stopped by {signal.Signals(self.number).name}; {saved}")
         sys.exit(128 + self.number)
-
-    def _say(self, text: str) -> None:
-        if self.processes.is_main:
-            print(f"\n{self.name}: stopped by {signal.Signals(self.number).name}; {text}", flush=True)

@@ -347,7 +347,8 @@ def forked_rows(folder: Path, stage: str, kills: int | None, draw: random.Random
     for point in points if kills is None else sorted(draw.sample(points, min(kills, len(points)))):
         trials.forked(rows[0], [point], signal.SIGKILL)
     for _ in range(6 if kills is None else 1):
-        trials.forked(rows[1], [draw.randint(1, len(trials.operations)) for _ in range(3)], signal.SIGKILL)
+        # From the start of each run, so that the third still has something before it.
+        trials.forked(rows[1], [draw.randint(1, len(trials.operations) // 3) for _ in range(3)], signal.SIGKILL)
     for number in STOPS if kills is None else (draw.choice(STOPS),):
         row = Row(stage, 1, f"{number.name} at file operations")
         for _ in range(10 if kills is None else 1):

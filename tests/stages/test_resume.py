@@ -228,9 +228,9 @@ def test_a_signal_while_sampling_saves_the_iterations_before(
         with pytest.raises(SystemExit) as ended:
             call(folder, "train_ppo")
     assert ended.value.code == 128 + signal.SIGTERM
-    said = capsys.readouterr().out
-    assert "train_ppo: stopped by SIGTERM; state saved at step 1" in said
-    assert "  2/3  " not in said
+    said = capsys.readouterr()
+    assert said.err.endswith("train_ppo: stopped by SIGTERM; state saved at step 1\n")
+    assert "  2/3  " not in said.out
     call(folder, "train_ppo")
     assert "resuming from step 1" in capsys.readouterr().out
     assert outs(folder, "train_ppo") == outs(tiny, "train_ppo")
