@@ -242,6 +242,8 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives of torch by names that torch means to drop.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    # On a CPU it would compile, for a minute at first use, a collective of inference that nothing here calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")  # a process without a launcher; DeepSpeed refuses to start without it
     if not dist.is_initialized():
         backend = "nccl" if processes.device.type == "cuda" else "gloo"

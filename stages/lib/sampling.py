@@ -133,6 +133,24 @@ def invert_distribution(logits: torch.Tensor, uniform: torch.Tensor, temperature
     """The token at which the cumulative distribution passes a uniform draw. (b, vocabulary), (b,) → (b,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    cumulative = running_sums(torch.softmax(logits.double() / temperature, dim=-1))
     place = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, place, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def running_sums(rows: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums along each row, the same bytes at every call. Shapes: (b, n) → (b, n).
+
+    torch calls every floating-point `cumsum` on a GPU nondeterministic and refuses it. That is true of a single row,
+    which many blocks sum together; of several rows each is summed by one block, in a fixed order
+    (ATen/native/cuda/ScanUtils.cuh; github.com/pytorch/pytorch/issues/75240).
+    """
+    if rows.device.type == "cpu":
+        return rows.cumsum(dim=-1)
+    several = torch.cat([rows, rows]) if rows.shape[0] == 1 else rows
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        return several.cumsum(dim=-1)[: rows.shape[0]]
+    finally:
+        torch.set_deterministic_debug_mode(mode)

@@ -31,6 +31,7 @@ from stages.lib import engine as engine_module
 from stages.lib import pretrained
 from stages.lib.processes import Processes, join_processes
 from stages.lib.runtime import read_runtime
+from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
 from tests.stages.tiny_pipeline import (
     PROJECT,
     call,
@@ -49,6 +50,7 @@ STEPS = 20
 STEEP = 1e-5
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp64": 1e-10}
 TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are compared
 ONCE = {"eval_every": 1000, "keep": "last"}
 TWENTY_STEPS = {
     "train_sft": {"epochs": 2.5, "batch_size": 8, **ONCE},
@@ -96,7 +98,8 @@ HEAD = """# Every way to run a stage, against one process, plain torch and paddi
 
 Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Steep" leaves out the weights whose
 gradient is below 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which
-magnifies the rounding errors of the smallest g. "Losses" are those of all steps and the norms of their gradients.
+magnifies the rounding errors of the smallest g. "Losses" are those of all steps and the norms of their gradients;
+"numbers" are what ref_logprobs and evaluate write.
 
 """
 
@@ -148,7 +151,7 @@ def make_project(folder: Path) -> None:
     new_project(folder)
     for stage in ("prepare_data", "prepare_base", "tokenize@sft", "tokenize@preference", "tokenize@prompts"):
         call(folder, stage)
-    for stage in ("train_sft", "train_rm", "ref_logprobs", "train_dpo"):
+    for stage in (*TRAINING[:2], "ref_logprobs", "train_dpo"):
         call(folder, stage)
     change(folder / "params.yaml", TWENTY_STEPS)
 
@@ -211,6 +214,8 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, stage: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
+    if stage in MEASURING:
+        return compare_outs(folder, reference, stage)
     wanted = load_file(reference / "probe.safetensors")
     result: dict[str, float] = {}
     for name in sorted({name.split("/")[0] for name in wanted}):
@@ -237,6 +242,23 @@ def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, stage
     return result
 
 
+def compare_outs(folder: Path, reference: Path, stage: str) -> dict[str, float]:
+    """Largest relative difference of a number that a stage without training writes, and how many responses differ."""
+    if stage == "ref_logprobs":
+        sides = [
+            read_table(side / "data/ref_logprobs/train.arrow", REFERENCE_SCHEMA)[:] for side in (folder, reference)
+        ]
+        pairs = [pair for name in list(sides[0])[1:] for pair in zip(*(side[name] for side in sides), strict=True)]
+        return {"numbers": max(abs(one - other) / abs(other) for one, other in pairs)}
+    sides = [json.loads((side / "metrics/evaluate/dpo.json").read_text()) for side in (folder, reference)]
+    samples = [(side / "data/samples/dpo.jsonl").read_text().splitlines() for side in (folder, reference)]
+    responses = [[json.loads(line)["response"] for line in lines] for lines in samples]
+    return {
+        "numbers": max(abs(value - sides[1][name]) / max(abs(sides[1][name]), 1.0) for name, value in sides[0].items()),
+        "differing rollouts": float(sum(one != other for one, other in zip(*responses, strict=True))),
+    }
+
+
 def differing_rollouts(folder: Path, reference: Path) -> int:
     sides = []
     for side in (folder, reference):
@@ -257,7 +279,8 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
             alone = replace(processes, rank=0, world_size=1)
             if processes.is_main:
                 found, folder = run_stage(project, stage, {"engine": "torch"}, alone, precision)
-                save_file(found, folder / "probe.safetensors")
+                if found:
+                    save_file(found, folder / "probe.safetensors")
                 shutil.move(folder, reference)
             processes.broadcast(None)
         for name, changes in knobs.items():
@@ -279,7 +302,7 @@ def outside(row: dict[str, Any]) -> dict[str, float]:
     """What of one row of measurements is larger than the precision allows."""
     limit = TOLERANCES[row["precision"]]
     # In bf16 a trajectory is a rounding of its own from the first step on.
-    bounded = ["gradient", "first update, steep", "losses", f"weights after {STEPS} steps"]
+    bounded = ["gradient", "first update, steep", "losses", f"weights after {STEPS} steps", "numbers"]
     bounded = bounded[:2] if row["precision"] == "bf16" else bounded
     return {key: row[key] for key in bounded if key in row and not row[key] <= limit}
 
@@ -287,7 +310,7 @@ def outside(row: dict[str, Any]) -> dict[str, float]:
 def as_table(rows: list[dict[str, Any]]) -> str:
     """The measurements in Markdown."""
     names = ["stage", "precision", "processes", "configuration", "gradient", "first update", "first update, steep"]
-    names += ["flat weights", "losses", f"weights after {STEPS} steps", "differing rollouts"]
+    names += ["flat weights", "losses", f"weights after {STEPS} steps", "numbers", "differing rollouts"]
     lines = ["| " + " | ".join(names) + " | within |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
@@ -309,7 +332,7 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("project", type=Path)
-    parser.add_argument("--stages", nargs="+", default=list(TRAINING))
+    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *MEASURING])
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp64"])
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
     parser.add_argument("--out", type=Path, help="JSON file to which the measurements are added")
