@@ -177,7 +177,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
         return [len(prompt) + new for prompt, new in zip(prompts, responses, strict=True)], sum(responses)
 
     def rollouts() -> Cost:
-        phases.append(algorithm.collect(prompts, len(phases)))
+        phases.append(algorithm.collect(prompts, len(phases), may_stop=lambda: None))
         lengths, new = sizes()
         by_policy, by_critic = (forward_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0))
         by_reference, by_reward_model = (forward_flops(architecture, lengths, logits) for logits in (new, 0))
