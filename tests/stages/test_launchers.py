@@ -23,7 +23,7 @@ from tests.stages.tiny_pipeline import PROJECT, call, change, contents, script, 
 
 Copy = Callable[..., Path]
 BIN = Path(sys.executable).parent
-TIMEOUT = 180  # seconds: what hangs fails
+TIMEOUT = 600  # seconds: what hangs fails, what a busy machine makes slow does not
 TWO_HERE = "torchrun --standalone --nproc_per_node=2 -m"
 
 SRUN = f"""#!{sys.executable}
@@ -74,9 +74,19 @@ def launch(folder: Path, stage: str, launcher: str, **variables: str) -> subproc
 
 def end(process: subprocess.Popen) -> str:
     """What a stage that must succeed prints."""
-    output, errors = process.communicate(timeout=TIMEOUT)
+    output, errors = output_of(process)
     assert process.returncode == 0, output + errors
     return output
+
+
+def output_of(process: subprocess.Popen) -> tuple[str, str]:
+    """Standard output and errors of a launch, which is stopped if it hangs."""
+    try:
+        return process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+        raise
 
 
 def first_row_alone(path: Path, schema: object) -> None:
@@ -159,7 +169,7 @@ def test_a_process_that_dies_ends_the_stage_which_goes_on_under_slurm(
     ranks = {one.environ().get("RANK"): one for one in psutil.Process(process.pid).children(recursive=True)}
     ranks["1"].kill()
     killed = time.monotonic()
-    _, errors = process.communicate(timeout=TIMEOUT)
+    _, errors = output_of(process)
     assert process.returncode != 0
     assert time.monotonic() - killed < 30
     cause = errors.split("Root Cause")[1]
