@@ -341,14 +341,15 @@ def kill_one_rank(process: subprocess.Popen) -> None:
 def forked_rows(folder: Path, stage: str, kills: int | None, draw: random.Random) -> list[Row]:
     """All methods that fork. `kills`: operations tried by each, None for every one that differs."""
     trials = Trials(folder, stage, draw)
-    points = kill_points(trials.operations)
+    points, count = kill_points(trials.operations), len(trials.operations)
     rows = [Row(stage, 1, name) for name in ("SIGKILL at each file operation", "SIGKILL, three in a row")]
     rows[0].failures += [f"{stage} undisturbed: {text}" for text in trials.undisturbed]
     for point in points if kills is None else sorted(draw.sample(points, min(kills, len(points)))):
         trials.forked(rows[0], [point], signal.SIGKILL)
     for _ in range(6 if kills is None else 1):
-        # From the start of each run, so that the third still has something before it.
-        trials.forked(rows[1], [draw.randint(1, len(trials.operations) // 3) for _ in range(3)], signal.SIGKILL)
+        # Amid the work first, then soon after each start, so that the third still has something before it.
+        spans = ((count // 4, count // 2), (1, count // 4), (1, count // 6))
+        trials.forked(rows[1], [draw.randint(*span) for span in spans], signal.SIGKILL)
     for number in STOPS if kills is None else (draw.choice(STOPS),):
         row = Row(stage, 1, f"{number.name} at file operations")
         for _ in range(10 if kills is None else 1):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.proofs.dvc_kills import killed_in_commit
 from tests.proofs.dvc_projects import dvc_project
-from tests.proofs.kill_matrix import STAGES
+from tests.proofs.kill_matrix import SAVING, STAGES
 from tests.stages.tiny_pipeline import PROJECT
 
 
@@ -19,7 +19,7 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
     table = tmp_path / "table.md"
     words = ["--truth", tiny, "--processes", "1", "--kills", "0", "--real-kills", "0", "--dvc-kills", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.proofs.kill_matrix", *words, "--seed", "7", "--workers", "1", "--table", table],
+        [sys.executable, "-m", "tests.proofs.kill_matrix", *words, "--seed", "7", "--workers", "2", "--table", table],
         cwd=PROJECT,
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # trials share the cores; a thread that waits need not spin
         capture_output=True,
@@ -29,6 +29,8 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")][2:]
     assert {row[0].removeprefix("| ") for row in rows} == set(STAGES)
+    resumed = {row[0].removeprefix("| ") for row in rows if "in a row" in row[2] and int(row[5])}
+    assert resumed == set(SAVING)
     # Three kills in a row, of which one may come after the end, and a signal.
     assert sum(int(row[4]) for row in rows) >= 2 * len(STAGES)
 

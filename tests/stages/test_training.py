@@ -153,7 +153,7 @@ def kill_after_a_checkpoint(folder: Path, stage: str, number: int) -> int:
     """Start a stage, send it a signal once it has written a checkpoint, and return its exit status."""
     process = start(folder, stage)
     deadline = time.monotonic() + 120
-    while not list(folder.glob(".scratch/*/checkpoint-*/manifest.json")):
+    while not list(folder.glob(".scratch/*/checkpoint-????????")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
