@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from tests.real_files import PROJECT, real_file
 TEMPLATE = str(PROJECT / "stages/templates/chat.jinja")
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>"]
 FILES = [
+    "README.md",
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
@@ -94,6 +96,11 @@ def prepare(folder, seed=17, **changes):
     return folder / "models/base"
 
 
+def without_card(base):
+    """A base model's files but for its card, which names the model that it was made from."""
+    return {path.name: path.read_bytes() for path in base.iterdir() if path.name != "README.md"}
+
+
 def local(path, **changes):
     return {"source": "local", "path": str(path), "corpus": NO_FILE, **changes}
 
@@ -117,7 +124,7 @@ def assert_fit_for_use(base):
     assert tokenizer.pad_token_id not in encode_prompt(tokenizer, PROMPT) + ids
     assert decode_completion(tokenizer, ids) == REPLY["content"]
     assert model(torch.tensor([encode_prompt(tokenizer, PROMPT) + ids])).logits.isfinite().all()
-    for name in FILES[:3] + FILES[4:]:
+    for name in set(FILES) - {"model.safetensors"}:
         assert str(base.parent.parent) not in (base / name).read_text(), name
 
 
@@ -156,7 +163,7 @@ def test_a_model_from_scratch_has_the_same_bytes_twice(scratch_runs):
 def test_another_seed_gives_other_weights_and_the_same_tokenizer(scratch_runs, tmp_path):
     other = prepare(tmp_path, seed=18)
     same = [name for name in FILES if (other / name).read_bytes() == (scratch_runs[0] / name).read_bytes()]
-    assert same == [name for name in FILES if name != "model.safetensors"]
+    assert set(FILES) - set(same) == {"model.safetensors", "README.md"}  # the card has the seed
 
 
 def test_weights_have_the_dtype_asked_for(tmp_path):
@@ -229,7 +236,7 @@ def test_a_free_row_is_used_and_a_template_of_its_own_is_kept(tmp_path):
 
 def test_a_pad_of_its_own_is_kept(scratch_runs, tmp_path):
     base = prepare(tmp_path, **local(scratch_runs[0]))
-    assert content_hash(base) == content_hash(scratch_runs[0])
+    assert without_card(base) == without_card(scratch_runs[0])
 
 
 def chatml(folder, tokenizer_folder):
@@ -366,7 +373,10 @@ def test_a_model_of_the_hub(scratch_runs, tmp_path):
         env = server.environment(tmp_path / "cache")
         process = run_script(tmp_path, env=env, **hub)
         assert process.returncode == 0, process.stderr
-        assert content_hash(tmp_path / "models/base") == content_hash(scratch_runs[0])
+        assert without_card(tmp_path / "models/base") == without_card(scratch_runs[0])
+        card = ModelCard.load(tmp_path / "models/base/README.md")
+        assert card.data.base_model == "some/model"
+        assert f'"hub_revision": "{commit}"' in card.text
         process = run_script(tmp_path / "other", env=env, **hub | {"hub_revision": "0" * 40})
     assert process.returncode == 2
     (message,) = process.stderr.splitlines()
