@@ -102,8 +102,14 @@ test: $(VENV) ## Run all tests
 test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'
 
-prove: $(VENV) ## Kill every stage in every way and write down what came of it (half an hour)
+prove: $(VENV) ## Kill every stage in every way, run each in every way, and write down what came of it (an hour)
 	.venv/bin/python -m tests.proofs.kill_matrix --table tests/proofs/kill_matrix.md
+	rm -rf .scratch/equivalence && mkdir -p .scratch/equivalence
+	.venv/bin/python -m tests.proofs.equivalence .scratch/equivalence/project $(EQUIVALENCE) --precision fp64 fp32 bf16
+	for n in 2 4; do .venv/bin/torchrun --standalone --nproc_per_node=$$n -m tests.proofs.equivalence \
+	  .scratch/equivalence/project $(EQUIVALENCE) --precision fp32 bf16 || exit 1; done
+
+EQUIVALENCE = --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md
 
 MINUTES ?= 240
 soak: $(VENV) ## The same with one seed after the other: MINUTES=240

@@ -18,10 +18,20 @@ pytestmark = pytest.mark.slow
 STAGES = all_instances(load_graph())
 DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
+DEEPSPEED = {"stages/lib/deepspeed_engine.py": "several processes or ZeRO"}
+TRACKERS = {
+    "stages/lib/tensorboard_tracker.py": "runtime.yaml: trackers",
+    "stages/lib/wandb_tracker.py": "runtime.yaml: trackers",
+}
 NOT_RUN = {
+    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
     "ref_logprobs": {
-        "stages/lib/tokenizer_files.py": "pretrained.py imports it to save a model; this stage saves none"
+        **DEEPSPEED,
+        "stages/lib/tokenizer_files.py": "pretrained.py imports it to save a model; this stage saves none",
     },
+    "evaluate@sft": DEEPSPEED,
+    "evaluate@dpo": DEEPSPEED,
+    "evaluate@ppo": DEEPSPEED,
 }
 
 
