@@ -1,5 +1,6 @@
 """The DeepSpeed back of the engine: ZeRO 0 to 3, optimizer and parameters on the CPU if asked."""
 
+import importlib
 import io
 import logging
 import os
@@ -243,5 +244,8 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with redirect_stdout(io.StringIO()):  # what it prints of itself and of memory
         if not deepspeed.comm.is_initialized():
+            # On CPUs DeepSpeed would compile a library for collectives that only its inference calls: minutes, a
+            # compiler, and if it is killed meanwhile a lock file on which every later launch waits for ever.
+            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         return deepspeed.initialize(model=module, config=config, **options)[0]
