@@ -61,6 +61,7 @@ def launch(folder: Path, stage: str, launcher: str, **variables: str) -> subproc
     change(folder / "runtime.yaml", {"default": {"threads": 1, "checkpoint_seconds": 0.0}})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {"LAUNCH": launcher, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT)}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(folder.parent / "compiled")}
     environment |= {"STAGEWISE_SCRATCH": str(folder / ".scratch"), **variables}
     return subprocess.Popen(
         ["sh", "stages/launch.sh", script(stage), *stage_options(stage)],
@@ -143,6 +144,8 @@ def test_two_machines_under_torchrun(uneven: Callable[[str], Path], expected: di
         end(machine)
     assert outs_of(first, "train_sft") == expected
     assert contents(second) == before  # a machine without the main process writes nothing
+    # Nor is anything compiled, which would need a compiler, and leave a lock behind when it is killed.
+    assert not (first.parent / "compiled").exists()
 
 
 @pytest.mark.slow
