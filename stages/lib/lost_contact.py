@@ -6,6 +6,7 @@ them would bury the message of the process that died.
 
 import os
 import re
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -38,5 +39,7 @@ def end_after_lost_contact(error: BaseException) -> NoReturn:
         file=sys.stderr,
         flush=True,
     )
+    # The launcher that has seen it ends the others by a signal, of which there is nothing to be told.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_CODE))
     time.sleep(SECONDS_FOR_THE_LAUNCHER)
     sys.exit(EXIT_CODE)

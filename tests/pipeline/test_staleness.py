@@ -119,8 +119,8 @@ def test_what_is_read_undeclared_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "data/rows").write_text("1\n")
     (tmp_path / "params.yaml").write_text("seed: 1\nother: 2\n")
     (tmp_path / "stages/lib/late.py").touch()
-    (tmp_path / "stages/lib/params.py").write_text((ROOT / "stages/lib/params.py").read_text())
-    (tmp_path / "stages/lib/errors.py").write_text((ROOT / "stages/lib/errors.py").read_text())
+    for name in ("params", "errors", "lost_contact", "stop_watch"):
+        (tmp_path / f"stages/lib/{name}.py").write_text((ROOT / f"stages/lib/{name}.py").read_text())
     (tmp_path / "stages/write_report.py").write_text(
         "from stages.lib.params import read_value\n"
         "if __name__ == '__main__':\n"
@@ -145,6 +145,7 @@ def test_what_is_read_undeclared_fails_the_run(tmp_path: Path) -> None:
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["params"] == ["seed"]
     assert seen["modules"] == [
-        *("stages/lib/errors.py", "stages/lib/late.py", "stages/lib/params.py", "stages/write_report.py"),
+        *("stages/lib/errors.py", "stages/lib/late.py", "stages/lib/lost_contact.py", "stages/lib/params.py"),
+        *("stages/lib/stop_watch.py", "stages/write_report.py"),
     ]
     assert {"data/rows", "params.yaml"} <= set(seen["files"])
