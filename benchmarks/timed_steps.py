@@ -315,7 +315,7 @@ def main(workload: str, configuration: str, models: str, result: str) -> None:
     found: dict[str, Any] = {"status": "measured", "machine": describe_machine(device)}
     try:
         found["parts"] = measure(setup)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it becomes this configuration's row, and the others still run
         traceback.print_exc()
         message = " ".join(str(error).split())[:200]
         found["status"] = "out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {message}"
