@@ -94,16 +94,17 @@ class Evaluation:
 
     def __init__(self, settings: Evaluate, seed: int, runtime: Runtime, processes: Processes, sft: Path) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
+        self.where = (settings.precision, runtime, processes.device)
         self.eos_id, self.pad_id = end_and_pad_ids(sft)
         self.batching = micro_batching(runtime, self.pad_id, processes)
 
     def load_policy(self, path: Path) -> Policy:
-        model = load_language_model(path, self.settings.precision, self.runtime, self.processes.device)
+        model = load_language_model(path, *self.where, frozen=True)
         module = TokenLogProbs(model, chunk_tokens=self.runtime.logits_chunk_tokens)
         return Policy(module, frozen(module, self.runtime, self.processes), model.config)
 
     def load_reward_model(self, path: Path) -> Callable:
-        classifier = load_classifier(path, self.settings.precision, self.runtime, self.processes.device)
+        classifier = load_classifier(path, *self.where, frozen=True)
         return frozen(SequenceScores(classifier), self.runtime, self.processes)
 
     def sample(self, policy: Policy, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:

@@ -50,7 +50,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
         if this_run.already_complete():
             return
         where = (settings.precision, runtime, processes.device, settings.base_quantization)
-        language_model = load_language_model(model, *where)
+        language_model = load_language_model(model, *where, frozen=True)
         module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         columns = {}

@@ -186,24 +186,26 @@ def main(
             require_finite(row["loss"], "loss", step)
             row["grad_norm"] = engine.step()
             if is_due(step + 1, settings.eval_every, total):
-                results = pair_loss(engine, held_out[:], train=False)
+                with engine.averaged():
+                    results = pair_loss(engine, held_out[:], train=False)
+                    require_finite(results["loss"], "held-out loss", step)
+                    best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
                 row |= {f"eval/{name}": value for name, value in results.items()}
-                require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
             tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
             this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
-        weights = engine.master_weights(language_model)
-        kept = best.choose(lambda: lora.trained(weights))
-        results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
-        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
-        this_run.publish_model(
-            language_model,
-            processes.in_main(lambda: lora.merged(weights | kept.weights)),
-            results | lora.counts(),
-            save_dtype=settings.save_dtype,
-            tokenizer_from=model,
-            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
-        )
+        with engine.averaged():
+            weights = engine.master_weights(language_model)
+            kept = best.choose(lambda: lora.trained(weights))
+            results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
+            results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
+            this_run.publish_model(
+                language_model,
+                processes.in_main(lambda: lora.merged(weights | kept.weights)),
+                results | lora.counts(),
+                save_dtype=settings.save_dtype,
+                tokenizer_from=model,
+                build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
+            )
     processes.leave()
 
 

@@ -16,7 +16,6 @@ the reward model the critic without its adapters and with its first head: two mo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ if not asks_for_help():
     from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
     from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes
+    from stages.lib.rollout_log import RolloutLog
     from stages.lib.rollouts import Rollouts, assemble, score_responses, values_before
     from stages.lib.sampling import require_room, sample_responses
     from stages.lib.scalar_scores import SequenceScores, TokenScores
@@ -126,6 +126,8 @@ class TrainPpo:
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
+        if self.critic_optimizer.ema_decay is not None:
+            raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
         self._check_kl_controller()
 
     def _check_kl_controller(self) -> None:
@@ -172,11 +174,12 @@ class Ppo:
         if settings.lora:
             self.reference = WithoutAdapters(self.policy, self.lora)
         else:
-            self.reference = frozen(TokenLogProbs(load_language_model(model, *where), **log_probs), *launch)
+            reference = load_language_model(model, *where, frozen=True)
+            self.reference = frozen(TokenLogProbs(reference, **log_probs), *launch)
         if first_head:
             self.reward_model = WithoutAdapters(SequenceScores(first_head), critic_lora)
         else:
-            self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where)), *launch)
+            self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where, frozen=True)), *launch)
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.moments = RunningMoments()
         self.kl_controller = (
@@ -356,8 +359,7 @@ def main(
         check_table_ids(table, ("prompt_ids",), ppo.language_model.config.vocab_size, tokens / "train.arrow")
         where = f"{tokens / 'train.arrow'} with train_ppo.max_new_tokens"
         require_room(table["prompt_ids"], ppo.language_model.config, settings.max_new_tokens, where)
-        decode = decoder(model)
-        log = this_run.log_file("rollouts.jsonl")
+        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
         early_stop = EarlyStop()
         parts = {
             "policy": ppo.policy,
@@ -383,27 +385,32 @@ def main(
             else:
                 row |= ppo.update(batch, advantages, returns, iteration)
                 ppo.kl_controller.update(row["objective/kl"], len(rows))
-            if log:
-                write_rollouts(log, iteration, [table["row"][index] for index in rows], batch, decode)
+            log.append(iteration, [table["row"][index] for index in rows], batch)
             response_tokens = int(batch.response_mask.sum())
             this_run.record(iteration, response_tokens, row, ("objective/scores", "objective/kl", "response/eos_rate"))
-            show_samples(this_run, batch, decode, runtime.shown_samples)
-        results = final_results(log, settings, early_stop.stopped_after) if log else {}
-        weights = ppo.policy.master_weights(ppo.language_model)
+            for line in log.samples(batch, runtime.shown_samples):
+                this_run.say(line)
+        results = {
+            "iterations": early_stop.stopped_after or settings.iterations,
+            "stopped_early": int(early_stop.stopped_after > 0),
+            **log.results(),
+        }
+        with ppo.policy.averaged():
+            weights = ppo.policy.master_weights(ppo.language_model)
 
-        def build_others(staged: dict[str, Path]) -> None:
-            staged["rollouts"].mkdir()
-            (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.read_bytes())
-            ppo.lora.save_adapter(weights, staged["model"], settings.save_dtype)
+            def build_others(staged: dict[str, Path]) -> None:
+                staged["rollouts"].mkdir()
+                (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.path.read_bytes())
+                ppo.lora.save_adapter(weights, staged["model"], settings.save_dtype)
 
-        this_run.publish_model(
-            ppo.language_model,
-            processes.in_main(lambda: ppo.lora.merged(weights)),
-            results | ppo.lora.counts(),
-            save_dtype=settings.save_dtype,
-            tokenizer_from=model,
-            build_others=build_others,
-        )
+            this_run.publish_model(
+                ppo.language_model,
+                processes.in_main(lambda: ppo.lora.merged(weights)),
+                results | ppo.lora.counts(),
+                save_dtype=settings.save_dtype,
+                tokenizer_from=model,
+                build_others=build_others,
+            )
     processes.leave()
 
 
@@ -424,53 +431,6 @@ def summarise_rollouts(
         "value/explained_variance": explained_variance(batch.values, returns, batch.response_mask),
         "policy/entropy": entropy,
     }
-
-
-def decoder(model: Path) -> Any:
-    """A function from token ids to text, special tokens shown."""
-    from stages.lib.chat import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def write_rollouts(log: Path, iteration: int, rows: list[int], batch: Rollouts, decode: Any) -> None:
-    """Append the responses of a phase, with score and KL, to the rollout log."""
-    kl = batch.kl.sum(dim=-1).tolist()
-    with log.open("a", encoding="utf-8") as file:
-        for index, row in enumerate(rows):
-            record = {
-                "iteration": iteration + 1,
-                "row": row,
-                "response": decode(batch.responses[index]),
-                "response_ids": batch.responses[index],
-                "score": round(float(batch.scores[index]), 6),
-                "kl": round(kl[index], 6),
-                "ended": bool(batch.ended[index]),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def show_samples(this_run: TrainingRun, batch: Rollouts, decode: Any, count: int) -> None:
-    for index in range(min(count, len(batch.responses))):
-        score, kl = float(batch.scores[index]), float(batch.kl[index].sum())
-        this_run.say(f"    score {score:+.2f}  kl {kl:+.2f}  {decode(batch.responses[index])!r}")
-
-
-def final_results(log: Path, settings: TrainPpo, stopped_after: int) -> dict[str, float]:
-    """The stage's metrics: means over the first and the last phase's rollouts."""
-    with log.open(encoding="utf-8") as lines:
-        rollouts = [json.loads(line) for line in lines]
-    results: dict[str, float] = {
-        "iterations": stopped_after or settings.iterations,
-        "rollouts": len(rollouts),
-        "stopped_early": int(stopped_after > 0),
-    }
-    for name, phase in (("first", rollouts[0]["iteration"]), ("last", rollouts[-1]["iteration"])):
-        own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
-        for key in ("score", "kl", "ended"):
-            results[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
-    return results
 
 
 if __name__ == "__main__":

@@ -104,24 +104,26 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             require_finite(row["loss"], "loss", step)
             row["grad_norm"] = engine.step()
             if is_due(step + 1, settings.eval_every, total):
-                results = pair_loss(engine, held_out[:], train=False)
+                with engine.averaged():
+                    results = pair_loss(engine, held_out[:], train=False)
+                    require_finite(results["loss"], "held-out loss", step)
+                    best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
-                require_finite(results["loss"], "held-out loss", step)
-                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
             tokens_seen = count_tokens(train[rows])
             this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
-        weights = engine.master_weights(classifier)
-        kept = best.choose(lambda: lora.trained(weights))
-        results = summarise(kept.results, len(held_out))
-        results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step, **lora.counts()}
-        this_run.publish_model(
-            classifier,
-            processes.in_main(lambda: lora.merged(weights | kept.weights)),
-            results,
-            save_dtype=settings.save_dtype,
-            tokenizer_from=model,
-            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
-        )
+        with engine.averaged():
+            weights = engine.master_weights(classifier)
+            kept = best.choose(lambda: lora.trained(weights))
+            results = summarise(kept.results, len(held_out))
+            results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step, **lora.counts()}
+            this_run.publish_model(
+                classifier,
+                processes.in_main(lambda: lora.merged(weights | kept.weights)),
+                results,
+                save_dtype=settings.save_dtype,
+                tokenizer_from=model,
+                build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
+            )
     processes.leave()
 
 

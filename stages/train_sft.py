@@ -90,29 +90,31 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
             require_finite(loss_sum, "loss", step)
             row = {"loss": loss_sum / count, "learning_rate": learning_rate, "grad_norm": engine.step()}
             if is_due(step + 1, settings.eval_every, total):
-                row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
-                require_finite(row["eval/loss"], "held-out loss", step)
-                results = {"loss": row["eval/loss"]}
-                best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
+                with engine.averaged():
+                    row["eval/loss"] = held_out_loss(engine, held_out, token_loss)
+                    require_finite(row["eval/loss"], "held-out loss", step)
+                    results = {"loss": row["eval/loss"]}
+                    best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
             this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
-        weights = engine.master_weights(language_model)
-        kept = best.choose(lambda: lora.trained(weights))
-        results = {
-            "eval_loss": kept.results["loss"],
-            "eval_loss_base": base_loss,
-            "train_rows": len(train),
-            "steps": total,
-            "kept_step": kept.step,
-            **lora.counts(),
-        }
-        this_run.publish_model(
-            language_model,
-            processes.in_main(lambda: lora.merged(weights | kept.weights)),
-            results,
-            save_dtype=settings.save_dtype,
-            tokenizer_from=model,
-            build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
-        )
+        with engine.averaged():
+            weights = engine.master_weights(language_model)
+            kept = best.choose(lambda: lora.trained(weights))
+            results = {
+                "eval_loss": kept.results["loss"],
+                "eval_loss_base": base_loss,
+                "train_rows": len(train),
+                "steps": total,
+                "kept_step": kept.step,
+                **lora.counts(),
+            }
+            this_run.publish_model(
+                language_model,
+                processes.in_main(lambda: lora.merged(weights | kept.weights)),
+                results,
+                save_dtype=settings.save_dtype,
+                tokenizer_from=model,
+                build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
+            )
     processes.leave()
 
 

@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import nn
 
 from stages.lib.engine import Engine, sum_gradients
 from stages.lib.errors import StageError
-from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.processes import Processes
 from stages.lib.quantization import quantized_layers
 from stages.lib.runtime import Runtime
@@ -23,34 +22,26 @@ from stages.lib.runtime import Runtime
 class DeepSpeedEngine(Engine):
     """The same engine on `deepspeed.initialize`, with the same AdamW of torch inside ZeRO."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        settings: OptimizerSettings,
-        total_steps: int,
-        runtime: Runtime,
-        processes: Processes,
-    ) -> None:
-        super().__init__(module, settings, total_steps, runtime, processes)
+    def _prepare(self) -> None:
         dtypes = {weight.dtype for weight in self.trained.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
             raise StageError(f"DeepSpeed trains float32 or bfloat16 weights, one of them at a time, found {dtypes}")
-        require_whole_weights(module, runtime.zero_stage)
+        require_whole_weights(self.module, self.runtime.zero_stage)
         bf16 = dtypes == {torch.bfloat16}
-        self.stage = runtime.zero_stage
+        self.stage = self.runtime.zero_stage
         config = deepspeed_config(
             {
                 "bf16": {"enabled": bf16},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
-                "gradient_clipping": settings.max_grad_norm,
-                "zero_optimization": zero_section(runtime),
+                "gradient_clipping": self.settings.max_grad_norm,
+                "zero_optimization": zero_section(self.runtime),
             },
-            runtime,
-            processes,
+            self.runtime,
+            self.processes,
         )
         optimizer = self.new_optimizer(dict(self.trained))
-        self.inner = initialize(module, config, processes, optimizer=optimizer)
+        self.inner = initialize(self.module, config, self.processes, optimizer=optimizer)
         # In float32 without ZeRO, DeepSpeed steps the optimizer it was given and reports no norm: we sum by ourselves.
         self.unwrapped = self.stage == 0 and not bf16
         self.inner.enable_backward_allreduce = not self.unwrapped
@@ -130,16 +121,19 @@ class DeepSpeedEngine(Engine):
 
     def _make_moments(self) -> None:
         """AdamW makes its moments in its first step; a loaded state needs them before."""
-        wrapper = self.inner.optimizer
-        base = wrapper.optimizer
-        groups = (
-            wrapper.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else [weight for group in base.param_groups for weight in group["params"]]
-        )
-        for weight in groups:
+        base, weights = self._optimized()
+        for weight in weights:
             self.moment_zero(base, weight)
         self._link_moments()
+
+    def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
+        wrapper = self.inner.optimizer
+        if self.unwrapped:
+            return wrapper, self.trained.values()
+        base = wrapper.optimizer
+        if self.stage == 3:
+            return base, wrapper.fp32_partitioned_groups_flat
+        return base, [weight for group in base.param_groups for weight in group["params"]]
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of a weight; by itself it looks for those of the first group alone."""
@@ -251,4 +245,10 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
     with redirect_stdout(io.StringIO()):  # what it prints of itself and of memory
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if config["zero_optimization"]["stage"] == 3:
+            # Left to itself it would first put the whole model on the device.
+            deepspeed.zero.Init(module, config_dict_or_path=config)
+            for part in module.modules():
+                for name, buffer in part.named_buffers(recurse=False):
+                    part._buffers[name] = buffer.to(processes.device)
         return deepspeed.initialize(model=module, config=config, **options)[0]

@@ -9,14 +9,15 @@ for. Nothing above this file knows which.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from stages.lib.activation_offload import offloaded_activations
+from stages.lib.averaging_adamw import AVERAGE, AveragingAdamW
 from stages.lib.errors import StageError
 from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.processes import Processes
@@ -50,13 +51,20 @@ class Engine(ABC):
         self.module = module
         self.settings = settings
         self.total_steps = total_steps
-        self.activation_offload = runtime.activation_offload
+        self.runtime = runtime
         self.processes = processes
         self.steps_taken = 0
         self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        averaged = settings.ema_decay is not None
+        self.kept_states = (*MOMENTS, AVERAGE) if averaged else MOMENTS
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make the optimizer, and whatever the back wraps around it."""
 
     def __call__(self, *inputs: Any) -> Any:
-        offload = self.activation_offload and torch.is_grad_enabled()
+        offload = self.runtime.activation_offload and torch.is_grad_enabled()
         with offloaded_activations() if offload else nullcontext():
             return self._forward(*inputs)
 
@@ -102,7 +110,7 @@ class Engine(ABC):
 
     @abstractmethod
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
-        """The float32 master of a trained parameter, or its AdamW moment `key`, whole."""
+        """The float32 master of a trained parameter, or the state `key` that the optimizer has of it, whole."""
 
     @abstractmethod
     def set_full_state(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
@@ -140,10 +148,10 @@ class Engine(ABC):
         return {"steps_taken": self.steps_taken}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Masters and moments by name, whole, one at a time; any number of processes and ZeRO stage can load them."""
+        """Masters and optimizer states by name, whole, one at a time, for any number of processes and ZeRO stage."""
         for name in self.trained:
             yield name, self.full_state(name).detach()
-            for key in MOMENTS if self.steps_taken else ():
+            for key in self.kept_states if self.steps_taken else ():
                 yield f"{name}/{key}", self.full_state(name, key).detach()
 
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
@@ -151,9 +159,38 @@ class Engine(ABC):
         self.steps_taken = state["steps_taken"]
         for name in self.trained:
             self.set_full_state(name, read(name))
-            for key in MOMENTS if self.steps_taken else ():
+            for key in self.kept_states if self.steps_taken else ():
                 self.set_full_state(name, read(f"{name}/{key}"), key)
         self.finish_loading()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the module and the masters hold the average of the weights, where `ema_decay` asks for one.
+
+        For evaluation and publishing: no step can be taken in it.
+        """
+        if AVERAGE not in self.kept_states or not self.steps_taken:
+            yield
+            return
+        self._exchange_averages()
+        try:
+            yield
+        finally:
+            self._exchange_averages()
+
+    @torch.no_grad()
+    def _exchange_averages(self) -> None:
+        optimizer, weights = self._optimized()
+        for weight in weights:
+            average = optimizer.state[weight][AVERAGE]
+            held = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(held)
+        self.finish_loading()
+
+    @abstractmethod
+    def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
+        """The optimizer and the tensors of this process that it has states of: the masters or its parts of them."""
 
     def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> torch.optim.AdamW:
         """AdamW with weight decay on matrices only: not on norms and biases."""
@@ -161,8 +198,9 @@ class Engine(ABC):
         vectors = [weight for weight in weights.values() if weight.ndim < 2]
         groups = [(matrices, self.settings.weight_decay), (vectors, 0.0)]
         betas = (self.settings.beta1, self.settings.beta2)
-        return torch.optim.AdamW(
+        return AveragingAdamW(
             [{"params": group, "weight_decay": decay} for group, decay in groups if group],
+            self.settings.ema_decay,
             lr=self.settings.learning_rate,
             betas=betas,
             fused=True,
@@ -173,7 +211,7 @@ class Engine(ABC):
         state = optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            for key in MOMENTS:
+            for key in self.kept_states:
                 state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         state["step"].fill_(float(self.steps_taken))
         return state
@@ -182,15 +220,7 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Plain torch: every process holds all of it, gradients are summed by one all-reduce."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        settings: OptimizerSettings,
-        total_steps: int,
-        runtime: Runtime,
-        processes: Processes,
-    ) -> None:
-        super().__init__(module, settings, total_steps, runtime, processes)
+    def _prepare(self) -> None:
         self.masters = {
             name: weight.detach().float().clone() if weight.dtype in (torch.bfloat16, torch.float16) else weight
             for name, weight in self.trained.items()
@@ -222,6 +252,9 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         self.finish_loading()
         return float(norm)
+
+    def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
+        return self.optimizer, self.masters.values()
 
     def full_gradient(self, name: str) -> torch.Tensor:
         gradient = self.masters[name].grad.clone()

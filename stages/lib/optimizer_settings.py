@@ -16,6 +16,7 @@ class OptimizerSettings:
     beta1: float
     beta2: float
     max_grad_norm: float
+    ema_decay: float | None
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -25,5 +26,7 @@ class OptimizerSettings:
                 raise ValueError(f"{key} must be between 0 and 1, found {getattr(self, key)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be above 0, found {self.max_grad_norm}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be above 0 and below 1, or null, found {self.ema_decay}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, found {self.weight_decay}")

@@ -13,13 +13,10 @@ together, so that another number of processes can go on.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from stages.lib.hashing import value_hash
-from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
 from stages.lib.stage_run import StageRun
 from stages.lib.stop_signal import StopSignal
 
@@ -29,18 +26,7 @@ Value = TypeVar("Value", bound=dict[str, list])
 class PartialResults(StageRun):
     """One run of a stage that computes its result in chunks. A chunk's value is a dict of lists of numbers."""
 
-    def __init__(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        inputs: list[Path],
-        outs: dict[str, Path],
-        runtime: Runtime,
-        processes: Processes,
-        logged_as: str | None = None,
-    ) -> None:
-        super().__init__(stage, settings, inputs, outs, runtime, processes, logged_as)
-        self.found = 0
+    found = 0  # chunks that an earlier start had kept
 
     def chunks(self, count: int) -> Iterator[range]:
         """`range(count)` cut into chunks of `runtime.yaml`'s `rows_per_partial_result`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from stages.lib.errors import StageError
@@ -15,29 +16,47 @@ from stages.lib.runtime import Runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
+NOTHING_MISSING: dict[str, tuple] = {"missing_keys": (), "mismatched_keys": ()}
+
 
 def load_language_model(
-    path: Path, precision: str, runtime: Runtime, device: torch.device, quantization: BaseQuantization = None
+    path: Path,
+    precision: str,
+    runtime: Runtime,
+    device: torch.device,
+    quantization: BaseQuantization = None,
+    *,
+    frozen: bool = False,
 ) -> nn.Module:
     """Load a causal language model, without dropout. Raises StageError if `path` is no such model.
 
+    Where ZeRO 3 will shard it, it stays in the CPU's memory, and only the first process reads its weights.
+
     Args:
         quantization: of the linear layers of the body, which then cannot be trained.
+        frozen: no engine will train it, so `frozen_zero_stage` says whether it will be sharded, not `zero_stage`.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, precision, runtime, device, quantization)
+    return _load(AutoModelForCausalLM, path, precision, runtime, device, quantization, frozen)
 
 
 def load_classifier(
-    path: Path, precision: str, runtime: Runtime, device: torch.device, quantization: BaseQuantization = None
+    path: Path,
+    precision: str,
+    runtime: Runtime,
+    device: torch.device,
+    quantization: BaseQuantization = None,
+    *,
+    frozen: bool = False,
 ) -> nn.Module:
     """Load a model with a scalar head named `score`, as `train_rm` writes it. Raises StageError if there is none."""
     from transformers import AutoModelForSequenceClassification
 
     if not any("SequenceClassification" in name for name in read_config(path).get("architectures") or []):
         raise StageError(f"{path} is no reward model: its config.json names no sequence classifier")
-    model = _load(AutoModelForSequenceClassification, path, precision, runtime, device, quantization, num_labels=1)
+    where = (path, precision, runtime, device, quantization, frozen)
+    model = _load(AutoModelForSequenceClassification, *where, num_labels=1)
     return require_scalar_head(model, path)
 
 
@@ -56,7 +75,7 @@ def new_classifier(
     from transformers import AutoModelForSequenceClassification
 
     head_alone = frozenset({"score.weight"})
-    where = (path, precision, runtime, device, quantization)
+    where = (path, precision, runtime, device, quantization, False)
     model = _load(AutoModelForSequenceClassification, *where, head_alone, num_labels=1)
     require_scalar_head(model, path)
     width = model.score.weight.shape[1]
@@ -84,22 +103,21 @@ def _load(
     runtime: Runtime,
     device: torch.device,
     quantization: BaseQuantization,
+    frozen: bool,
     may_be_missing: frozenset[str] = frozenset(),
     **overrides: Any,
 ) -> nn.Module:
     read_config(path)
     _quiet_loading()
+    sharded = not quantization and (runtime.frozen_zero_stage if frozen else runtime.zero_stage) == 3
     if quantization == "nf4":
         overrides |= nf4_options(DTYPES[precision], device)
+    overrides |= {"dtype": DTYPES[precision], "attn_implementation": runtime.attention, "local_files_only": True}
     try:
-        model, report = auto_class.from_pretrained(
-            path,
-            dtype=DTYPES[precision],
-            attn_implementation=runtime.attention,
-            local_files_only=True,
-            output_loading_info=True,
-            **overrides,
-        )
+        if sharded and dist.is_initialized() and dist.get_rank() > 0:
+            model, report = _without_weights(auto_class, path, **overrides), NOTHING_MISSING
+        else:
+            model, report = auto_class.from_pretrained(path, output_loading_info=True, **overrides)
     except ImportError as error:
         raise StageError(f"runtime.yaml: attention: {runtime.attention} cannot be used here: {error}") from None
     except Exception as error:  # safetensors and torch raise types of their own for malformed files
@@ -113,7 +131,26 @@ def _load(
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return model if quantization else model.to(device)
+    return model if quantization or sharded else model.to(device)
+
+
+def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> nn.Module:
+    """The model of a folder with weights that nobody has written to, so that they take no memory yet.
+
+    For a process that gets its shards from the first one (DeepSpeed hands them out weight by weight).
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    config = AutoConfig.from_pretrained(path, local_files_only=options.pop("local_files_only"), **labels)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, **options)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu")))
+    model.tie_weights()
+    return model
 
 
 def _quiet_loading() -> None:

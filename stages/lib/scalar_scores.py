@@ -19,8 +19,8 @@ class ScalarHead(nn.Linear):
         return functional.linear(at_least_float32(hidden), at_least_float32(self.weight))
 
 
-class TokenScores(nn.Module):
-    """A transformers sequence classifier with one output, read at any token.
+class Scores(nn.Module):
+    """A transformers sequence classifier with one output.
 
     Args:
         classifier: `AutoModelForSequenceClassification` with `num_labels=1` and a bias-free head named `score`, which
@@ -32,18 +32,10 @@ class TokenScores(nn.Module):
         classifier.score = ScalarHead(classifier.score.weight)
         self.classifier = classifier
 
-    def forward(
+    def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Scores at every token, float32 or wider; those of padding hold no meaning.
-
-        Shapes: (b, t), (b, t) or None where there is no padding, (b, t) → (b, t).
-        """
-        return self.classifier.score(self._hidden(input_ids, attention_mask, position_ids)).squeeze(-1)
-
-    def _hidden(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
-    ) -> torch.Tensor:
+        """What the head reads: (b, t), (b, t) or None where there is no padding, (b, t) → (b, t, d)."""
         output = self.classifier.base_model(
             input_ids=input_ids,
             attention_mask=None if attention_mask is None else attention_mask.long(),
@@ -53,10 +45,20 @@ class TokenScores(nn.Module):
         return output.last_hidden_state
 
 
-class SequenceScores(TokenScores):
-    """The same classifier, read at the last token of each sequence: a reward model."""
+class TokenScores(Scores):
+    """The classifier read at every token: a critic."""
 
-    def forward(  # type: ignore[override]
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores (b, t), float32 or wider, of inputs as in `hidden`; those of padding hold no meaning."""
+        return self.classifier.score(self.hidden(input_ids, attention_mask, position_ids)).squeeze(-1)
+
+
+class SequenceScores(Scores):
+    """The classifier read at the last token of each sequence: a reward model."""
+
+    def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -64,5 +66,5 @@ class SequenceScores(TokenScores):
         end_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Scores at the True places of `end_mask` (b, t), row after row. Returns (n,), float32 or wider."""
-        hidden = self._hidden(input_ids, attention_mask, position_ids)
+        hidden = self.hidden(input_ids, attention_mask, position_ids)
         return self.classifier.score(hidden[end_mask]).squeeze(-1)

@@ -100,7 +100,7 @@ class TrackerThread(threading.Thread):
         try:
             while order := self.orders.get():
                 order()
-        except Exception as error:
+        except Exception as error:  # whatever a tracker raises, training goes on
             self._warn(f"{type(error).__name__}: {error}")
             with contextlib.suppress(Exception):
                 self.tracker.finish({}, 1)
@@ -201,7 +201,7 @@ class Trackers:
         """Go on without trackers if the journal cannot be read or written."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a journal that cannot be kept ends no training either
             reason = f"{self.journal_path}: {type(error).__name__}: {error}"
             warn(f"tracking failed, the run goes on without it: {reason}")
             self.names = []

@@ -30,6 +30,7 @@ def settings(**changed: float) -> OptimizerSettings:
         "beta1": 0.9,
         "beta2": 0.95,
         "max_grad_norm": 0.5,
+        "ema_decay": None,
     }
     return OptimizerSettings(**{**values, **changed})
 
@@ -98,18 +99,39 @@ def test_the_rate_follows_the_schedule() -> None:
     assert rates[3] < rates[2]
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_is_the_same_as_going_on(dtype: torch.dtype) -> None:
-    through = new(MeanLogProb(tiny_llama().to(dtype)), 4)
+def test_saved_and_loaded_is_the_same_as_going_on(dtype: torch.dtype, ema_decay: float | None) -> None:
+    through = new(MeanLogProb(tiny_llama().to(dtype)), 4, ema_decay=ema_decay)
     train(through, 4)
-    first = new(MeanLogProb(tiny_llama().to(dtype)), 4)
+    first = new(MeanLogProb(tiny_llama().to(dtype)), 4, ema_decay=ema_decay)
     train(first, 2)
     state, tensors = copy.deepcopy(first.state_dict()), copy.deepcopy(dict(first.tensors()))
-    second = new(MeanLogProb(tiny_llama(seed=9).to(dtype)), 4)
+    second = new(MeanLogProb(tiny_llama(seed=9).to(dtype)), 4, ema_decay=ema_decay)
     second.load_state_dict(state, tensors.__getitem__)
     train(second, 2)
     assert torch.equal(flat(second.masters.values()), flat(through.masters.values()))
     assert torch.equal(flat(second.trained.values()), flat(through.trained.values()))
+    with second.averaged(), through.averaged():
+        assert torch.equal(flat(second.masters.values()), flat(through.masters.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_starts_at_the_first_weights_and_is_lent_to_the_module(dtype: torch.dtype) -> None:
+    engine = new(MeanLogProb(tiny_llama().to(dtype)), 3, ema_decay=0.8)
+    average = flat(engine.masters.values()).clone()
+    with engine.averaged():  # before the first step there is none but the weights
+        assert torch.equal(flat(engine.masters.values()), average)
+    for _ in range(3):
+        train(engine, 1)
+        average = 0.8 * average + 0.2 * flat(engine.masters.values())
+    masters, weights = (flat(held.values()).clone() for held in (engine.masters, engine.trained))
+    with engine.averaged():
+        assert torch.allclose(flat(engine.masters.values()), average, rtol=0, atol=1e-6)
+        assert torch.equal(flat(engine.trained.values()), flat(engine.masters.values()).to(dtype))
+        assert not torch.allclose(flat(engine.masters.values()), masters, rtol=0, atol=1e-3)
+    assert torch.equal(flat(engine.masters.values()), masters)
+    assert torch.equal(flat(engine.trained.values()), weights)
 
 
 def test_bfloat16_weights_are_rounded_masters_that_keep_small_steps() -> None:

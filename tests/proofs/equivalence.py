@@ -51,13 +51,18 @@ STEEP = 1e-5
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp64": 1e-10}
 TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
 MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are compared
-ONCE = {"eval_every": 1000, "keep": "last"}
+AVERAGED = {"ema_decay": 0.9}  # so what is evaluated and published is the average, sharded like the moments
+ONCE = {"eval_every": 1000, "keep": "last", "optimizer": AVERAGED}
 TWENTY_STEPS = {
     "train_sft": {"epochs": 2.5, "batch_size": 8, **ONCE},
     "train_rm": {"epochs": 3.34, "batch_size": 8, **ONCE},
     "train_dpo": {"epochs": 3.34, "batch_size": 8, **ONCE},
-    "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12},
+    "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12}
+    | {"policy_optimizer": AVERAGED},
 }
+LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
+LORA["save_adapter"] = False
+WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}
 # Without it ZeRO 3 would not shard weights as small as these.
 SHARD_ALL = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 ZERO_3 = {"zero_stage": 3, "frozen_zero_stage": 3, **SHARD_ALL}
@@ -99,7 +104,8 @@ HEAD = """# Every way to run a stage, against one process, plain torch and paddi
 Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Steep" leaves out the weights whose
 gradient is below 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which
 magnifies the rounding errors of the smallest g. "Losses" are those of all steps and the norms of their gradients;
-"numbers" are what ref_logprobs and evaluate write.
+"published" is the model that is saved, here an average of the weights over the steps (`ema_decay`); "numbers" are the
+stage's metrics or, of ref_logprobs, its outs.
 
 """
 
@@ -157,9 +163,10 @@ def make_project(folder: Path) -> None:
 
 
 def run_stage(
-    project: Path, stage: str, knobs: dict[str, Any], processes: Processes, precision: str
+    project: Path, kind: str, knobs: dict[str, Any], processes: Processes, precision: str
 ) -> tuple[dict[str, torch.Tensor], Path]:
     """One run of a stage's real `main`. Returns what the probe found, and the folder with its outs."""
+    stage = WITH_LORA.get(kind, kind)
     folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="equivalence-") if processes.is_main else None))
     if processes.is_main:
         shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
@@ -170,6 +177,8 @@ def run_stage(
         if precision == "bf16":
             sections = {stage: {"precision": "bf16"}, "ref_logprobs": {"precision": "bf16"}}
             change(folder / "params.yaml", sections)
+        if kind in WITH_LORA:
+            change(folder / "params.yaml", {stage: {"lora": LORA}})
     processes.broadcast(None)
     # With ZeRO 2 or an optimizer on the CPU, DeepSpeed has the summed gradient only within its step.
     probe = Probe(processes.is_main, gradients=not knobs.get("offload_optimizer") and knobs.get("zero_stage") != 2)
@@ -212,8 +221,9 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm().clamp(min=1e-300))
 
 
-def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, stage: str) -> dict[str, float]:
+def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, kind: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
+    stage = WITH_LORA.get(kind, kind)
     if stage in MEASURING:
         return compare_outs(folder, reference, stage)
     wanted = load_file(reference / "probe.safetensors")
@@ -236,7 +246,13 @@ def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, stage
     columns = ["policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"]
     columns = columns if stage == "train_ppo" else ["loss", "grad_norm"]
     scale = theirs[columns].abs().max()
+    if stage == "train_ppo":
+        scale["policy/loss"] = 1.0  # a mean of whitened advantages, of size 1, which cancel almost to nothing
     result["losses"] = float(((ours[columns] - theirs[columns]).abs() / scale).max().max())
+    published = (load_file(side / f"models/{stage[6:]}/model.safetensors") for side in (folder, reference))
+    one, other = (torch.cat([tensor.flatten().double() for tensor in side.values()]) for side in published)
+    result["published"] = distance(one, other)
+    result["numbers"] = metrics_apart(folder, reference, f"metrics/{stage}.json")
     if stage == "train_ppo":
         result["differing rollouts"] = float(differing_rollouts(folder, reference))
     return result
@@ -250,13 +266,18 @@ def compare_outs(folder: Path, reference: Path, stage: str) -> dict[str, float]:
         ]
         pairs = [pair for name in list(sides[0])[1:] for pair in zip(*(side[name] for side in sides), strict=True)]
         return {"numbers": max(abs(one - other) / abs(other) for one, other in pairs)}
-    sides = [json.loads((side / "metrics/evaluate/dpo.json").read_text()) for side in (folder, reference)]
     samples = [(side / "data/samples/dpo.jsonl").read_text().splitlines() for side in (folder, reference)]
     responses = [[json.loads(line)["response"] for line in lines] for lines in samples]
     return {
-        "numbers": max(abs(value - sides[1][name]) / max(abs(sides[1][name]), 1.0) for name, value in sides[0].items()),
+        "numbers": metrics_apart(folder, reference, "metrics/evaluate/dpo.json"),
         "differing rollouts": float(sum(one != other for one, other in zip(*responses, strict=True))),
     }
+
+
+def metrics_apart(folder: Path, reference: Path, name: str) -> float:
+    """Largest difference of a metric, relative where it is above 1."""
+    ours, theirs = (json.loads((side / name).read_text()) for side in (folder, reference))
+    return max(abs(value - theirs[key]) / max(abs(theirs[key]), 1.0) for key, value in ours.items())
 
 
 def differing_rollouts(folder: Path, reference: Path) -> int:
@@ -302,7 +323,8 @@ def outside(row: dict[str, Any]) -> dict[str, float]:
     """What of one row of measurements is larger than the precision allows."""
     limit = TOLERANCES[row["precision"]]
     # In bf16 a trajectory is a rounding of its own from the first step on.
-    bounded = ["gradient", "first update, steep", "losses", f"weights after {STEPS} steps", "numbers"]
+    bounded = ["gradient", "first update, steep", "losses", f"weights after {STEPS} steps"]
+    bounded += ["published", "numbers"]
     bounded = bounded[:2] if row["precision"] == "bf16" else bounded
     return {key: row[key] for key in bounded if key in row and not row[key] <= limit}
 
@@ -310,7 +332,7 @@ def outside(row: dict[str, Any]) -> dict[str, float]:
 def as_table(rows: list[dict[str, Any]]) -> str:
     """The measurements in Markdown."""
     names = ["stage", "precision", "processes", "configuration", "gradient", "first update", "first update, steep"]
-    names += ["flat weights", "losses", f"weights after {STEPS} steps", "numbers", "differing rollouts"]
+    names += ["flat weights", "losses", f"weights after {STEPS} steps", "published", "numbers", "differing rollouts"]
     lines = ["| " + " | ".join(names) + " | within |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
@@ -332,7 +354,8 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("project", type=Path)
-    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *MEASURING])
+    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *WITH_LORA, *MEASURING])
+    parser.add_argument("--without-lora", action="store_true", help="leave out the variants with LoRA")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp64"])
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
     parser.add_argument("--out", type=Path, help="JSON file to which the measurements are added")
@@ -341,10 +364,11 @@ def main() -> None:
     project = options.project.resolve()
     if not project.exists() and os.environ.get("RANK", "0") == "0":
         make_project(project)
+    stages = [stage for stage in options.stages if not (options.without_lora and stage in WITH_LORA)]
     rows = []
     for precision in options.precision:
         with in_float64() if precision == "fp64" else contextlib.nullcontext():
-            rows += measure(project, options.stages, precision, options.only)
+            rows += measure(project, stages, precision, options.only)
     if options.out and rows:
         before = json.loads(options.out.read_text()) if options.out.exists() else []
         options.out.write_text(json.dumps(before + rows, indent=1))

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
 from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
 from tests.proofs.forked_stage import kill_points, load_libraries, prune_forked, run_forked
+from tests.proofs.kill_table import Row, added_up, report
 from tests.proofs.tiny_projects import (
     differences,
     listing,
@@ -47,36 +46,13 @@ from tests.proofs.tiny_projects import (
     write_lock,
 )
 from tests.stages.conftest import STAGES as ALL_STAGES
-from tests.stages.tiny_pipeline import PROJECT, change, new_project
+from tests.stages.tiny_pipeline import change, new_project
 
 STAGES = ("tokenize@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
 STOPS = (signal.SIGTERM, signal.SIGINT)
 SLOWEST_EXIT = 20.0  # seconds from a signal to the end of a tiny stage; launchers kill after 30
 SLOWEST_LOSS_OF_A_RANK = 45.0  # seconds from the death of one rank to the end of all: torchrun waits 30 for the others
 RESUMED = ("resuming", "already finished")
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    stage: str
-    processes: int
-    method: str
-    trials: int = 0
-    kills: int = 0
-    resumed: int = 0
-    slowest_exit: float = 0.0
-    seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
-
-    def cells(self) -> list[str]:
-        slowest = f"{self.slowest_exit:.1f}" if self.slowest_exit else "–"
-        numbers = [self.trials, self.kills, self.resumed, len(self.failures), slowest, f"{self.seconds:.0f}"]
-        return [self.stage, str(self.processes), self.method, *map(str, numbers)]
-
-
-HEADINGS = ("stage", "processes", "method", "trials", "kills", "resumed", "failures", "slowest exit, s", "seconds")
 
 
 class Trials:
@@ -436,45 +412,6 @@ def one_round(truth: Path, work: Path, seed: int, options: argparse.Namespace) -
     with ThreadPoolExecutor(options.workers) as pool:
         rows = [row for rows in pool.map(of_stage, options.stages) for row in rows]
     return rows + (dvc_rows(truth, work, seed) if options.dvc_kills else [])
-
-
-def added_up(rows: list[Row]) -> list[Row]:
-    """Rows of several rounds as one for each stage, number of processes and method."""
-    sums: dict[tuple, Row] = {}
-    for row in rows:
-        total = sums.setdefault((row.stage, row.processes, row.method), Row(row.stage, row.processes, row.method))
-        for name in ("trials", "kills", "resumed", "seconds", "failures"):
-            setattr(total, name, getattr(total, name) + getattr(row, name))
-        total.slowest_exit = max(total.slowest_exit, row.slowest_exit)
-    return list(sums.values())
-
-
-def report(rows: list[Row], failures: list[str], table: Path | None, seeds: range) -> None:
-    lines = [" | ".join(HEADINGS), " | ".join(["---"] * len(HEADINGS)), *(" | ".join(row.cells()) for row in rows)]
-    text = "".join(f"| {line} |\n" for line in lines)
-    kills = sum(row.kills for row in rows)
-    summary = f"{kills} kills in {sum(row.trials for row in rows)} trials, {len(failures)} failures."
-    print(f"\n{text}\n{summary}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    if table:
-        used = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        by = shlex.join(["python", "-m", "tests.proofs.kill_matrix", *sys.argv[1:]])
-        head = f"# Killed and resumed\n\nWritten by `{by}`, {used}, from commit {commit()}.\n"
-        explained = (
-            "\nA trial is a run of one stage of the tiny pipeline that is killed once or several times and then let\n"
-            "finish. A failure is any file of the project that differs from an undisturbed run's, is missing or too\n"
-            "much, training state that is left once DVC has recorded the result, or an end after SIGTERM or SIGINT\n"
-            "that is slow or not told in one line. `resumed`: starts that went on from saved state.\n\n"
-        )
-        table.write_text(f"{head}{explained}{text}\n{summary}\n")
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "stages") else "")
 
 
 def parse() -> argparse.Namespace:

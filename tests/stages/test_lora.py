@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,7 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from stages.lib.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
-from tests.stages.test_training import curve, distance, kill_after_a_checkpoint, metrics, outs_of, refused, weights
+from tests.stages.test_training import (
+    TWO_PROCESSES,
+    curve,
+    distance,
+    kill_after_a_checkpoint,
+    metrics,
+    outs_of,
+    refused,
+    weights,
+)
 from tests.stages.tiny_pipeline import call, change, inside, start
 
 Copy = Callable[..., Path]
@@ -219,6 +227,24 @@ def test_adapters_on_a_4_bit_base_are_merged_into_what_it_computed(wider: Path) 
 
 
 @pytest.mark.slow
+def test_a_4_bit_base_trains_alike_under_zero_2_and_is_refused_by_zero_3(wider: Path) -> None:
+    use_lora(wider, "train_rm", base_quantization="nf4")
+    call(wider, "train_rm")
+    whole, results = weights(wider, "rm"), metrics(wider, "train_rm")
+    shutil.rmtree(wider / ".scratch")  # or its finished result would be published again
+    change(wider / "runtime.yaml", {"default": {"zero_stage": 2}})
+    _, errors = start(wider, "train_rm", launch=TWO_PROCESSES).communicate()
+    assert distance(whole, weights(wider, "rm")) < 1e-5, errors
+    assert metrics(wider, "train_rm") == pytest.approx(results, rel=1e-4, abs=1e-6)
+    change(wider / "runtime.yaml", {"default": {"zero_stage": 3}})
+    shutil.rmtree(wider / ".scratch")
+    process = start(wider, "train_rm")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "ZeRO 3 cannot shard a base of base_quantization: nf4; use ZeRO 0, 1 or 2" in errors
+
+
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, adapted: Path) -> None:
     folder = use_lora(copy_of_tiny(), "train_rm")
     change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
@@ -232,8 +258,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, adapted: 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(copy_of_tiny: Copy, adapted: Path) -> None:
     folder = use_lora(copy_of_tiny(), "train_ppo")
-    torchrun = Path(os.sys.executable).with_name("torchrun")
-    process = start(folder, "train_ppo", launch=f"{torchrun} --standalone --nproc_per_node=2 -m")
+    process = start(folder, "train_ppo", launch=TWO_PROCESSES)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert distance(weights(adapted, "ppo"), weights(folder, "ppo")) < 1e-5

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from stages.lib.tokenizer_files import TOKENIZER_FILES
 from tests.stages.tiny_pipeline import call, change, contents, start
 
 Copy = Callable[..., Path]
+TWO_PROCESSES = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_per_node=2 -m"
 
 
 def curve(folder: Path, stage: str) -> pd.DataFrame:
@@ -149,11 +150,12 @@ def outs_of(folder: Path, stage: str) -> dict[str, bytes]:
     return {f"{path.name}/{name}": content for path in paths for name, content in contents(path).items()}
 
 
-def kill_after_a_checkpoint(folder: Path, stage: str, number: int) -> int:
+def kill_after_a_checkpoint(folder: Path, stage: str, number: int, launch: str = "") -> int:
     """Start a stage, send it a signal once it has written a checkpoint, and return its exit status."""
-    process = start(folder, stage)
+    earlier = set(folder.glob(".scratch/*/checkpoint-????????"))
+    process = start(folder, stage, launch=launch)
     deadline = time.monotonic() + 120
-    while not list(folder.glob(".scratch/*/checkpoint-????????")):
+    while not set(folder.glob(".scratch/*/checkpoint-????????")) - earlier:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -181,8 +183,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, tiny: Pat
 @pytest.mark.parametrize("stage", ["train_rm", "train_ppo"])
 def test_two_processes_do_what_one_does(copy_of_tiny: Copy, tiny: Path, stage: str) -> None:
     folder = copy_of_tiny()
-    torchrun = Path(os.sys.executable).with_name("torchrun")
-    process = start(folder, stage, launch=f"{torchrun} --standalone --nproc_per_node=2 -m")
+    process = start(folder, stage, launch=TWO_PROCESSES)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     model = stage.removeprefix("train_")
@@ -193,6 +194,24 @@ def test_two_processes_do_what_one_does(copy_of_tiny: Copy, tiny: Path, stage: s
             for path in (tiny, folder)
         )
         assert ours == theirs
+
+
+@pytest.mark.slow
+def test_another_back_and_number_of_processes_goes_on(copy_of_tiny: Copy) -> None:
+    """The averages, too: with them all that an optimizer holds goes from whole to shards and back."""
+    undisturbed, folder = copy_of_tiny("undisturbed"), copy_of_tiny()
+    for project in (undisturbed, folder):
+        change(project / "params.yaml", {"train_sft": {"optimizer": {"ema_decay": 0.8}}})
+    call(undisturbed, "train_sft")
+    ways = [({}, ""), ({"zero_stage": 2}, TWO_PROCESSES), ({"zero_stage": 3, "offload_optimizer": True}, "")]
+    for knobs, launch in ways:
+        change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0, **knobs}})
+        assert kill_after_a_checkpoint(folder, "train_sft", signal.SIGTERM, launch) != 0
+    change(folder / "runtime.yaml", {"default": {"zero_stage": 1, "offload_optimizer": False}})
+    output, errors = start(folder, "train_sft").communicate()
+    assert "resuming from step" in output, errors
+    assert distance(weights(undisturbed, "sft"), weights(folder, "sft")) < 1e-5
+    assert metrics(folder, "train_sft") == pytest.approx(metrics(undisturbed, "train_sft"), rel=1e-5)
 
 
 def refused(folder: Path, stage: str, **changed: str) -> str:
@@ -296,8 +315,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(copy_of_tiny: Copy) -> None:
 @pytest.mark.slow
 def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    torchrun = Path(os.sys.executable).with_name("torchrun")
-    process = start(folder, "train_sft", launch=f"{torchrun} --standalone --nproc_per_node=2 -m", model="data/raw")
+    process = start(folder, "train_sft", launch=TWO_PROCESSES, model="data/raw")
     _, errors = process.communicate()
     assert process.returncode != 0
     assert errors.count("error: data/raw is no model folder") == 1

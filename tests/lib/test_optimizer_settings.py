@@ -1,0 +1,29 @@
+"""What an `optimizer:` block may hold."""
+
+from typing import Any
+
+import pytest
+
+from stages.lib.errors import StageError
+from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.params import build, load_yaml
+from tests.real_files import PROJECT
+
+GOOD = load_yaml(PROJECT / "profiles/default.yaml")["train_sft"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("learning_rate", 0.0, "above 0"),
+        ("warmup_ratio", 1.5, "between 0 and 1"),
+        ("max_grad_norm", 0.0, "above 0"),
+        ("weight_decay", -0.1, "not be negative"),
+        ("ema_decay", 1.0, "above 0 and below 1, or null"),
+        ("ema_decay", 0.0, "above 0 and below 1, or null"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(key: str, value: Any, expected: str) -> None:
+    build(OptimizerSettings, GOOD, "params.yaml: train_sft.optimizer")
+    with pytest.raises(StageError, match=f"params.yaml: train_sft.optimizer.*{key}.*{expected}"):
+        build(OptimizerSettings, {**GOOD, key: value}, "params.yaml: train_sft.optimizer")

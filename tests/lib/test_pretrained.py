@@ -1,0 +1,46 @@
+"""Loading a model folder: what a process that reads no weights has in common with one that does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from stages.lib import pretrained
+from tests.tiny_models import tiny_gpt2, tiny_llama
+
+
+def folder_of(kind: str, tmp_path: Path) -> Path:
+    model = tiny_gpt2() if kind == "gpt2" else tiny_llama()
+    if kind == "tied llama":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_model_without_weights_has_the_shape_of_the_loaded_one(
+    kind: str, dtype: torch.dtype, auto_class: type, tmp_path: Path
+) -> None:
+    path = folder_of(kind, tmp_path)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+    if auto_class is AutoModelForSequenceClassification:
+        options["num_labels"] = 1
+    loaded = auto_class.from_pretrained(path, **options)
+    empty = pretrained._without_weights(auto_class, path, **options)
+    # Shards are handed out by place in the list of parameters: the same order, and tied weights once.
+    shapes = [(name, weight.shape, weight.dtype) for name, weight in loaded.named_parameters()]
+    assert [(name, weight.shape, weight.dtype) for name, weight in empty.named_parameters()] == shapes
+    assert empty.state_dict().keys() == loaded.state_dict().keys()
+    buffers = dict(loaded.named_buffers())
+    assert dict(empty.named_buffers()).keys() == buffers.keys()
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in empty.named_buffers())
+    with torch.no_grad():
+        for weight, value in zip(empty.parameters(), loaded.parameters(), strict=True):
+            weight.copy_(value)
+    ids = torch.arange(8)[None] + 1
+    outs = [model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)) for model in (loaded, empty)]
+    assert torch.equal(outs[0].logits, outs[1].logits)

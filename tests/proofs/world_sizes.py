@@ -1,0 +1,152 @@
+"""The default pipeline on one process and on two: are the metrics as close as those of seeds, and the bytes the same?
+
+Copies of the committed project run the training stages and the evaluations through DVC, all on the same data and base
+model: with three seeds on one process, with the first seed on two processes, and up to the reward model on two
+processes once more. A metric of two processes agrees if it lies no further from that of one process than the three
+seeds lie apart. The second run on two processes must end with the bytes of the first.
+
+    python -m tests.proofs.world_sizes FOLDER --table tests/proofs/world_sizes.md
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from tests.proofs.dvc_projects import start_dvc
+from tests.stages.tiny_pipeline import PROJECT, read_yaml
+
+SHARED = ("prepare_base", "tokenize")  # and what they need: the data and the model that all runs start from
+TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
+EVALUATIONS = ("evaluate@sft", "evaluate@dpo", "evaluate@ppo")
+TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
+HEADLINES = {
+    "train_sft": ("eval_loss",),
+    "train_rm": ("eval_accuracy", "eval_loss"),
+    "train_dpo": ("eval_loss", "eval_rewards_accuracies"),
+    "train_ppo": ("last_score_mean", "last_kl_mean"),
+    "evaluate/sft": ("gold_mean", "reward_mean"),
+    "evaluate/dpo": ("gold_minus_sft_mean", "reward_minus_sft_mean", "kl_to_sft_mean", "length_mean"),
+    "evaluate/ppo": ("gold_minus_sft_mean", "reward_minus_sft_mean", "kl_to_sft_mean", "length_mean"),
+}
+HEAD = """# One process and two, beside three seeds
+
+The default pipeline at commit {commit}; `make prove` makes this table anew. All runs start from the same data and base
+model. "Spread" is the largest less the smallest of the three seeds' values, "apart" how far the run on two processes
+(with the first seed) is from the run on one. Of all {count} metrics that the training stages and evaluations write,
+{agreeing} are no further apart than the spread.
+
+{table}
+{bytes}
+"""
+
+
+def copy_of_project(folder: Path) -> Path:
+    """A clone of the committed project, with the environment of this one."""
+    subprocess.run(["git", "clone", "-q", str(PROJECT), str(folder)], check=True)
+    (folder / ".venv").symlink_to(PROJECT / ".venv")
+    return folder
+
+
+def repro(folder: Path, *words: str, **environment: str) -> None:
+    output = folder.with_suffix(".output")
+    if start_dvc(folder, "repro", *words, output=output, **environment).wait():
+        raise SystemExit(f"dvc repro {' '.join(words)} failed in {folder}:\n{output.read_text()[-3000:]}")
+
+
+def run(folder: Path, name: str, seed: int, stages: tuple[str, ...], **environment: str) -> Path:
+    """The stages with a seed, on the data and base model that `folder`/data was given. Returns the run's folder."""
+    path = folder / name
+    if (path / "done").exists():
+        return path
+    subprocess.run(["cp", "-r", folder / "data", path], check=True)
+    lines = (path / "params.yaml").read_text().splitlines(keepends=True)
+    lines = [f"seed: {seed}\n" if line.startswith("seed:") else line for line in lines]
+    (path / "params.yaml").write_text("".join(lines))
+    for stage in stages:
+        repro(path, "--single-item", "--force", stage, **environment)
+        print(f"{name}: {stage}", flush=True)
+    (path / "done").touch()
+    return path
+
+
+def metrics_of(folder: Path) -> pd.Series:
+    """Every metric of the training stages and evaluations, by "file: key"."""
+    return pd.Series(
+        {
+            f"{name}: {key}": float(value)
+            for name in HEADLINES
+            for key, value in json.loads((folder / f"metrics/{name}.json").read_text()).items()
+        }
+    )
+
+
+def hashes_of(folder: Path, stages: tuple[str, ...]) -> dict[str, str]:
+    locked = read_yaml(folder / "dvc.lock")["stages"]
+    return {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
+
+
+def as_table(seeds: dict[int, pd.Series], two: pd.Series) -> pd.DataFrame:
+    """A row a metric: the seeds' values, their spread, the run on two processes, and whether it agrees."""
+    table = pd.DataFrame({f"seed {seed}": values for seed, values in seeds.items()})
+    one = table.iloc[:, 0]
+    spread = table.max(axis=1) - table.min(axis=1)
+    apart = (two - one).abs()
+    return table.assign(spread=spread, two=two, apart=apart, agrees=apart <= spread)
+
+
+def in_markdown(table: pd.DataFrame) -> str:
+    names = [f"{name}: {key}" for name, keys in HEADLINES.items() for key in keys]
+    shown = table.loc[names].rename(columns={"two": "two processes"})
+    shown["agrees"] = shown["agrees"].map({True: "yes", False: "no"})
+    lines = ["| metric | " + " | ".join(shown.columns) + " |", "|---" * (len(shown.columns) + 1) + "|"]
+    for name, row in shown.iterrows():
+        cells = [value if isinstance(value, str) else f"{value:.4g}" for value in row]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if not (folder / "data").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        start = copy_of_project(folder / "start")
+        repro(start, *SHARED)
+        start.rename(folder / "data")
+    first = read_yaml(PROJECT / "params.yaml")["seed"]
+    seeds = {
+        seed: metrics_of(run(folder, f"seed-{seed}", seed, TRAINING + EVALUATIONS))
+        for seed in (first, first + 1, first + 2)
+    }
+    two = run(folder, "two", first, TRAINING + EVALUATIONS, LAUNCH=TWO_PROCESSES)
+    again = run(folder, "two-again", first, TRAINING[:2], LAUNCH=TWO_PROCESSES)
+    table = as_table(seeds, metrics_of(two))
+    hashes = [hashes_of(side, TRAINING[:2]) for side in (two, again)]
+    same = hashes[0] == hashes[1]
+    commit = subprocess.run(
+        ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    text = HEAD.format(
+        commit=commit,
+        count=len(table),
+        agreeing=int(table["agrees"].sum()),
+        table=in_markdown(table),
+        bytes=f"Run on two processes twice, in two folders, train_sft and train_rm wrote {len(hashes[0])} outs, "
+        + ("each with the same hash both times." if same else "NOT all with the same hashes."),
+    )
+    print(text)
+    print(table[~table["agrees"]].to_string())
+    if options.table:
+        options.table.write_text(text)
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()
