@@ -32,7 +32,7 @@ def write_rows(path):
             table.writerows(ROWS)
     else:
         text = LINES if ".jsonl" in path.name else json.dumps(ROWS, indent=1)
-        write(path, gzip.compress(text.encode()) if path.name.endswith(".gz") else text)
+        write(path, gzip.compress(text.encode(), mtime=0) if path.name.endswith(".gz") else text)
     return path
 
 
@@ -69,9 +69,9 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_pa
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.jsonl", " \n\n", "a.jsonl is empty"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl, line 2: not UTF-8"),
-        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n3,\xff\n"), "a.csv.gz, line 3: not UTF-8"),
+        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n3,\xff\n", mtime=0), "a.csv.gz, line 3: not UTF-8"),
         ("a.jsonl.gz", LINES, "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "a.jsonl.gz: not a whole gzip file"),
         ("a.json", "[]", "a.json is empty"),
         ("a.json", '[{"a": 1},\n{"a" 2}]', "a.json, line 2: not valid JSON"),
         ("a.json", '[{"a": 1}, 2]', "a.json, row 2: expected a JSON object, found int"),
