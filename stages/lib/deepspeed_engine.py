@@ -45,7 +45,7 @@ class DeepSpeedEngine(Engine):
         # In float32 without ZeRO, DeepSpeed steps the optimizer it was given and reports no norm: we sum by ourselves.
         self.unwrapped = self.stage == 0 and not bf16
         self.inner.enable_backward_allreduce = not self.unwrapped
-        self.moments_linked = False
+        self.states_linked = False
 
     def _forward(self, *inputs: Any) -> Any:
         return self.inner(*inputs)
@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
         if self.unwrapped:
             return weight.detach() if key is None else self.inner.optimizer.state[weight][key]
         if key is not None:
-            self._link_moments()
+            self._link_states()
         shape = getattr(weight, "ds_shape", weight.shape)
         value = safe_get_full_fp32_param(weight) if key is None else safe_get_full_optimizer_state(weight, key)
         return value.reshape(shape).cpu()
@@ -104,10 +104,10 @@ class DeepSpeedEngine(Engine):
         weight = self.trained[name]
         if self.unwrapped:
             with torch.no_grad():
-                (weight if key is None else self.moment_zero(self.inner.optimizer, weight)[key]).copy_(value)
+                (weight if key is None else self.states_of(self.inner.optimizer, weight)[key]).copy_(value)
             return
         if key is not None:
-            self._make_moments()
+            self._make_states()
         if self.stage == 3:
             _set_partition(weight, value, key)
         else:
@@ -119,12 +119,12 @@ class DeepSpeedEngine(Engine):
             else:
                 safe_set_full_optimizer_state(weight, value, key)
 
-    def _make_moments(self) -> None:
-        """AdamW makes its moments in its first step; a loaded state needs them before."""
+    def _make_states(self) -> None:
+        """AdamW makes its states in its first step; a loaded state needs them before."""
         base, weights = self._optimized()
         for weight in weights:
-            self.moment_zero(base, weight)
-        self._link_moments()
+            self.states_of(base, weight)
+        self._link_states()
 
     def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
         wrapper = self.inner.optimizer
@@ -135,12 +135,12 @@ class DeepSpeedEngine(Engine):
             return base, wrapper.fp32_partitioned_groups_flat
         return base, [weight for group in base.param_groups for weight in group["params"]]
 
-    def _link_moments(self) -> None:
-        """Let DeepSpeed find the moments of a weight; by itself it looks for those of the first group alone."""
-        if self.stage < 3 and not self.moments_linked:
+    def _link_states(self) -> None:
+        """Let DeepSpeed find the states of a weight; by itself it looks for those of the first group alone."""
+        if self.stage < 3 and not self.states_linked:
             self.inner.optimizer._hp_optimizer_states_linked = False
             self.inner.optimizer._lazy_init_hp_params_optimizer_state()
-        self.moments_linked = True
+        self.states_linked = True
 
     def finish_loading(self) -> None:
         if self.unwrapped:
@@ -149,11 +149,12 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             wrapper.update_lp_params()
             return
+        # As step() does. A pass without gradient leaves weights gathered, and what is gathered is not read again.
+        wrapper._partition_all_parameters()
         for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
         if wrapper.persistent_parameters:
-            # What step() ends with: parameters too small to be worth sharding are gathered once and kept.
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+            # Parameters too small to be worth sharding are gathered once and kept.
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
 
@@ -188,6 +189,29 @@ def sharded(module: nn.Module, runtime: Runtime, processes: Processes) -> Callab
     engine = initialize(module, config, processes)
     engine.eval()
     return engine
+
+
+def _hand_out(module: nn.Module, config: dict[str, Any], processes: Processes) -> None:
+    """Give each process its shards of the first one's weights, and its buffers whole.
+
+    DeepSpeed does so by itself, but would put the whole model on the device before.
+
+    Raises:
+        StageError: the first process found other weights in the model's files than config.json tells the others of.
+    """
+    import deepspeed
+
+    layout = {name: (weight.shape, weight.dtype) for name, weight in module.named_parameters()}
+    first = processes.broadcast(layout if processes.is_main else None)
+    if processes.any(list(layout.items()) != list(first.items())):
+        raise StageError(
+            "ZeRO 3 cannot hand out this model: its files hold other weights than its config.json tells of (is "
+            "tie_word_embeddings right?); correct that, or set zero_stage and frozen_zero_stage below 3"
+        )
+    deepspeed.zero.Init(module, config_dict_or_path=config)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = processes.broadcast_tensor(buffer.cpu()).to(processes.device)
 
 
 def require_whole_weights(module: nn.Module, stage: int) -> None:
@@ -246,9 +270,5 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         if config["zero_optimization"]["stage"] == 3:
-            # Left to itself it would first put the whole model on the device.
-            deepspeed.zero.Init(module, config_dict_or_path=config)
-            for part in module.modules():
-                for name, buffer in part.named_buffers(recurse=False):
-                    part._buffers[name] = buffer.to(processes.device)
+            _hand_out(module, config, processes)
         return deepspeed.initialize(model=module, config=config, **options)[0]

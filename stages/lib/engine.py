@@ -25,6 +25,7 @@ from stages.lib.runtime import Runtime
 from stages.lib.schedule import learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
+PIECE = 2**24  # numbers that are exchanged at a time
 
 
 class Engine(ABC):
@@ -173,27 +174,27 @@ class Engine(ABC):
             yield
             return
         self._exchange_averages()
-        try:
-            yield
-        finally:
-            self._exchange_averages()
+        yield  # not in a `try`: after an error the other processes are elsewhere, and nothing is saved from here on
+        self._exchange_averages()
 
     @torch.no_grad()
     def _exchange_averages(self) -> None:
         optimizer, weights = self._optimized()
         for weight in weights:
             average = optimizer.state[weight][AVERAGE]
-            held = weight.detach().clone()
-            weight.copy_(average)
-            average.copy_(held)
+            # ZeRO has all its masters in one tensor or two, too large to be copied whole.
+            for one, other in zip(weight.view(-1).split(PIECE), average.view(-1).split(PIECE), strict=True):
+                held = one.clone()
+                one.copy_(other)
+                other.copy_(held)
         self.finish_loading()
 
     @abstractmethod
     def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
         """The optimizer and the tensors of this process that it has states of: the masters or its parts of them."""
 
-    def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> torch.optim.AdamW:
-        """AdamW with weight decay on matrices only: not on norms and biases."""
+    def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> AveragingAdamW:
+        """AdamW with weight decay on matrices only, not on norms and biases; it averages where `ema_decay` says so."""
         matrices = [weight for weight in weights.values() if weight.ndim >= 2]
         vectors = [weight for weight in weights.values() if weight.ndim < 2]
         groups = [(matrices, self.settings.weight_decay), (vectors, 0.0)]
@@ -206,7 +207,7 @@ class Engine(ABC):
             fused=True,
         )
 
-    def moment_zero(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def states_of(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The optimizer's state of one of its tensors, made if there is none yet, at the count of steps taken."""
         state = optimizer.state[weight]
         if not state:
@@ -268,7 +269,7 @@ class TorchEngine(Engine):
     def set_full_state(self, name: str, value: torch.Tensor, key: str | None = None) -> None:
         master = self.masters[name]
         with torch.no_grad():
-            (master if key is None else self.moment_zero(self.optimizer, master)[key]).copy_(value)
+            (master if key is None else self.states_of(self.optimizer, master)[key]).copy_(value)
 
     def finish_loading(self) -> None:
         with torch.no_grad():

@@ -117,7 +117,10 @@ def test_saved_and_loaded_is_the_same_as_going_on(dtype: torch.dtype, ema_decay:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_starts_at_the_first_weights_and_is_lent_to_the_module(dtype: torch.dtype) -> None:
+def test_the_average_starts_at_the_first_weights_and_is_lent_to_the_module(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.lib.engine.PIECE", 7)
     engine = new(MeanLogProb(tiny_llama().to(dtype)), 3, ema_decay=0.8)
     average = flat(engine.masters.values()).clone()
     with engine.averaged():  # before the first step there is none but the weights

@@ -1,12 +1,11 @@
 """What the kills came to: a row for each stage, number of processes and method, and the table of them in Markdown."""
 
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.stages.tiny_pipeline import PROJECT
+from tests.proofs.measured_commit import measured_commit
 
 
 @dataclass
@@ -54,7 +53,7 @@ def report(rows: list[Row], failures: list[str], table: Path | None, seeds: rang
     if table:
         used = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
         by = shlex.join(["python", "-m", "tests.proofs.kill_matrix", *sys.argv[1:]])
-        head = f"# Killed and resumed\n\nWritten by `{by}`, {used}, from commit {commit()}.\n"
+        head = f"# Killed and resumed\n\nWritten by `{by}`, {used}, from commit {measured_commit()}.\n"
         explained = (
             "\nA trial is a run of one stage of the tiny pipeline that is killed once or several times and then let\n"
             "finish. A failure is any file of the project that differs from an undisturbed run's, is missing or too\n"
@@ -62,10 +61,3 @@ def report(rows: list[Row], failures: list[str], table: Path | None, seeds: rang
             "that is slow or not told in one line. `resumed`: starts that went on from saved state.\n\n"
         )
         table.write_text(f"{head}{explained}{text}\n{summary}\n")
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "stages") else "")

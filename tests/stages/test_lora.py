@@ -233,8 +233,10 @@ def test_a_4_bit_base_trains_alike_under_zero_2_and_is_refused_by_zero_3(wider: 
     whole, results = weights(wider, "rm"), metrics(wider, "train_rm")
     shutil.rmtree(wider / ".scratch")  # or its finished result would be published again
     change(wider / "runtime.yaml", {"default": {"zero_stage": 2}})
-    _, errors = start(wider, "train_rm", launch=TWO_PROCESSES).communicate()
-    assert distance(whole, weights(wider, "rm")) < 1e-5, errors
+    process = start(wider, "train_rm", launch=TWO_PROCESSES)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert distance(whole, weights(wider, "rm")) < 1e-5
     assert metrics(wider, "train_rm") == pytest.approx(results, rel=1e-4, abs=1e-6)
     change(wider / "runtime.yaml", {"default": {"zero_stage": 3}})
     shutil.rmtree(wider / ".scratch")
