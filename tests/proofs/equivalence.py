@@ -157,7 +157,6 @@ def make_project(folder: Path) -> None:
     """The tiny pipeline up to the models that the compared stages start from."""
     folder.mkdir(parents=True)
     new_project(folder)
-    change(folder / "runtime.yaml", {"default": {"threads": 1}})  # launches run beside each other
     for stage in ("prepare_data", "prepare_base", "tokenize@sft", "tokenize@preference", "tokenize@prompts"):
         call(folder, stage)
     for stage in (*TRAINING[:2], "ref_logprobs", "train_dpo"):

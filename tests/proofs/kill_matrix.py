@@ -352,7 +352,6 @@ def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random
 def tiny_truth(folder: Path) -> Path:
     """A project in which every stage has run undisturbed, each in a child: this process computes nothing."""
     new_project(folder)
-    change(folder / "runtime.yaml", {"default": {"threads": 1}})  # trials run beside each other
     for stage in ALL_STAGES:
         ended = run_forked(folder, stage)
         if ended.status:

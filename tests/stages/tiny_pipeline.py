@@ -60,6 +60,7 @@ def new_project(folder: Path) -> Path:
     write_yaml(folder / "params.yaml", settings)
     runtime = read_yaml(PROJECT / "runtime.yaml")
     runtime["default"]["rows_per_partial_result"] = 16  # several partial results of so few rows
+    runtime["default"]["threads"] = 1  # more gain nothing at this size, and hinder what runs beside
     write_yaml(folder / "runtime.yaml", runtime)
     (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
     (folder / "data/raw").mkdir(parents=True)
