@@ -1,12 +1,10 @@
 """What ZeRO 3 hands out: every process computes with the weights and buffers of the first."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.real_files import PROJECT
+from tests.two_processes import run_on_two_processes
 
 SCRIPT = """
 from dataclasses import replace
@@ -46,11 +44,4 @@ processes.leave()
 
 @pytest.mark.slow
 def test_the_first_process_hands_out_its_weights_and_buffers(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "runtime.yaml").write_text((PROJECT / "runtime.yaml").read_text())
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [str(torchrun), "--standalone", "--nproc_per_node=2", "script.py"]
-    environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
+    run_on_two_processes(SCRIPT, tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from stages.lib.errors import StageError
 from stages.lib.processes import Place, Processes, read_place, require_same_work
 from tests.tiny_models import CPU
+from tests.two_processes import run_on_two_processes
 
 ALONE = Processes(0, 1, CPU)
 # Prints the results of each process's first call of a function by two threads: one line if all are the same.
@@ -144,16 +145,7 @@ def test_processes_that_were_started_differently_are_told_so(changed: dict[str, 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
-    from tests.real_files import PROJECT
-
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "runtime.yaml").write_text((PROJECT / "runtime.yaml").read_text())
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [str(torchrun), "--standalone", "--nproc_per_node=2", "script.py"]
-    environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
+    run_on_two_processes(SCRIPT, tmp_path)
 
 
 @pytest.mark.slow
