@@ -1,29 +1,33 @@
 """The default pipeline on one process and on two: are the metrics as close as those of seeds, and the bytes the same?
 
 Copies of the committed project run the training stages and the evaluations of DPO and PPO through DVC, all on the same
-data and base model: with three seeds on one process, with the first seed on two processes, and up to the reward model
-on two processes once more. A metric of two processes agrees if it lies no further from that of one process than the
-three seeds lie apart. The second run on two processes must end with the bytes of the first.
+data and base model: with three seeds on one process; with the first seed on two processes, and on one process with
+small micro-batches, to see what other rounding does without a second process; and up to the reward model on two
+processes once more. A metric agrees if it lies no further from that of the first seed than the three seeds lie apart.
+The second run on two processes must end with the bytes of the first.
 
     python -m tests.proofs.world_sizes FOLDER --table tests/proofs/world_sizes.md
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 
 from tests.proofs.dvc_projects import start_dvc
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, read_yaml
+from tests.stages.tiny_pipeline import PROJECT, change, read_yaml
 
 SHARED = ("prepare_base", "tokenize")  # and what they need: the data and the model that all runs start from
 TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
 EVALUATIONS = ("evaluate@dpo", "evaluate@ppo")
 TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
+SMALL_BATCHES = {"micro_batch_tokens": 1024}
 FILES = ("train_sft", "train_rm", "train_dpo", "train_ppo", "evaluate/dpo", "evaluate/ppo")
 HEADLINES = [
     "train_sft: eval_loss",
@@ -43,9 +47,10 @@ HEADLINES = [
 HEAD = """# One process and two, beside three seeds
 
 The default pipeline at commit {commit}; `make prove` makes this table anew. All runs start from the same data and base
-model. "Spread" is the largest less the smallest of the three seeds' values, "apart" how far the run on two processes
-(with the first seed) is from the run on one; it agrees if that is no more than the spread. Of the {count} metrics
-of training stages and evaluations that differ between any of these runs, {agreeing} agree.
+model. "Spread" is the largest less the smallest of the three seeds' values, "apart" how far the run before it (with
+the first seed) is from the first seed's: one on two processes, and one on one process with micro-batches of {tokens}
+tokens, whose rounding differs too. They agree if neither is further apart than the spread. Of the {count} metrics of
+training stages and evaluations that differ between any of these runs, {agreeing} agree.
 
 {table}
 {bytes}
@@ -65,20 +70,36 @@ def repro(folder: Path, *words: str, **environment: str) -> None:
         raise SystemExit(f"dvc repro {' '.join(words)} failed in {folder}:\n{output.read_text()[-3000:]}")
 
 
-def run(folder: Path, name: str, seed: int, stages: tuple[str, ...], **environment: str) -> Path:
+def run(
+    folder: Path, name: str, seed: int, stages: tuple[str, ...], runtime: dict[str, int], **environment: str
+) -> Path:
     """The stages with a seed, on the data and base model that `folder`/data was given. Returns the run's folder."""
     path = folder / name
     if (path / "done").exists():
         return path
-    subprocess.run(["cp", "-r", folder / "data", path], check=True)
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(folder / "data", path, symlinks=True)
     lines = (path / "params.yaml").read_text().splitlines(keepends=True)
     lines = [f"seed: {seed}\n" if line.startswith("seed:") else line for line in lines]
     (path / "params.yaml").write_text("".join(lines))
+    change(path / "runtime.yaml", {"default": runtime})
     for stage in stages:
         repro(path, "--single-item", "--force", stage, **environment)
         print(f"{name}: {stage}", flush=True)
     (path / "done").touch()
     return path
+
+
+def run_alone(folder: Path, first: int) -> tuple[dict[int, Path], Path]:
+    """Three seeds and the small micro-batches on one process each, two at a time with a thread each."""
+    stages = TRAINING + EVALUATIONS
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        seeds = {
+            seed: pool.submit(run, folder, f"seed-{seed}", seed, stages, {"threads": 1})
+            for seed in (first, first + 1, first + 2)
+        }
+        small = pool.submit(run, folder, "small-batches", first, stages, {"threads": 1, **SMALL_BATCHES})
+        return {seed: future.result() for seed, future in seeds.items()}, small.result()
 
 
 def metrics_of(folder: Path) -> pd.Series:
@@ -97,22 +118,26 @@ def hashes_of(folder: Path, stages: tuple[str, ...]) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
 
 
-def as_table(seeds: dict[int, pd.Series], two: pd.Series) -> pd.DataFrame:
-    """A row a metric: the seeds' values, their spread, the run on two processes, and whether it agrees."""
+def as_table(seeds: dict[int, pd.Series], others: dict[str, pd.Series]) -> pd.DataFrame:
+    """A row a metric: the seeds' values and spread, each other run and how far it is apart, and whether all agree."""
     table = pd.DataFrame({f"seed {seed}": values for seed, values in seeds.items()})
     one = table.iloc[:, 0]
     spread = table.max(axis=1) - table.min(axis=1)
-    apart = (two - one).abs()
-    table = table.assign(spread=spread, two=two, apart=apart, agrees=apart <= spread)
-    return table[(spread > 0) | (apart > 0)]  # counts of rows and steps say nothing
+    apart = {name: (values - one).abs() for name, values in others.items()}
+    table["spread"] = spread
+    for name, values in others.items():
+        table[name], table[f"apart ({name})"] = values, apart[name]
+    furthest = pd.DataFrame(apart).max(axis=1)
+    table["agrees"] = furthest <= spread
+    return table[(spread > 0) | (furthest > 0)]  # counts of rows and steps say nothing
 
 
 def in_markdown(table: pd.DataFrame) -> str:
-    shown = table.loc[HEADLINES].rename(columns={"two": "two processes"})
-    shown["agrees"] = shown["agrees"].map({True: "yes", False: "no"})
-    lines = ["| metric | " + " | ".join(shown.columns) + " |", "|---" * (len(shown.columns) + 1) + "|"]
+    shown = table.loc[HEADLINES]
+    titles = ["apart" if name.startswith("apart") else name for name in shown.columns]
+    lines = ["| metric | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, row in shown.iterrows():
-        cells = [value if isinstance(value, str) else f"{value:.4g}" for value in row]
+        cells = [("no", "yes")[value] if isinstance(value, bool) else f"{value:.4g}" for value in row]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -129,17 +154,18 @@ def main() -> None:
         repro(start, *SHARED)
         start.rename(folder / "data")
     first = read_yaml(folder / "data/params.yaml")["seed"]
-    seeds = {
-        seed: metrics_of(run(folder, f"seed-{seed}", seed, TRAINING + EVALUATIONS))
-        for seed in (first, first + 1, first + 2)
-    }
-    two = run(folder, "two", first, TRAINING + EVALUATIONS, LAUNCH=TWO_PROCESSES)
-    again = run(folder, "two-again", first, TRAINING[:2], LAUNCH=TWO_PROCESSES)
-    table = as_table(seeds, metrics_of(two))
+    seeds, small = run_alone(folder, first)
+    two = run(folder, "two", first, TRAINING + EVALUATIONS, {"threads": 2}, LAUNCH=TWO_PROCESSES)
+    again = run(folder, "two-again", first, TRAINING[:2], {"threads": 2}, LAUNCH=TWO_PROCESSES)
+    table = as_table(
+        {seed: metrics_of(path) for seed, path in seeds.items()},
+        {"two processes": metrics_of(two), "small micro-batches": metrics_of(small)},
+    )
     hashes = [hashes_of(side, TRAINING[:2]) for side in (two, again)]
     same = hashes[0] == hashes[1]
     text = HEAD.format(
         commit=measured_commit(),
+        tokens=f"{SMALL_BATCHES['micro_batch_tokens']:,}",
         count=len(table),
         agreeing=int(table["agrees"].sum()),
         table=in_markdown(table),
