@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from stages.lib.engine import Engine, sum_gradients
@@ -242,7 +243,23 @@ def deepspeed_config(own: dict[str, Any], runtime: Runtime, processes: Processes
         **own,
     }
     config["zero_optimization"]["overlap_comm"] = False
-    return _laid_over(config, runtime.deepspeed)
+    return ReadKeys(_laid_over(config, runtime.deepspeed))
+
+
+class ReadKeys(dict):
+    """A configuration that remembers which of its keys were read; copies of it share that memory."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
 
 
 def _laid_over(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +270,12 @@ def _laid_over(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return result
 
 
-def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, **options: Any) -> Any:
-    """`deepspeed.initialize`, in the process group of the launch or in one of this process alone."""
+def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **options: Any) -> Any:
+    """`deepspeed.initialize`, in the process group of the launch or in one of this process alone.
+
+    Raises:
+        StageError: DeepSpeed has no use for a key of `config`, or for its value.
+    """
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -266,9 +287,18 @@ def initialize(module: nn.Module, config: dict[str, Any], processes: Processes, 
     if not dist.is_initialized():
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    with redirect_stdout(io.StringIO()):  # what it prints of itself and of memory
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        if config["zero_optimization"]["stage"] == 3:
-            _hand_out(module, config, processes)
-        return deepspeed.initialize(model=module, config=config, **options)[0]
+    try:
+        with redirect_stdout(io.StringIO()):  # what it prints of itself and of memory
+            if not deepspeed.comm.is_initialized():
+                deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            if config["zero_optimization"]["stage"] == 3:
+                _hand_out(module, config, processes)
+            engine = deepspeed.initialize(model=module, config=config, **options)[0]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise StageError(f"runtime.yaml: deepspeed: {key}: {wrong['msg']} ({error.title})") from None
+    unread = sorted(set(config) - config.read)
+    if unread:
+        raise StageError(f"runtime.yaml: deepspeed.{unread[0]}: DeepSpeed has no such key")
+    return engine

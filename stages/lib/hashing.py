@@ -18,14 +18,6 @@ def files_below(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 over the names and contents of a folder, or of a file."""
-    digest = hashlib.sha256()
-    for file in files_below(path):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def value_hash(values: Any) -> str:
     """SHA-256 of a JSON-like value."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -109,6 +109,7 @@ def _load(
 ) -> nn.Module:
     read_config(path)
     _quiet_loading()
+    require_attention_kernel(runtime, precision)
     sharded = not quantization and (runtime.frozen_zero_stage if frozen else runtime.zero_stage) == 3
     if quantization == "nf4":
         overrides |= nf4_options(DTYPES[precision], device)
@@ -151,6 +152,15 @@ def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = No
             setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu")))
     model.tie_weights()
     return model
+
+
+def require_attention_kernel(runtime: Runtime, precision: str) -> None:
+    """Raise StageError for flash attention in float32, which its kernels do not compute."""
+    if runtime.attention == "flash_attention_2" and DTYPES[precision] not in (torch.bfloat16, torch.float16):
+        raise StageError(
+            f"runtime.yaml: attention: flash_attention_2 computes in bf16, not in {precision}; set the stage's "
+            "precision in params.yaml to bf16, or attention to sdpa"
+        )
 
 
 def _quiet_loading() -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from stages.lib.errors import StageError
 from stages.lib.hashing import file_hash
+from stages.lib.own_code import code_hash
 from stages.lib.params import PARAMS_FILE
 from stages.lib.runtime import RUNTIME_FILE, Runtime
-from stages.lib.scratch import code_hash
 
 # A launcher starts all processes at about the same time; those of another machine may have to be started by hand.
 JOIN_TIMEOUT = timedelta(minutes=10)
@@ -234,6 +234,7 @@ def choose_device(runtime: Runtime, local_rank: int) -> torch.device:
 def make_deterministic() -> None:
     """Have torch choose kernels that give the same bytes at every run, and refuse those that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # torch knows nothing of that package's kernels
     # Does what use_deterministic_algorithms(True) does, without its import of the compiler, which takes 2 seconds.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written

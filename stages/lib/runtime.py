@@ -28,6 +28,8 @@ OUR_DEEPSPEED_KEYS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "managed_gradient_accumulation",
+    "data_types",
+    "communication_data_type",
 }
 
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
@@ -72,6 +74,9 @@ class Runtime:
         for key in (*at_least_1, "rows_per_partial_result", "kept_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
+        for key in ("checkpoint_seconds", "log_seconds", "shown_samples"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
         self._check_zero()
         self._check_trackers()
 
@@ -91,6 +96,11 @@ class Runtime:
         taken = sorted(set(self.deepspeed) & OUR_DEEPSPEED_KEYS)
         if taken:
             raise ValueError(f"deepspeed.{taken[0]} is set by the pipeline and cannot be changed here")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization must hold keys, found {zero!r}")
+        if "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage: set zero_stage or frozen_zero_stage instead")
 
     def uses_deepspeed(self, world_size: int) -> bool:
         """True if a launch of so many processes trains with DeepSpeed."""

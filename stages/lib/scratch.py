@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,26 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize_tensors
 
 from stages.lib.errors import StageError
-from stages.lib.hashing import combined_hash, dvc_hash, dvc_hashes, file_hash, value_hash
+from stages.lib.hashing import dvc_hash, dvc_hashes, file_hash, value_hash
 from stages.lib.outputs import remove, written_whole
+from stages.lib.own_code import code_hash
 from stages.lib.scratch_root import scratch_root
 
 FILE_BYTES = 2**30  # tensors of a checkpoint that are gathered before they are written
-
-
-def code_hash() -> str:
-    """Hash of the stage's own code as loaded: every module under `stages` that this process has imported."""
-    files = {
-        module.__file__
-        for name, module in list(sys.modules.items())
-        if getattr(module, "__file__", None) and (name.startswith("stages.") or _is_stage_script(name, module))
-    }
-    return combined_hash(file_hash(Path(file)) for file in sorted(files))
-
-
-def _is_stage_script(name: str, module: Any) -> bool:
-    spec = getattr(module, "__spec__", None)
-    return name == "__main__" and spec is not None and spec.name.startswith("stages.")
 
 
 class Scratch:
@@ -56,14 +42,14 @@ class Scratch:
         kept_checkpoints: how many of the newest checkpoints stay, at least 1.
 
     Raises:
-        StageError: another process holds the folder.
+        StageError: another process holds the folder, or nothing can be written there.
     """
 
     def __init__(
         self,
         stage: str,
         settings: dict[str, Any],
-        inputs: Iterable[Path],
+        inputs: Sequence[Path],
         *,
         across_code_change: bool = False,
         kept_checkpoints: int = 2,
@@ -72,12 +58,16 @@ class Scratch:
         self.code = code_hash()
         self.across_code_change = across_code_change
         self.kept_checkpoints = kept_checkpoints
-        fingerprint = value_hash([settings, sorted(self.input_hashes.items())])
+        # In the order given, which says what each input is to the stage.
+        fingerprint = value_hash([settings, [[str(path), self.input_hashes[str(path)]] for path in inputs]])
         self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
         self.logs = self.folder / "logs"
         self.kept = self.folder / "kept"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise StageError(f"training state cannot be kept in {self.folder}: {error}") from None
 
     def _take_lock(self) -> IO[str]:
         lock = (self.folder / "lock").open("a+")

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from stages.lib.errors import StoppedError
 from stages.lib.runtime import Runtime
+from stages.lib.stop_watch import STOP_WATCH
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
 SECONDS_TO_STOP = 8.0  # and one that was stopped or failed: launchers kill what is still there after 30
@@ -94,6 +96,7 @@ class TrackerThread(threading.Thread):
         self.label = label
         self.tracker = tracker
         self.warned = threading.Lock()
+        self.done = threading.Event()  # a signal in join() has Python 3.11 take the thread for dead
         self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -106,19 +109,17 @@ class TrackerThread(threading.Thread):
                 self.tracker.finish({}, 1)
             with contextlib.suppress(Exception):
                 self.tracker.give_up()
+        self.done.set()
 
     def order(self, call: Callable[..., None], *arguments: Any) -> None:
         """Have the tracker do something after all that was ordered before."""
         if not self.warned.locked():
             self.orders.put(lambda: call(*arguments))
 
-    def close(self, seconds: float) -> None:
-        """Wait until all is done, or `seconds` have gone by, or the user presses Ctrl-C."""
-        self.orders.put(None)
-        with contextlib.suppress(KeyboardInterrupt):
-            self.join(seconds)
-        if self.is_alive():
-            self._warn(f"it was not done after {seconds:.0f} seconds")
+    def leave(self) -> None:
+        """Give the tracker up unless it has done all that was ordered."""
+        if not self.done.is_set():
+            self._warn("it was not done in time")
             with contextlib.suppress(Exception):
                 self.tracker.give_up()
 
@@ -166,12 +167,20 @@ class Trackers:
         self.results = {f"final/{name}": value for name, value in results.items()}
 
     def close(self, exit_code: int) -> None:
-        """End all trackers; takes long only if the run ended well and an upload is under way."""
+        """End all trackers; takes long only if the run ended well and an upload is under way.
+
+        SIGTERM or Ctrl-C cuts the waiting short and changes nothing else: the result is in place by now.
+        """
         for thread in self.threads:
             thread.order(thread.tracker.finish, self.results, exit_code)
+            thread.orders.put(None)
         deadline = time.monotonic() + (SECONDS_TO_STOP if exit_code else SECONDS_TO_UPLOAD)
-        for thread in self.threads:
-            thread.close(max(deadline - time.monotonic(), 0.1))
+        with STOP_WATCH.allow(None):
+            with contextlib.suppress(KeyboardInterrupt, StoppedError):
+                for thread in self.threads:
+                    thread.done.wait(max(deadline - time.monotonic(), 0.1))
+            for thread in self.threads:
+                thread.leave()
         self.threads = []
 
     def _open(self, first_step: int) -> bool:

@@ -1,9 +1,14 @@
-"""What ZeRO 3 hands out: every process computes with the weights and buffers of the first."""
+"""What ZeRO 3 hands out, and which keys DeepSpeed takes from runtime.yaml."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.real_files import PROJECT
 from tests.two_processes import run_on_two_processes
 
 SCRIPT = """
@@ -45,3 +50,47 @@ processes.leave()
 @pytest.mark.slow
 def test_the_first_process_hands_out_its_weights_and_buffers(tmp_path: Path) -> None:
     run_on_two_processes(SCRIPT, tmp_path)
+
+
+KEYS = """
+import json, sys
+import torch
+from stages.lib.engine import new_engine
+from stages.lib.errors import StageError
+from stages.lib.params import load_yaml
+from stages.lib.processes import Processes
+from stages.lib.runtime import Runtime
+from tests.lib.test_engine import CPU, PROJECT, settings
+
+for dtype, zero_stage, keys in json.loads(sys.argv[1]):
+    default = load_yaml(PROJECT / "runtime.yaml")["default"]
+    runtime = Runtime(**default | {"zero_stage": zero_stage, "deepspeed": keys})
+    model = torch.nn.Linear(3, 2).to(getattr(torch, dtype))
+    try:
+        new_engine(model, settings(), 1, runtime, Processes(0, 1, CPU))
+        print("taken")
+    except StageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
+    tried = [
+        ("float32", 2, {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": False}),
+        ("float32", 2, {"overlap_comm": True}),
+        ("float32", 2, {"zero_optimization": {"overlap_com": True}}),
+        ("float32", 2, {"zero_optimization": {"reduce_bucket_size": "large"}}),
+        ("bfloat16", 0, {"zero_optimization": {"overlap_comm": True}}),
+    ]
+    words = [sys.executable, "-c", KEYS, json.dumps(tried)]
+    done = subprocess.run(
+        words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    taken, unknown, misspelt, mistyped, idle = done.stdout.splitlines()[-5:]
+    assert taken == "taken"
+    assert unknown == "runtime.yaml: deepspeed.overlap_comm: DeepSpeed has no such key"
+    assert misspelt.startswith("runtime.yaml: deepspeed: overlap_com: Extra inputs are not permitted")
+    assert mistyped.startswith("runtime.yaml: deepspeed: reduce_bucket_size: Input should be a valid integer")
+    assert idle == "runtime.yaml: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3"

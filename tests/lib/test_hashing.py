@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.lib.hashing import combined_hash, content_hash, dvc_hash, file_hash, value_hash
+from stages.lib.hashing import combined_hash, dvc_hash, file_hash, value_hash
 
 
 def folder(root: Path, files: dict[str, str]) -> Path:
@@ -23,10 +23,10 @@ def test_known_digests(tmp_path: Path) -> None:
 
 def test_a_folder_is_its_names_and_contents(tmp_path: Path) -> None:
     files = {"a": "1", "b/c": "2"}
-    first = content_hash(folder(tmp_path / "1", files))
-    assert first == content_hash(folder(tmp_path / "2", dict(reversed(files.items()))))
+    first = dvc_hash(folder(tmp_path / "1", files))
+    assert first == dvc_hash(folder(tmp_path / "2", dict(reversed(files.items()))))
     others = [{"a": "2", "b/c": "2"}, {"a": "1", "b/d": "2"}, {"a": "1", "c": "2"}, {"a": "1"}]
-    hashes = [content_hash(folder(tmp_path / f"other{number}", other)) for number, other in enumerate(others)]
+    hashes = [dvc_hash(folder(tmp_path / f"other{number}", other)) for number, other in enumerate(others)]
     assert len({first, *hashes}) == 5
 
 

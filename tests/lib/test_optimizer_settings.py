@@ -18,6 +18,8 @@ GOOD = load_yaml(PROJECT / "profiles/default.yaml")["train_sft"]["optimizer"]
         ("learning_rate", 0.0, "above 0"),
         ("warmup_ratio", 1.5, "between 0 and 1"),
         ("max_grad_norm", 0.0, "above 0"),
+        ("beta1", 1.0, "at least 0 and below 1"),
+        ("beta2", 1.0, "at least 0 and below 1"),
         ("weight_decay", -0.1, "not be negative"),
         ("ema_decay", 1.0, "above 0 and below 1, or null"),
         ("ema_decay", 0.0, "above 0 and below 1, or null"),

@@ -1,5 +1,7 @@
 """Loading a model folder: what a process that reads no weights has in common with one that does."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from stages.lib import pretrained
+from stages.lib.errors import StageError
+from stages.lib.runtime import read_runtime
+from tests.real_files import PROJECT
 from tests.tiny_models import tiny_gpt2, tiny_llama
 
 
@@ -44,3 +49,10 @@ def test_a_model_without_weights_has_the_shape_of_the_loaded_one(
     ids = torch.arange(8)[None] + 1
     outs = [model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)) for model in (loaded, empty)]
     assert torch.equal(outs[0].logits, outs[1].logits)
+
+
+@pytest.mark.parametrize(("precision", "refused"), [("fp32", True), ("bf16", False)])
+def test_flash_attention_is_for_bf16(precision: str, refused: bool) -> None:
+    runtime = replace(read_runtime("train_sft", PROJECT / "runtime.yaml"), attention="flash_attention_2")
+    with pytest.raises(StageError, match="computes in bf16, not in fp32") if refused else nullcontext():
+        pretrained.require_attention_kernel(runtime, precision)

@@ -102,6 +102,21 @@ def test_other_code_resumes_only_if_asked(capsys: pytest.CaptureFixture) -> None
     assert "made by other code; going on from it" in capsys.readouterr().out
 
 
+def test_the_same_inputs_in_other_roles_are_another_run(root: Path) -> None:
+    for name in ("dpo", "sft"):
+        (root / name).write_text(name)
+    policy_first = Scratch("evaluate", {}, [root / "dpo", root / "sft"])
+    sft_first = Scratch("evaluate", {}, [root / "sft", root / "dpo"])
+    assert policy_first.folder != sft_first.folder
+
+
+def test_a_folder_that_cannot_be_written_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "file").write_text("")
+    monkeypatch.setenv("STAGEWISE_SCRATCH", str(root / "file/scratch"))
+    with pytest.raises(StageError, match=r"training state cannot be kept in .*file/scratch/train_sft"):
+        Scratch("train_sft", {}, [])
+
+
 def test_a_second_process_is_refused() -> None:
     scratch = new_scratch()
     with pytest.raises(StageError, match="is in use: another process"):

@@ -2,18 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from stages.lib.errors import StoppedError
 from stages.lib.params import load_yaml
 from stages.lib.runtime import Runtime, read_runtime
 from stages.lib.tensorboard_tracker import flat
-from stages.lib.trackers import Journal, Row, Trackers, TrackerThread
+from stages.lib.trackers import Journal, Row, Trackers
 from tests.real_files import PROJECT
 from tests.tracked_values import tensorboard_scalars, wandb_rows
 
@@ -140,30 +143,90 @@ def test_a_journal_of_no_use_is_told_once(tmp_path: Path, capsys: pytest.Capture
     assert "tracked.jsonl: KeyError" in line
 
 
-def test_a_tracker_that_hangs_is_left_behind(capsys: pytest.CaptureFixture) -> None:
-    class Stuck:
-        def __init__(self) -> None:
-            self.free, self.given_up = threading.Event(), False
+class Stuck:
+    """A tracker whose server never answers."""
 
-        def log(self, _row: Row) -> None:
-            self.free.wait()
-            raise OSError("too late to matter")
+    def __init__(self) -> None:
+        self.free, self.given_up = threading.Event(), False
 
-        def give_up(self) -> None:
-            self.given_up = True
+    def start(self, _first_step: int, _earlier: list[Row]) -> None: ...
 
-    tracker = Stuck()
-    thread = TrackerThread("stuck", tracker)
-    thread.start()
-    thread.order(tracker.log, Row(1, 0.0, {}))
+    def log(self, _row: Row) -> None:
+        self.free.wait()
+        raise OSError("too late to matter")
+
+    def finish(self, _results: Mapping[str, float], _exit_code: int) -> None: ...
+
+    def give_up(self) -> None:
+        self.given_up = True
+
+
+class StuckTrackers(Trackers):
+    def _tracker(self, _name: str, _journal: Journal) -> Stuck:
+        self.stuck = Stuck()
+        return self.stuck
+
+
+def stuck_trackers(folder: Path) -> StuckTrackers:
+    trackers = StuckTrackers("train_sft", SETTINGS, runtime(folder, trackers=["wandb"]), folder / "tracked.jsonl")
+    trackers.log(1, {"loss": 1.0})
+    return trackers
+
+
+def test_a_tracker_that_hangs_is_left_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.lib.trackers.SECONDS_TO_UPLOAD", 0.2)
+    trackers = stuck_trackers(tmp_path)
+    (thread,) = trackers.threads
     started = time.monotonic()
-    thread.close(0.2)
+    trackers.close(0)
     assert time.monotonic() - started < 2
-    assert tracker.given_up
-    tracker.free.set()
+    assert trackers.stuck.given_up
+    trackers.stuck.free.set()
     thread.join()
     (line,) = failures(capsys)
-    assert "it was not done after 0 seconds" in line
+    assert "it was not done in time" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cuts_the_last_upload_short(tmp_path: Path, capsys: pytest.CaptureFixture, number: int) -> None:
+    """As `stages.lib.errors.run` sets it up: the result is in place, so the stage still ends well."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise StoppedError(number)
+
+    trackers = stuck_trackers(tmp_path)
+    before = signal.signal(number, stop)
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    started = time.monotonic()
+    trackers.close(0)
+    signal.signal(number, before)
+    assert 0.2 < time.monotonic() - started < 5
+    assert trackers.stuck.given_up
+    assert "it was not done in time" in "".join(failures(capsys))
+
+
+def test_a_stopped_run_gives_its_trackers_their_seconds(tmp_path: Path) -> None:
+    code = """
+import signal
+from stages.lib import errors, stop_watch, trackers
+from tests.lib.test_trackers import stuck_trackers
+sys.argv = ["stage"]
+trackers.SECONDS_TO_STOP = 1.5
+def main():
+    stop_watch.STOP_WATCH._allowed = 0.3
+    try:
+        run = stuck_trackers(folder)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        run.close(143)
+errors.run(main)
+"""
+    done = in_own_process(tmp_path, code)
+    assert done.returncode == 143
+    assert "it was not done in time" in done.stderr
+    assert "no place to save was reached" not in done.stderr
 
 
 def in_own_process(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -217,7 +280,7 @@ trackers.close(0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("key", "reason"), [("", "no API key: run `wandb login`"), ("a" * 40, "it was not done after 8 seconds")]
+    ("key", "reason"), [("", "no API key: run `wandb login`"), ("a" * 40, "it was not done in time")]
 )
 def test_a_server_out_of_reach_is_told_once_and_soon(tmp_path: Path, key: str, reason: str) -> None:
     code = "attempt(folder, range(1, 6), trackers=['wandb'], wandb_mode='online').close(143)"

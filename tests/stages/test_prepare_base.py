@@ -24,7 +24,7 @@ from transformers import (
 
 from stages.lib.chat import decode_completion, encode_completion, encode_prompt
 from stages.lib.errors import StageError
-from stages.lib.hashing import content_hash
+from stages.lib.hashing import dvc_hash
 from stages.prepare_base import MARKER_NOISE, NO_FILE, main
 from tests.hub_server import HubServer, repository_of_folder
 from tests.real_files import PROJECT, real_file
@@ -157,7 +157,7 @@ def test_a_model_from_scratch(scratch_runs):
 
 
 def test_a_model_from_scratch_has_the_same_bytes_twice(scratch_runs):
-    assert content_hash(scratch_runs[0]) == content_hash(scratch_runs[1])
+    assert dvc_hash(scratch_runs[0]) == dvc_hash(scratch_runs[1])
 
 
 def test_another_seed_gives_other_weights_and_the_same_tokenizer(scratch_runs, tmp_path):
@@ -207,7 +207,7 @@ def test_stories260k_gets_a_pad_and_markers_and_keeps_its_weights(tmp_path):
     noise = (after[name][512:515] - mean) / (MARKER_NOISE * spread)
     assert 0.8 < noise.std() < 1.2
     assert encode_prompt(tokenizer, PROMPT)[:2] == [1, 513]
-    assert content_hash(prepare(tmp_path / "again", **local(source))) == content_hash(base)
+    assert dvc_hash(prepare(tmp_path / "again", **local(source))) == dvc_hash(base)
 
 
 def test_a_model_whose_pad_eos_and_bos_are_one_token_gets_a_pad(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.errors import StageError
-from stages.lib.hashing import content_hash
+from stages.lib.hashing import dvc_hash
 from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_table
 from stages.tokenize_and_cache import Kind, main
 from tests.lib.test_chat import (
@@ -164,7 +164,7 @@ def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
     assert table[1199] == {"row": 1199, "prompt_ids": [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]}
     assert metrics[0] == metrics[1]
     assert metrics[0]["train_tokens"] == 600 * (4 + 8)
-    assert content_hash(tmp_path / "one/data/tokens") == content_hash(tmp_path / "two/data/tokens")
+    assert dvc_hash(tmp_path / "one/data/tokens") == dvc_hash(tmp_path / "two/data/tokens")
 
 
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
@@ -237,7 +237,7 @@ def test_settings_that_do_not_fit(tmp_path, config, section, message):
 
 def test_outs_of_an_earlier_run_stay_when_a_run_fails(tmp_path, base):
     tokenize_here(tmp_path, base, "prompts", [PROMPT])
-    before = content_hash(tmp_path / "data/tokens"), content_hash(tmp_path / "metrics")
+    before = dvc_hash(tmp_path / "data/tokens"), dvc_hash(tmp_path / "metrics")
     with pytest.raises(StageError):
         tokenize_here(tmp_path, base, "prompts", [PROMPT, {}])
-    assert (content_hash(tmp_path / "data/tokens"), content_hash(tmp_path / "metrics")) == before
+    assert (dvc_hash(tmp_path / "data/tokens"), dvc_hash(tmp_path / "metrics")) == before
