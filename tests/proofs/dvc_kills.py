@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 from stages.lib.hashing import dvc_hash
@@ -38,7 +39,7 @@ def killed_in_commit(project: Path, stage: str, draw: random.Random) -> list[str
         write_yaml(project / "dvc.lock", {**parsed(lock), "stages": others})
         shutil.rmtree(project / ".scratch", ignore_errors=True)
         process = start_dvc(project, *words, output=output)
-        wait_for(lambda: scripts_over(project), PATIENCE, "the end of the script")
+        wait_for(lambda dvc=process: script_is_over(project, dvc), PATIENCE, "the end of the script")
         time.sleep(draw.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -63,10 +64,9 @@ def listing_of(project: Path) -> dict[str, str]:
     return {name: what for name, what in ours.items() if name.split("/")[0] not in (".dvc", ".git", "dvc.lock")}
 
 
-def scripts_over(project: Path) -> int:
-    """How many stages have ended: each writes a line into the log of runs, the last thing that it does."""
-    log = project / ".scratch/runs.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+def script_is_over(project: Path, dvc: subprocess.Popen) -> bool:
+    """True once the script has logged its run, which it does before it puts its outs in place, and is no more."""
+    return (project / ".scratch/runs.jsonl").exists() and not psutil.Process(dvc.pid).children()
 
 
 def parsed(content: bytes) -> dict[str, Any]:

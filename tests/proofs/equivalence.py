@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -68,13 +69,14 @@ WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}
 # Without it ZeRO 3 would not shard weights as small as these.
 SHARD_ALL = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 ZERO_3 = {"zero_stage": 3, "frozen_zero_stage": 3, **SHARD_ALL}
+ACTIVATIONS = {"activation_offload": True}
 ONE_PROCESS = {
     "micro-batch 1": {"micro_batch_tokens": 1},
     "packing": {"packing": True, "micro_batch_tokens": 300},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "eager attention": {"attention": "eager"},
     "logits in chunks of 7": {"logits_chunk_tokens": 7},
-    "activations offloaded": {"activation_offload": True},
+    "activations offloaded": ACTIVATIONS,
     "ZeRO 1": {"zero_stage": 1},
     "ZeRO 2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": True},
     "ZeRO 3": ZERO_3,
@@ -106,9 +108,10 @@ HEAD = """# Every way to run a stage, against one process, plain torch and paddi
 Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Steep" leaves out the weights whose
 gradient is below 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which
 magnifies the rounding errors of the smallest g. In bf16, where a gradient is rounded by a hundredth, it does so with
-most of them, and the first update is shown but not held to the tolerance. "Losses" are those of all steps and the norms
-of their gradients; "published" is the model that is saved, here an average of the weights over the steps
-(`ema_decay`); "numbers" are the stage's metrics or, of ref_logprobs, its outs.
+most of them, and the first update is shown but not held to the tolerance; nor are gradient, losses and numbers of a
+run in bf16 that drew other rollouts ("–": nothing is left to hold). "Losses" are those of all steps and the norms of
+their gradients; "published" is the model that is saved, here an average of the weights over the steps (`ema_decay`);
+"numbers" are the stage's metrics or, of ref_logprobs, its outs.
 
 """
 
@@ -346,14 +349,22 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
 
 def outside(row: dict[str, Any]) -> dict[str, float]:
     """What of one row of measurements is larger than the precision allows."""
-    limit = TOLERANCES[row["precision"]]
-    bounded = [f"weights after {STEPS} steps", "published"]
+    return {key: row[key] for key in held(row) if not row[key] <= TOLERANCES[row["precision"]]}
+
+
+def held(row: dict[str, Any]) -> list[str]:
+    """What of one row of measurements must keep to the tolerance."""
+    keys = [f"weights after {STEPS} steps", "published"]
     if row["precision"] != "bf16":
         # In bf16 AdamW's first step is the sign of gradients that are rounded by a hundredth: many signs are chance.
-        bounded += ["first update, steep", "losses", "numbers"]
+        keys.append("first update, steep")
     if row["precision"] != "bf16" or not row.get("differing rollouts"):
-        bounded.append("gradient")  # two phases of PPO that drew other tokens have other gradients
-    return {key: row[key] for key in bounded if key in row and not row[key] <= limit}
+        keys += ["gradient", "losses", "numbers"]  # those of other tokens, where bf16 drew others, are others
+    return [key for key in keys if key in row]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    return "–" if not held(row) else "no" if outside(row) else "yes"
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -363,15 +374,18 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " | within |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
-        lines.append("| " + " | ".join(cells) + f" | {'no' if outside(row) else 'yes'} |")
+        lines.append("| " + " | ".join(cells) + f" | {verdict(row)} |")
     return "\n".join(lines) + "\n"
 
 
 def possible(knobs: dict[str, Any], precision: str) -> bool:
     """float64 is for the plain engine; DeepSpeed without ZeRO does not train bf16 with float32 sums.
 
-    transformers' eager attention rounds its softmax to float32, so float64 says nothing of it.
+    transformers' eager attention rounds its softmax to float32, so float64 says nothing of it. Without a GPU there is
+    nothing to offload activations from.
     """
+    if knobs == ACTIVATIONS and not torch.cuda.is_available():
+        return False
     if precision == "fp64" and knobs.get("attention") == "eager":
         return False
     plain = knobs.get("engine") == "torch" or not any(key.startswith(("zero", "engine")) for key in knobs)
@@ -401,6 +415,8 @@ def main() -> None:
         options.out.write_text(json.dumps(before + rows, indent=1))
         if options.table:
             options.table.write_text(HEAD.format(commit=measured_commit()) + as_table(before + rows))
+    if any(outside(row) for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", "tests.proofs.equivalence", folder / "project"]
     command += ["--out", folder / "measured.json", "--without-lora", "--only", *CONFIGURATIONS]
-    subprocess.run(command, cwd=PROJECT, check=True, timeout=900)
+    subprocess.run(command, cwd=PROJECT, check=False, timeout=900)  # it says 1 of a row outside: the tests name it
     return json.loads((folder / "measured.json").read_text())
 
 
