@@ -164,35 +164,6 @@ def kill_after_a_checkpoint(folder: Path, stage: str, number: int, launch: str =
     return process.returncode
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "number"), [("train_ppo", signal.SIGKILL), ("train_rm", signal.SIGTERM)])
-def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, tiny: Path, stage: str, number: int) -> None:
-    folder = copy_of_tiny()
-    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
-    status = kill_after_a_checkpoint(folder, stage, number)
-    assert status == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
-    process = start(folder, stage)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert "resuming from step" in output
-    assert outs_of(folder, stage) == outs_of(tiny, stage)
-    assert list(folder.rglob("*.partial")) == []
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(copy_of_tiny: Copy, tiny: Path) -> None:
-    folder = copy_of_tiny()
-    process = start(folder, "train_ppo", launch=TWO_PROCESSES)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert distance(weights(tiny, "ppo"), weights(folder, "ppo")) < 1e-4
-    ours, theirs = (
-        [json.loads(line)["response"] for line in (path / "data/rollouts/train_ppo/rollouts.jsonl").open()]
-        for path in (tiny, folder)
-    )
-    assert ours == theirs
-
-
 def reached(folder: Path) -> int:
     """The step of the newest checkpoint."""
     return max((int(path.name[-8:]) for path in folder.glob(".scratch/*/checkpoint-????????")), default=0)

@@ -1,0 +1,21 @@
+"""The order of the test files: those that take minutes come first, so that none is left for one process alone."""
+
+import pytest
+
+LONG = (
+    "tests/pipeline/test_repro.py",
+    "tests/stages/test_equivalence.py",
+    "tests/stages/test_kills.py",
+    "tests/stages/test_launchers.py",
+    "tests/stages/test_training.py",
+    "tests/stages/test_lora.py",
+    "tests/stages/test_trackers.py",
+    "tests/stages/test_real_files.py",
+    "tests/stages/test_hub.py",
+    "tests/pipeline/test_staleness.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
