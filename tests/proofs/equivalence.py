@@ -333,7 +333,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
                 shutil.move(folder, reference)
             processes.broadcast(None)
         for name, changes in knobs.items():
-            if (only and name not in only) or not possible(changes, precision):
+            if (only and name not in only) or not possible(changes, precision) or idle(changes, stage):
                 continue
             started = time.monotonic()
             found, folder = run_stage(project, stage, changes, processes)
@@ -376,6 +376,11 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
         lines.append("| " + " | ".join(cells) + f" | {verdict(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def idle(knobs: dict[str, Any], stage: str) -> bool:
+    """True if these knobs are about an optimizer and the stage has none."""
+    return stage in MEASURING and "zero_stage" in knobs and set(knobs) <= {"engine", "zero_stage", "offload_optimizer"}
 
 
 def possible(knobs: dict[str, Any], precision: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.proofs.equivalence import MEASURING, TRAINING, TWENTY_STEPS, outside
+from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, TRAINING, TWENTY_STEPS, idle, outside
 from tests.stages.tiny_pipeline import PROJECT, change
 
 CONFIGURATIONS = (
@@ -35,8 +35,15 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*TRAINING, *MEASURING])
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("stage", "configuration"),
+    [
+        (stage, configuration)
+        for stage in (*TRAINING, *MEASURING)
+        for configuration in CONFIGURATIONS
+        if not idle(SEVERAL_PROCESSES[configuration], stage)
+    ],
+)
 def test_it_computes_the_same(measured: list[dict[str, Any]], stage: str, configuration: str) -> None:
     (row,) = [row for row in measured if row["stage"] == stage and row["configuration"] == configuration]
     assert outside(row) == {}

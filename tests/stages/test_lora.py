@@ -255,13 +255,3 @@ def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, adapted: 
     assert "resuming from step" in output, errors
     assert outs_of(folder, "train_rm") == outs_of(adapted, "train_rm")
     assert "rm/adapter/adapter_model.safetensors" in outs_of(folder, "train_rm")
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(copy_of_tiny: Copy, adapted: Path) -> None:
-    folder = use_lora(copy_of_tiny(), "train_ppo")
-    process = start(folder, "train_ppo", launch=TWO_PROCESSES)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert distance(weights(adapted, "ppo"), weights(folder, "ppo")) < 1e-5
-    assert [row["response_ids"] for row in rollouts(folder)] == [row["response_ids"] for row in rollouts(adapted)]

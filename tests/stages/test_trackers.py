@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -93,21 +92,14 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "number"), [("train_sft", signal.SIGKILL), ("train_ppo", signal.SIGTERM)])
-def test_a_killed_and_resumed_run_is_tracked_whole_and_once(
-    copy_of_tiny: Copy, tiny: Path, stage: str, number: int
-) -> None:
-    folder = copy_of_tiny()
+def test_a_killed_and_resumed_run_is_tracked_whole_and_once(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder, stage = copy_of_tiny(), "train_ppo"
     change(folder / "runtime.yaml", BOTH)
     process = start(folder, stage)
     wait_for(folder, CHECKPOINT, process)
-    if number == signal.SIGKILL:
-        wait_for(folder, "runs/tensorboard/*/events*", process)
-    process.send_signal(number)
-    sent = time.monotonic()
+    wait_for(folder, "runs/tensorboard/*/events*", process)
+    process.kill()
     process.communicate()
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert time.monotonic() - sent < 20
     first = {path.name for path in (folder / "runs/tensorboard").iterdir()}
     process = start(folder, stage)
     output, errors = process.communicate()

@@ -177,14 +177,12 @@ def test_another_back_and_number_of_processes_goes_on(copy_of_tiny: Copy) -> Non
         change(project / "params.yaml", {"train_sft": {"optimizer": {"ema_decay": 0.8}}})
     call(undisturbed, "train_sft")
     terminated = 128 + signal.SIGTERM
-    ways = [({}, "", terminated), ({"zero_stage": 2}, TWO_PROCESSES, 1)]
-    ways.append(({"zero_stage": 3, "offload_optimizer": True}, "", terminated))
-    for knobs, launch, status in ways:
+    for knobs, launch, status in (({}, "", terminated), ({"zero_stage": 2}, TWO_PROCESSES, 1)):
         change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0, **knobs}})
         before = reached(folder)
         assert kill_after_a_checkpoint(folder, "train_sft", signal.SIGTERM, launch) == status
         assert reached(folder) > before  # or it began anew
-    change(folder / "runtime.yaml", {"default": {"zero_stage": 1, "offload_optimizer": False}})
+    change(folder / "runtime.yaml", {"default": {"zero_stage": 3, "offload_optimizer": True}})
     last = reached(folder)
     process = start(folder, "train_sft")
     output, errors = process.communicate()
@@ -192,22 +190,6 @@ def test_another_back_and_number_of_processes_goes_on(copy_of_tiny: Copy) -> Non
     assert f"resuming from step {last}" in output
     assert distance(weights(undisturbed, "sft"), weights(folder, "sft")) < 1e-5
     assert metrics(folder, "train_sft") == pytest.approx(metrics(undisturbed, "train_sft"), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_weights_that_the_config_does_not_tell_of_are_refused_under_zero_3(copy_of_tiny: Copy) -> None:
-    folder = copy_of_tiny()
-    change(folder / "runtime.yaml", {"default": {"frozen_zero_stage": 3}})
-    config = json.loads((folder / "models/sft/config.json").read_text())
-    head = weights(folder, "sft")["model.embed_tokens.weight"].clone() + 1
-    tensors = {**weights(folder, "sft"), "lm_head.weight": head}
-    save_file(tensors, folder / "models/sft/model.safetensors", metadata={"format": "pt"})
-    config["tie_word_embeddings"] = True
-    (folder / "models/sft/config.json").write_text(json.dumps(config))
-    process = start(folder, "ref_logprobs", launch=TWO_PROCESSES)
-    _, errors = process.communicate()
-    assert process.returncode != 0
-    assert errors.count("ZeRO 3 cannot hand out this model: its files hold other weights") == 1
 
 
 def refused(folder: Path, stage: str, **changed: str) -> str:
