@@ -73,6 +73,40 @@ class Responses:
     gold: list[float] | None
 
 
+class HeldOut:
+    """The prompts and pairs of an evaluation.
+
+    Raises:
+        StageError: the files were not made from each other.
+    """
+
+    def __init__(
+        self, prompts: Path, prompt_tokens: Path, preference_tokens: Path, ref_logprobs: Path, max_prompts: int | None
+    ) -> None:
+        self.prompt_tokens, self.preference_tokens = prompt_tokens, preference_tokens
+        self.prompts = read_table(prompt_tokens, PROMPT_SCHEMA)[:max_prompts]
+        self.pairs = read_table(preference_tokens, PREFERENCE_SCHEMA)
+        self.reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
+        if self.pairs["row"][:] != self.reference["row"][:]:
+            raise StageError(
+                f"{ref_logprobs} was made from other rows than {preference_tokens}; run ref_logprobs again"
+            )
+        prepared = dict(enumerate(read_jsonl(prompts)))
+        if not set(self.prompts["row"]) <= prepared.keys():
+            raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
+        self.rows = [prepared[row] for row in self.prompts["row"]]
+
+    def require_fit(self, config: Any, max_new_tokens: int) -> None:
+        """Raise StageError if the model has no such token, or no room for a prompt with its response."""
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        check_table_ids(
+            read_table(self.prompt_tokens, PROMPT_SCHEMA), columns[:1], config.vocab_size, self.prompt_tokens
+        )
+        check_table_ids(self.pairs, columns, config.vocab_size, self.preference_tokens)
+        where = f"{self.prompt_tokens} with evaluate.max_new_tokens"
+        require_room(self.prompts["prompt_ids"], config, max_new_tokens, where)
+
+
 @dataclass
 class Policy:
     """A frozen language model under evaluation."""
@@ -174,16 +208,7 @@ def main(
     processes = join_processes(runtime)
     require_same_tokenizer(sft, policy)
     require_same_tokenizer(sft, reward_model)
-    table = read_table(prompt_tokens, PROMPT_SCHEMA)[: settings.max_prompts]
-    pairs = read_table(preference_tokens, PREFERENCE_SCHEMA)
-    reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
-    if pairs["row"][:] != reference["row"][:]:
-        raise StageError(f"{ref_logprobs} was made from other rows than {preference_tokens}; run ref_logprobs again")
-    prepared = dict(enumerate(read_jsonl(prompts)))
-    if not set(table["row"]) <= prepared.keys():
-        raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
-    rows = [prepared[row] for row in table["row"]]
-
+    held_out = HeldOut(prompts, prompt_tokens, preference_tokens, ref_logprobs, settings.max_prompts)
     declared = {"evaluate": settings, "seed": seed}
     inputs = [policy, sft, reward_model, prompts, prompt_tokens, preference_tokens, ref_logprobs]
     outs = {"metrics": metrics, "samples": samples}
@@ -193,29 +218,23 @@ def main(
             return
         evaluation = Evaluation(settings, seed, runtime, processes, sft)
         models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
-        vocab_size = models[policy].config.vocab_size
-        check_table_ids(read_table(prompt_tokens, PROMPT_SCHEMA), ("prompt_ids",), vocab_size, prompt_tokens)
-        check_table_ids(pairs, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size, preference_tokens)
-        where = f"{prompt_tokens} with evaluate.max_new_tokens"
-        require_room(table["prompt_ids"], models[policy].config, settings.max_new_tokens, where)
+        held_out.require_fit(models[policy].config, settings.max_new_tokens)
         scorer = evaluation.load_reward_model(reward_model)
         decode = reply_decoder(sft)
         judged = {}
         for name, path in {"sft": sft, "policy": policy}.items():
             if path in judged:
                 continue
-            answers = answer_and_judge(this_run, evaluation, name, table, models[path], models[sft], scorer)
+            answers = answer_and_judge(this_run, evaluation, name, held_out.prompts, models[path], models[sft], scorer)
             texts = [decode(response) for response in answers["ids"]]
-            judged[path] = Responses(**answers, texts=texts, gold=gold_of(rows, texts))
+            judged[path] = Responses(**answers, texts=texts, gold=gold_of(held_out.rows, texts))
             this_run.say(f"evaluate {policy.name}: {path} answered {len(texts)} prompts")
         results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
-        results |= preference_results(this_run, evaluation, models[policy], scorer, pairs, reference)
+        results |= preference_results(this_run, evaluation, models[policy], scorer, held_out)
 
         def build(staged: dict[str, Path]) -> None:
             write_json(staged["metrics"], results)
-            write_jsonl(
-                staged["samples"], sample_rows(table["row"], rows, judged[policy], judged[sft], evaluation.eos_id)
-            )
+            write_jsonl(staged["samples"], sample_rows(held_out, judged[policy], judged[sft], evaluation.eos_id))
 
         this_run.publish(build)
     processes.leave()
@@ -250,12 +269,12 @@ def answer_and_judge(
 
 
 def judge_pairs(
-    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: Any, reference: Any
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, held_out: HeldOut
 ) -> dict[str, list]:
     """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
 
     def compute(chunk: range) -> dict[str, list]:
-        own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (pairs, reference))
+        own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (held_out.pairs, held_out.reference))
         both = evaluation.pair_rewards(scorer, own_pairs)
         implicit = evaluation.implicit_margins(policy, own_pairs, own_reference)
         return {
@@ -266,7 +285,7 @@ def judge_pairs(
 
     return joined(
         this_run.keep(f"pairs-{chunk.start}-{chunk.stop}", partial(compute, chunk))
-        for chunk in this_run.chunks(len(pairs))
+        for chunk in this_run.chunks(len(held_out.pairs))
     )
 
 
@@ -333,10 +352,10 @@ def against_sft(name: str, own: list[float], theirs: list[float], resamples: int
 
 
 def preference_results(
-    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, pairs: Any, reference: Any
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, held_out: HeldOut
 ) -> dict[str, float]:
     """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
-    judged = judge_pairs(this_run, evaluation, policy, scorer, pairs, reference)
+    judged = judge_pairs(this_run, evaluation, policy, scorer, held_out)
     margins = [good - bad for good, bad in zip(judged["chosen"], judged["rejected"], strict=True)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
@@ -356,12 +375,10 @@ def accuracy(name: str, margins: list[float], tolerance: float = 0.0) -> dict[st
     return {name: right / len(margins), f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
-def sample_rows(
-    places: list[int], rows: list[dict[str, Any]], policy: Responses, sft: Responses, eos_id: int
-) -> list[dict[str, Any]]:
+def sample_rows(held_out: HeldOut, policy: Responses, sft: Responses, eos_id: int) -> list[dict[str, Any]]:
     """One record per prompt: the policy's response beside SFT's."""
     records = []
-    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+    for index, (place, row) in enumerate(zip(held_out.prompts["row"], held_out.rows, strict=True)):
         record = {
             "row": place,
             "prompt": row["prompt"],

@@ -121,15 +121,18 @@ class Pairs:
         if self.tokens["row"][:] != self.reference["row"][:]:
             raise StageError(f"{ref_logprobs} was made from other rows than {tokens}; run the stage ref_logprobs again")
 
-    @property
-    def reference_precision(self) -> str | None:
-        """The precision in which the reference log-probs were computed."""
-        return read_note(self.path, "precision")
-
-    @property
-    def reference_quantization(self) -> str | None:
-        """How the model that computed them was held: "None" or "nf4"."""
-        return read_note(self.path, "base_quantization")
+    def require_reference_like(self, settings: TrainDpo) -> None:
+        """Raise StageError if the reference's numbers are not those of the policy before its first step."""
+        for reason, note, own in (
+            ("train_dpo.precision is", "precision", settings.precision),
+            ("train_dpo trains on base_quantization", "base_quantization", str(quantization_of_base(settings.lora))),
+        ):
+            reference = read_note(self.path, note)
+            if reference != own:
+                raise StageError(
+                    f"params.yaml: {reason} {own}, but {self.path.parent} was computed with {note} {reference}: "
+                    "the first step's margin would not be 0; give ref_logprobs and train_dpo the same"
+                )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -152,23 +155,14 @@ def main(
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
     train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
-    if train.reference_precision != settings.precision:
-        raise StageError(
-            f"params.yaml: train_dpo.precision is {settings.precision}, but {ref_logprobs} was computed in "
-            f"{train.reference_precision}: the first step's margin would not be 0; give both the same precision"
-        )
-    quantization = quantization_of_base(settings.lora)
-    if train.reference_quantization != str(quantization):
-        raise StageError(
-            f"params.yaml: train_dpo trains on base_quantization {quantization}, but {ref_logprobs} was computed with "
-            f"{train.reference_quantization}: the first step's margin would not be 0; give ref_logprobs the same"
-        )
+    train.require_reference_like(settings)
     outs = {"model": out, "metrics": metrics, "curve": curve}
     inputs = [tokens, ref_logprobs, model]
     declared = {"train_dpo": settings, "seed": seed}
     with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
+        quantization = quantization_of_base(settings.lora)
         language_model = load_language_model(model, settings.precision, runtime, processes.device, quantization)
         lora = Lora(language_model, settings.lora, seed, model)
         for pairs, split in ((train, "train"), (held_out, "eval")):

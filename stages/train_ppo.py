@@ -144,6 +144,19 @@ class TrainPpo:
         return self.epochs * (self.rollout_batch_size // self.minibatch_size)
 
 
+class EarlyStop:
+    """Whether the policy went further from the SFT policy than `max_kl` allows; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.stopped_after = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped_after": self.stopped_after}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped_after = state["stopped_after"]
+
+
 class Ppo:
     """The models of PPO and what is done with them in a rollout phase and in an update."""
 
@@ -187,6 +200,12 @@ class Ppo:
             if settings.kl_controller == "adaptive"
             else FixedKLController(settings.kl_coef)
         )
+        self.early_stop = EarlyStop()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
+        return {name: getattr(self, name) for name in ("policy", "critic", "moments", "kl_controller", "early_stop")}
 
     def collect(self, prompts: list[list[int]], iteration: int, may_stop: Callable[[], None]) -> Rollouts:
         """Sample a response to each prompt and have all models judge it. The same in every process.
@@ -228,6 +247,19 @@ class Ppo:
             eos_id=self.eos_id,
             device=self.processes.device,
         )
+
+    def learn(self, rollouts: Rollouts, iteration: int) -> dict[str, float]:
+        """All updates of a phase, or none if the policy is too far from the SFT policy. Returns a row of the curve."""
+        advantages, returns, shaped = self.advantages(rollouts)
+        row = summarise_rollouts(rollouts, shaped, returns, self.kl_controller.coef)
+        require_finite(row["objective/rlhf_reward"], "reward", iteration)
+        row["learning_rate"] = self.policy.learning_rate
+        if self.settings.max_kl is not None and row["objective/kl"] > self.settings.max_kl:
+            self.early_stop.stopped_after = iteration + 1
+            return row
+        row |= self.update(rollouts, advantages, returns, iteration)
+        self.kl_controller.update(row["objective/kl"], len(rollouts.prompts))
+        return row
 
     def advantages(self, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(advantages, returns), each (b, t), and the shaped score of each response (b,)."""
@@ -320,19 +352,6 @@ class Ppo:
         return dict(zip(names, (total / tokens for total in self.processes.sum(sums.tolist())), strict=True))
 
 
-class EarlyStop:
-    """Whether the policy went further from the SFT policy than `max_kl` allows; part of a checkpoint."""
-
-    def __init__(self) -> None:
-        self.stopped_after = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"stopped_after": self.stopped_after}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stopped_after = state["stopped_after"]
-
-
 def main(
     tokens: PathOption,
     model: PathOption,
@@ -360,39 +379,23 @@ def main(
         where = f"{tokens / 'train.arrow'} with train_ppo.max_new_tokens"
         require_room(table["prompt_ids"], ppo.language_model.config, settings.max_new_tokens, where)
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
-        early_stop = EarlyStop()
-        parts = {
-            "policy": ppo.policy,
-            "critic": ppo.critic,
-            "moments": ppo.moments,
-            "kl_controller": ppo.kl_controller,
-            "early_stop": early_stop,
-        }
         passes = settings.iterations * settings.rollout_batch_size / len(table)
-        row: dict[str, float] = {}
-        for iteration in this_run.steps(settings.iterations, **parts):
-            if early_stop.stopped_after:
+        for iteration in this_run.steps(settings.iterations, **ppo.state):
+            if ppo.early_stop.stopped_after:
                 continue
             rows = rows_of_step(iteration, len(table), settings.rollout_batch_size, math.ceil(passes), seed)
             batch = ppo.collect(table[rows]["prompt_ids"], iteration, this_run.may_stop)
-            advantages, returns, shaped = ppo.advantages(batch)
-            row = summarise_rollouts(batch, shaped, returns, ppo.kl_controller.coef)
-            require_finite(row["objective/rlhf_reward"], "reward", iteration)
-            row["learning_rate"] = ppo.policy.learning_rate
-            if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
-                early_stop.stopped_after = iteration + 1
+            row = ppo.learn(batch, iteration)
+            if ppo.early_stop.stopped_after:
                 this_run.say(f"train_ppo: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
-            else:
-                row |= ppo.update(batch, advantages, returns, iteration)
-                ppo.kl_controller.update(row["objective/kl"], len(rows))
             log.append(iteration, [table["row"][index] for index in rows], batch)
             response_tokens = int(batch.response_mask.sum())
             this_run.record(iteration, response_tokens, row, ("objective/scores", "objective/kl", "response/eos_rate"))
             for line in log.samples(batch, runtime.shown_samples):
                 this_run.say(line)
         results = {
-            "iterations": early_stop.stopped_after or settings.iterations,
-            "stopped_early": int(early_stop.stopped_after > 0),
+            "iterations": ppo.early_stop.stopped_after or settings.iterations,
+            "stopped_early": int(ppo.early_stop.stopped_after > 0),
             **log.results(),
         }
         with ppo.policy.averaged():

@@ -169,7 +169,7 @@ class Trackers:
     def close(self, exit_code: int) -> None:
         """End all trackers; takes long only if the run ended well and an upload is under way.
 
-        SIGTERM or Ctrl-C cuts the waiting short and changes nothing else: the result is in place by now.
+        SIGTERM or Ctrl-C cuts the waiting short and changes nothing else: the run has ended by now, well or not.
         """
         for thread in self.threads:
             thread.order(thread.tracker.finish, self.results, exit_code)

@@ -342,7 +342,9 @@ def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
 def test_another_precision_than_the_references_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_dpo": {"precision": "bf16"}})
-    assert "train_dpo.precision is bf16, but data/ref_logprobs was computed in fp32" in refused(folder, "train_dpo")
+    assert "train_dpo.precision is bf16, but data/ref_logprobs was computed with precision fp32" in refused(
+        folder, "train_dpo"
+    )
 
 
 def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
