@@ -114,13 +114,15 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 	.venv/bin/$(TORCHRUN)=4 $(EQUIVALENCE) --without-lora --only 'plain torch' 'ZeRO 1' 'ZeRO 3'
 	rm -rf .scratch/world-sizes
 	.venv/bin/python -m tests.proofs.world_sizes .scratch/world-sizes --table tests/proofs/world_sizes.md
+	rm -rf .scratch/same-bytes
+	.venv/bin/python -m tests.proofs.same_bytes .scratch/same-bytes --table tests/proofs/same_bytes.md
 
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md
 
 MINUTES ?= 240
 soak: $(VENV) ## The same with one seed after the other: MINUTES=240
-	.venv/bin/python -m tests.proofs.kill_matrix --minutes $(MINUTES) --seed 1000 --table tests/proofs/kill_soak.md
+	.venv/bin/python -m tests.proofs.kill_matrix --minutes $(MINUTES) --kills 12 --seed 1000 --table tests/proofs/kill_soak.md
 
 lint: $(VENV) ## Check style and format
 	.venv/bin/ruff check benchmarks stages tests

@@ -40,7 +40,14 @@ if not asks_for_help():
     from stages.lib.scalar_scores import SequenceScores
     from stages.lib.sequence_logprobs import all_pair_logps
     from stages.lib.token_logprobs import TokenLogProbs
-    from stages.lib.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table
+    from stages.lib.token_tables import (
+        PREFERENCE_SCHEMA,
+        PROMPT_SCHEMA,
+        REFERENCE_SCHEMA,
+        check_table_ids,
+        read_note,
+        read_table,
+    )
 
 SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
 
@@ -87,6 +94,7 @@ class HeldOut:
         self.prompts = read_table(prompt_tokens, PROMPT_SCHEMA)[:max_prompts]
         self.pairs = read_table(preference_tokens, PREFERENCE_SCHEMA)
         self.reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
+        self.reference_made_as = {note: read_note(ref_logprobs, note) for note in ("precision", "base_quantization")}
         if self.pairs["row"][:] != self.reference["row"][:]:
             raise StageError(
                 f"{ref_logprobs} was made from other rows than {preference_tokens}; run ref_logprobs again"
@@ -95,6 +103,10 @@ class HeldOut:
         if not set(self.prompts["row"]) <= prepared.keys():
             raise StageError(f"{prompt_tokens} was made from other rows than {prompts}; run the tokenize stage again")
         self.rows = [prepared[row] for row in self.prompts["row"]]
+
+    def has_reference_in(self, precision: str) -> bool:
+        """Whether the cached log-probs are of models as the evaluation loads them: in `precision`, not quantised."""
+        return self.reference_made_as == {"precision": precision, "base_quantization": "None"}
 
     def require_fit(self, config: Any, max_new_tokens: int) -> None:
         """Raise StageError if the model has no such token, or no room for a prompt with its response."""
@@ -183,10 +195,18 @@ class Evaluation:
             found |= dict(zip(batch.rows, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         return self.processes.gather_rows(found)
 
-    def implicit_margins(self, policy: Policy, pairs: dict[str, list], reference: dict[str, list]) -> list[float]:
-        """log π/π_SFT of the chosen reply minus that of the rejected one, for each pair."""
+    def implicit_margins(
+        self, policy: Policy, sft: Policy, pairs: dict[str, list], reference: dict[str, list] | None
+    ) -> list[float]:
+        """log π/π_SFT of the chosen reply minus that of the rejected one, for each pair.
+
+        The log-probs of `sft` are those of `reference`, or else computed.
+        """
         chosen, rejected = (part.tolist() for part in all_pair_logps(policy.call, pairs, self.batching))
-        references = zip(reference["reference_chosen_logps"], reference["reference_rejected_logps"], strict=True)
+        if reference is None:
+            references = zip(*(part.tolist() for part in all_pair_logps(sft.call, pairs, self.batching)), strict=True)
+        else:
+            references = zip(reference["reference_chosen_logps"], reference["reference_rejected_logps"], strict=True)
         return [c - r - (rc - rr) for c, r, (rc, rr) in zip(chosen, rejected, references, strict=True)]
 
 
@@ -230,7 +250,7 @@ def main(
             judged[path] = Responses(**answers, texts=texts, gold=gold_of(held_out.rows, texts))
             this_run.say(f"evaluate {policy.name}: {path} answered {len(texts)} prompts")
         results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)
-        results |= preference_results(this_run, evaluation, models[policy], scorer, held_out)
+        results |= preference_results(this_run, evaluation, models[policy], models[sft], scorer, held_out)
 
         def build(staged: dict[str, Path]) -> None:
             write_json(staged["metrics"], results)
@@ -269,14 +289,17 @@ def answer_and_judge(
 
 
 def judge_pairs(
-    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, held_out: HeldOut
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, sft: Policy, scorer: Callable, held_out: HeldOut
 ) -> dict[str, list]:
     """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
+    cached = held_out.has_reference_in(evaluation.settings.precision)
+    if not cached:
+        this_run.say("evaluate: the reference log-probs at hand are of another precision, and computed anew")
 
     def compute(chunk: range) -> dict[str, list]:
         own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (held_out.pairs, held_out.reference))
         both = evaluation.pair_rewards(scorer, own_pairs)
-        implicit = evaluation.implicit_margins(policy, own_pairs, own_reference)
+        implicit = evaluation.implicit_margins(policy, sft, own_pairs, own_reference if cached else None)
         return {
             "chosen": [chosen for chosen, _ in both],
             "rejected": [rejected for _, rejected in both],
@@ -352,10 +375,10 @@ def against_sft(name: str, own: list[float], theirs: list[float], resamples: int
 
 
 def preference_results(
-    this_run: PartialResults, evaluation: Evaluation, policy: Policy, scorer: Callable, held_out: HeldOut
+    this_run: PartialResults, evaluation: Evaluation, policy: Policy, sft: Policy, scorer: Callable, held_out: HeldOut
 ) -> dict[str, float]:
     """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration."""
-    judged = judge_pairs(this_run, evaluation, policy, scorer, held_out)
+    judged = judge_pairs(this_run, evaluation, policy, sft, scorer, held_out)
     margins = [good - bad for good, bad in zip(judged["chosen"], judged["rejected"], strict=True)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()

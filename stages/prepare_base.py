@@ -242,6 +242,33 @@ def load_pretrained(folder: Path, dtype: str, name: str) -> tuple["PreTrainedMod
     return model, tokenizer
 
 
+def check_logits(model: "PreTrainedModel", name: str) -> None:
+    """Raise a StageError unless the log-probs that training computes are those of the model's own logits.
+
+    Some architectures (Granite, Cohere) scale their logits after the head, which `TokenLogProbs` does not.
+    """
+    import torch
+
+    from stages.lib.token_logprobs import TokenLogProbs
+
+    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))[None]
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    with torch.no_grad():
+        try:
+            logps, _ = TokenLogProbs(model)(ids, None, torch.arange(ids.shape[1])[None], targets)
+        except (AttributeError, TypeError) as error:  # an architecture without position ids, say
+            raise StageError(f"{name} cannot be trained here ({model.config.model_type}): {error}") from None
+        logits = model(input_ids=ids).logits[:, :-1]
+        expected = logits.float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    rounding = 1e-5 + 8 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    if not float((logps[:, 1:] - expected).abs().max()) <= rounding:
+        raise StageError(
+            f"{name} cannot be trained here: models of type {model.config.model_type} compute their logits in a way "
+            "of their own, for instance scaled after the head"
+        )
+
+
 def ids_of(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The number of rows that the tokenizer's ids need; more than its tokens if there are gaps between the ids."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -401,6 +428,7 @@ def main(
         folder = download(settings.hub_model, settings.hub_revision) if hub else source
         name = f"Hub model {settings.hub_model}" if hub else str(source)
         model, tokenizer = load_pretrained(folder, settings.dtype, name)
+        check_logits(model, name)
         set_template(tokenizer, chat_template, name)
         set_eos(tokenizer, settings.eos_token, name)
         known = ids_of(tokenizer)

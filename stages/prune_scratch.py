@@ -2,7 +2,7 @@
 
     python -m stages.prune_scratch
 
-A stage that was killed, or whose result DVC has not recorded yet, is left alone.
+A stage that was killed, that runs, or whose result DVC has not recorded yet, is left alone.
 """
 
 import shutil
@@ -15,7 +15,7 @@ def main() -> None:
     """Remove the scratch folders whose outs stand in `dvc.lock` with the same hashes."""
     from ruamel.yaml import YAML
 
-    from stages.lib.scratch import completed_record
+    from stages.lib.scratch import completed_record, taken_lock
     from stages.lib.scratch_root import scratch_root
 
     lock_file = Path("dvc.lock")
@@ -28,8 +28,12 @@ def main() -> None:
     root = scratch_root()
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         record = completed_record(folder)
-        if record and all((out["path"], out["dvc_hash"]) in recorded for out in record["outs"].values()):
+        if not record or any((out["path"], out["dvc_hash"]) not in recorded for out in record["outs"].values()):
+            continue
+        lock = taken_lock(folder)
+        if lock:
             shutil.rmtree(folder)
+            lock.close()
 
 
 if __name__ == "__main__":

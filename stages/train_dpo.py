@@ -25,7 +25,7 @@ from stages.lib.runtime import read_runtime
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
+    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in, tokens_in_pairs
     from stages.lib.best_weights import BestWeights
     from stages.lib.dpo_loss import preference_losses
     from stages.lib.engine import Engine, new_engine, require_finite
@@ -185,8 +185,8 @@ def main(
                     require_finite(results["loss"], "held-out loss", step)
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
                 row |= {f"eval/{name}": value for name, value in results.items()}
-            tokens_seen = sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in train[rows][name])
-            this_run.record(step, tokens_seen, row, ("loss", "rewards/margins", "rewards/accuracies", "eval/loss"))
+            shown = ("loss", "rewards/margins", "rewards/accuracies", "eval/loss")
+            this_run.record(step, tokens_in_pairs(train[rows]), row, shown)
         with engine.averaged():
             weights = engine.master_weights(language_model)
             kept = best.choose(lambda: lora.trained(weights))

@@ -72,7 +72,7 @@ UPDATE_METRICS = (
     "value/clipfrac",
     "value/grad_norm",
 )
-COLUMNS = (*ROLLOUT_METRICS, "policy/entropy", *UPDATE_METRICS, "learning_rate")
+COLUMNS = (*ROLLOUT_METRICS, "policy/entropy", *UPDATE_METRICS, "learning_rate", "value/learning_rate")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Ppo:
         advantages, returns, shaped = self.advantages(rollouts)
         row = summarise_rollouts(rollouts, shaped, returns, self.kl_controller.coef)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
-        row["learning_rate"] = self.policy.learning_rate
+        row |= {"learning_rate": self.policy.learning_rate, "value/learning_rate": self.critic.learning_rate}
         if self.settings.max_kl is not None and row["objective/kl"] > self.settings.max_kl:
             self.early_stop.stopped_after = iteration + 1
             return row

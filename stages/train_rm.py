@@ -25,7 +25,7 @@ from stages.lib.runtime import read_runtime
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in
+    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in, tokens_in_pairs
     from stages.lib.best_weights import BestWeights
     from stages.lib.engine import Engine, new_engine, require_finite
     from stages.lib.lora import Lora
@@ -109,8 +109,9 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                     require_finite(results["loss"], "held-out loss", step)
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
-            tokens_seen = count_tokens(train[rows])
-            this_run.record(step, tokens_seen, row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
+            this_run.record(
+                step, tokens_in_pairs(train[rows]), row, ("loss", "accuracy", "rewards/margins", "eval/accuracy")
+            )
         with engine.averaged():
             weights = engine.master_weights(classifier)
             kept = best.choose(lambda: lora.trained(weights))
@@ -147,12 +148,6 @@ def summarise(held_out_means: dict[str, float], pairs: int) -> dict[str, float]:
         "eval_reward_rejected": held_out_means["rewards/rejected"],
         "eval_rows": pairs,
     }
-
-
-def count_tokens(pairs: dict[str, list]) -> int:
-    """Tokens that a step over these pairs handles: the prompt counts twice."""
-    prompts = sum(len(ids) for ids in pairs["prompt_ids"])
-    return 2 * prompts + sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name])
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                     require_finite(row["eval/loss"], "held-out loss", step)
                     results = {"loss": row["eval/loss"]}
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
-            this_run.record(step, count, row, ("loss", "grad_norm", "eval/loss"))
+            tokens_handled = sum(map(len, train[rows]["input_ids"]))
+            this_run.record(step, tokens_handled, row, ("loss", "grad_norm", "eval/loss"))
         with engine.averaged():
             weights = engine.master_weights(language_model)
             kept = best.choose(lambda: lora.trained(weights))

@@ -270,3 +270,9 @@ def micro_batching(runtime: Runtime, pad_id: int, processes: Processes) -> Micro
 def is_due(step: int, every: int, total: int) -> bool:
     """True after step `step` (1-based) if it is a multiple of `every`, or the last."""
     return step % every == 0 or step == total
+
+
+def tokens_in_pairs(pairs: dict[str, list]) -> int:
+    """Tokens that a model reads of these pairs: the prompt counts twice."""
+    columns = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+    return sum(len(ids) for name in columns for ids in pairs[name])

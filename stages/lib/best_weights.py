@@ -67,5 +67,5 @@ class BestWeights:
         for first in dict.fromkeys(names.values()):
             tensor = read(first)
             if self.is_main:
-                kept[first] = tensor
+                kept[first] = tensor.clone()  # it may be a view of the checkpoint's file, which is removed in time
         self.weights = {name: kept[first] for name, first in names.items()} if self.is_main else {}

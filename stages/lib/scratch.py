@@ -42,7 +42,7 @@ class Scratch:
         kept_checkpoints: how many of the newest checkpoints stay, at least 1.
 
     Raises:
-        StageError: another process holds the folder, or nothing can be written there.
+        StageError: an input cannot be read, another process holds the folder, or nothing can be written there.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Scratch:
         across_code_change: bool = False,
         kept_checkpoints: int = 2,
     ) -> None:
-        self.input_hashes = dvc_hashes(inputs)
+        self.input_hashes = _hashes_or_message(inputs)
         self.code = code_hash()
         self.across_code_change = across_code_change
         self.kept_checkpoints = kept_checkpoints
@@ -65,20 +65,15 @@ class Scratch:
         self.kept = self.folder / "kept"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            lock = taken_lock(self.folder)
         except OSError as error:
             raise StageError(f"training state cannot be kept in {self.folder}: {error}") from None
-
-    def _take_lock(self) -> IO[str]:
-        lock = (self.folder / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock is None:
             raise StageError(
                 f"{self.folder} is in use: another process runs this stage with the same settings and inputs; "
                 "wait for it, or stop it"
-            ) from None
-        return lock
+            )
+        self._lock = lock
 
     def release(self) -> None:
         """Let another process have the folder."""
@@ -136,7 +131,7 @@ class Scratch:
         before = [path for path in self._checkpoints() if path.name <= final.name][-self.kept_checkpoints :]
         for other in self._checkpoints():
             if other not in before:
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)  # what a file system holds back goes with the next one
 
     def load(self) -> "Checkpoint | None":
         """The newest checkpoint that is whole and was made by this code, or None; its logs are cut to its lengths."""
@@ -212,18 +207,45 @@ class Scratch:
         _sync(self.folder)
 
     def publish_complete(self, outs: dict[str, Path]) -> bool:
-        """Copy the outs of a complete run to their places. Returns False, doing nothing, if no run is complete."""
+        """Copy the outs of a complete run to their places. Returns False if no run is complete.
+
+        What other code has finished, or is damaged, is then taken for unfinished: it will be made again in this folder,
+        which `stages.prune_scratch` must not remove.
+        """
         record = completed_record(self.folder)
-        if record is None or record["code"] != self.code:
+        if record is None:
             return False
-        if any(dvc_hash(self.folder / "outs" / name) != out["dvc_hash"] for name, out in record["outs"].items()):
+        damaged = record["code"] == self.code and any(
+            dvc_hash(self.folder / "outs" / name) != out["dvc_hash"] for name, out in record["outs"].items()
+        )
+        if damaged:
             print(f"warning: the finished outs in {self.folder} are damaged; not using them", file=sys.stderr)
+        if damaged or record["code"] != self.code:
+            remove(self.folder / "complete.json")
             return False
         with written_whole(*outs.values()) as partials:
             for name, partial in zip(outs, partials, strict=True):
                 source = self.folder / "outs" / name
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, partial)
         return True
+
+
+def taken_lock(folder: Path) -> IO[str] | None:
+    """The lock of a scratch folder, to be closed; None if another process holds it."""
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _hashes_or_message(inputs: Sequence[Path]) -> dict[str, str]:
+    try:
+        return dvc_hashes(inputs)
+    except OSError as error:
+        raise StageError(f"an input cannot be read: {error.filename}: {error.strerror}") from None
 
 
 def completed_record(folder: Path) -> dict[str, Any] | None:

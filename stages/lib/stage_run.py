@@ -1,6 +1,7 @@
 """A run of a stage that keeps state in the scratch folder: who it is, whether it is finished already, publishing."""
 
 import dataclasses
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 from safetensors import SafetensorError
 
 from stages.lib.errors import NO_SPACE, StageError, no_space_message
+from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import Processes
 from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime
@@ -24,7 +26,8 @@ class StageRun:
         outs: name → path of each out to publish.
         logged_as: the stage's name in the log of runs, where that says more than `stage`.
     Raises:
-        StageError: another process runs this stage with the same settings and inputs.
+        StageError: another process runs this stage with the same settings and inputs, an input cannot be read, or
+            processes in other folders have other inputs.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class StageRun:
                 kept_checkpoints=runtime.kept_checkpoints,
             )
         )
+        require_same_inputs(processes, inputs, self.scratch.input_hashes if self.scratch else None)
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +115,28 @@ class StageRun:
         words = ("No space left on device", "File too large", "quota")
         if isinstance(error, SafetensorError) and any(word in str(error) for word in words):
             raise StageError(f"the weights cannot be written to {self.scratch.folder}: {error}; free some space")
+
+
+def require_same_inputs(processes: Processes, inputs: list[Path], hashes: dict[str, str] | None) -> None:
+    """Raise StageError if processes of other machines, or in other folders, would read other content.
+
+    One process of each folder hashes its inputs; `hashes` are those that the main process has found.
+    """
+    places = processes.gather([f"{socket.gethostname()}:{Path.cwd()}"])
+    if len(set(places)) == 1:
+        return
+    first_there = places.index(places[processes.rank]) == processes.rank
+    try:
+        own = hashes or (dvc_hashes(inputs) if first_there else {})
+    except OSError as error:
+        own = {str(path): f"{error.filename}: {error.strerror}" for path in inputs}
+    found = processes.gather([own])
+    for place, theirs in zip(places, found, strict=True):
+        for path, digest in theirs.items():
+            if digest != found[0][path]:
+                raise StageError(
+                    f"{path} in {place} is not what it is in {places[0]}; give all machines the same files"
+                )
 
 
 def _plain(value: Any) -> Any:

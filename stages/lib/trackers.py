@@ -6,6 +6,7 @@ from it a resumed run takes the id it goes on under, and the rows that a tracker
 """
 
 import contextlib
+import itertools
 import json
 import queue
 import sys
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from stages.lib.errors import StoppedError
 from stages.lib.runtime import Runtime
+from stages.lib.scratch_root import in_project
 from stages.lib.stop_watch import STOP_WATCH
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
@@ -60,16 +62,24 @@ class Journal:
         path: in the run's scratch folder.
         label: what the name ends in, or None for the time.
         first_step: the step (1-based) that comes next.
+        is_taken: whether a name is that of an earlier run; the new one then gets a number.
     """
 
-    def __init__(self, path: Path, stage: str, label: str | None, first_step: int) -> None:
+    def __init__(
+        self, path: Path, stage: str, label: str | None, first_step: int, is_taken: Callable[[str], bool]
+    ) -> None:
         self.path = path
         now = time.strftime("%Y%m%d-%H%M%S")
         head = {"id": f"{path.parent.name}-{now}", "name": f"{stage}-{label or now}"}
         self.rows: list[Row] = []
-        if first_step > 1:
-            old_head, *records = _whole_lines(path) or [head]
-            head = old_head
+        old_head, *records = _whole_lines(path) or [None]
+        if old_head and (first_step > 1 or (label and old_head["name"].startswith(head["name"]))):
+            head["name"] = old_head["name"]
+        elif label:
+            names = itertools.chain([head["name"]], (f"{head['name']}-{number}" for number in itertools.count(2)))
+            head["name"] = next(name for name in names if not is_taken(name))
+        if old_head and first_step > 1:
+            head["id"] = old_head["id"]
             self.rows = [Row(**record) for record in records if record["step"] < first_step]
         self.id, self.name = head["id"], head["name"]
         path.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *map(asdict, self.rows))))
@@ -144,6 +154,7 @@ class Trackers:
         self.stage = stage
         self.settings = settings
         self.runtime = runtime
+        self.folder = in_project(Path(runtime.tracker_folder))
         self.journal_path = journal
         self.journal: Journal | None = None
         self.results: dict[str, float] = {}
@@ -187,7 +198,13 @@ class Trackers:
         """Open the trackers unless they are; False if there are none."""
         if self.names and not self.threads:
             with self._journal_or_warning():
-                self.journal = Journal(self.journal_path, self.stage, self.runtime.tracker_run, first_step)
+                self.journal = Journal(
+                    self.journal_path,
+                    self.stage,
+                    self.runtime.tracker_run,
+                    first_step,
+                    lambda name: (self.folder / "tensorboard" / name).exists(),
+                )
                 for name in self.names:
                     thread = TrackerThread(name, self._tracker(name, self.journal))
                     thread.order(thread.tracker.start, first_step, self.journal.rows)
@@ -199,11 +216,10 @@ class Trackers:
         if name == "tensorboard":
             from stages.lib.tensorboard_tracker import TensorBoardTracker
 
-            folder = Path(self.runtime.tracker_folder) / "tensorboard" / journal.name
-            return TensorBoardTracker(folder, self.stage, self.settings)
+            return TensorBoardTracker(self.folder / "tensorboard" / journal.name, self.stage, self.settings)
         from stages.lib.wandb_tracker import WandbTracker
 
-        return WandbTracker(self.stage, self.settings, self.runtime, journal.id, journal.name)
+        return WandbTracker(self.stage, self.settings, self.runtime, self.folder, journal.id, journal.name)
 
     @contextlib.contextmanager
     def _journal_or_warning(self) -> Iterator[None]:

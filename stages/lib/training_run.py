@@ -162,7 +162,10 @@ class TrainingRun(StageRun):
         self.processes.in_main(save)
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
-        """Add the row of a finished step (0-based) to the curve and show some of it. `units`: tokens handled."""
+        """Add the row of a finished step (0-based) to the curve and show some of it.
+
+        `units`: tokens that the model has read in it, without padding; for PPO those of the responses alone.
+        """
         if self.curve and self.progress:
             self.curve.append(step + 1, metrics)
             self.trackers.log(step + 1, {**metrics, **self._performance(units)})

@@ -21,10 +21,14 @@ class WandbTracker:
     all rows again from the journal, and then removes the folder of the attempt before: one folder holds the whole run.
 
     Args:
+        parent: the folder in which wandb makes its own.
         run_id: the same for all attempts at a run.
     """
 
-    def __init__(self, stage: str, settings: Mapping[str, Any], runtime: Runtime, run_id: str, name: str) -> None:
+    def __init__(
+        self, stage: str, settings: Mapping[str, Any], runtime: Runtime, parent: Path, run_id: str, name: str
+    ) -> None:
+        self.parent = parent
         self.stage = stage
         self.settings = settings
         self.runtime = runtime
@@ -39,8 +43,7 @@ class WandbTracker:
         wandb.setup(wandb.Settings(mode=self.runtime.wandb_mode, silent=True))  # $WANDB_MODE does not count
         if not self.offline and not wandb.login(prompt=False):
             raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY, or wandb_mode: offline")
-        folder = Path(self.runtime.tracker_folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.parent.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=self.runtime.tracker_project,
             id=self.run_id,
@@ -48,7 +51,7 @@ class WandbTracker:
             job_type=self.stage,
             tags=self.runtime.tracker_tags,
             config={"stage": self.stage, **self.settings},
-            dir=folder,
+            dir=self.parent,
             mode=self.runtime.wandb_mode,
             resume=None if self.offline else "allow",
             reinit="create_new",

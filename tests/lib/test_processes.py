@@ -33,11 +33,14 @@ for _ in range(int(sys.argv[1])):
 print(*results, sep="\\n")
 """
 SCRIPT = """
+import os
 import torch
 from pathlib import Path
 from stages.lib.errors import StageError
+from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import join_processes
 from stages.lib.runtime import read_runtime
+from stages.lib.stage_run import require_same_inputs
 
 processes = join_processes(read_runtime("train_rm"))
 assert processes.world_size == 2 and processes.is_main == (processes.rank == 0)
@@ -64,6 +67,31 @@ except StageError as error:
 tensor = torch.tensor([1.0, processes.rank])
 processes.sum_tensor(tensor)
 assert tensor.tolist() == [2.0, 1.0]
+
+model = Path("model")
+model.write_text("one")
+
+
+def refusal():
+    processes.any(False)  # until both have written
+    try:
+        require_same_inputs(processes, [model], dvc_hashes([model]) if processes.is_main else None)
+    except StageError as error:
+        return str(error)
+
+
+top, own = Path.cwd(), Path(f"machine-{processes.rank}")
+assert refusal() is None
+own.mkdir()
+os.chdir(own)  # as on two machines with copies of the project
+model.write_text("one")
+assert refusal() is None
+model.write_text(f"of {processes.rank}")
+assert "model in " in refusal() and "machine-1 is not what it is in" in refusal()
+if processes.rank == 1:
+    model.unlink()
+assert "machine-1 is not what it is in" in refusal()
+os.chdir(top)
 Path(f"{processes.rank}.done").touch()
 processes.leave()
 """

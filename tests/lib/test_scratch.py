@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages import prune_scratch
 from stages.lib.errors import StageError
+from stages.lib.hashing import dvc_hash
 from stages.lib.scratch import Scratch, completed_record
 from stages.lib.scratch_root import scratch_root
 
@@ -159,6 +161,7 @@ def test_unfinished_and_damaged_outs_are_not_published(root: Path, capsys: pytes
     assert not scratch.publish_complete(outs)
     assert "are damaged" in capsys.readouterr().err
     assert not (root / "models").exists()
+    assert completed_record(scratch.folder) is None  # or prune_scratch would take what is trained now for finished
 
 
 def test_starting_to_build_outs_unmarks_an_earlier_end(root: Path) -> None:
@@ -216,6 +219,49 @@ def test_a_result_of_other_code_is_never_published_as_this_codes(root: Path) -> 
     record.write_text(json.dumps({**json.loads(record.read_text()), "code": "another"}))
     release(scratch)
     assert not new_scratch(across_code_change=True).publish_complete(outs)
+    assert completed_record(scratch.folder) is None
+
+
+def locked(root: Path, outs: dict[str, Path]) -> None:
+    """Write a dvc.lock that holds `outs`."""
+    lines = [f"    - path: {path}\n      md5: {dvc_hash(path)}\n" for path in outs.values()]
+    (root / "dvc.lock").write_text("stages:\n  train_rm:\n    outs:\n" + "".join(lines))
+
+
+def test_finished_state_goes_once_it_is_locked_and_not_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    scratch = new_scratch()
+    outs = finish(scratch, root)
+    assert scratch.publish_complete(outs)
+    release(scratch)
+    prune_scratch.main()
+    assert scratch.folder.exists()  # not locked yet
+    locked(root, outs)
+    scratch = new_scratch()
+    prune_scratch.main()
+    assert scratch.folder.exists()  # in use
+    release(scratch)
+    prune_scratch.main()
+    assert not scratch.folder.exists()
+
+
+def test_what_other_code_has_begun_in_the_same_folder_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    scratch = new_scratch()
+    outs = finish(scratch, root)
+    assert scratch.publish_complete(outs)
+    locked(root, outs)
+    scratch.code = "another"
+    assert not scratch.publish_complete(outs)
+    scratch.save(1, {"step": 1})  # and then it is killed
+    release(scratch)
+    prune_scratch.main()
+    assert scratch.folder.joinpath("checkpoint-00000001").is_dir()
+
+
+def test_an_input_that_is_not_there_is_named(root: Path) -> None:
+    with pytest.raises(StageError, match=r"an input cannot be read: .*typo.*No such file"):
+        new_scratch(inputs=(root / "typo",))
 
 
 def test_an_experiments_copy_uses_the_projects_own_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,10 +58,33 @@ def test_a_run_that_starts_anew_shows_nothing_of_the_one_before(tmp_path: Path) 
     assert tensorboard_losses(tmp_path) == {"train_sft-trial": [(1, 1.0), (2, 0.5)]}
 
 
+def test_a_run_of_other_settings_hides_none_of_the_same_name(tmp_path: Path) -> None:
+    tensorboard = {"trackers": ["tensorboard"], "tracker_run": "trial"}
+    attempt(tmp_path, range(1, 4), **tensorboard).close(0)
+    (tmp_path / "scratch/tracked.jsonl").unlink()  # each run's journal lies in a scratch folder of its own
+    attempt(tmp_path, range(1, 3), **tensorboard).close(1)
+    attempt(tmp_path, range(3, 5), **tensorboard).close(0)
+    assert {name: [step for step, _ in losses] for name, losses in tensorboard_losses(tmp_path).items()} == {
+        "train_sft-trial": [1, 2, 3],
+        "train_sft-trial-2": [1, 2, 3, 4],
+    }
+
+
+def test_a_run_in_a_copy_of_the_project_is_tracked_in_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    attempt(tmp_path, range(1, 3), trackers=["tensorboard"], tracker_folder="runs").close(0)
+    assert list(tmp_path.glob("runs/tensorboard/*/events*"))
+    assert not (tmp_path / "copy/runs").exists()
+
+
 def test_a_tracker_that_is_named_late_gets_the_rows_before(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     path = tmp_path / "scratch/tracked.jsonl"
-    Journal(path, "train_sft", None, 1).append(Row(1, 1000.5, {"loss": 1.0}))
+    Journal(path, "train_sft", None, 1, set().__contains__).append(Row(1, 1000.5, {"loss": 1.0}))
     with path.open("a") as file:
         file.write('{"step": 2, "ti')
     attempt(tmp_path, range(3, 5), trackers=["tensorboard"]).close(0)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.proofs.dvc_kills import killed_in_commit
 from tests.proofs.dvc_projects import dvc_project
-from tests.proofs.kill_matrix import SAVING, STAGES
+from tests.proofs.kill_matrix import SAVING, STAGES, VARIANTS
 from tests.stages.tiny_pipeline import PROJECT
 
 
@@ -28,9 +28,9 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")][2:]
-    assert {row[0].removeprefix("| ") for row in rows} == set(STAGES)
+    assert {row[0].removeprefix("| ") for row in rows} == {*STAGES, *VARIANTS}
     resumed = {row[0].removeprefix("| ") for row in rows if "in a row" in row[2] and int(row[5])}
-    assert resumed == set(SAVING)
+    assert resumed == {*SAVING, *VARIANTS}
     # Three kills in a row, of which one may come after the end, and a signal.
     assert sum(int(row[4]) for row in rows) >= 2 * len(STAGES)
 

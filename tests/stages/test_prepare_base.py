@@ -18,6 +18,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -293,6 +295,20 @@ def test_weights_that_are_cut_short_or_incomplete(copy_of_scratch, tmp_path):
         prepare(tmp_path, **local(copy_of_scratch))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(StageError, match="source cannot be loaded as a causal language model"):
+        prepare(tmp_path, **local(copy_of_scratch))
+
+
+def test_a_model_that_scales_its_logits_is_refused(copy_of_scratch, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rows = json.loads((copy_of_scratch / "config.json").read_text())["vocab_size"]
+    for scaling in (1.0, 8.0):
+        torch.manual_seed(0)
+        GraniteForCausalLM(GraniteConfig(vocab_size=rows, logits_scaling=scaling, **sizes)).save_pretrained(
+            copy_of_scratch
+        )
+        if scaling == 1.0:
+            assert (prepare(tmp_path / "plain", **local(copy_of_scratch)) / "model.safetensors").is_file()
+    with pytest.raises(StageError, match=r"cannot be trained here: models of type granite compute their logits"):
         prepare(tmp_path, **local(copy_of_scratch))
 
 

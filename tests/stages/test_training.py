@@ -347,6 +347,16 @@ def test_another_precision_than_the_references_is_refused(copy_of_tiny: Copy) ->
     )
 
 
+def test_a_reference_of_another_precision_is_computed_anew(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    before = {policy: metrics(tiny, f"evaluate/{policy}") for policy in ("sft", "dpo")}
+    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}})
+    call(folder, "ref_logprobs")
+    for policy, expected in before.items():
+        call(folder, f"evaluate@{policy}")
+        assert metrics(folder, f"evaluate/{policy}") == expected
+
+
 def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     file = folder / "models/sft/model.safetensors"
