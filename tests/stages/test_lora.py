@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from tests.stages.test_training import (
     TWO_PROCESSES,
     curve,
     distance,
-    kill_after_a_checkpoint,
     metrics,
-    outs_of,
     refused,
     weights,
 )
@@ -247,14 +244,3 @@ def test_a_4_bit_base_trains_alike_under_zero_2_and_is_refused_by_zero_3(wider: 
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "ZeRO 3 cannot shard a base of base_quantization: nf4; use ZeRO 0, 1 or 2" in errors
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_never_been(copy_of_tiny: Copy, adapted: Path) -> None:
-    folder = use_lora(copy_of_tiny(), "train_rm")
-    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
-    assert kill_after_a_checkpoint(folder, "train_rm", signal.SIGKILL) == -signal.SIGKILL
-    output, errors = start(folder, "train_rm").communicate()
-    assert "resuming from step" in output, errors
-    assert outs_of(folder, "train_rm") == outs_of(adapted, "train_rm")
-    assert "rm/adapter/adapter_model.safetensors" in outs_of(folder, "train_rm")
