@@ -16,6 +16,7 @@ STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys
 name = pathlib.Path(sys.argv[0]).name
 record = {{"argv": [name, *sys.argv[1:]], "launch": os.environ.get("LAUNCH"), "path": os.environ["PATH"]}}
+record["hash seed"] = os.environ.get("PYTHONHASHSEED")
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps(record) + "\\n")
 if sys.argv[1:] == ["-m", "pip", "--version"]:
@@ -121,6 +122,13 @@ def test_a_branch_goes_up_to_its_evaluation(project, target, stage):
 def test_repro_runs_everything(project):
     assert make(project, "repro").returncode == 0
     assert commands(project) == ["dvc repro", PRUNE]
+
+
+# DVC takes stages that do not depend on each other out of a set.
+@pytest.mark.parametrize("arguments", [["repro"], ["train-rm"], ["train-rm", "GPUS=2"], ["dpo"]])
+def test_the_order_of_stages_is_always_the_same(project, arguments):
+    assert make(project, *arguments, PYTHONHASHSEED="5").returncode == 0
+    assert calls(project)[0]["hash seed"] == "0"
 
 
 def test_only_runs_one_step_alone(project):
