@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from stages.lib.errors import StageError
 from stages.lib.token_tables import PREFERENCE_SCHEMA, read_table, write_table
 from stages.lib.tokenizer_files import TOKENIZER_FILES
-from tests.stages.tiny_pipeline import call, change, start
+from tests.stages.tiny_pipeline import call, change, contents, start
 
 Copy = Callable[..., Path]
 TWO_PROCESSES = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_per_node=2 -m"
@@ -140,6 +140,14 @@ def test_another_micro_batch_size_gives_the_same_step(copy_of_tiny: Copy, tiny: 
     call(folder, stage)
     model = stage.removeprefix("train_")
     assert distance(weights(tiny, model), weights(folder, model)) < 1e-5
+
+
+def outs_of(folder: Path, stage: str) -> dict[str, bytes]:
+    model = stage.removeprefix("train_")
+    paths = [folder / f"models/{model}", folder / f"metrics/{stage}.json", folder / f"metrics/curves/{stage}.csv"]
+    if stage == "train_ppo":
+        paths.append(folder / "data/rollouts/train_ppo")
+    return {f"{path.name}/{name}": content for path in paths for name, content in contents(path).items()}
 
 
 def kill_after_a_checkpoint(folder: Path, stage: str, number: int, launch: str = "") -> int:
