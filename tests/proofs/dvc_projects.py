@@ -32,6 +32,13 @@ def dvc_project(tiny: Path, folder: Path) -> Path:
     return folder
 
 
+def copy_of_project(folder: Path) -> Path:
+    """A clone of the committed project, with the environment of this one."""
+    subprocess.run(["git", "clone", "-q", str(PROJECT), str(folder)], check=True)
+    (folder / ".venv").symlink_to(PROJECT / ".venv")
+    return folder
+
+
 def git(folder: Path, *words: str) -> str:
     done = subprocess.run(["git", *IDENTITY, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

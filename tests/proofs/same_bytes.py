@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.proofs.dvc_projects import copy_of_project
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, read_yaml
+from tests.stages.tiny_pipeline import read_yaml
 
 CLONES = ("one", "another")
 RUNS = (("make", "repro"), ("make", "train-rm", "GPUS=2"))
@@ -26,13 +27,6 @@ cache or training state. `dvc.lock` holds the hashes of all outs of all stages t
 |---|---|---|
 {rows}
 """
-
-
-def new_clone(folder: Path) -> Path:
-    """The commit of this project in a folder of its own, with the same environment."""
-    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(folder)], check=True)
-    (folder / ".venv").symlink_to(PROJECT / ".venv")
-    return folder
 
 
 def run_from_nothing(clone: Path, command: tuple[str, ...]) -> bytes:
@@ -66,7 +60,7 @@ def main() -> None:
     folder = options.folder.resolve()
     folder.mkdir(parents=True)
     for name in CLONES:
-        new_clone(folder / name)
+        copy_of_project(folder / name)
     rows = []
     for command in RUNS:
         rows.append(row_of(folder, command))

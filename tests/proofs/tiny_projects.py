@@ -9,6 +9,9 @@ from pathlib import Path
 from stages.lib.hashing import dvc_hash, file_hash
 from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options, write_yaml
 
+# Those that are killed.
+STAGES = ("tokenize@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
+
 
 def outs_of(stage: str) -> list[str]:
     """The paths that a stage writes, from dvc.yaml: outs, metrics and plots."""
@@ -19,10 +22,10 @@ def outs_of(stage: str) -> list[str]:
     return [path.replace("${item.kind}", item).replace("${item.policy}", item) for path in paths]
 
 
-def write_lock(folder: Path, stages: list[str]) -> None:
-    """A dvc.lock that holds the hashes of the outs of `stages`, as DVC would after their run."""
+def write_lock(folder: Path) -> None:
+    """A dvc.lock that holds the hashes of the outs of `STAGES`, as DVC would after their run."""
     entries = {
-        stage: {"outs": [{"path": path, "md5": dvc_hash(folder / path)} for path in outs_of(stage)]} for stage in stages
+        stage: {"outs": [{"path": path, "md5": dvc_hash(folder / path)} for path in outs_of(stage)]} for stage in STAGES
     }
     write_yaml(folder / "dvc.lock", {"schema": "2.0", "stages": entries})
 

@@ -13,7 +13,6 @@ The second run on two processes must end with the bytes of the first.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tests.proofs.dvc_projects import start_dvc
+from tests.proofs.dvc_projects import copy_of_project, start_dvc
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, change, read_yaml
+from tests.stages.tiny_pipeline import change, read_yaml
 
 SHARED = ("prepare_base", "tokenize")  # and what they need: the data and the model that all runs start from
 TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
@@ -58,13 +57,6 @@ training stages and evaluations that differ between any of these runs, {agreeing
 {table}
 {bytes}
 """
-
-
-def copy_of_project(folder: Path) -> Path:
-    """A clone of the committed project, with the environment of this one."""
-    subprocess.run(["git", "clone", "-q", str(PROJECT), str(folder)], check=True)
-    (folder / ".venv").symlink_to(PROJECT / ".venv")
-    return folder
 
 
 def repro(folder: Path, *words: str, **environment: str) -> None:

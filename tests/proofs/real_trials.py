@@ -1,0 +1,228 @@
+"""Trials with real processes, one or two under torchrun, which are killed at random moments."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
+from tests.proofs.kill_table import Row
+from tests.proofs.tiny_projects import (
+    differences,
+    listing,
+    outs_of,
+    remove_outs,
+    start_process,
+    without_outs,
+    write_lock,
+)
+from tests.proofs.told_ends import RESUMED, SLOWEST_EXIT, STOPS, wrong_words
+from tests.stages.tiny_pipeline import change
+
+ONE_RANK = "SIGKILL to one rank"
+OTHER_NUMBER = "SIGKILL, then one process, ZeRO 3"
+SLOWEST_LOSS_OF_A_RANK = 45.0  # seconds from the death of one rank to the end of all: torchrun waits 30 for the others
+
+
+class RealTrials:
+    """Trials with real processes: `processes` of them, under torchrun if that is more than one."""
+
+    def __init__(self, folder: Path, stage: str, processes: int, draw: random.Random) -> None:
+        self.folder, self.stage, self.processes, self.draw = folder, stage, processes, draw
+        self.output = folder.parent / f"{folder.name}.output"
+        self.seconds = self.make_truth()
+        self.truth = listing(folder)
+
+    def make_truth(self) -> float:
+        """Run undisturbed: on two processes sums are rounded otherwise than on one."""
+        without_outs(self.folder, self.stage)
+        started = time.monotonic()
+        status, output = self.finish()
+        if status != 0:
+            raise RuntimeError(f"{self.stage} on {self.processes} processes fails undisturbed: {output[-3000:]}")
+        write_lock(self.folder)
+        return time.monotonic() - started
+
+    def finish(self) -> tuple[int, str]:
+        self.output.unlink(missing_ok=True)
+        status = start_process(self.folder, self.stage, self.processes, self.output).wait()
+        return status, self.output.read_text()
+
+    def trial(self, row: Row, kills: int, kill: Callable[[subprocess.Popen], None]) -> None:
+        """Start, `kill` at a random moment, `kills` times, then let it finish and compare."""
+        started = time.monotonic()
+        without_outs(self.folder, self.stage)
+        row.trials += 1
+        wrong: list[str] = []
+        hit_before = False
+        for _ in range(3 * kills):
+            remove_outs(self.folder, self.stage)
+            self.output.unlink(missing_ok=True)
+            process = start_process(self.folder, self.stage, self.processes, self.output)
+            if not self.moment_came(process):
+                without_outs(self.folder, self.stage)  # it was over before: from the beginning, and sooner
+                self.seconds *= 0.7
+                hit_before = False
+                continue
+            row.kills += 1
+            kills -= 1
+            asked = time.monotonic()
+            kill(process)
+            process.wait()
+            took = time.monotonic() - asked
+            row.slowest_exit = max(row.slowest_exit, took)
+            output = self.output.read_text()
+            row.resumed += hit_before and any(word in output for word in RESUMED)
+            hit_before = True
+            wrong += self.wrong_end(row.method, process.returncode, output, took)
+            end_group(process)
+            if not kills:
+                break
+        remove_outs(self.folder, self.stage)
+        status, output = self.finish()
+        row.resumed += any(word in output for word in RESUMED)
+        wrong += [f"ended with status {status}: {output[-2000:]}"] if status else []
+        wrong += differences(listing(self.folder), self.truth)
+        wrong += [] if row.resumed or self.processes == 1 else ["nothing that was saved was used"]
+        row.failures += [f"{row.stage}, {self.processes} processes, {row.method}: {text}" for text in wrong]
+        row.seconds += time.monotonic() - started
+
+    def moment_came(self, process: subprocess.Popen) -> bool:
+        """Wait for a random moment, mostly after libraries are loaded; False if the process ended before.
+
+        Two processes need seconds to meet, in which there is nothing to lose: there it is one after the first save.
+        """
+        share = self.draw.random()
+        if self.processes > 1:
+            while process.poll() is None and not saved_something(self.folder):
+                time.sleep(0.005)
+            time.sleep(share)
+            return process.poll() is None
+        wait = self.seconds * (share if self.draw.random() < 0.25 else 0.55 + 0.45 * share)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def wrong_end(self, method: str, status: int, output: str, seconds: float) -> list[str]:
+        number = next((number for number in STOPS if number.name in method), None)
+        if status == 0:
+            return []  # it was just over
+        if method == ONE_RANK:
+            found = [] if seconds < SLOWEST_LOSS_OF_A_RANK else [f"took {seconds:.1f} s to end after a rank was lost"]
+            return found + ([] if "Signal 9" in output or "exitcode: -9" in output.replace(" ", "") else ["not told"])
+        if number is None:
+            return []
+        if self.processes == 1:
+            # Before Python has come to the script's first lines, the system ends it by the signal itself.
+            if status == -number or (number == signal.SIGINT and "stopped by" not in output and not_begun(output)):
+                return []
+            expected = [] if status == 128 + number else [f"ended with status {status} on signal {number}"]
+            return expected + wrong_words(output, seconds)
+        found = [f"took {seconds:.1f} s to end after a signal"] if seconds > SLOWEST_EXIT else []
+        return found + ([f"told {output.count('stopped by SIG')} times"] if output.count("stopped by SIG") > 1 else [])
+
+
+def not_begun(output: str) -> bool:
+    return "KeyboardInterrupt" in output and "stages/lib" not in output
+
+
+def other_processes_row(trials: RealTrials) -> Row:
+    """Two processes are killed, and one finishes, under ZeRO 3: the files are those of two but for rounding."""
+    folder, stage = trials.folder, trials.stage
+    runtime = (folder / "runtime.yaml").read_text()
+    row = Row(stage, 2, OTHER_NUMBER, trials=1)
+    started = time.monotonic()
+    truth = numbers_of(folder, stage)
+    without_outs(folder, stage)
+    trials.output.unlink(missing_ok=True)
+    process = start_process(folder, stage, 2, trials.output)
+    while process.poll() is None and not saved_something(folder):
+        time.sleep(0.005)
+    row.kills += process.poll() is None
+    end_group(process)
+    process.wait()
+    remove_outs(folder, stage)
+    trials.output.unlink()
+    change(folder / "runtime.yaml", {"default": {"zero_stage": 3, "frozen_zero_stage": 3}})
+    status = start_process(folder, stage, 1, trials.output).wait()
+    (folder / "runtime.yaml").write_text(runtime)
+    output = trials.output.read_text()
+    row.resumed = int(any(word in output for word in RESUMED))
+    if status or not row.resumed:
+        row.failures.append(f"{stage}: one process does not go on from the state of two: {output[-2000:]}")
+    elif sorted(listing(folder)) != sorted(trials.truth) or not close(numbers_of(folder, stage), truth):
+        row.failures.append(f"{stage}: gone on on one process, the result is not that of two")
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def saved_something(folder: Path) -> bool:
+    saved = (*folder.glob(".scratch/*/checkpoint-????????"), *folder.glob(".scratch/*/kept/*.json"))
+    return len(saved) > 1
+
+
+def numbers_of(folder: Path, stage: str) -> list[float]:
+    """Every number in the metrics of a stage, in the table that it writes, and the tokens of its rollouts."""
+    found: list[float] = []
+    for path in (folder / out for out in outs_of(stage)):
+        if path.suffix == ".json":
+            found += json.loads(path.read_text()).values()
+        elif path.name == "ref_logprobs":
+            table = read_table(path / "train.arrow", REFERENCE_SCHEMA)
+            found += table["reference_chosen_logps"][:] + table["reference_rejected_logps"][:]
+        elif path.name == "train_ppo":
+            for line in (path / "rollouts.jsonl").read_text().splitlines():
+                found += json.loads(line)["response_ids"]
+    return found
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return len(ours) > 0 and all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) for a, b in pairs)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Make sure nothing of a launch is left, as a machine that goes down does."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    time.sleep(0.2)
+
+
+def kill_all(number: int) -> Callable[[subprocess.Popen], None]:
+    """Hit the whole process group, as a terminal does for Ctrl-C."""
+    return lambda process: os.killpg(process.pid, number)
+
+
+def kill_launcher(number: int) -> Callable[[subprocess.Popen], None]:
+    """Hit the process that was started, as a scheduler does."""
+    return lambda process: process.send_signal(number)
+
+
+def kill_one_rank(process: subprocess.Popen) -> None:
+    """Kill the last process that the launcher has started; with none yet, the launcher."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]) if children else process.pid, signal.SIGKILL)
+
+
+def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random.Random) -> list[Row]:
+    """All methods with real processes, each with `kills` in a row."""
+    trials = RealTrials(folder, stage, processes, draw)
+    methods: dict[str, Callable[[subprocess.Popen], None]] = {"SIGKILL at random moments": kill_all(signal.SIGKILL)}
+    methods["SIGTERM at random moments"] = kill_launcher(signal.SIGTERM)
+    methods["SIGINT at random moments"] = kill_all(signal.SIGINT)
+    if processes > 1:
+        methods[ONE_RANK] = kill_one_rank
+    rows = []
+    for method, kill in methods.items():
+        rows.append(Row(stage, processes, method))
+        trials.trial(rows[-1], kills, kill)
+    return [*rows, other_processes_row(trials)] if processes > 1 else rows
