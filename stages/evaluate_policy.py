@@ -294,7 +294,9 @@ def judge_pairs(
     """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
     cached = held_out.has_reference_in(evaluation.settings.precision)
     if not cached:
-        this_run.say("evaluate: the reference log-probs at hand are of another precision, and computed anew")
+        this_run.say(
+            "evaluate: the cached reference log-probs were made in another precision or quantised; computing them anew"
+        )
 
     def compute(chunk: range) -> dict[str, list]:
         own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (held_out.pairs, held_out.reference))

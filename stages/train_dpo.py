@@ -176,7 +176,8 @@ def main(
         this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
-            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, train[rows], train=True)}
+            batch = train[rows]
+            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}
             require_finite(row["loss"], "loss", step)
             row["grad_norm"] = engine.step()
             if is_due(step + 1, settings.eval_every, total):
@@ -186,7 +187,7 @@ def main(
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
                 row |= {f"eval/{name}": value for name, value in results.items()}
             shown = ("loss", "rewards/margins", "rewards/accuracies", "eval/loss")
-            this_run.record(step, tokens_in_pairs(train[rows]), row, shown)
+            this_run.record(step, tokens_in_pairs(batch), row, shown)
         with engine.averaged():
             weights = engine.master_weights(language_model)
             kept = best.choose(lambda: lora.trained(weights))

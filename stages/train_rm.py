@@ -100,7 +100,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
-            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, train[rows], train=True)}
+            batch = train[rows]
+            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}
             require_finite(row["loss"], "loss", step)
             row["grad_norm"] = engine.step()
             if is_due(step + 1, settings.eval_every, total):
@@ -109,9 +110,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                     require_finite(results["loss"], "held-out loss", step)
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
                 row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
-            this_run.record(
-                step, tokens_in_pairs(train[rows]), row, ("loss", "accuracy", "rewards/margins", "eval/accuracy")
-            )
+            this_run.record(step, tokens_in_pairs(batch), row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
         with engine.averaged():
             weights = engine.master_weights(classifier)
             kept = best.choose(lambda: lora.trained(weights))

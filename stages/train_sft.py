@@ -86,7 +86,8 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         for step in this_run.steps(total, engine=engine, best=best):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
             learning_rate = engine.learning_rate
-            loss_sum, count = token_loss(engine, train[rows], train=True)
+            batch = train[rows]
+            loss_sum, count = token_loss(engine, batch, train=True)
             require_finite(loss_sum, "loss", step)
             row = {"loss": loss_sum / count, "learning_rate": learning_rate, "grad_norm": engine.step()}
             if is_due(step + 1, settings.eval_every, total):
@@ -95,8 +96,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
                     require_finite(row["eval/loss"], "held-out loss", step)
                     results = {"loss": row["eval/loss"]}
                     best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
-            tokens_handled = sum(map(len, train[rows]["input_ids"]))
-            this_run.record(step, tokens_handled, row, ("loss", "grad_norm", "eval/loss"))
+            this_run.record(step, sum(map(len, batch["input_ids"])), row, ("loss", "grad_norm", "eval/loss"))
         with engine.averaged():
             weights = engine.master_weights(language_model)
             kept = best.choose(lambda: lora.trained(weights))

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import queue
+import re
 import sys
 import threading
 import time
@@ -73,7 +74,8 @@ class Journal:
         head = {"id": f"{path.parent.name}-{now}", "name": f"{stage}-{label or now}"}
         self.rows: list[Row] = []
         old_head, *records = _whole_lines(path) or [None]
-        if old_head and (first_step > 1 or (label and old_head["name"].startswith(head["name"]))):
+        same_name = re.compile(rf"{re.escape(head['name'])}(-\d+)?")
+        if old_head and (first_step > 1 or (label and same_name.fullmatch(old_head["name"]))):
             head["name"] = old_head["name"]
         elif label:
             names = itertools.chain([head["name"]], (f"{head['name']}-{number}" for number in itertools.count(2)))
