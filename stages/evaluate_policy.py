@@ -32,7 +32,7 @@ if not asks_for_help():
     import torch
 
     from stages.lib.batching import micro_batching
-    from stages.lib.engine import frozen
+    from stages.lib.frozen_model import frozen
     from stages.lib.partial_results import PartialResults
     from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.processes import Processes, join_processes

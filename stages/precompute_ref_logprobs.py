@@ -21,7 +21,7 @@ from stages.lib.runtime import read_runtime
 
 if not asks_for_help():
     from stages.lib.batching import MicroBatching, micro_batching
-    from stages.lib.engine import frozen
+    from stages.lib.frozen_model import frozen
     from stages.lib.partial_results import PartialResults
     from stages.lib.pretrained import end_and_pad_ids, load_language_model
     from stages.lib.processes import join_processes

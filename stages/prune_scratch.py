@@ -15,6 +15,7 @@ def main() -> None:
     """Remove the scratch folders whose outs stand in `dvc.lock` with the same hashes."""
     from ruamel.yaml import YAML
 
+    from stages.lib.outputs import remove
     from stages.lib.scratch import completed_record, taken_lock
     from stages.lib.scratch_root import scratch_root
 
@@ -32,6 +33,10 @@ def main() -> None:
             continue
         lock = taken_lock(folder)
         if lock:
+            # The record last: what a kill leaves half removed is still known to be finished, and goes the next time.
+            for entry in folder.iterdir():
+                if entry.name not in ("complete.json", "lock"):
+                    remove(entry)
             shutil.rmtree(folder)
             lock.close()
 

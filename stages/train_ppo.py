@@ -36,7 +36,8 @@ if not asks_for_help():
 
     from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
     from stages.lib.batching import micro_batching, rows_of_step
-    from stages.lib.engine import frozen, new_engine, require_finite
+    from stages.lib.engine import new_engine, require_finite
+    from stages.lib.frozen_model import frozen
     from stages.lib.kl_control import AdaptiveKLController, FixedKLController
     from stages.lib.lora import Lora
     from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms

@@ -219,7 +219,7 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """Plain torch: every process holds all of it, gradients are summed by one all-reduce."""
+    """Plain torch: every process holds all of it, gradients are summed over them."""
 
     def _prepare(self) -> None:
         self.masters = {
@@ -279,15 +279,22 @@ class TorchEngine(Engine):
 
 
 def sum_gradients(weights: list[torch.Tensor], processes: Processes) -> None:
-    """Sum the gradients of these weights over the processes, by one all-reduce; one that has none gets zeros."""
+    """Sum the gradients of these weights over the processes, about `PIECE` numbers at a time; none counts as zeros."""
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-    if processes.world_size > 1:
-        flat = torch.cat([weight.grad.flatten() for weight in weights])
+    if processes.world_size == 1:
+        return
+    gathered: list[torch.Tensor] = []
+    for place, weight in enumerate(weights):
+        gathered.append(weight.grad)
+        if place + 1 < len(weights) and sum(gradient.numel() for gradient in gathered) < PIECE:
+            continue
+        flat = torch.cat([gradient.flatten() for gradient in gathered])
         processes.sum_tensor(flat)
-        for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
-            weight.grad.copy_(part.view_as(weight))
+        for gradient, part in zip(gathered, flat.split([one.numel() for one in gathered]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        gathered = []
 
 
 def new_engine(
@@ -306,17 +313,6 @@ def new_engine(
 
         return DeepSpeedEngine(module, settings, total_steps, runtime, processes)
     return TorchEngine(module, settings, total_steps, runtime, processes)
-
-
-def frozen(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:
-    """A module without gradients (reference, reward model, a policy under evaluation), sharded if so asked."""
-    module.requires_grad_(False)
-    module.eval()
-    if runtime.frozen_zero_stage == 3:
-        from stages.lib.deepspeed_engine import sharded
-
-        return sharded(module, runtime, processes)
-    return module
 
 
 def require_finite(value: float, name: str, step: int) -> None:

@@ -1,11 +1,13 @@
 """A stage as a command: paths as options, and a user's mistake as one message with exit code 2 and no traceback."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,6 +18,7 @@ from stages.lib.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 USER_ERROR_EXIT_CODE = 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SECONDS_OF_A_CLAIM = 3600.0  # after the first process of a launch has spoken for all, the others end within a minute
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
 
@@ -108,12 +111,22 @@ def _speaks_for_all_processes() -> bool:
     parent = f"{os.getppid()}-{_start_time(os.getppid())}"  # process ids come again, in containers soon
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{parent}"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    claim = Path(tempfile.gettempdir()) / f"stagewise-error-{launch}-{attempt}"
+    folder = Path(tempfile.gettempdir())
+    claim = folder / f"stagewise-error-{launch}-{attempt}"
+    _remove_old(folder.glob("stagewise-error-*"))
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
+
+
+def _remove_old(claims: Iterable[Path]) -> None:
+    """Remove the claims of launches that ended long ago; those of other users stay."""
+    for claim in claims:
+        with contextlib.suppress(OSError):
+            if time.time() - claim.stat().st_mtime > SECONDS_OF_A_CLAIM:
+                claim.unlink()
 
 
 def _start_time(process_id: int) -> str:

@@ -48,7 +48,7 @@ class PartialResults(StageRun):
                 self.say(f"{self.stage}: resuming, goes on from what an earlier start has kept")
             self.found += 1
             return kept
-        with StopSignal(self.stage, self.processes) as stop:
+        with StopSignal(self.stage, self.processes, self.runtime.stop_seconds) as stop:
             value = compute()
             self.processes.in_main(lambda: self.scratch.keep(f"{name}.json", self._record(value)))
             if stop.agreed():

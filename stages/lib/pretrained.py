@@ -155,7 +155,9 @@ def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = No
 
 
 def require_attention_kernel(runtime: Runtime, precision: str) -> None:
-    """Raise StageError for flash attention in float32, which its kernels do not compute."""
+    """Raise StageError for flash attention on a CPU or in float32, which its kernels do not compute."""
+    if runtime.attention == "flash_attention_2" and runtime.device == "cpu":
+        raise StageError("runtime.yaml: attention: flash_attention_2 needs a GPU; set device: cuda, or attention: sdpa")
     if runtime.attention == "flash_attention_2" and DTYPES[precision] not in (torch.bfloat16, torch.float16):
         raise StageError(
             f"runtime.yaml: attention: flash_attention_2 computes in bf16, not in {precision}; set the stage's "

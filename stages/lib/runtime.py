@@ -33,7 +33,7 @@ OUR_DEEPSPEED_KEYS = {
 }
 
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
-TRACKED_FOLDERS = ("data", "metrics", "models", "stages")
+TRACKED_FOLDERS = ("benchmarks", "data", "metrics", "models", "profiles", "stages", "tests")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Runtime:
     frozen_offload_parameters: bool
     deepspeed: dict[str, Any]
     checkpoint_seconds: float
+    stop_seconds: float
     rows_per_partial_result: int
     log_seconds: float
     shown_samples: int
@@ -74,7 +75,7 @@ class Runtime:
         for key in (*at_least_1, "rows_per_partial_result", "kept_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
-        for key in ("checkpoint_seconds", "log_seconds", "shown_samples"):
+        for key in ("checkpoint_seconds", "stop_seconds", "log_seconds", "shown_samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
         self._check_zero()
@@ -117,8 +118,11 @@ class Runtime:
         for tag in self.tracker_tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"tracker_tags must have 1 to 64 characters each, found {tag!r}")
+        folder = Path(self.tracker_folder).resolve()
+        if folder == Path.cwd():
+            raise ValueError(f"tracker_folder must be a folder of its own, found {self.tracker_folder!r}")
         for name in TRACKED_FOLDERS:
-            if Path(self.tracker_folder).resolve().is_relative_to(Path(name).resolve()):
+            if folder.is_relative_to(Path(name).resolve()):
                 raise ValueError(f"tracker_folder must not lie in {name}/, which DVC or Git tracks; runs/ is untracked")
 
 

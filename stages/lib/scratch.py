@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -193,18 +193,29 @@ class Scratch:
         partial.mkdir()
         return partial
 
-    def complete(self, outs: dict[str, Path]) -> None:
-        """Mark the run complete. `outs` maps a name in the folder of `stage_outs` to the path it is published at."""
+    def complete(self, outs: dict[str, Path], log: Callable[[dict[str, str]], None]) -> None:
+        """Mark the run complete. `outs` maps a name in the folder of `stage_outs` to the path it is published at.
+
+        Args:
+            log: gets the hash of each path just before. A kill in between has the run logged twice; after it, a run
+                that is not in the log would be published again and never logged.
+        """
         partial, final = self.folder / "outs.partial", self.folder / "outs"
         remove(final)
         partial.rename(final)
-        record = {
-            "code": self.code,
-            "outs": {name: {"path": str(path), "dvc_hash": dvc_hash(final / name)} for name, path in outs.items()},
-        }
+        made = {name: {"path": str(path), "dvc_hash": dvc_hash(final / name)} for name, path in outs.items()}
+        record = {"code": self.code, "outs": made}
         _write_synced(self.folder / "complete.json.partial", json.dumps(record).encode())
+        log({out["path"]: out["dvc_hash"] for out in made.values()})
         (self.folder / "complete.json.partial").rename(self.folder / "complete.json")
         _sync(self.folder)
+
+    def _outs_are_whole(self, record: dict[str, Any]) -> bool:
+        try:
+            outs = record["outs"].items()
+            return all(dvc_hash(self.folder / "outs" / name) == out["dvc_hash"] for name, out in outs)
+        except OSError:
+            return False  # one is not there, or cannot be read
 
     def publish_complete(self, outs: dict[str, Path]) -> bool:
         """Copy the outs of a complete run to their places. Returns False if no run is complete.
@@ -215,9 +226,7 @@ class Scratch:
         record = completed_record(self.folder)
         if record is None:
             return False
-        damaged = record["code"] == self.code and any(
-            dvc_hash(self.folder / "outs" / name) != out["dvc_hash"] for name, out in record["outs"].items()
-        )
+        damaged = record["code"] == self.code and not self._outs_are_whole(record)
         if damaged:
             print(f"warning: the finished outs in {self.folder} are damaged; not using them", file=sys.stderr)
         if damaged or record["code"] != self.code:

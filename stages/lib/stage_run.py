@@ -14,7 +14,7 @@ from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import Processes
 from stages.lib.run_log import launcher_in_use, log_run
 from stages.lib.runtime import Runtime
-from stages.lib.scratch import Scratch, completed_record
+from stages.lib.scratch import Scratch
 
 
 class StageRun:
@@ -89,18 +89,16 @@ class StageRun:
         try:
             folder = self.scratch.stage_outs()
             build({name: folder / name for name in self.outs})
-            self.scratch.complete(self.outs)
-            self._log_run()
+            self.scratch.complete(self.outs, self._log_run)
             self.scratch.publish_complete(self.outs)
         except (OSError, SafetensorError) as error:
             self._explain(error)
             raise
 
-    def _log_run(self) -> None:
-        """Before the outs are published: a kill in between publishes them at the next start, which trains nothing."""
+    def _log_run(self, hashes: dict[str, str]) -> None:
         log_run(
             self.logged_as,
-            {out["path"]: out["dvc_hash"] for out in completed_record(self.scratch.folder)["outs"].values()},
+            hashes,
             time.monotonic() - self.started,
             runtime=self.runtime,
             processes=self.processes.world_size,

@@ -13,25 +13,24 @@ from stages.lib.errors import speak_for_all
 from stages.lib.processes import Processes
 from stages.lib.stop_watch import STOP_SIGNALS, STOP_WATCH
 
-GRACE_SECONDS = 20.0  # launchers kill 30 seconds after they have asked
-
 
 class StopSignal:
     """A flag that SIGTERM and SIGINT set. Inside `with`, and in the main thread, as Python has it.
 
-    Work that does not come to look at the flag within GRACE_SECONDS is left as it stands: the process then ends without
+    Work that does not come to look at the flag within `seconds` is left as it stands: the process then ends without
     saving, since the launcher would kill it a little later.
     """
 
-    def __init__(self, name: str, processes: Processes) -> None:
+    def __init__(self, name: str, processes: Processes, seconds: float) -> None:
         self.name = name
+        self.seconds = seconds
         self.processes = processes
         self.number = 0
 
     def __enter__(self) -> Self:
         self._old_handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         self._stack = ExitStack()
-        self._stack.enter_context(STOP_WATCH.allow(GRACE_SECONDS))
+        self._stack.enter_context(STOP_WATCH.allow(self.seconds))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

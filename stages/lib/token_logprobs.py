@@ -1,8 +1,10 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
+import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +19,7 @@ class TokenLogProbs(nn.Module):
         language_model: a transformers causal language model.
         temperature: logits are divided by it, as when sampling.
         chunk_tokens: tokens whose logits exist at a time.
-        with_entropies: also measure the entropies (otherwise they are returned as 0).
+        with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class TokenLogProbs(nn.Module):
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
             cache: a key-value cache; then `target_mask` is None and the logits after the last token are returned.
         Returns:
-            logps (b, t) and entropies (b, t) in nats, float32 or wider, 0 outside `target_mask`; entropies carry no
-            gradient. With a cache: logits (b, vocabulary).
+            logps (b, t) and entropies (b, t) in nats, float32 or wider, 0 outside `target_mask`. With a
+            cache: logits (b, vocabulary).
         """
         if target_mask is None:
             return self._next_token_logits(input_ids, attention_mask, position_ids, cache)
@@ -66,13 +68,11 @@ class TokenLogProbs(nn.Module):
         before_target = target_mask[:, 1:]
         hidden = output.last_hidden_state[:, :-1][before_target]
         targets = input_ids[:, 1:][before_target]
-        recompute = torch.is_grad_enabled() and hidden.shape[0] > self.chunk_tokens
-        chunks = [
-            self._chunk(
-                hidden[start : start + self.chunk_tokens], targets[start : start + self.chunk_tokens], recompute
-            )
-            for start in range(0, max(1, hidden.shape[0]), self.chunk_tokens)
-        ]
+        count = self._chunks_of(hidden)
+        recompute = torch.is_grad_enabled() and count > 1
+        cuts = tuple(range(self.chunk_tokens, count * self.chunk_tokens, self.chunk_tokens))
+        pieces = zip(hidden.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
+        chunks = [self._chunk(states, tokens, recompute) for states, tokens in pieces]
         logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         empty = torch.zeros(input_ids.shape, dtype=logps.dtype, device=input_ids.device)
         return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
@@ -90,6 +90,19 @@ class TokenLogProbs(nn.Module):
         )
         return output.logits[:, -1]
 
+    def _chunks_of(self, hidden: torch.Tensor) -> int:
+        """Into how many chunks to cut (n, d) hidden states, at least 1; the last ones may be empty.
+
+        Under ZeRO 3 the processes gather the LM head for each chunk, together: all need as many as the one with most.
+        """
+        count = max(1, math.ceil(hidden.shape[0] / self.chunk_tokens))
+        head = next(self.language_model.get_output_embeddings().parameters())
+        if not hasattr(head, "ds_id") or not dist.is_initialized():
+            return count
+        most = torch.tensor(count, device=hidden.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if recompute:
             return checkpoint(self._logps_and_entropies, hidden, targets, use_reentrant=False)
@@ -100,12 +113,13 @@ class TokenLogProbs(nn.Module):
         logits = at_least_float32(self.language_model.get_output_embeddings()(hidden))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        log_probs = torch.log_softmax(logits, dim=-1)
         logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        if not self.with_entropies:
+        if not self.with_entropies or torch.is_grad_enabled():
             return logps, torch.zeros_like(logps)
-        with torch.no_grad():
-            return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
+        return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:

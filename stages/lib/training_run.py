@@ -16,6 +16,7 @@ import collections
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ from stages.lib.scratch import Checkpoint
 from stages.lib.stage_run import StageRun
 from stages.lib.stop_signal import StopSignal
 from stages.lib.trackers import Trackers
+
+SAVING_PAYS = 10.0  # seconds of training for each second of saving: with billions of weights that takes minutes
 
 
 class Stateful(Protocol):
@@ -50,6 +53,27 @@ class LargeState(Protocol):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None: ...
+
+
+class Pace:
+    """When the next checkpoint is due: `seconds` after the last, and so late that saving takes a tenth of the time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.saved_at = time.monotonic()
+        self.saving_took = 0.0
+
+    def is_due(self) -> bool:
+        """Always, if `seconds` is 0."""
+        wait = max(self.seconds, SAVING_PAYS * self.saving_took) if self.seconds else 0.0
+        return time.monotonic() - self.saved_at >= wait
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.saved_at = time.monotonic()
+        self.saving_took = self.saved_at - started
 
 
 class TrainingRun(StageRun):
@@ -76,7 +100,7 @@ class TrainingRun(StageRun):
             Trackers(stage, self.settings, runtime, self.scratch.folder / "tracked.jsonl") if self.scratch else None
         )
         self.last_record = 0.0
-        self.stop = StopSignal(stage, processes)
+        self.stop = StopSignal(stage, processes, runtime.stop_seconds)
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
@@ -96,15 +120,15 @@ class TrainingRun(StageRun):
         if self.scratch:
             self.curve = Curve(self.scratch.logs / "curve.csv", self.columns)
             self.progress = Progress(self.stage, total, self.runtime.log_seconds, first=first)
-        last_save = time.monotonic()
+        pace = Pace(self.runtime.checkpoint_seconds)
         with self.stop:
             for self.step in range(first, total):
                 yield self.step
                 self.step += 1
-                due = self.processes.broadcast(time.monotonic() - last_save >= self.runtime.checkpoint_seconds)
+                due = self.processes.broadcast(pace.is_due())
                 if due or self.step == total:
-                    self._save_now()
-                    last_save = time.monotonic()
+                    with pace.saving():
+                        self._save_now()
                 self.may_stop()
 
     def may_stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What ZeRO 3 hands out, and which keys DeepSpeed takes from runtime.yaml."""
+"""What ZeRO 3 hands out, how plain torch sums up, and which keys DeepSpeed takes from runtime.yaml."""
 
 import json
 import os
@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lib.deepspeed_engine import sharded
+from stages.lib import engine
+from stages.lib.deepspeed_setup import sharded
 from stages.lib.errors import StageError
 from stages.lib.processes import join_processes
 from stages.lib.runtime import read_runtime
@@ -42,13 +43,22 @@ model = sharded(Scaled(processes.rank).requires_grad_(False), runtime, processes
 assert model(torch.ones(1, 3)).tolist() == [[6.0, 6.0]]
 with pytest.raises(StageError, match="its files hold other weights than its config.json"):
     sharded(Scaled(0, width=3 + processes.rank).requires_grad_(False), runtime, processes)
+
+engine.PIECE = 5  # numbers exchanged at a time
+weights = [nn.Parameter(torch.zeros(size)) for size in ((2, 2), (3,), (4, 2), (1,))]
+for place, weight in enumerate(weights):
+    if place != 1 or processes.is_main:  # the other process has none there
+        weight.grad = torch.arange(float(weight.numel())).view_as(weight) + 10 * processes.rank + place
+engine.sum_gradients(weights, processes)
+found = [weight.grad.flatten().tolist() for weight in weights]
+assert found == [[10, 12, 14, 16], [1, 2, 3], [14, 16, 18, 20, 22, 24, 26, 28], [16]]
 Path(f"{processes.rank}.done").touch()
 processes.leave()
 """
 
 
 @pytest.mark.slow
-def test_the_first_process_hands_out_its_weights_and_buffers(tmp_path: Path) -> None:
+def test_weights_are_handed_out_and_gradients_summed(tmp_path: Path) -> None:
     run_on_two_processes(SCRIPT, tmp_path)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: no space left in ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_claims_of_launches_long_ago_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    for name, age in (("stagewise-error-old", 7200), ("stagewise-error-new", 60), ("another-old", 7200)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert errors._speaks_for_all_processes()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left > {"another-old", "stagewise-error-new"}
+    assert len(left) == 3  # and the claim of this launch
 
 
 def test_a_later_launch_with_the_same_process_id_speaks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

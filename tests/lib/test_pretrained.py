@@ -56,3 +56,5 @@ def test_flash_attention_is_for_bf16(precision: str, refused: bool) -> None:
     runtime = replace(read_runtime("train_sft", PROJECT / "runtime.yaml"), attention="flash_attention_2")
     with pytest.raises(StageError, match="computes in bf16, not in fp32") if refused else nullcontext():
         pretrained.require_attention_kernel(runtime, precision)
+    with pytest.raises(StageError, match="needs a GPU; set device: cuda"):
+        pretrained.require_attention_kernel(replace(runtime, device="cpu"), precision)

@@ -60,6 +60,8 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ("train_rm: {tracker_tags: ['']}\n", "tracker_tags must have 1 to 64 characters each, found ''"),
         ("train_rm: {tracker_folder: models/sft/runs}\n", "tracker_folder must not lie in models/, which DVC or Git"),
         ("train_rm: {tracker_folder: runs/../metrics}\n", "tracker_folder must not lie in metrics/"),
+        ("train_rm: {tracker_folder: ''}\n", "tracker_folder must be a folder of its own, found ''"),
+        ("train_rm: {tracker_folder: tests/runs}\n", "tracker_folder must not lie in tests/"),
         ("train_rm: {wandb_mode: off}\n", "'off' (str) is not one of: offline, online, disabled"),
     ],
 )

@@ -1,8 +1,10 @@
 """Training state that outlives a kill: whole checkpoints only, the right ones only, logs cut to their length."""
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from stages.lib.errors import StageError
 from stages.lib.hashing import dvc_hash
 from stages.lib.scratch import Scratch, completed_record
 from stages.lib.scratch_root import scratch_root
+from tests.proofs.forked_stage import in_child
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +136,13 @@ def test_a_killed_process_leaves_no_lock() -> None:
     Scratch("a", {}, [])
 
 
-def finish(scratch: Scratch, root: Path) -> dict[str, Path]:
+def finish(scratch: Scratch, root: Path, log: Callable[[dict[str, str]], None] = len) -> dict[str, Path]:
     folder = scratch.stage_outs()
     (folder / "model").mkdir()
     (folder / "model/weights").write_text("w")
     (folder / "metrics").write_text("{}")
     outs = {"model": root / "models/rm", "metrics": root / "metrics/rm.json"}
-    scratch.complete(outs)
+    scratch.complete(outs, log)
     return outs
 
 
@@ -162,6 +165,9 @@ def test_unfinished_and_damaged_outs_are_not_published(root: Path, capsys: pytes
     assert "are damaged" in capsys.readouterr().err
     assert not (root / "models").exists()
     assert completed_record(scratch.folder) is None  # or prune_scratch would take what is trained now for finished
+    outs = finish(scratch, root)
+    (scratch.folder / "outs/metrics").unlink()
+    assert not scratch.publish_complete(outs)
 
 
 def test_starting_to_build_outs_unmarks_an_earlier_end(root: Path) -> None:
@@ -243,6 +249,42 @@ def test_finished_state_goes_once_it_is_locked_and_not_in_use(root: Path, monkey
     release(scratch)
     prune_scratch.main()
     assert not scratch.folder.exists()
+
+
+def test_a_prune_that_is_killed_ends_the_next_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("STAGEWISE_SCRATCH", str(root / ".scratch"))  # where in_child has it
+    for at in itertools.count(1):
+        scratch = new_scratch()
+        outs = finish(scratch, root)
+        assert scratch.publish_complete(outs)
+        scratch.save(1, {"step": 1})
+        locked(root, outs)
+        release(scratch)
+        status = in_child(root, prune_scratch.main, at).status
+        if status == 0:
+            break
+        if at % 2:  # a start in between takes no half for the whole
+            outs["metrics"].unlink()
+            scratch = new_scratch()
+            assert scratch.publish_complete(outs) == outs["metrics"].exists()
+            release(scratch)
+            continue
+        prune_scratch.main()
+        assert [path.name for path in (root / ".scratch").rglob("*") if path.is_file() and path.name != "lock"] == []
+    assert at > 8
+
+
+def test_a_run_is_logged_before_it_counts_as_finished(root: Path) -> None:
+    scratch = new_scratch()
+    logged = []
+
+    def log(hashes: dict[str, str]) -> None:
+        logged.append((hashes, completed_record(scratch.folder)))
+
+    outs = finish(scratch, root, log)
+    assert scratch.publish_complete(outs)
+    assert logged == [({str(path): dvc_hash(path) for path in outs.values()}, None)]
 
 
 def test_what_other_code_has_begun_in_the_same_folder_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

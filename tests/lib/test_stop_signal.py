@@ -17,7 +17,7 @@ ALONE = Processes(0, 1, CPU)
 
 
 def work(number: signal.Signals) -> None:
-    with StopSignal("train_rm", ALONE) as stop:
+    with StopSignal("train_rm", ALONE, 20.0) as stop:
         assert not stop.agreed()
         signal.raise_signal(number)
         assert stop.agreed()
@@ -38,7 +38,7 @@ def test_a_signal_after_the_last_look_is_passed_on() -> None:
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        with StopSignal("train_rm", ALONE):
+        with StopSignal("train_rm", ALONE, 20.0):
             signal.raise_signal(signal.SIGTERM)
         assert heard == [signal.SIGTERM]
     finally:
@@ -48,14 +48,12 @@ def test_a_signal_after_the_last_look_is_passed_on() -> None:
 BLOCKED = """
 import ctypes, time
 import torch
-import stages.lib.stop_signal as stop_signal
 from stages.lib.errors import run
 from stages.lib.processes import Processes
-
-stop_signal.GRACE_SECONDS = 0.5
+from stages.lib.stop_signal import StopSignal
 
 def main() -> None:
-    with stop_signal.StopSignal("train_ppo", Processes(0, 1, torch.device("cpu"))) as stop:
+    with StopSignal("train_ppo", Processes(0, 1, torch.device("cpu")), 0.5) as stop:
         if SAVES:
             with stop.saving():
                 print("in", flush=True)

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 STAGES = all_instances(load_graph())
 DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
-DEEPSPEED = {"stages/lib/deepspeed_engine.py": "several processes or ZeRO"}
+SHARDED = {"stages/lib/deepspeed_setup.py": "several processes or ZeRO"}
+DEEPSPEED = {"stages/lib/deepspeed_engine.py": "several processes or ZeRO", **SHARDED}
 TRACKERS = {
     "stages/lib/tensorboard_tracker.py": "runtime.yaml: trackers",
     "stages/lib/wandb_tracker.py": "runtime.yaml: trackers",
@@ -27,12 +28,12 @@ NOT_RUN = {
     "prepare_base": {"stages/lib/token_logprobs.py": "for a model that was trained elsewhere; here a new one is made"},
     **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
     "ref_logprobs": {
-        **DEEPSPEED,
+        **SHARDED,
         "stages/lib/tokenizer_files.py": "pretrained.py imports it to save a model; this stage saves none",
     },
-    "evaluate@sft": DEEPSPEED,
-    "evaluate@dpo": DEEPSPEED,
-    "evaluate@ppo": DEEPSPEED,
+    "evaluate@sft": SHARDED,
+    "evaluate@dpo": SHARDED,
+    "evaluate@ppo": SHARDED,
 }
 
 

@@ -126,7 +126,7 @@ class RealTrials:
             expected = [] if status == 128 + number else [f"ended with status {status} on signal {number}"]
             return expected + wrong_words(output, seconds)
         found = [f"took {seconds:.1f} s to end after a signal"] if seconds > SLOWEST_EXIT else []
-        return found + ([f"told {output.count('stopped by SIG')} times"] if output.count("stopped by SIG") > 1 else [])
+        return found + ([f"told {output.count('stopped by SIG')} times"] if output.count("stopped by SIG") != 1 else [])
 
 
 def not_begun(output: str) -> bool:

@@ -17,7 +17,7 @@ CONFIGURATIONS = (
     "ZeRO 0",
     "ZeRO 1",
     "ZeRO 2, packing, checkpointing",
-    "ZeRO 3, all offloaded",
+    "ZeRO 3, all offloaded, logits in chunks",
 )
 
 
