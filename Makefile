@@ -100,7 +100,7 @@ join: $(VENV) ## On another machine: take part in a stage that the first one run
 
 # Two at a time, each file's tests in one process; a thread that waits lets the others have its core.
 test: $(VENV) ## Run all tests
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'

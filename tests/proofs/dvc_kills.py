@@ -27,19 +27,22 @@ ANOTHER_RATE = "train_sft.optimizer.learning_rate=0.0022"  # or DVC would have t
 PATIENCE = 300.0  # seconds that a start may take on a busy machine
 
 
-def killed_in_commit(project: Path, stage: str, draw: random.Random) -> list[str]:
+def killed_in_commit(project: Path, stage: str, draw: random.Random, **environment: str) -> list[str]:
     """SIGKILL to DVC and all below it after the script has put its outs in place, before dvc.lock holds the result.
 
     The next `dvc repro` must not compute again, and must end with the same dvc.lock and the same files.
     """
-    truth, lock = listing_of(project), (project / "dvc.lock").read_bytes()
     output = project.parent / "repro.output"
     words = ("repro", "--single-item", "--force", stage)
+    if environment:  # on several processes sums are rounded otherwise
+        status = start_dvc(project, *words, output=output, **environment).wait()
+        assert status == 0, output.read_text()
+    truth, lock = listing_of(project), (project / "dvc.lock").read_bytes()
     for _ in range(5):
         others = {name: entry for name, entry in parsed(lock)["stages"].items() if name != stage}
         write_yaml(project / "dvc.lock", {**parsed(lock), "stages": others})
         shutil.rmtree(project / ".scratch", ignore_errors=True)
-        process = start_dvc(project, *words, output=output)
+        process = start_dvc(project, *words, output=output, **environment)
         wait_for(lambda dvc=process: script_is_over(project, dvc), PATIENCE, "the end of the script")
         time.sleep(draw.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
@@ -49,7 +52,7 @@ def killed_in_commit(project: Path, stage: str, draw: random.Random) -> list[str
     else:
         return ["DVC had recorded the result before it could be killed, five times"]
     output.unlink()
-    status = start_dvc(project, *words, output=output).wait()
+    status = start_dvc(project, *words, output=output, **environment).wait()
     said = output.read_text()
     output.unlink()
     found = [f"dvc repro ended with status {status}: {said[-2000:]}"] if status else []

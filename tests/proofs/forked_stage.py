@@ -32,14 +32,19 @@ class Ended(NamedTuple):
 
 
 class FileOperations:
-    """Counts the file operations below a folder, and sends this process a signal before the one numbered `at`."""
+    """Counts the file operations below a folder, and calls `act` before one of them.
 
-    def __init__(self, folder: Path, log: Path, at: int | None, number: int) -> None:
+    Args:
+        at: which: its number (1-based), or its name, digits as "#", and how often that was met.
+    """
+
+    def __init__(self, folder: Path, log: Path, at: int | tuple[str, int] | None, act: Callable[[], None]) -> None:
         self.folder = f"{folder}/"
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.at = at
-        self.number = number
+        self.act = act
         self.count = 0
+        self.met: Counter[str] = Counter()
         sys.addaudithook(self._heard)
         sync = os.fsync
         os.fsync = lambda descriptor: (self._next("os.fsync", ""), sync(descriptor))[1]
@@ -59,10 +64,13 @@ class FileOperations:
         return os.path.abspath(path).startswith(self.folder)  # noqa: PTH100 pathlib would call the hook again
 
     def _next(self, event: str, path: str) -> None:
+        name = f"{event} {path.rsplit('/', 1)[-1]}"
+        os.write(self.log, f"{name}\t{time.monotonic()}\n".encode())
         self.count += 1
-        os.write(self.log, f"{event} {path.rsplit('/', 1)[-1]}\t{time.monotonic()}\n".encode())
-        if self.count == self.at:
-            os.kill(os.getpid(), self.number)
+        name = re.sub(r"\d+", "#", name)
+        self.met[name] += 1
+        if self.at in (self.count, (name, self.met[name])):
+            self.act()
 
 
 def load_libraries(stages: list[str]) -> None:
@@ -128,7 +136,7 @@ def _be_the_child(
         os.dup2(target, 2)
         os.chdir(folder)
         os.environ["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
-        FileOperations(folder, log, at, number)
+        FileOperations(folder, log, at, lambda: os.kill(os.getpid(), number))
         main()
         status = 0
     except SystemExit as ended:

@@ -9,7 +9,9 @@ once dvc.lock holds the result `stages.prune_scratch` must leave no training sta
 - several in a row: three such kills at operations drawn at random, one after the other;
 - SIGTERM, SIGINT before operations drawn at random: also exit code 128 + n, one line, no traceback, within seconds;
 - random moment: real processes, a signal at a random moment, from the loading of libraries to the end. Under torchrun
-  also to one rank alone; and killed on two processes, finished on one;
+  also to one rank alone; and killed on two processes, finished on one under ZeRO 3;
+- two processes three times in a row: in the middle of a save, between the renames of two outs, after the last one
+  (`tests/proofs/hit_process.py`);
 - during DVC's commit, in `dvc exp run --temp`, in a queue's worker (`tests/proofs/dvc_kills.py`).
 
     python -m tests.proofs.kill_matrix --stages train_sft train_ppo --processes 1 --kills 5 --table matrix.md
@@ -37,6 +39,7 @@ from tests.proofs.tiny_projects import STAGES, without_outs, write_lock
 from tests.stages.conftest import STAGES as ALL_STAGES
 from tests.stages.tiny_pipeline import change, new_project
 
+ON_TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
 SAVING = STAGES[1:]  # tokenize keeps nothing
 LORA = {
     "rank": 4,
@@ -67,13 +70,14 @@ def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
     """Kills of what DVC runs (`tests/proofs/dvc_kills.py`)."""
     project = dvc_project(truth, make(work / "dvc") / "project")
     draw = random.Random(seed)
-    trials = {
-        (stage, "SIGKILL during DVC's commit"): partial(killed_in_commit, project, stage, draw) for stage in SAVING
-    }
-    trials["train_sft", "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
-    trials["train_sft", "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
+    in_commit = "SIGKILL during DVC's commit"
+    trials = {(stage, 1, in_commit): partial(killed_in_commit, project, stage, draw) for stage in SAVING}
+    trials["train_sft", 1, "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
+    trials["train_sft", 1, "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
+    # The last one: it leaves other bytes behind.
+    trials["train_ppo", 2, in_commit] = partial(killed_in_commit, project, "train_ppo", draw, LAUNCH=ON_TWO_PROCESSES)
     rows = []
-    for (stage, method), trial in trials.items():
+    for (stage, processes, method), trial in trials.items():
         started = time.monotonic()
         shutil.rmtree(project / ".scratch", ignore_errors=True)
         try:
@@ -81,7 +85,7 @@ def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
         except AssertionError as error:  # what did not come is a failure of this trial, and the others stand
             wrong = [str(error)]
         failures = [f"{stage}, {method}: {text}" for text in wrong]
-        rows.append(Row(stage, 1, method, 1, 1, int(not wrong), 0.0, time.monotonic() - started, failures))
+        rows.append(Row(stage, processes, method, 1, 1, int(not wrong), 0.0, time.monotonic() - started, failures))
         print("  ".join(rows[-1].cells()), flush=True)
     return rows
 

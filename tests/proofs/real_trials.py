@@ -7,10 +7,13 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
+from tests.proofs.dvc_projects import kill_below
+from tests.proofs.hit_process import operations, place_of
 from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import (
     differences,
@@ -80,7 +83,7 @@ class RealTrials:
             row.resumed += hit_before and any(word in output for word in RESUMED)
             hit_before = True
             wrong += self.wrong_end(row.method, process.returncode, output, took)
-            end_group(process)
+            kill_below(self.folder)  # torchrun starts its processes in groups of their own
             if not kills:
                 break
         remove_outs(self.folder, self.stage)
@@ -91,6 +94,44 @@ class RealTrials:
         wrong += [] if row.resumed or self.processes == 1 else ["nothing that was saved was used"]
         row.failures += [f"{row.stage}, {self.processes} processes, {row.method}: {text}" for text in wrong]
         row.seconds += time.monotonic() - started
+
+    def at_chosen_operations(self, row: Row) -> None:
+        """Take all processes down in the middle of a save, between the renames of two outs, after the last one.
+
+        One after the other, at operations of the first process, which alone writes; then let it finish and compare.
+        """
+        started = time.monotonic()
+        row.trials += 1
+        log = self.output.with_suffix(".operations")
+        without_outs(self.folder, self.stage)
+        self.start_through(log, "never")
+        names = operations(log)
+        renames = [place for place, name in enumerate(names) if name.startswith("os.rename")]
+        often = Counter(names[place] for place in renames).most_common(1)[0][0]
+        saves = [place for place in renames if names[place] == often]
+        in_save = saves[len(saves) // 2] - self.draw.randint(0, 2)
+        without_outs(self.folder, self.stage)
+        wrong = []
+        for place in (place_of(names, in_save), place_of(names, renames[-1]), "end"):
+            remove_outs(self.folder, self.stage)
+            status, output = self.start_through(log, place)
+            row.kills += 1
+            row.resumed += any(word in output for word in RESUMED)
+            wrong += [] if status == -signal.SIGKILL else [f"not killed at {place}, but ended with {status}"]
+        remove_outs(self.folder, self.stage)
+        status, output = self.finish()
+        row.resumed += "already finished" in output
+        wrong += [f"ended with status {status}: {output[-2000:]}"] if status else []
+        wrong += differences(listing(self.folder), self.truth)
+        wrong += [] if row.resumed == row.kills else [f"{row.resumed} starts went on from what was saved"]
+        row.failures += [f"{row.stage}, {self.processes} processes, {row.method}: {text}" for text in wrong]
+        row.seconds += time.monotonic() - started
+
+    def start_through(self, log: Path, place: str) -> tuple[int, str]:
+        self.output.unlink(missing_ok=True)
+        through = ("tests.proofs.hit_process", str(log), place)
+        status = start_process(self.folder, self.stage, self.processes, self.output, *through).wait()
+        return status, self.output.read_text()
 
     def moment_came(self, process: subprocess.Popen) -> bool:
         """Wait for a random moment, mostly after libraries are loaded; False if the process ended before.
@@ -146,7 +187,7 @@ def other_processes_row(trials: RealTrials) -> Row:
     while process.poll() is None and not saved_something(folder):
         time.sleep(0.005)
     row.kills += process.poll() is None
-    end_group(process)
+    kill_below(folder)
     process.wait()
     remove_outs(folder, stage)
     trials.output.unlink()
@@ -154,7 +195,7 @@ def other_processes_row(trials: RealTrials) -> Row:
     status = start_process(folder, stage, 1, trials.output).wait()
     (folder / "runtime.yaml").write_text(runtime)
     output = trials.output.read_text()
-    row.resumed = int(any(word in output for word in RESUMED))
+    row.resumed = int("resuming" in output)
     if status or not row.resumed:
         row.failures.append(f"{stage}: one process does not go on from the state of two: {output[-2000:]}")
     elif sorted(listing(folder)) != sorted(trials.truth) or not close(numbers_of(folder, stage), truth):
@@ -188,15 +229,6 @@ def close(ours: list[float], theirs: list[float]) -> bool:
     return len(ours) > 0 and all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) for a, b in pairs)
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Make sure nothing of a launch is left, as a machine that goes down does."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    time.sleep(0.2)
-
-
 def kill_all(number: int) -> Callable[[subprocess.Popen], None]:
     """Hit the whole process group, as a terminal does for Ctrl-C."""
     return lambda process: os.killpg(process.pid, number)
@@ -216,7 +248,9 @@ def kill_one_rank(process: subprocess.Popen) -> None:
 def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random.Random) -> list[Row]:
     """All methods with real processes, each with `kills` in a row."""
     trials = RealTrials(folder, stage, processes, draw)
-    methods: dict[str, Callable[[subprocess.Popen], None]] = {"SIGKILL at random moments": kill_all(signal.SIGKILL)}
+    methods: dict[str, Callable[[subprocess.Popen], None]] = {
+        "SIGKILL at random moments": lambda _process: kill_below(folder)
+    }
     methods["SIGTERM at random moments"] = kill_launcher(signal.SIGTERM)
     methods["SIGINT at random moments"] = kill_all(signal.SIGINT)
     if processes > 1:
@@ -225,4 +259,8 @@ def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random
     for method, kill in methods.items():
         rows.append(Row(stage, processes, method))
         trials.trial(rows[-1], kills, kill)
-    return [*rows, other_processes_row(trials)] if processes > 1 else rows
+    if processes == 1:
+        return rows
+    rows.append(Row(stage, processes, "SIGKILL in a save, between renames, after the last"))
+    trials.at_chosen_operations(rows[-1])
+    return [*rows, other_processes_row(trials)]

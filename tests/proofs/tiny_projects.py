@@ -63,14 +63,17 @@ def remove_outs(folder: Path, stage: str) -> None:
             path.unlink()
 
 
-def start_process(folder: Path, stage: str, processes: int, output: Path) -> subprocess.Popen:
-    """Start a stage's script as a user does, under torchrun for several processes, in a process group of its own."""
+def start_process(folder: Path, stage: str, processes: int, output: Path, *through: str) -> subprocess.Popen:
+    """Start a stage's script as a user does, under torchrun for several processes, in a process group of its own.
+
+    `through`: a module that runs the script, and its arguments before the script's name.
+    """
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
     launcher = [sys.executable] if processes == 1 else torchrun
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
     with output.open("ab") as file:
         return subprocess.Popen(
-            [*launcher, "-m", f"stages.{script(stage)}", *stage_options(stage)],
+            [*launcher, "-m", *through, f"stages.{script(stage)}", *stage_options(stage)],
             cwd=folder,
             env=environment,
             stdout=file,
