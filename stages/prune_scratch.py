@@ -16,7 +16,7 @@ def main() -> None:
     from ruamel.yaml import YAML
 
     from stages.lib.outputs import remove
-    from stages.lib.scratch import completed_record, taken_lock
+    from stages.lib.scratch import taken_lock
     from stages.lib.scratch_root import scratch_root
 
     lock_file = Path("dvc.lock")
@@ -28,17 +28,29 @@ def main() -> None:
     }
     root = scratch_root()
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        record = completed_record(folder)
-        if not record or any((out["path"], out["dvc_hash"]) not in recorded for out in record["outs"].values()):
+        if not is_recorded(folder, recorded) and not is_empty(folder):
             continue
         lock = taken_lock(folder)
         if lock:
-            # The record last: what a kill leaves half removed is still known to be finished, and goes the next time.
+            # The record last: what a kill leaves of the folder goes the next time.
             for entry in folder.iterdir():
                 if entry.name not in ("complete.json", "lock"):
                     remove(entry)
             shutil.rmtree(folder)
             lock.close()
+
+
+def is_recorded(folder: Path, recorded: set[tuple[str, str]]) -> bool:
+    """True if a run has finished there whose outs are all among the (path, hash) of `recorded`."""
+    from stages.lib.scratch import completed_record
+
+    record = completed_record(folder)
+    return record is not None and {(out["path"], out["dvc_hash"]) for out in record["outs"].values()} <= recorded
+
+
+def is_empty(folder: Path) -> bool:
+    """True if nothing is there but the lock."""
+    return folder.is_dir() and all(entry.name == "lock" for entry in folder.iterdir())
 
 
 if __name__ == "__main__":

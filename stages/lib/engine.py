@@ -279,22 +279,36 @@ class TorchEngine(Engine):
 
 
 def sum_gradients(weights: list[torch.Tensor], processes: Processes) -> None:
-    """Sum the gradients of these weights over the processes, about `PIECE` numbers at a time; none counts as zeros."""
+    """Sum the gradients of these weights over the processes; one that has none gets zeros.
+
+    Small ones are exchanged together, about `PIECE` numbers at a time, and large ones in place.
+    """
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     if processes.world_size == 1:
         return
     gathered: list[torch.Tensor] = []
-    for place, weight in enumerate(weights):
-        gathered.append(weight.grad)
-        if place + 1 < len(weights) and sum(gradient.numel() for gradient in gathered) < PIECE:
+    room = PIECE
+    for gradient in (weight.grad for weight in weights):
+        if gradient.numel() >= PIECE and gradient.is_contiguous():
+            processes.sum_tensor(gradient)
             continue
-        flat = torch.cat([gradient.flatten() for gradient in gathered])
-        processes.sum_tensor(flat)
-        for gradient, part in zip(gathered, flat.split([one.numel() for one in gathered]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        gathered = []
+        gathered.append(gradient)
+        room -= gradient.numel()
+        if room <= 0:
+            _sum_together(gathered, processes)
+            gathered, room = [], PIECE
+    _sum_together(gathered, processes)
+
+
+def _sum_together(tensors: list[torch.Tensor], processes: Processes) -> None:
+    if not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    processes.sum_tensor(flat)
+    for tensor, part in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def new_engine(

@@ -190,6 +190,7 @@ class Scratch:
         partial = self.folder / "outs.partial"
         remove(partial)
         remove(self.folder / "complete.json")
+        remove(self.folder / "outs")
         partial.mkdir()
         return partial
 
@@ -201,7 +202,6 @@ class Scratch:
                 that is not in the log would be published again and never logged.
         """
         partial, final = self.folder / "outs.partial", self.folder / "outs"
-        remove(final)
         partial.rename(final)
         made = {name: {"path": str(path), "dvc_hash": dvc_hash(final / name)} for name, path in outs.items()}
         record = {"code": self.code, "outs": made}

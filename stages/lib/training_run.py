@@ -56,16 +56,19 @@ class LargeState(Protocol):
 
 
 class Pace:
-    """When the next checkpoint is due: `seconds` after the last, and so late that saving takes a tenth of the time."""
+    """When the next checkpoint is due: `seconds` after the last, and so late that saving takes a tenth of the time.
+
+    One save that takes long counts for nothing: a disk that has hung once is a reason to save, not to wait.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.saved_at = time.monotonic()
-        self.saving_took = 0.0
+        self.saves_took = [0.0, 0.0]  # the last two
 
     def is_due(self) -> bool:
         """Always, if `seconds` is 0."""
-        wait = max(self.seconds, SAVING_PAYS * self.saving_took) if self.seconds else 0.0
+        wait = max(self.seconds, SAVING_PAYS * min(self.saves_took)) if self.seconds else 0.0
         return time.monotonic() - self.saved_at >= wait
 
     @contextmanager
@@ -73,7 +76,7 @@ class Pace:
         started = time.monotonic()
         yield
         self.saved_at = time.monotonic()
-        self.saving_took = self.saved_at - started
+        self.saves_took = [self.saves_took[1], self.saved_at - started]
 
 
 class TrainingRun(StageRun):

@@ -1,15 +1,33 @@
 """Trials that fork a stage from a process with all libraries loaded, and kill it before chosen file operations."""
 
+import json
 import random
 import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from stages.lib.hashing import dvc_hash
+from stages.lib.run_log import run_that_made
 from tests.proofs.forked_stage import kill_points, prune_forked, run_forked
 from tests.proofs.kill_table import Row
-from tests.proofs.tiny_projects import differences, listing, remove_outs, without_outs
+from tests.proofs.tiny_projects import differences, listing, outs_of, remove_outs, without_outs
 from tests.proofs.told_ends import RESUMED, STOPS, wrong_words
+
+
+def end_differs(folder: Path, stage: str, truth: dict[str, str]) -> list[str]:
+    """What is otherwise than after an undisturbed run: files, the log of runs, what `stages.prune_scratch` leaves."""
+    found = differences(listing(folder), truth)
+    hashes = {path: dvc_hash(folder / path) for path in outs_of(stage) if (folder / path).exists()}
+    runs = folder / ".scratch/runs.jsonl"
+    records = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+    if run_that_made(hashes, records) is None:
+        found.append("no run is logged that made these outs")
+    pruned = prune_forked(folder)
+    left = [path.name for path in (folder / ".scratch").glob("*") if path != runs]
+    if pruned.status or left:
+        found.append(f"after prune_scratch {left} is left {pruned.output}")
+    return found
 
 
 class Trials:
@@ -27,13 +45,7 @@ class Trials:
         """Everything in which a finished trial differs from an undisturbed run."""
         if status != 0:
             return [f"ended with status {status}: {output[-2000:]}"]
-        found = differences(listing(self.folder), self.truth)
-        pruned = prune_forked(self.folder)
-        root = self.folder / ".scratch"
-        left = [path.name for path in root.iterdir() if path.name != "runs.jsonl"] if root.is_dir() else []
-        if pruned.status or left:
-            found.append(f"after prune_scratch {left} is left {pruned.output}")
-        return found
+        return end_differs(self.folder, self.stage, self.truth)
 
     def forked(self, row: Row, points: Iterable[int], number: int) -> None:
         """Hit a fresh run before each operation of `points`, one start after the other, then let it finish."""

@@ -30,9 +30,11 @@ def main() -> None:
         FileOperations(Path.cwd(), Path(log), (name, int(count)) if name else None, take_down)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    finally:
-        if place == "end" and os.environ.get("RANK", "0") == "0":
-            take_down()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    if place == "end" and os.environ.get("RANK", "0") == "0":
+        take_down()
 
 
 def operations(log: Path) -> list[str]:

@@ -10,8 +10,8 @@ once dvc.lock holds the result `stages.prune_scratch` must leave no training sta
 - SIGTERM, SIGINT before operations drawn at random: also exit code 128 + n, one line, no traceback, within seconds;
 - random moment: real processes, a signal at a random moment, from the loading of libraries to the end. Under torchrun
   also to one rank alone; and killed on two processes, finished on one under ZeRO 3;
-- two processes three times in a row: in the middle of a save, between the renames of two outs, after the last one
-  (`tests/proofs/hit_process.py`);
+- two processes at chosen operations: in the middle of a save and then between the renames of two outs; after the last
+  one (`tests/proofs/hit_process.py`);
 - during DVC's commit, in `dvc exp run --temp`, in a queue's worker (`tests/proofs/dvc_kills.py`).
 
     python -m tests.proofs.kill_matrix --stages train_sft train_ppo --processes 1 --kills 5 --table matrix.md
@@ -35,12 +35,11 @@ from tests.proofs.forked_stage import load_libraries, run_forked
 from tests.proofs.forked_trials import forked_rows
 from tests.proofs.kill_table import Row, added_up, report
 from tests.proofs.real_trials import real_rows
-from tests.proofs.tiny_projects import STAGES, without_outs, write_lock
+from tests.proofs.tiny_projects import SAVING, STAGES, without_outs, write_lock
 from tests.stages.conftest import STAGES as ALL_STAGES
 from tests.stages.tiny_pipeline import change, new_project
 
 ON_TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
-SAVING = STAGES[1:]  # tokenize keeps nothing
 LORA = {
     "rank": 4,
     "alpha": 8,

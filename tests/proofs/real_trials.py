@@ -13,10 +13,11 @@ from pathlib import Path
 
 from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
 from tests.proofs.dvc_projects import kill_below
+from tests.proofs.forked_trials import end_differs
 from tests.proofs.hit_process import operations, place_of
 from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import (
-    differences,
+    SAVING,
     listing,
     outs_of,
     remove_outs,
@@ -63,21 +64,24 @@ class RealTrials:
         row.trials += 1
         wrong: list[str] = []
         hit_before = False
-        for _ in range(3 * kills):
+        for _ in range(5 * kills):
             remove_outs(self.folder, self.stage)
             self.output.unlink(missing_ok=True)
             process = start_process(self.folder, self.stage, self.processes, self.output)
             if not self.moment_came(process):
-                without_outs(self.folder, self.stage)  # it was over before: from the beginning, and sooner
-                self.seconds *= 0.7
+                self.begin_anew()
                 hit_before = False
                 continue
-            row.kills += 1
-            kills -= 1
             asked = time.monotonic()
             kill(process)
             process.wait()
             took = time.monotonic() - asked
+            if process.returncode == 0:  # it was just over
+                self.begin_anew()
+                hit_before = False
+                continue
+            row.kills += 1
+            kills -= 1
             row.slowest_exit = max(row.slowest_exit, took)
             output = self.output.read_text()
             row.resumed += hit_before and any(word in output for word in RESUMED)
@@ -90,18 +94,25 @@ class RealTrials:
         status, output = self.finish()
         row.resumed += any(word in output for word in RESUMED)
         wrong += [f"ended with status {status}: {output[-2000:]}"] if status else []
-        wrong += differences(listing(self.folder), self.truth)
+        wrong += end_differs(self.folder, self.stage, self.truth)
+        wrong += [f"it was over before it could be killed, {kills} times too often"] if kills else []
         wrong += [] if row.resumed or self.processes == 1 else ["nothing that was saved was used"]
         row.failures += [f"{row.stage}, {self.processes} processes, {row.method}: {text}" for text in wrong]
         row.seconds += time.monotonic() - started
 
-    def at_chosen_operations(self, row: Row) -> None:
-        """Take all processes down in the middle of a save, between the renames of two outs, after the last one.
+    def begin_anew(self) -> None:
+        """The run was over before the signal: from the beginning, and sooner."""
+        kill_below(self.folder)
+        without_outs(self.folder, self.stage)
+        self.seconds *= 0.7
 
-        One after the other, at operations of the first process, which alone writes; then let it finish and compare.
+    def at_chosen_operations(self, row: Row) -> None:
+        """Take all processes down at chosen operations of the first one, which alone writes.
+
+        First in the middle of a save, and the start after that before the last rename, which for most stages is between
+        those of two outs. Then a fresh run after the last one. Each time it is let finish and compared.
         """
         started = time.monotonic()
-        row.trials += 1
         log = self.output.with_suffix(".operations")
         without_outs(self.folder, self.stage)
         self.start_through(log, "never")
@@ -110,19 +121,21 @@ class RealTrials:
         often = Counter(names[place] for place in renames).most_common(1)[0][0]
         saves = [place for place in renames if names[place] == often]
         in_save = saves[len(saves) // 2] - self.draw.randint(0, 2)
-        without_outs(self.folder, self.stage)
         wrong = []
-        for place in (place_of(names, in_save), place_of(names, renames[-1]), "end"):
+        for places in ((place_of(names, in_save), place_of(names, renames[-1])), ("end",)):
+            row.trials += 1
+            without_outs(self.folder, self.stage)
+            for place in places:
+                remove_outs(self.folder, self.stage)
+                status, output = self.start_through(log, place)
+                row.kills += 1
+                row.resumed += any(word in output for word in RESUMED)
+                wrong += [] if status == -signal.SIGKILL else [f"not killed at {place}, but ended with {status}"]
             remove_outs(self.folder, self.stage)
-            status, output = self.start_through(log, place)
-            row.kills += 1
-            row.resumed += any(word in output for word in RESUMED)
-            wrong += [] if status == -signal.SIGKILL else [f"not killed at {place}, but ended with {status}"]
-        remove_outs(self.folder, self.stage)
-        status, output = self.finish()
-        row.resumed += "already finished" in output
-        wrong += [f"ended with status {status}: {output[-2000:]}"] if status else []
-        wrong += differences(listing(self.folder), self.truth)
+            status, output = self.finish()
+            row.resumed += "already finished" in output
+            wrong += [f"ended with status {status}: {output[-2000:]}"] if status else []
+            wrong += end_differs(self.folder, self.stage, self.truth)
         wrong += [] if row.resumed == row.kills else [f"{row.resumed} starts went on from what was saved"]
         row.failures += [f"{row.stage}, {self.processes} processes, {row.method}: {text}" for text in wrong]
         row.seconds += time.monotonic() - started
@@ -134,17 +147,18 @@ class RealTrials:
         return status, self.output.read_text()
 
     def moment_came(self, process: subprocess.Popen) -> bool:
-        """Wait for a random moment, mostly after libraries are loaded; False if the process ended before.
+        """Wait for a random moment, mostly soon after the first saves; False if the process ended before.
 
-        Two processes need seconds to meet, in which there is nothing to lose: there it is one after the first save.
+        Of a start on one process a quarter is hit at any time, libraries being loaded or not. Two need seconds to meet,
+        in which there is nothing to lose.
         """
         share = self.draw.random()
-        if self.processes > 1:
+        if self.stage in SAVING and (self.processes > 1 or self.draw.random() < 0.75):
             while process.poll() is None and not saved_something(self.folder):
                 time.sleep(0.005)
-            time.sleep(share)
+            time.sleep(share if self.processes > 1 else 0.3 * share)
             return process.poll() is None
-        wait = self.seconds * (share if self.draw.random() < 0.25 else 0.55 + 0.45 * share)
+        wait = self.seconds * share
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -153,8 +167,6 @@ class RealTrials:
 
     def wrong_end(self, method: str, status: int, output: str, seconds: float) -> list[str]:
         number = next((number for number in STOPS if number.name in method), None)
-        if status == 0:
-            return []  # it was just over
         if method == ONE_RANK:
             found = [] if seconds < SLOWEST_LOSS_OF_A_RANK else [f"took {seconds:.1f} s to end after a rank was lost"]
             return found + ([] if "Signal 9" in output or "exitcode: -9" in output.replace(" ", "") else ["not told"])
@@ -239,10 +251,14 @@ def kill_launcher(number: int) -> Callable[[subprocess.Popen], None]:
     return lambda process: process.send_signal(number)
 
 
-def kill_one_rank(process: subprocess.Popen) -> None:
-    """Kill the last process that the launcher has started; with none yet, the launcher."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]) if children else process.pid, signal.SIGKILL)
+def kill_one_rank(draw: random.Random) -> Callable[[subprocess.Popen], None]:
+    """Kill one of the processes that the launcher has started."""
+
+    def kill(process: subprocess.Popen) -> None:
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+
+    return kill
 
 
 def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random.Random) -> list[Row]:
@@ -254,13 +270,13 @@ def real_rows(folder: Path, stage: str, processes: int, kills: int, draw: random
     methods["SIGTERM at random moments"] = kill_launcher(signal.SIGTERM)
     methods["SIGINT at random moments"] = kill_all(signal.SIGINT)
     if processes > 1:
-        methods[ONE_RANK] = kill_one_rank
+        methods[ONE_RANK] = kill_one_rank(draw)
     rows = []
     for method, kill in methods.items():
         rows.append(Row(stage, processes, method))
         trials.trial(rows[-1], kills, kill)
     if processes == 1:
         return rows
-    rows.append(Row(stage, processes, "SIGKILL in a save, between renames, after the last"))
+    rows.append(Row(stage, processes, "SIGKILL in a save, at the last rename, at the end"))
     trials.at_chosen_operations(rows[-1])
     return [*rows, other_processes_row(trials)]

@@ -11,6 +11,7 @@ from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options
 
 # Those that are killed.
 STAGES = ("tokenize@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
+SAVING = STAGES[1:]  # tokenize keeps nothing
 
 
 def outs_of(stage: str) -> list[str]:
