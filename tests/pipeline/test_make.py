@@ -181,7 +181,7 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["python -m stages.use_profile --profile profiles/small.yaml --drop-edits"],
         ),
         (["join", "STAGE=evaluate@ppo"], ["python -m stages.join_stage --stage evaluate@ppo"]),
-        (["test"], ["python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
+        (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
         (["lint"], ["ruff check benchmarks stages tests", "ruff format --check benchmarks stages tests"]),
     ],
