@@ -6,10 +6,15 @@ from pathlib import Path
 
 from tests.real_files import PROJECT
 
+END = """
+from stages.lib.errors import end_process
+end_process()
+"""
+
 
 def run_on_two_processes(script: str, folder: Path) -> None:
     """Run `script` in `folder` under torchrun. Each process makes the file <rank>.done at its end; fail if not."""
-    (folder / "script.py").write_text(script)
+    (folder / "script.py").write_text(script + END)
     (folder / "runtime.yaml").write_text((PROJECT / "runtime.yaml").read_text())
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [str(torchrun), "--standalone", "--nproc_per_node=2", "script.py"]

@@ -1,5 +1,6 @@
 """A stage as a command: paths as options, and a user's mistake as one message with exit code 2 and no traceback."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -65,7 +66,7 @@ def run(main: Callable[..., None]) -> None:
     except SystemExit as ended:
         if ended.code in [128 + number for number in STOP_SIGNALS]:
             _end_now(ended.code)
-        raise
+        end_process(ended.code)
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
@@ -83,7 +84,19 @@ def _raise_stopped(number: int, _frame: object) -> NoReturn:
 
 def _end(message: str, status: int) -> NoReturn:
     speak_for_all(message)
-    sys.exit(status)
+    end_process(status)
+
+
+def end_process(status: int | str | None = 0) -> NoReturn:
+    """End this process as `sys.exit` does; one that a launcher started, without dismantling the interpreter.
+
+    A thread of gloo lets go of a collective's tensors some time after the collective, and aborts the process
+    (SIGABRT, "terminate called without an active exception") if it needs an interpreter that is being dismantled.
+    """
+    if "RANK" not in os.environ or isinstance(status, str):
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    _end_now(status or 0)
 
 
 def _end_now(status: int) -> NoReturn:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from stages.lib.scratch_root import scratch_root
@@ -71,9 +72,13 @@ def launcher_in_use() -> str:
     return os.environ.get("LAUNCH") or started_by_hand
 
 
-def read_runs() -> list[Record]:
-    """The records, oldest first; lines that are no record, of a kill in the middle of one, are passed over."""
-    path = scratch_root() / FILE_NAME
+def read_runs(folder: Path | None = None) -> list[Record]:
+    """The records, oldest first; lines that are no record, of a kill in the middle of one, are passed over.
+
+    Args:
+        folder: of training state; by default this project's.
+    """
+    path = (folder or scratch_root()) / FILE_NAME
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

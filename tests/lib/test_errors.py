@@ -107,6 +107,35 @@ def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
+ENDS = """
+import atexit, os
+from pathlib import Path
+from stages.lib.errors import PathOption, StageError, run
+
+class Held:
+    def __del__(self):
+        os.abort()  # as a thread of gloo that needs the interpreter while it is dismantled
+
+held = Held()
+atexit.register(print, "closed")
+
+def main(rows: PathOption) -> None:
+    if rows.name == "bad":
+        raise StageError("bad rows")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("rows", "status", "told"), [("good", 0, ""), ("bad", 2, "error: bad rows\n")])
+def test_a_process_of_a_launch_ends_without_being_dismantled(rows: str, status: int, told: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ENDS)
+    environment = {**os.environ, "PYTHONPATH": ".", "TMPDIR": str(tmp_path), "RANK": "0"}
+    command = [sys.executable, str(tmp_path / "script.py"), "--rows", rows]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (status, told, "closed\n")
+
+
 def test_claims_of_launches_long_ago_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("RANK", "0")

@@ -55,7 +55,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_nf4(base: Path, auto_class: type = AutoModelForCausalLM, **options: int) -> nn.Module:
-    return auto_class.from_pretrained(base, dtype=torch.float32, **nf4_options(torch.float32, CPU), **options)
+    model = auto_class.from_pretrained(base, dtype=torch.float32, **nf4_options(torch.float32, CPU), **options)
+    settle_quantized_layers(model)
+    return model
 
 
 def test_weights_are_the_nearest_nf4_values_of_their_block(base: Path) -> None:

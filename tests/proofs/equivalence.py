@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.lib import engine as engine_module
 from stages.lib import pretrained
+from stages.lib.errors import end_process
 from stages.lib.processes import Processes, join_processes
 from stages.lib.runtime import read_runtime
 from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
@@ -421,8 +421,7 @@ def main() -> None:
         options.out.write_text(json.dumps(before + rows, indent=1))
         if options.table:
             options.table.write_text(HEAD.format(commit=measured_commit()) + as_table(before + rows))
-    if any(outside(row) for row in rows):
-        sys.exit(1)
+    end_process(1 if any(outside(row) for row in rows) else 0)
 
 
 if __name__ == "__main__":

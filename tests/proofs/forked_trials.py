@@ -1,6 +1,5 @@
 """Trials that fork a stage from a process with all libraries loaded, and kill it before chosen file operations."""
 
-import json
 import random
 import signal
 import time
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.lib.hashing import dvc_hash
-from stages.lib.run_log import run_that_made
+from stages.lib.run_log import FILE_NAME, read_runs, run_that_made
 from tests.proofs.forked_stage import kill_points, prune_forked, run_forked
 from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import differences, listing, outs_of, remove_outs, without_outs
@@ -19,12 +18,11 @@ def end_differs(folder: Path, stage: str, truth: dict[str, str]) -> list[str]:
     """What is otherwise than after an undisturbed run: files, the log of runs, what `stages.prune_scratch` leaves."""
     found = differences(listing(folder), truth)
     hashes = {path: dvc_hash(folder / path) for path in outs_of(stage) if (folder / path).exists()}
-    runs = folder / ".scratch/runs.jsonl"
-    records = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-    if run_that_made(hashes, records) is None:
+    scratch = folder / ".scratch"
+    if run_that_made(hashes, read_runs(scratch)) is None:
         found.append("no run is logged that made these outs")
     pruned = prune_forked(folder)
-    left = [path.name for path in (folder / ".scratch").glob("*") if path != runs]
+    left = [path.name for path in scratch.glob("*") if path.name != FILE_NAME]
     if pruned.status or left:
         found.append(f"after prune_scratch {left} is left {pruned.output}")
     return found

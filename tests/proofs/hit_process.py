@@ -6,6 +6,7 @@ PLACE is "<n> <operation>" for the n-th operation of that name (as `tests/proofs
 the moment after the script's last line, or "never". LOG gets the operations of the first process.
 """
 
+import atexit
 import os
 import re
 import runpy
@@ -28,13 +29,9 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         count, _, name = place.partition(" ")
         FileOperations(Path.cwd(), Path(log), (name, int(count)) if name else None, take_down)
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    if place == "end" and os.environ.get("RANK", "0") == "0":
-        take_down()
+        if place == "end":
+            atexit.register(take_down)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def operations(log: Path) -> list[str]:

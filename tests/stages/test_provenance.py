@@ -70,4 +70,5 @@ def test_every_stage_logs_its_run_with_the_hashes_of_its_outs(tiny: Path) -> Non
         assert record["outs"] == {out: dvc_hash(tiny / out) for out in outs}, record["stage"]
         assert (record["runtime"] is not None) == (script(record["stage"]) in SCRIPTS_WITH_RUNTIME)
         assert record["launcher"] == "python -m"
-        assert 0 < record["seconds"] < 600
+        assert 0 <= record["seconds"] < 600
+    assert max(record["seconds"] for record in records) > 0  # the tiny report alone takes less than a tenth
