@@ -1,5 +1,6 @@
 """Trials with real processes, one or two under torchrun, which are killed at random moments."""
 
+import contextlib
 import json
 import math
 import os
@@ -255,11 +256,13 @@ def kill_launcher(number: int) -> Callable[[subprocess.Popen], None]:
 
 
 def kill_one_rank(draw: random.Random) -> Callable[[subprocess.Popen], None]:
-    """Kill one of the processes that the launcher has started."""
+    """Kill one of the processes that the launcher has started, if they are not just over."""
 
     def kill(process: subprocess.Popen) -> None:
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+        if ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(draw.choice(ranks)), signal.SIGKILL)
 
     return kill
 
