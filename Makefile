@@ -12,6 +12,9 @@ export LAUNCH := $(TORCHRUN)=$(GPUS) -m
 endif
 
 # A mistake is told before anything is installed or run.
+ifneq ($(and $(GPUS),$(if $(or $(filter gpu auto,$(GPUS)),$(shell test "$(GPUS)" -ge 1 2>/dev/null && echo 1)),,wrong)),)
+$(error GPUS is the number of processes, at least 1, or gpu for one on each: not '$(GPUS)')
+endif
 ifneq ($(and $(ONLY),$(filter repro ppo dpo,$(MAKECMDGOALS))),)
 $(error ONLY=1 runs one step on what is there, and '$(MAKECMDGOALS)' is more than one: name the step)
 endif

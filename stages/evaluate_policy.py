@@ -170,6 +170,7 @@ class Evaluation:
             processes=self.processes,
         )
 
+    @torch.no_grad()
     def judge(
         self, prompts: list[list[int]], responses: list[list[int]], policy: Policy, sft: Policy, scorer: Callable
     ) -> tuple[list[float], list[float]]:
@@ -187,6 +188,7 @@ class Evaluation:
         rewards, kl = (list(column) for column in zip(*self.processes.gather_rows(found), strict=True))
         return rewards, kl
 
+    @torch.no_grad()
     def pair_rewards(self, scorer: Callable, pairs: dict[str, list]) -> list[tuple[float, float]]:
         """The reward model's scores of the chosen and of the rejected reply of each pair."""
         found: dict[int, tuple[float, float]] = {}

@@ -24,7 +24,7 @@ import typer
 from stages.lib.chat import decode_completion, encode_completion, encode_prompt, special_tokens
 from stages.lib.conversations import Message, UnusableRowError, messages_from
 from stages.lib.errors import StageError, run
-from stages.lib.given_model import check_logits, download, ids_of, load_pretrained
+from stages.lib.given_model import check_forward_pass, download, ids_of, load_pretrained
 from stages.lib.hashing import dvc_hashes
 from stages.lib.jsonl import read_jsonl
 from stages.lib.model_card import shareable_path, write_model_card
@@ -340,7 +340,7 @@ def main(
         folder = download(settings.hub_model, settings.hub_revision) if hub else source
         name = f"Hub model {settings.hub_model}" if hub else str(source)
         model, tokenizer = load_pretrained(folder, settings.dtype, name)
-        check_logits(model, name)
+        check_forward_pass(model, name)
         set_template(tokenizer, chat_template, name)
         set_eos(tokenizer, settings.eos_token, name)
         known = ids_of(tokenizer)

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from jinja2 import TemplateError
 
 from stages.lib.conversations import Message, UnusableRowError
 from stages.lib.errors import StageError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
 NOT_REVERSIBLE = "not_reversible"
+# Many templates write today's date where that is offered, as transformers does, and else one of their own.
+WITHOUT_DATE = "{% set strftime_now = date_of_today %}{{ '' }}"  # what follows keeps its first line's end
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -62,10 +64,16 @@ def _render(
     add_generation_prompt: bool,
 ) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
+    template = tokenizer.chat_template
+    if "strftime_now" in template:
+        template = WITHOUT_DATE + template
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
-        raise StageError(f"the chat template refuses these messages: {error}") from None
+        dated = "; tokens would be others tomorrow, so write a fixed one" if "date_of_today" in str(error) else ""
+        raise StageError(f"the chat template refuses these messages: {error}{dated}") from None
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:

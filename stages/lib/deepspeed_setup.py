@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stages.lib.errors import StageError
+from stages.lib.lost_contact import is_lost_contact
 from stages.lib.processes import Processes
 from stages.lib.quantization import quantized_layers
 from stages.lib.runtime import Runtime
@@ -74,14 +75,15 @@ def deepspeed_config(own: dict[str, Any], runtime: Runtime, processes: Processes
         **own,
     }
     config["zero_optimization"]["overlap_comm"] = False
-    return ReadKeys(_laid_over(config, runtime.deepspeed))
+    return ReadKeys(_laid_over(config, runtime.deepspeed), runtime.deepspeed)
 
 
 class ReadKeys(dict):
     """A configuration that remembers which of its keys were read; copies of it share that memory."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], given: dict[str, Any]) -> None:
         super().__init__(values)
+        self.given = given  # by the user
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -129,6 +131,14 @@ def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **opti
         wrong = error.errors()[0]
         key = ".".join(str(part) for part in wrong["loc"])
         raise StageError(f"runtime.yaml: deepspeed: {key}: {wrong['msg']} ({error.title})") from None
+    except StageError:
+        raise
+    except Exception as error:  # DeepSpeed checks some of its keys by assertions, some by errors of its own
+        if not config.given or is_lost_contact(error):
+            raise
+        raise StageError(
+            f"runtime.yaml: deepspeed: DeepSpeed refuses {config.given} here: {' '.join(str(error).split())}"
+        ) from None
     unread = sorted(set(config) - config.read)
     if unread:
         raise StageError(f"runtime.yaml: deepspeed.{unread[0]}: DeepSpeed has no such key")

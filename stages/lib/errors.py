@@ -4,11 +4,12 @@ import atexit
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -52,14 +53,13 @@ def run(main: Callable[..., None]) -> None:
         typer.run(main)
     except StageError as error:
         _end(f"error: {error}", USER_ERROR_EXIT_CODE)
-    except OSError as error:
-        if error.errno not in NO_SPACE:
+    except Exception as error:
+        if is_lost_contact(error):
+            end_after_lost_contact(error)
+        message = no_space_message(error)
+        if message is None:
             raise
-        _end(f"error: {no_space_message(error)}", USER_ERROR_EXIT_CODE)
-    except RuntimeError as error:
-        if not is_lost_contact(error):
-            raise
-        end_after_lost_contact(error)
+        _end(f"error: {message}", USER_ERROR_EXIT_CODE)
     except StoppedError as stopped:
         speak_for_all(f"stopped by {signal.Signals(stopped.number).name}")
         _end_now(128 + stopped.number)
@@ -72,10 +72,32 @@ def run(main: Callable[..., None]) -> None:
             signal.signal(number, handler)
 
 
-def no_space_message(error: OSError) -> str:
-    """What to say of a write that did not fit."""
-    where = f" at {error.filename}" if error.filename else f" in {Path.cwd()} or in the folder of training state"
-    return f"no space left{where} ({error.strerror}); free some and start again: what was saved before stands"
+def no_space_message(error: Exception) -> str | None:
+    """What to say of a write that did not fit; None if `error` means something else, or says it already."""
+    if isinstance(error, StageError):
+        return None
+    path, reason = "", str(error)
+    if isinstance(error, shutil.Error) and error.args[0]:  # of a folder's copy: (from, to, reason) of each file
+        _, path, reason = error.args[0][0]
+    elif isinstance(error, OSError):
+        path, reason = error.filename, error.strerror or ""
+    # The libraries of safetensors and of copies say it in words only.
+    if getattr(error, "errno", None) not in NO_SPACE and not any(os.strerror(number) in reason for number in NO_SPACE):
+        return None
+    where = f" at {path}" if path else f" in {Path.cwd()} or in the folder of training state"
+    return f"no space left{where} ({reason}); free some and start again: what was saved before stands"
+
+
+@contextlib.contextmanager
+def no_space_explained() -> Iterator[None]:
+    """Raise a StageError instead of whatever says that a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        message = no_space_message(error)
+        if message is None:
+            raise
+        raise StageError(message) from None
 
 
 def _raise_stopped(number: int, _frame: object) -> NoReturn:
@@ -119,7 +141,7 @@ def speak_for_all(message: str) -> None:
 
 def _speaks_for_all_processes() -> bool:
     """True in one process a launch: all ranks meet the same mistake, the first to get here reports it."""
-    if "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     parent = f"{os.getppid()}-{_start_time(os.getppid())}"  # process ids come again, in containers soon
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}-{parent}"

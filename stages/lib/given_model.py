@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from stages.lib.errors import StageError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FILES = {
@@ -67,31 +68,62 @@ def load_pretrained(folder: Path, dtype: str, name: str) -> tuple["PreTrainedMod
     return model, tokenizer
 
 
-def check_logits(model: "PreTrainedModel", name: str) -> None:
+def check_forward_pass(model: "PreTrainedModel", name: str) -> None:
     """Raise a StageError unless the log-probs that training computes are those of the model's own logits.
 
-    Some architectures (Granite, Cohere) scale their logits after the head, which `TokenLogProbs` does not.
+    Some architectures (Granite, Cohere) scale their logits after the head, which `TokenLogProbs` does not; in some
+    (PhiMoE) a pass draws random numbers while they train. Where sequences in one row see each other although each has
+    positions of its own (OPT, Falcon, GPT-OSS), the model's configuration is told, for `packing`.
     """
+    import torch
+
+    from stages.lib.model_traits import CAN_BE_PACKED, switch_off_dropout
+
+    kind = model.config.model_type
+    if model.config.get_text_config() is not model.config:
+        raise StageError(f"{name} cannot be trained here: models of type {kind} hold a language model among others")
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(min(16, rows))[None]
+    apart = ids.tensor_split(2, dim=1)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[:, :-1]
+        switch_off_dropout(model)
+        try:
+            logps = _logps_of(model, ids)
+        except (AttributeError, TypeError) as error:  # an architecture without position ids, say
+            raise StageError(f"{name} cannot be trained here ({kind}): {error}") from None
+        training = [_logps_of(model.train(), ids) for _ in range(2)]
+        model.eval()
+        packed = _logps_of(model, *apart)
+        separate = torch.cat([_logps_of(model, part) for part in apart], dim=1)
+    expected = logits.float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    rounding = 1e-5 + 8 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+
+    def differ(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        return not float((ours - theirs).abs().max()) <= rounding
+
+    if differ(logps[:, 1:], expected):
+        raise StageError(
+            f"{name} cannot be trained here: models of type {kind} compute their logits in a way "
+            "of their own, for instance scaled after the head, or by experts that are drawn"
+        )
+    if any(differ(logps, again) for again in training):
+        raise StageError(
+            f"{name} cannot be trained here: models of type {kind} compute something else while they are trained, "
+            "for instance with random numbers; if its config.json has a dropout, set it to 0"
+        )
+    if differ(packed, separate):
+        setattr(model.config, CAN_BE_PACKED, False)
+
+
+def _logps_of(model: "PreTrainedModel", *sequences: "torch.Tensor") -> "torch.Tensor":
+    """Log-probs of the tokens of one or more sequences in one row. Shape: (1, sum of lengths), 0 where one begins."""
     import torch
 
     from stages.lib.token_logprobs import TokenLogProbs
 
-    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))[None]
-    targets = torch.ones_like(ids, dtype=torch.bool)
-    targets[:, 0] = False
-    with torch.no_grad():
-        try:
-            logps, _ = TokenLogProbs(model)(ids, None, torch.arange(ids.shape[1])[None], targets)
-        except (AttributeError, TypeError) as error:  # an architecture without position ids, say
-            raise StageError(f"{name} cannot be trained here ({model.config.model_type}): {error}") from None
-        logits = model(input_ids=ids).logits[:, :-1]
-        expected = logits.float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-    rounding = 1e-5 + 8 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    if not float((logps[:, 1:] - expected).abs().max()) <= rounding:
-        raise StageError(
-            f"{name} cannot be trained here: models of type {model.config.model_type} compute their logits in a way "
-            "of their own, for instance scaled after the head"
-        )
+    positions = torch.cat([torch.arange(part.shape[1]) for part in sequences])[None]
+    return TokenLogProbs(model)(torch.cat(sequences, dim=1), None, positions, positions > 0)[0]
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+# What DVC passes over in a folder: of version control always, the rest by `.dvcignore`.
+IGNORED = (".git", ".hg", ".dvc", ".*.partial", "__pycache__", ".pytest_cache", ".ruff_cache")
+
+
 def files_below(path: Path) -> list[Path]:
-    """The files of a folder in a fixed order, or the file itself."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """The files of a folder that DVC counts as its content, in a fixed order; or the file itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and not _is_ignored(file.relative_to(path)))
+
+
+def _is_ignored(path: Path) -> bool:
+    return any(fnmatchcase(part, pattern) for part in path.parts for pattern in IGNORED)
 
 
 def value_hash(values: Any) -> str:

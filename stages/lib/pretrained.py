@@ -11,6 +11,7 @@ from torch import nn
 
 from stages.lib.errors import StageError
 from stages.lib.lora_settings import BaseQuantization
+from stages.lib.model_traits import CAN_BE_PACKED, switch_off_dropout
 from stages.lib.quantization import is_quantized, nf4_options, settle_quantized_layers, whole_twin
 from stages.lib.runtime import Runtime
 
@@ -107,7 +108,12 @@ def _load(
     may_be_missing: frozenset[str] = frozenset(),
     **overrides: Any,
 ) -> nn.Module:
-    read_config(path)
+    config = read_config(path)
+    if runtime.packing and not config.get(CAN_BE_PACKED, True):
+        raise StageError(
+            f"runtime.yaml: packing: in models of type {config.get('model_type')}, as {path} is, sequences of one row "
+            "would see each other; set packing: false"
+        )
     _quiet_loading()
     require_attention_kernel(runtime, precision)
     sharded = not quantization and (runtime.frozen_zero_stage if frozen else runtime.zero_stage) == 3
@@ -129,7 +135,7 @@ def _load(
         raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
     switch_off_dropout(model)
     settle_quantized_layers(model)
-    if runtime.gradient_checkpointing:
+    if runtime.gradient_checkpointing and not frozen:  # it would ask for gradients in a model that has none
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model if quantization or sharded else model.to(device)
@@ -183,15 +189,6 @@ def read_config(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise StageError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: a forward pass then depends on weights and ids alone."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def save_model(

@@ -30,6 +30,15 @@ OUR_DEEPSPEED_KEYS = {
     "managed_gradient_accumulation",
     "data_types",
     "communication_data_type",
+    "torch_autocast",
+    "amp",
+    "compression_training",
+    "progressive_layer_drop",
+    "curriculum_learning",
+    "data_efficiency",
+    "sparse_attention",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 }
 
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
@@ -78,6 +87,8 @@ class Runtime:
         for key in ("checkpoint_seconds", "stop_seconds", "log_seconds", "shown_samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
+        if self.activation_offload and self.device == "cpu":
+            raise ValueError("activation_offload needs a GPU, and device is cpu: set it to false")
         self._check_zero()
         self._check_trackers()
 
@@ -102,6 +113,15 @@ class Runtime:
             raise ValueError(f"deepspeed.zero_optimization must hold keys, found {zero!r}")
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: set zero_stage or frozen_zero_stage instead")
+        rounded = sorted(key for key in zero if key.startswith("zero_quantized"))
+        if rounded:
+            raise ValueError(f"deepspeed.zero_optimization.{rounded[0]} would change results beyond rounding")
+        for key in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key}: nvme is not supported; "
+                    "offload_optimizer and offload_parameters offload to the CPU's memory"
+                )
 
     def uses_deepspeed(self, world_size: int) -> bool:
         """True if a launch of so many processes trains with DeepSpeed."""

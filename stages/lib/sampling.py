@@ -9,6 +9,7 @@ import torch
 from stages.lib.batching import pad_left
 from stages.lib.errors import StageError
 from stages.lib.processes import Processes
+from stages.lib.tokenizer_files import longest_sequence
 
 
 def uniform_draws(seed: int, step: int, row: int, count: int) -> np.ndarray:
@@ -19,7 +20,7 @@ def uniform_draws(seed: int, step: int, row: int, count: int) -> np.ndarray:
 
 def require_room(prompts: Iterable[Sequence[int]], config: Any, max_new_tokens: int, where: str) -> None:
     """Raise StageError, beginning with `where`, if a prompt and its response may not fit into the model's positions."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = longest_sequence(config.to_dict())
     longest = max(len(ids) for ids in prompts)
     if positions is not None and longest + max_new_tokens > positions:
         raise StageError(

@@ -5,8 +5,9 @@ other settings or inputs never resume an old state:
 
     train_rm-0a1b2c3d4e5f6071/
         lock                        held while a process writes here
-        checkpoint-00000040/        state.pt, tensors-*.safetensors, manifest.json (checksums, the code it was made by)
-        logs/                       files that grow as training goes on; a checkpoint knows their lengths
+        code-9f8e7d6c5b4a3f2e/      what this version of the stage's code has saved
+            checkpoint-00000040/    state.pt, tensors-*.safetensors, manifest.json (checksums)
+            logs/                   files that grow as training goes on; a checkpoint knows their lengths
         kept/                       partial results of a stage that has no checkpoints
         outs/ + complete.json       the finished outs, until dvc.lock holds their hashes
 """
@@ -61,7 +62,8 @@ class Scratch:
         # In the order given, which says what each input is to the stage.
         fingerprint = value_hash([settings, [[str(path), self.input_hashes[str(path)]] for path in inputs]])
         self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
-        self.logs = self.folder / "logs"
+        self.state = self.folder / f"code-{self.code[:16]}"
+        self.logs = self.state / "logs"
         self.kept = self.folder / "kept"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -106,10 +108,10 @@ class Scratch:
         Raises:
             StageError: the disk is full or not writable; the earlier checkpoints are as they were.
         """
-        final = self.folder / f"checkpoint-{step:08d}"
-        partial = self.folder / f"{final.name}.partial"
+        final = self.state / f"checkpoint-{step:08d}"
+        partial = self.state / f"{final.name}.partial"
         buffer = io.BytesIO()
-        torch.save({**state, "log_lengths": self._log_lengths()}, buffer)
+        torch.save({**state, "log_lengths": _log_lengths(self.logs)}, buffer)
         try:
             remove(partial)
             partial.mkdir()
@@ -119,71 +121,74 @@ class Scratch:
             for place, content in enumerate(_files_of(tensors)):
                 name = f"tensors-{place:05d}.safetensors"
                 hashes[name] = _write_synced(partial / name, content)
-            manifest = {"step": step, "sha256": hashes, "code": self.code}
+            manifest = {"step": step, "sha256": hashes}
             _write_synced(partial / "manifest.json", json.dumps(manifest).encode())
             _sync(partial)
             remove(final)
             partial.rename(final)
-            _sync(self.folder)
+            _sync(self.state)
         except OSError as error:
             remove(partial)
-            raise StageError(f"checkpoint of step {step} cannot be written to {self.folder}: {error}") from None
-        before = [path for path in self._checkpoints() if path.name <= final.name][-self.kept_checkpoints :]
-        for other in self._checkpoints():
+            raise StageError(f"checkpoint of step {step} cannot be written to {self.state}: {error}") from None
+        before = [path for path in _checkpoints(self.state) if path.name <= final.name][-self.kept_checkpoints :]
+        for other in _checkpoints(self.state):
             if other not in before:
                 shutil.rmtree(other, ignore_errors=True)  # what a file system holds back goes with the next one
 
     def load(self) -> "Checkpoint | None":
-        """The newest checkpoint that is whole and was made by this code, or None; its logs are cut to its lengths."""
-        for folder in reversed(self._checkpoints()):
-            manifest = self._usable_manifest(folder)
-            if manifest is None:
+        """The newest checkpoint that is whole and may be used, or None; the logs are cut to its lengths.
+
+        What another version of the code has saved is used if that was asked for, and it is further. Otherwise the
+        furthest of it stays, for a start that asks for it, and the rest goes.
+
+        Raises:
+            StageError: a checkpoint cannot be read for another reason than damage; everything stays as it is.
+        """
+        for folder in sorted(self._candidates(), key=lambda path: (path.name, path.parent == self.state), reverse=True):
+            if not _is_whole(folder):
+                print(f"warning: {folder} is damaged (its checksum differs); trying the one before it", file=sys.stderr)
                 continue
             checkpoint = Checkpoint(folder)
-            if not self._cut_logs(checkpoint.state.pop("log_lengths")):
+            if not self._take_logs(folder.parent / "logs", checkpoint.state.pop("log_lengths")):
                 print(f"warning: {self.logs} lacks lines that {folder} counts on; trying another", file=sys.stderr)
                 continue
-            print(f"resuming from step {manifest['step']} ({folder})", flush=True)
+            if folder.parent != self.state:
+                print(f"note: {folder} was made by other code; going on from it, as runtime.yaml asks", flush=True)
+            print(f"resuming from step {checkpoint.state['step']} ({folder})", flush=True)
             return checkpoint
         for log in self.logs.iterdir():
             log.unlink()
         return None
 
-    def _cut_logs(self, lengths: dict[str, int]) -> bool:
-        """Cut the logs back to these lengths. Returns False, doing nothing, if one is shorter."""
-        found = self._log_lengths()
+    def _candidates(self) -> list[Path]:
+        """The checkpoints that may be used, after making room."""
+        own = _checkpoints(self.state)
+        others = [path for state in self.folder.glob("code-*") if state != self.state for path in _checkpoints(state)]
+        if self.across_code_change:
+            return own + others
+        furthest = max(others, key=lambda path: path.name, default=None)
+        for state in self.folder.glob("code-*"):
+            if state != self.state and (furthest is None or state != furthest.parent):
+                shutil.rmtree(state, ignore_errors=True)
+        if furthest and not own:
+            print(
+                f"note: {furthest} was made by other code and is not used "
+                "(runtime.yaml: resume_across_code_change would use it)",
+                flush=True,
+            )
+        return own
+
+    def _take_logs(self, source: Path, lengths: dict[str, int]) -> bool:
+        """Make the logs those of `source`, cut to these lengths. Returns False, doing nothing, if one is shorter."""
+        found = _log_lengths(source)
         if any(found.get(name, 0) < length for name, length in lengths.items()):
             return False
+        if source != self.logs:
+            shutil.rmtree(self.logs)
+            shutil.copytree(source, self.logs)
         for name, length in lengths.items():
             os.truncate(self.logs / name, length)
         return True
-
-    def _usable_manifest(self, folder: Path) -> dict[str, Any] | None:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            whole = all(file_hash(folder / name) == digest for name, digest in manifest["sha256"].items())
-        except (OSError, ValueError, KeyError, AttributeError):
-            whole = False
-        if not whole:
-            print(f"warning: {folder} is damaged (its checksum differs); trying the one before it", file=sys.stderr)
-            return None
-        if manifest["code"] == self.code:
-            return manifest
-        if self.across_code_change:
-            print(f"note: {folder} was made by other code; going on from it, as runtime.yaml asks", flush=True)
-            return manifest
-        print(
-            f"note: {folder} was made by other code and is not used "
-            "(runtime.yaml: resume_across_code_change would use it)",
-            flush=True,
-        )
-        return None
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("checkpoint-*") if not path.name.endswith(".partial"))
-
-    def _log_lengths(self) -> dict[str, int]:
-        return {log.name: log.stat().st_size for log in sorted(self.logs.iterdir())}
 
     def stage_outs(self) -> Path:
         """An empty folder in which to build the finished outs, for `complete` to take over."""
@@ -265,16 +270,48 @@ def completed_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _checkpoints(state: Path) -> list[Path]:
+    return sorted(path for path in state.glob("checkpoint-*") if not path.name.endswith(".partial"))
+
+
+def _log_lengths(logs: Path) -> dict[str, int]:
+    return {log.name: log.stat().st_size for log in sorted(logs.iterdir())} if logs.is_dir() else {}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there, with the checksums of its manifest.
+
+    Raises:
+        StageError: a file is there and cannot be read, as on a file system that is gone for a while.
+    """
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        return all(file_hash(checkpoint / name) == digest for name, digest in manifest["sha256"].items())
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        return False
+    except OSError as error:
+        raise StageError(
+            f"{checkpoint} cannot be read: {error.filename}: {error.strerror}; nothing was changed, so start again "
+            "once it can be"
+        ) from None
+
+
 class Checkpoint:
     """A checkpoint on disk: its small state, and its tensors, each read when asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=False)
         files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor that was saved under `name`, on the CPU."""
+        """The tensor that was saved under `name`, on the CPU. Raises StageError if there was none."""
+        if name not in self._file_of:
+            raise StageError(
+                f"{self.folder} is of code that saved other tensors (it lacks {name}); "
+                "set runtime.yaml: resume_across_code_change: false"
+            )
         return self._file_of[name].get_tensor(name)
 
 

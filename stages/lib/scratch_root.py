@@ -6,9 +6,7 @@ from pathlib import Path
 
 def scratch_root() -> Path:
     """`$STAGEWISE_SCRATCH`, or `.scratch` in the project."""
-    if os.environ.get("STAGEWISE_SCRATCH"):
-        return Path(os.environ["STAGEWISE_SCRATCH"])
-    return in_project(Path(".scratch"))
+    return in_project(Path(os.environ.get("STAGEWISE_SCRATCH") or ".scratch"))
 
 
 def in_project(path: Path) -> Path:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError
-
-from stages.lib.errors import NO_SPACE, StageError, no_space_message
+from stages.lib.errors import StageError, no_space_explained
 from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import Processes
 from stages.lib.run_log import launcher_in_use, log_run
@@ -67,10 +65,14 @@ class StageRun:
 
     def already_complete(self) -> bool:
         """Publish the outs of a run that finished but whose end DVC never recorded; True if there was one."""
-        done = self.scratch is not None and self.scratch.publish_complete(self.outs)
+        done = self.processes.in_main(self._publish_again)
         if done:
             print(f"{self.stage}: already finished with these settings and inputs; published its result again")
-        return self.processes.any(done)
+        return self.processes.any(bool(done))
+
+    def _publish_again(self) -> bool:
+        with no_space_explained():
+            return self.scratch.publish_complete(self.outs)
 
     def say(self, text: str) -> None:
         """Print a line, once."""
@@ -86,14 +88,11 @@ class StageRun:
         self.processes.in_main(lambda: self._publish(build))
 
     def _publish(self, build: Callable[[dict[str, Path]], None]) -> None:
-        try:
+        with no_space_explained():
             folder = self.scratch.stage_outs()
             build({name: folder / name for name in self.outs})
             self.scratch.complete(self.outs, self._log_run)
             self.scratch.publish_complete(self.outs)
-        except (OSError, SafetensorError) as error:
-            self._explain(error)
-            raise
 
     def _log_run(self, hashes: dict[str, str]) -> None:
         log_run(
@@ -105,14 +104,6 @@ class StageRun:
             device=str(self.processes.device),
             launcher=launcher_in_use(),
         )
-
-    def _explain(self, error: Exception) -> None:
-        """Raise a StageError if a full disk is what `error` means; the library of safetensors says it in words."""
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise StageError(f"the result cannot be written to {self.scratch.folder}: {no_space_message(error)}")
-        words = ("No space left on device", "File too large", "quota")
-        if isinstance(error, SafetensorError) and any(word in str(error) for word in words):
-            raise StageError(f"the weights cannot be written to {self.scratch.folder}: {error}; free some space")
 
 
 def require_same_inputs(processes: Processes, inputs: list[Path], hashes: dict[str, str] | None) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.lib.errors import StageError
 
@@ -56,4 +56,18 @@ def read_model_limits(folder: Path) -> ModelLimits:
     config = {**config, **config.get("text_config", {})}
     if not isinstance(config.get("vocab_size"), int):
         raise StageError(f"{file}: expected a whole number as 'vocab_size', found {config.get('vocab_size')!r}")
-    return ModelLimits(config["vocab_size"], config.get("max_position_embeddings") or config.get("n_positions"))
+    return ModelLimits(config["vocab_size"], longest_sequence(config))
+
+
+def longest_sequence(config: dict[str, Any]) -> int | None:
+    """How long a sequence may be, by a model's config.json; None where the architecture has no limit.
+
+    LongRoPE (arXiv 2402.13753) takes other factors in a forward pass with a longer sequence than the model was first
+    trained on, for all sequences of that pass: a result would depend on the batch. So that is its limit here.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        if original:
+            return original
+    return config.get("max_position_embeddings") or config.get("n_positions")

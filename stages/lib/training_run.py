@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from stages.lib.errors import StageError
 from stages.lib.jsonl import write_json
 from stages.lib.model_card import write_model_card
 from stages.lib.pretrained import save_model
@@ -150,10 +151,16 @@ class TrainingRun(StageRun):
         self.saved_step = self.step
 
     def _restore(self, parts: Mapping[str, Stateful | LargeState]) -> int:
-        loaded = self.scratch.load() if self.scratch else None
+        loaded = self.processes.in_main(lambda: self.scratch.load())
         state = self.processes.broadcast(loaded.state if loaded else None)
         if state is None:
             return 0
+        if set(parts) != set(state["parts"]):
+            raise StageError(
+                f"the checkpoint of step {state['step']} is of code that saved other things "
+                f"({', '.join(sorted(set(parts) ^ set(state['parts'])))}); "
+                "set runtime.yaml: resume_across_code_change: false"
+            )
         for name, part in parts.items():
             if hasattr(part, "tensors"):
                 part.load_state_dict(state["parts"][name], self._reader(loaded, name))

@@ -139,6 +139,14 @@ def test_a_template_that_leaves_out_the_reply_is_refused():
         encode_completion(tokenizer, [user("i")], assistant("o"))
 
 
+def test_a_template_writes_no_date_that_changes():
+    date = "{{ strftime_now('%d %b %Y') }}"
+    of_its_own = "\nho{% if strftime_now is defined %}" + date + "{% else %}oh{% endif %}" + MARKED
+    assert render(tiny(of_its_own), [user("hi")], add_generation_prompt=True) == "\nhooh<u>hi<a>"
+    with pytest.raises(StageError, match="'date_of_today' is undefined; tokens would be others tomorrow"):
+        render(tiny(date + MARKED), [user("hi")], add_generation_prompt=True)
+
+
 def test_decoding_stops_at_the_first_eos_and_hides_nothing_else():
     tokenizer = tiny()
     assert decode_completion(tokenizer, [ID_O, ID_H, EOS, ID_H, ID_I]) == "oh"

@@ -92,15 +92,20 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         ("float32", 2, {"zero_optimization": {"overlap_com": True}}),
         ("float32", 2, {"zero_optimization": {"reduce_bucket_size": "large"}}),
         ("bfloat16", 0, {"zero_optimization": {"overlap_comm": True}}),
+        ("float32", 1, {"zero_optimization": {"overlap_comm": True}}),
+        ("float32", 2, {"activation_checkpointing": 5}),
+        ("float32", 2, {"elasticity": {"enabled": True}}),
     ]
     words = [sys.executable, "-c", KEYS, json.dumps(tried)]
     done = subprocess.run(
         words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    taken, unknown, misspelt, mistyped, idle = done.stdout.splitlines()[-5:]
+    taken, unknown, misspelt, mistyped, idle, *refused = done.stdout.splitlines()[-8:]
     assert taken == "taken"
     assert unknown == "runtime.yaml: deepspeed.overlap_comm: DeepSpeed has no such key"
     assert misspelt.startswith("runtime.yaml: deepspeed: overlap_com: Extra inputs are not permitted")
     assert mistyped.startswith("runtime.yaml: deepspeed: reduce_bucket_size: Input should be a valid integer")
     assert idle == "runtime.yaml: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3"
+    assert all(line.startswith("runtime.yaml: deepspeed: DeepSpeed refuses {'") for line in refused), refused
+    assert "supports ZeRO overlap_comm only with ZeRO stage 2" in refused[0]

@@ -54,9 +54,14 @@ def test_an_option_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_of_the_processes_of_one_launch_one_speaks(tmp_path: Path) -> None:
     launch = {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}
-    ended = [start(tmp_path, "--rows", "x", RANK=str(rank), **launch) for rank in (1, 0)]
+    ended = [start(tmp_path, "--rows", "x", RANK=str(rank), WORLD_SIZE="2", **launch) for rank in (1, 0)]
     assert [process.returncode for process in ended] == [2, 2]
     assert [process.stderr for process in ended] == ["error: x is empty\n", ""]
+
+
+def test_a_process_alone_speaks_each_time(tmp_path: Path) -> None:
+    ended = [start(tmp_path, "--rows", "x", RANK="0", WORLD_SIZE="1") for _ in range(2)]
+    assert [process.stderr for process in ended] == ["error: x is empty\n"] * 2
 
 
 WAITING = """
@@ -150,6 +155,7 @@ def test_claims_of_launches_long_ago_are_removed(tmp_path: Path, monkeypatch: py
 
 def test_a_later_launch_with_the_same_process_id_speaks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     speaks = []
     for started_at in ("100", "100", "200"):

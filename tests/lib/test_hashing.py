@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.lib.hashing import combined_hash, dvc_hash, file_hash, value_hash
+from stages.lib.hashing import IGNORED, combined_hash, dvc_hash, file_hash, value_hash
+from tests.real_files import PROJECT
 
 
 def folder(root: Path, files: dict[str, str]) -> Path:
@@ -38,9 +39,20 @@ def test_the_order_of_keys_is_no_difference() -> None:
 
 def test_outs_are_hashed_as_dvc_hashes_them(tmp_path: Path) -> None:
     folder(tmp_path, {"model/b.txt": "1", "model/a/z": "2", "model/a.txt": "é", "file": "3"})
+    # A clone of a repository, with what editors and kills leave.
+    folder(
+        tmp_path, {f"model/{name}": "4" for name in (".git/HEAD", "a/__pycache__/x", ".x.partial", ".gitattributes")}
+    )
+    (tmp_path / ".dvcignore").write_text((PROJECT / ".dvcignore").read_text())
     dvc = str(Path(sys.executable).with_name("dvc"))
     subprocess.run([dvc, "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     subprocess.run([dvc, "add", "-q", "model", "file"], cwd=tmp_path, check=True)
     for name in ("model", "file"):
         text = (tmp_path / f"{name}.dvc").read_text()
         assert f"md5: {dvc_hash(tmp_path / name)}\n" in text, json.dumps(text)
+
+
+def test_every_pattern_of_dvcignore_is_passed_over() -> None:
+    lines = (PROJECT / ".dvcignore").read_text().splitlines()
+    patterns = {line for line in lines if line and not line.startswith(("#", "/"))}
+    assert patterns <= set(IGNORED)

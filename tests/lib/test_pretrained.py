@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stages.lib import pretrained
 from stages.lib.errors import StageError
 from stages.lib.runtime import read_runtime
 from tests.real_files import PROJECT
-from tests.tiny_models import tiny_gpt2, tiny_llama
+from tests.tiny_models import CPU, tiny_gpt2, tiny_llama
 
 
 def folder_of(kind: str, tmp_path: Path) -> Path:
@@ -58,3 +59,12 @@ def test_flash_attention_is_for_bf16(precision: str, refused: bool) -> None:
         pretrained.require_attention_kernel(runtime, precision)
     with pytest.raises(StageError, match="needs a GPU; set device: cuda"):
         pretrained.require_attention_kernel(replace(runtime, device="cpu"), precision)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_flash_attention_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the package `kernels` transformers would fetch one from the Hub in its place.
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: False)
+    runtime = replace(read_runtime("train_sft", PROJECT / "runtime.yaml"), attention="flash_attention_2", device="auto")
+    with pytest.raises(StageError, match=r"runtime\.yaml: attention: flash_attention_2 cannot be used here"):
+        pretrained.load_language_model(folder_of("llama", tmp_path), "bf16", runtime, CPU)

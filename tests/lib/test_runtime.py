@@ -41,6 +41,7 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ("train_rm: 3\n", "train_rm: expected keys, found 3 (int)"),
         ("train_rm: {threads: 0}\n", "threads must be at least 1, found 0"),
         ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
+        ("train_rm: {device: cpu, activation_offload: true}\n", "activation_offload needs a GPU, and device is cpu"),
         ("train_rm: {kept_checkpoints: 0}\n", "kept_checkpoints must be at least 1, found 0"),
         ("train_rm: {shown_samples: -1}\n", "shown_samples must not be negative, found -1"),
         ("train_rm: {checkpoint_seconds: -0.5}\n", "checkpoint_seconds must not be negative, found -0.5"),
@@ -49,6 +50,18 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         (
             "train_rm: {deepspeed: {zero_optimization: {stage: 3}}}\n",
             "zero_optimization.stage: set zero_stage or frozen",
+        ),
+        (
+            "train_rm: {deepspeed: {torch_autocast: {enabled: true}}}\n",
+            "deepspeed.torch_autocast is set by the pipeline",
+        ),
+        (
+            "train_rm: {deepspeed: {zero_optimization: {zero_quantized_weights: true}}}\n",
+            "zero_optimization.zero_quantized_weights would change results beyond rounding",
+        ),
+        (
+            "train_rm: {deepspeed: {zero_optimization: {offload_optimizer: {device: nvme}}}}\n",
+            "zero_optimization.offload_optimizer: nvme is not supported; offload_optimizer and",
         ),
         ("train_rm: {deepspeed: {zero_optimization: 3}}\n", "deepspeed.zero_optimization must hold keys, found 3"),
         ("train_rm: {trackers: [wandbb]}\n", "trackers[0]: 'wandbb' (str) is not one of: tensorboard, wandb; did you"),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,10 @@ def test_a_prompt_whose_response_may_not_fit_is_refused() -> None:
     require_room([[3] * 40, [3] * 2], config, 24, "tokens")
     with pytest.raises(StageError, match=r"^tokens: the longest prompt has 41 tokens, and 24 new ones"):
         require_room([[3] * 2, [3] * 41], config, 24, "tokens")
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 30}
+    config = SimpleNamespace(to_dict=lambda: {"max_position_embeddings": 64, "rope_parameters": longrope})
+    with pytest.raises(StageError, match="more than the model's 30 positions"):
+        require_room([[3] * 8], config, 24, "tokens")
 
 
 def test_positions_count_real_tokens_only() -> None:

@@ -1,5 +1,6 @@
 """Training state that outlives a kill: whole checkpoints only, the right ones only, logs cut to their length."""
 
+import errno
 import itertools
 import json
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from stages import prune_scratch
+from stages.lib import scratch as module
 from stages.lib.errors import StageError
 from stages.lib.hashing import dvc_hash
 from stages.lib.scratch import Scratch, completed_record
@@ -61,7 +63,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys: pytest.Capture
     scratch = new_scratch()
     scratch.save(1, {"step": 1})
     scratch.save(2, {"step": 2})
-    state = scratch.folder / "checkpoint-00000002/state.pt"
+    state = scratch.state / "checkpoint-00000002/state.pt"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
@@ -72,8 +74,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys: pytest.Capture
 def test_a_half_written_checkpoint_is_not_one() -> None:
     scratch = new_scratch()
     scratch.save(1, {"step": 1})
-    (scratch.folder / "checkpoint-00000002.partial").mkdir()
-    (scratch.folder / "checkpoint-00000003").mkdir()
+    (scratch.state / "checkpoint-00000002.partial").mkdir()
+    (scratch.state / "checkpoint-00000003").mkdir()
     assert scratch.load().state["step"] == 1
 
 
@@ -82,7 +84,7 @@ def test_old_checkpoints_go(kept: int, steps: list[int]) -> None:
     scratch = new_scratch(kept_checkpoints=kept)
     for step in range(1, 6):
         scratch.save(step, {"step": step})
-    names = sorted(path.name for path in scratch.folder.glob("checkpoint-*"))
+    names = sorted(path.name for path in scratch.state.glob("checkpoint-*"))
     assert names == [f"checkpoint-{step:08d}" for step in steps]
 
 
@@ -95,16 +97,67 @@ def test_a_state_belongs_to_its_settings_and_inputs(root: Path) -> None:
     assert len(set(folders)) == 3
 
 
-def test_other_code_resumes_only_if_asked(capsys: pytest.CaptureFixture) -> None:
-    scratch = new_scratch()
-    scratch.save(1, {"step": 1})
-    manifest = scratch.folder / "checkpoint-00000001/manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
-    assert scratch.load() is None
-    assert "resume_across_code_change" in capsys.readouterr().out
-    release(scratch)
-    assert new_scratch(across_code_change=True).load().state["step"] == 1
+def of_code(monkeypatch: pytest.MonkeyPatch, code: str, **options: bool) -> Scratch:
+    monkeypatch.setattr(module, "code_hash", lambda: code * 64)
+    return new_scratch(**options)
+
+
+def save_with_log(scratch: Scratch, *steps: int) -> None:
+    """Checkpoints of these steps, each with a line of the log."""
+    for step in steps:
+        with (scratch.logs / "curve.csv").open("a") as log:
+            log.write(f"{step}\n")
+        scratch.save(step, {"step": step})
+
+
+def test_other_code_resumes_only_if_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    old = of_code(monkeypatch, "a")
+    save_with_log(old, 40, 50)
+    release(old)
+    new = of_code(monkeypatch, "b")
+    assert new.load() is None
+    assert "checkpoint-00000050 was made by other code and is not used (runtime.yaml: resume" in capsys.readouterr().out
+    save_with_log(new, 3)  # stopped, to set the option
+    release(new)
+    asked = of_code(monkeypatch, "b", across_code_change=True)
+    assert asked.load().state["step"] == 50
+    assert (asked.logs / "curve.csv").read_text() == "40\n50\n"
     assert "made by other code; going on from it" in capsys.readouterr().out
+    save_with_log(asked, 60)
+    release(asked)
+    assert of_code(monkeypatch, "b").load().state["step"] == 60
+
+
+def test_code_that_comes_back_finds_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, step in (("a", 50), ("b", 3)):
+        scratch = of_code(monkeypatch, code)
+        assert scratch.load() is None
+        save_with_log(scratch, step)
+        release(scratch)
+    assert of_code(monkeypatch, "a").load().state["step"] == 50
+
+
+def test_of_the_state_of_other_code_the_furthest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, step in (("a", 50), ("b", 3), ("c", 9)):
+        scratch = of_code(monkeypatch, code)
+        scratch.load()
+        save_with_log(scratch, step)
+        release(scratch)
+    states = {path.name[5] for path in scratch.folder.glob("code-*")}
+    assert states == {"a", "c"}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = new_scratch()
+    save_with_log(scratch, 1)
+
+    def gone(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(module, "file_hash", gone)
+    with pytest.raises(StageError, match=r"checkpoint-00000001 cannot be read: .*state\.pt: Stale file handle; "):
+        scratch.load()
+    assert (scratch.logs / "curve.csv").read_text() == "1\n"
 
 
 def test_the_same_inputs_in_other_roles_are_another_run(root: Path) -> None:
@@ -179,8 +232,6 @@ def test_starting_to_build_outs_unmarks_an_earlier_end(root: Path) -> None:
 
 
 def test_a_disk_that_refuses_keeps_the_earlier_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.lib.scratch as module
-
     scratch = new_scratch()
     scratch.save(1, {"step": 1})
 
@@ -191,19 +242,17 @@ def test_a_disk_that_refuses_keeps_the_earlier_checkpoints(monkeypatch: pytest.M
     with pytest.raises(StageError, match=r"checkpoint of step 2 cannot be written .*No space left"):
         scratch.save(2, {"step": 2})
     assert scratch.load().state["step"] == 1
-    assert list(scratch.folder.glob("*.partial")) == []
+    assert list(scratch.state.glob("*.partial")) == []
 
 
 def test_checkpoints_of_a_run_that_was_not_resumed_give_way() -> None:
     scratch = new_scratch()
-    for step in (490, 500):
-        scratch.save(step, {"step": step})
-        manifest = scratch.folder / f"checkpoint-{step:08d}/manifest.json"
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "code": "another"}))
+    save_with_log(scratch, 490, 500)
+    (scratch.logs / "curve.csv").unlink()
     assert scratch.load() is None
-    scratch.save(50, {"step": 50})
+    save_with_log(scratch, 50)
     assert scratch.load().state["step"] == 50
-    assert [path.name for path in scratch.folder.glob("checkpoint-*")] == ["checkpoint-00000050"]
+    assert [path.name for path in scratch.state.glob("checkpoint-*")] == ["checkpoint-00000050"]
 
 
 def test_a_checkpoint_whose_log_is_too_short_is_not_used(capsys: pytest.CaptureFixture) -> None:
@@ -298,7 +347,7 @@ def test_what_other_code_has_begun_in_the_same_folder_stays(root: Path, monkeypa
     scratch.save(1, {"step": 1})  # and then it is killed
     release(scratch)
     prune_scratch.main()
-    assert scratch.folder.joinpath("checkpoint-00000001").is_dir()
+    assert scratch.state.joinpath("checkpoint-00000001").is_dir()
 
 
 def test_an_input_that_is_not_there_is_named(root: Path) -> None:
@@ -316,5 +365,8 @@ def test_an_experiments_copy_uses_the_projects_own_folder(root: Path, monkeypatc
     assert scratch_root() == Path(".scratch")
     monkeypatch.chdir(copy)
     assert scratch_root() == root / ".scratch"
+    monkeypatch.setenv("STAGEWISE_SCRATCH", "state")
+    assert scratch_root() == root / "state"
+    monkeypatch.delenv("STAGEWISE_SCRATCH")
     monkeypatch.delenv("DVC_ROOT")
     assert scratch_root() == Path(".scratch")

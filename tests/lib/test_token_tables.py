@@ -144,6 +144,24 @@ def test_different_tokenizers_are_named(tmp_path, name):
         ({"vocab_size": 5, "max_position_embeddings": 7}, (5, 7)),
         ({"vocab_size": 5, "n_positions": 8}, (5, 8)),
         ({"vocab_size": 5}, (5, None)),
+        (  # LongRoPE: beyond these, all sequences of a batch get other angles
+            {
+                "vocab_size": 5,
+                "max_position_embeddings": 700,
+                "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 70},
+            },
+            (5, 70),
+        ),
+        (
+            {
+                "vocab_size": 5,
+                "max_position_embeddings": 700,
+                "original_max_position_embeddings": 60,
+                "rope_scaling": {"type": "longrope"},
+            },
+            (5, 60),
+        ),
+        ({"vocab_size": 5, "max_position_embeddings": 700, "rope_parameters": {"rope_type": "llama3"}}, (5, 700)),
         ({"text_config": {"vocab_size": 6, "max_position_embeddings": 9}}, (6, 9)),
     ],
 )

@@ -25,7 +25,10 @@ TRACKERS = {
     "stages/lib/wandb_tracker.py": "runtime.yaml: trackers",
 }
 NOT_RUN = {
-    "prepare_base": {"stages/lib/token_logprobs.py": "for a model that was trained elsewhere; here a new one is made"},
+    "prepare_base": dict.fromkeys(
+        ("stages/lib/model_traits.py", "stages/lib/token_logprobs.py"),
+        "for a model that was trained elsewhere; here a new one is made",
+    ),
     **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
     "ref_logprobs": {
         **SHARDED,

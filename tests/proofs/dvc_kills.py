@@ -98,7 +98,7 @@ def recorded_hash(project: Path, revision: str) -> str:
 
 
 def a_checkpoint(project: Path) -> bool:
-    return any(project.glob(".scratch/train_sft-*/checkpoint-????????"))
+    return any(project.glob(".scratch/train_sft-*/*/checkpoint-????????"))
 
 
 def experiments(project: Path) -> set[str]:

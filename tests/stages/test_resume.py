@@ -4,6 +4,7 @@ Kills at every moment are in tests/proofs; here a run is cut short at one place,
 """
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -13,8 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from stages.lib.errors import StageError
+from stages.lib.hashing import file_hash
 from stages.lib.partial_results import PartialResults
 from stages.lib.stage_run import StageRun
 from stages.lib.training_run import TrainingRun
@@ -64,7 +68,7 @@ def folder(copy_of_tiny: Copy) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.glob(".scratch/*/checkpoint-*/*") if path.is_file())
+    found = (path for path in folder.glob(".scratch/*/*/checkpoint-*/*") if path.is_file())
     return {str(path): path.read_bytes() for path in found}
 
 
@@ -72,7 +76,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     cut_short(folder, "train_rm", monkeypatch, after=4)
-    (state,) = folder.glob(".scratch/train_rm-*/checkpoint-00000004/state.pt")
+    (state,) = folder.glob(".scratch/train_rm-*/*/checkpoint-00000004/state.pt")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
@@ -104,17 +108,23 @@ def test_another_setting_or_input_starts_anew(
     assert outs(folder, "train_rm") == outs(fresh, "train_rm")
 
 
-@pytest.fixture
-def small_disk(folder: Path) -> Iterator[Callable[[int], None]]:
-    """Makes the scratch folder a disk of so many KiB of its own; needs the right to mount one."""
-    scratch = folder / ".scratch"
-    scratch.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", scratch], capture_output=True).returncode:
+@contextlib.contextmanager
+def disk_at(path: Path) -> Iterator[Callable[[int], None]]:
+    """Makes a folder a disk of its own, of so many KiB as the function is told; needs the right to mount one."""
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", path], capture_output=True).returncode:
         pytest.skip("no right to mount a disk here; the test with a limit on file size holds")
     try:
-        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", scratch], check=True) and None
+        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", path], check=True) and None
     finally:
-        subprocess.run(["umount", "-l", scratch], check=True)
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Callable[[int], None]]:
+    """Makes the scratch folder a disk of so many KiB of its own."""
+    with disk_at(folder / ".scratch") as resize:
+        yield resize
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(
@@ -149,13 +159,63 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(
     publish = StageRun._publish
     with monkeypatch.context() as patch:
         patch.setattr(StageRun, "_publish", fill_then_publish)
-        with pytest.raises(StageError, match=r"cannot be written to .*train_rm-.*; free some"):
+        with pytest.raises(StageError, match=r"^no space left .*; free some"):
             call(folder, "train_rm")
     (folder / ".scratch/ballast").unlink()
     capsys.readouterr()
     call(folder, "train_rm")
     assert "resuming from step 6" in capsys.readouterr().out
     assert outs(folder, "train_rm") == outs(tiny, "train_rm")
+
+
+@pytest.mark.parametrize("what", ["parts", "tensors"])
+def test_a_checkpoint_of_code_that_saved_other_things_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    cut_short(folder, "train_rm", monkeypatch, after=2)
+    checkpoint = sorted(folder.glob(".scratch/*/*/checkpoint-*"))[-1]
+    file = checkpoint / ("state.pt" if what == "parts" else "tensors-00000.safetensors")
+    if what == "parts":
+        state = torch.load(file, weights_only=False)
+        state["parts"]["another"] = state["parts"].pop("engine")
+        torch.save(state, file)
+    else:
+        tensors = load_file(file)
+        save_file({f"another {name}": tensor for name, tensor in tensors.items()}, file)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"][file.name] = file_hash(file)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StageError, match=r"is of code that saved other (things \(another, eng|tensors \(it lac)"):
+        call(folder, "train_rm")
+    assert checkpoint.is_dir()
+
+
+def test_a_full_disk_under_the_results_is_told_at_each_start(folder: Path, tiny: Path) -> None:
+    with disk_at(folder / "results") as resize:
+        resize(16)
+        out = "results/rm"
+        for _ in range(2):  # the second has nothing left to do but to publish
+            with pytest.raises(StageError, match=r"^no space left at .*results/\.rm\.partial/.*; free some"):
+                call(folder, "train_rm", out=out)
+            assert list((folder / "results").iterdir()) == []
+        resize(64 * 1024)
+        call(folder, "train_rm", out=out)
+        assert contents(folder / out) == contents(tiny / "models/rm")
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_base_model_is_one_line(folder: Path) -> None:
+    with disk_at(folder / "results") as resize:
+        resize(16)
+        (folder / "moved.sh").write_text(
+            f'exec {os.sys.executable} -m $(echo "$@" | sed s#models/base#results/base#)\n'
+        )
+        process = start(folder, "prepare_base", launch="sh moved.sh")
+        _, errors = process.communicate()
+        assert process.returncode == 2, errors
+        assert errors.startswith("error: no space left")
+        assert len(errors.splitlines()) == 1
+        assert list((folder / "results").iterdir()) == []
 
 
 def test_a_checkpoint_above_a_quota_keeps_the_earlier_one(
