@@ -170,14 +170,13 @@ class Evaluation:
             processes=self.processes,
         )
 
-    @torch.no_grad()
     def judge(
         self, prompts: list[list[int]], responses: list[list[int]], policy: Policy, sft: Policy, scorer: Callable
     ) -> tuple[list[float], list[float]]:
         """(rewards, KL to SFT) of each response."""
         found: dict[int, tuple[float, float]] = {}
         temperature = self.settings.temperature or 1.0
-        with policy.at(temperature), sft.at(temperature):
+        with torch.no_grad(), policy.at(temperature), sft.at(temperature):
             for batch in self.batching.sequences(prompts, responses):
                 scores = scorer(*batch.inputs, batch.end_mask).tolist()
                 logps, sft_logps = (
@@ -188,12 +187,12 @@ class Evaluation:
         rewards, kl = (list(column) for column in zip(*self.processes.gather_rows(found), strict=True))
         return rewards, kl
 
-    @torch.no_grad()
     def pair_rewards(self, scorer: Callable, pairs: dict[str, list]) -> list[tuple[float, float]]:
         """The reward model's scores of the chosen and of the rejected reply of each pair."""
         found: dict[int, tuple[float, float]] = {}
         for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
-            chosen, rejected = scorer(*batch.inputs, batch.end_mask).tensor_split(2)
+            with torch.no_grad():
+                chosen, rejected = scorer(*batch.inputs, batch.end_mask).tensor_split(2)
             found |= dict(zip(batch.rows, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         return self.processes.gather_rows(found)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,7 +142,8 @@ def test_a_folder_that_goes_is_told_once(tmp_path: Path, capsys: pytest.CaptureF
         trackers.log(step, {"loss": 1.0})
     trackers.close(0)
     (line,) = failures(capsys)
-    assert "tensorboard failed, the run goes on without it: NotADirectoryError" in line
+    # The one if the thread came between the two lines above.
+    assert re.search(r"tensorboard failed, the run goes on without it: (FileNotFound|NotADirectory)Error", line)
 
 
 def test_a_package_that_is_missing_is_told_once(
@@ -278,7 +280,8 @@ def test_an_offline_run_of_wandb_that_was_killed_is_whole_in_one_folder(tmp_path
     assert after != before
     (file,) = after.glob("*.wandb")
     assert wandb_rows(file) == [(step, {"loss": 1 / step}) for step in range(1, 10)]
-    assert before.name.split("-", 4)[3:] == after.name.split("-", 4)[3:]
+    run_id = before.name.split("-", 3)[3]
+    assert run_id in after.name  # which ends in a number if both were begun in one second
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stages.lib import engine as engine_module
 from stages.lib import pretrained
@@ -224,14 +225,24 @@ def one_launch(module: Any, processes: Processes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Models load in float64 where the settings say fp32."""
+    """Models load in float64 where the settings say fp32, and compute in it.
+
+    transformers' norms would round to float32, where two numbers that are 1e-16 apart now and then part.
+    """
+    rounding = LlamaRMSNorm.forward
     pretrained.DTYPES["fp32"] = torch.float64
     torch.set_default_dtype(torch.float64)
+    LlamaRMSNorm.forward = norm_in_float64
     try:
         yield
     finally:
         pretrained.DTYPES["fp32"] = torch.float32
         torch.set_default_dtype(torch.float32)
+        LlamaRMSNorm.forward = rounding
+
+
+def norm_in_float64(norm: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    return norm.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
