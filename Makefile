@@ -108,7 +108,7 @@ test: $(VENV) ## Run all tests
 test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'
 
-prove: $(VENV) ## Kill every stage in every way, run each in every way, and write down what came of it (takes hours)
+prove: $(VENV) ## Kill every stage in every way, run each in every way, and write down what came of it (one to three hours)
 	.venv/bin/python -m tests.proofs.kill_matrix --table tests/proofs/kill_matrix.md
 	rm -rf .scratch/equivalence && mkdir -p .scratch/equivalence
 	.venv/bin/python $(EQUIVALENCE)
