@@ -176,7 +176,7 @@ class Evaluation:
         """(rewards, KL to SFT) of each response."""
         found: dict[int, tuple[float, float]] = {}
         temperature = self.settings.temperature or 1.0
-        with torch.no_grad(), policy.at(temperature), sft.at(temperature):
+        with policy.at(temperature), sft.at(temperature):
             for batch in self.batching.sequences(prompts, responses):
                 scores = scorer(*batch.inputs, batch.end_mask).tolist()
                 logps, sft_logps = (
@@ -191,8 +191,7 @@ class Evaluation:
         """The reward model's scores of the chosen and of the rejected reply of each pair."""
         found: dict[int, tuple[float, float]] = {}
         for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
-            with torch.no_grad():
-                chosen, rejected = scorer(*batch.inputs, batch.end_mask).tensor_split(2)
+            chosen, rejected = scorer(*batch.inputs, batch.end_mask).tensor_split(2)
             found |= dict(zip(batch.rows, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         return self.processes.gather_rows(found)
 

@@ -60,20 +60,6 @@ class DeepSpeedEngine(Engine):
         self.inner.step()
         return norm
 
-    def full_gradient(self, name: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
-        weight = self.trained[name]
-        if self.unwrapped:
-            gradient = weight.grad.clone()
-            self.processes.sum_tensor(gradient)
-            return gradient
-        gradient = safe_get_full_grad(weight).float()
-        if self.stage == 1 and weight.grad is not None:  # not summed before the step
-            gradient = gradient / self.processes.world_size
-            self.processes.sum_tensor(gradient)
-        return gradient
-
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

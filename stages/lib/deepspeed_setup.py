@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from stages.lib.errors import StageError
-from stages.lib.lost_contact import is_lost_contact
 from stages.lib.processes import Processes
 from stages.lib.quantization import quantized_layers
 from stages.lib.runtime import Runtime
@@ -131,10 +130,10 @@ def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **opti
         wrong = error.errors()[0]
         key = ".".join(str(part) for part in wrong["loc"])
         raise StageError(f"runtime.yaml: deepspeed: {key}: {wrong['msg']} ({error.title})") from None
-    except StageError:
-        raise
+    except (StageError, RuntimeError, OSError):
+        raise  # no memory, a lost process: nothing that a key is to blame for
     except Exception as error:  # DeepSpeed checks some of its keys by assertions, some by errors of its own
-        if not config.given or is_lost_contact(error):
+        if not config.given:
             raise
         raise StageError(
             f"runtime.yaml: deepspeed: DeepSpeed refuses {config.given} here: {' '.join(str(error).split())}"

@@ -106,10 +106,6 @@ class Engine(ABC):
         """What `step` does, but for the count."""
 
     @abstractmethod
-    def full_gradient(self, name: str) -> torch.Tensor:
-        """The gradient of one trained parameter, summed over micro-batches and processes; before `step`."""
-
-    @abstractmethod
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
         """The float32 master of a trained parameter, or the state `key` that the optimizer has of it, whole."""
 
@@ -256,11 +252,6 @@ class TorchEngine(Engine):
 
     def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
         return self.optimizer, self.masters.values()
-
-    def full_gradient(self, name: str) -> torch.Tensor:
-        gradient = self.masters[name].grad.clone()
-        self.processes.sum_tensor(gradient)
-        return gradient
 
     def full_state(self, name: str, key: str | None = None) -> torch.Tensor:
         master = self.masters[name]

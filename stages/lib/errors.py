@@ -50,16 +50,14 @@ def run(main: Callable[..., None]) -> None:
     STOP_WATCH.start(speak_for_all)
     old_handlers = {number: signal.signal(number, _raise_stopped) for number in STOP_SIGNALS}
     try:
-        typer.run(main)
+        with no_space_explained():
+            typer.run(main)
     except StageError as error:
         _end(f"error: {error}", USER_ERROR_EXIT_CODE)
-    except Exception as error:
-        if is_lost_contact(error):
-            end_after_lost_contact(error)
-        message = no_space_message(error)
-        if message is None:
+    except RuntimeError as error:
+        if not is_lost_contact(error):
             raise
-        _end(f"error: {message}", USER_ERROR_EXIT_CODE)
+        end_after_lost_contact(error)
     except StoppedError as stopped:
         speak_for_all(f"stopped by {signal.Signals(stopped.number).name}")
         _end_now(128 + stopped.number)
@@ -72,16 +70,14 @@ def run(main: Callable[..., None]) -> None:
             signal.signal(number, handler)
 
 
-def no_space_message(error: Exception) -> str | None:
-    """What to say of a write that did not fit; None if `error` means something else, or says it already."""
-    if isinstance(error, StageError):
-        return None
+def _no_space_message(error: Exception) -> str | None:
+    """What to say of a write that did not fit; None if `error` means something else."""
     path, reason = "", str(error)
     if isinstance(error, shutil.Error) and error.args[0]:  # of a folder's copy: (from, to, reason) of each file
         _, path, reason = error.args[0][0]
     elif isinstance(error, OSError):
-        path, reason = error.filename, error.strerror or ""
-    # The libraries of safetensors and of copies say it in words only.
+        path, reason = error.filename, error.strerror or str(error)
+    # Copies and the library of safetensors say it in words only.
     if getattr(error, "errno", None) not in NO_SPACE and not any(os.strerror(number) in reason for number in NO_SPACE):
         return None
     where = f" at {path}" if path else f" in {Path.cwd()} or in the folder of training state"
@@ -93,8 +89,10 @@ def no_space_explained() -> Iterator[None]:
     """Raise a StageError instead of whatever says that a disk is full."""
     try:
         yield
-    except Exception as error:
-        message = no_space_message(error)
+    except StageError:
+        raise
+    except Exception as error:  # libraries have types of their own for it; what means anything else goes on as it is
+        message = _no_space_message(error)
         if message is None:
             raise
         raise StageError(message) from None

@@ -98,11 +98,12 @@ def test_a_language_model_among_others_is_refused() -> None:
         check_forward_pass(model, "x")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "can_be_packed"), [("llama", True), ("opt", False), ("falcon", False)])
 def test_where_packed_sequences_see_each_other_packing_is_refused(
-    kind: str, can_be_packed: bool, tmp_path: Path
+    kind: str, can_be_packed: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = new_model(kind)
+    model = new_model(kind).to(dtype)
     check_forward_pass(model, "x")
     model.save_pretrained(tmp_path / "base")
     assert json.loads((tmp_path / "base/config.json").read_text()).get("can_be_packed", True) == can_be_packed

@@ -4,7 +4,6 @@ Each function starts a stage of a project from `tests/proofs/dvc_projects.py`, k
 what is wrong with the end, in words.
 """
 
-import glob
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from ruamel.yaml import YAML
 
 from stages.lib.hashing import dvc_hash
 from tests.proofs.dvc_projects import git, kill_below, start_dvc, wait_for
-from tests.proofs.tiny_projects import differences, listing, outs_of
+from tests.proofs.tiny_projects import differences, found_below, listing, outs_of
 from tests.stages.tiny_pipeline import change, read_yaml, start, write_yaml
 
 OTHER_RATE = "train_sft.optimizer.learning_rate=0.0021"
@@ -99,8 +98,7 @@ def recorded_hash(project: Path, revision: str) -> str:
 
 
 def a_checkpoint(project: Path) -> bool:
-    # Path.glob fails where a folder is removed while it looks.
-    return bool(glob.glob(".scratch/train_sft-*/code-*/checkpoint-????????", root_dir=project))  # noqa: PTH207
+    return bool(found_below(project, ".scratch/train_sft-*/code-*/checkpoint-????????"))
 
 
 def experiments(project: Path) -> set[str]:

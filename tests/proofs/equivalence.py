@@ -107,13 +107,14 @@ SEVERAL_PROCESSES = {
 
 HEAD = """# Every way to run a stage, against one process, plain torch and padding
 
-Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Steep" leaves out the weights whose
-gradient is below 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which
-magnifies the rounding errors of the smallest g. In bf16, where a gradient is rounded by a hundredth, it does so with
-most of them, and the first update is shown but not held to the tolerance; nor are gradient, losses and numbers of a
-run in bf16 that drew other rollouts ("–": nothing is left to hold). "Losses" are those of all steps and the norms of
-their gradients; "published" is the model that is saved, here an average of the weights over the steps (`ema_decay`);
-"numbers" are the stage's metrics or, of ref_logprobs, its outs.
+Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Gradient" is what AdamW saw in its first
+step, before clipping. "Steep" leaves out the weights whose gradient is below 1e-5 but not 0 (their share is "flat
+weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding errors of the smallest g.
+In bf16, where a gradient is rounded by a hundredth, it does so with most of them, and the first update is shown but
+not held to the tolerance; nor are gradient, losses and numbers of a run in bf16 that drew other rollouts ("–": nothing
+is left to hold). "Losses" are those of all steps and the norms of their gradients; "published" is the model that is
+saved, here an average of the weights over the steps (`ema_decay`); "numbers" are the stage's metrics or, of
+ref_logprobs, its outs.
 
 """
 
@@ -121,9 +122,8 @@ their gradients; "published" is the model that is saved, here an average of the 
 class Probe:
     """Notes the first gradient, and the weights before, after the first step and at the end, of each engine."""
 
-    def __init__(self, is_main: bool, *, gradients: bool) -> None:
+    def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
-        self.gradients = gradients
         self.found: dict[str, torch.Tensor] = {}
         self.engines: list[int] = []
 
@@ -140,16 +140,14 @@ class Probe:
             if id(engine) not in probe.engines:
                 probe.engines.append(id(engine))
             name = f"{probe.engines.index(id(engine))}"
-            masters = (engine.full_state(weight) for weight in engine.trained)
             if engine.steps_taken == 0:
-                if probe.gradients:
-                    probe.note(f"{name}/gradient", (engine.full_gradient(weight) for weight in engine.trained))
-                probe.note(f"{name}/weights 0", masters)
+                probe.note(f"{name}/weights 0", (engine.full_state(weight) for weight in engine.trained))
             norm = step(engine)
+            if engine.steps_taken == 1:
+                probe.note(f"{name}/gradient", first_gradient(engine, norm))
             if engine.steps_taken in (1, STEPS):
-                probe.note(
-                    f"{name}/weights {engine.steps_taken}", (engine.full_state(weight) for weight in engine.trained)
-                )
+                weights = (engine.full_state(weight) for weight in engine.trained)
+                probe.note(f"{name}/weights {engine.steps_taken}", weights)
             return norm
 
         engine_module.Engine.step = watched
@@ -157,6 +155,17 @@ class Probe:
             yield
         finally:
             engine_module.Engine.step = step
+
+
+def first_gradient(engine: Any, norm: float) -> Iterator[torch.Tensor]:
+    """The first step's gradient of each trained weight, whole, as AdamW saw it but before clipping.
+
+    AdamW's first moment is then 1 - beta1 of it. ZeRO has the summed gradient nowhere else but within its step.
+    """
+    settings = engine.settings
+    clipped = min(1.0, settings.max_grad_norm / (norm + 1e-6))
+    for weight in engine.trained:
+        yield engine.full_state(weight, "exp_avg") / ((1 - settings.beta1) * clipped)
 
 
 def make_project(folder: Path) -> None:
@@ -197,10 +206,7 @@ def run_stage(
         if kind in WITH_LORA:
             change(folder / "params.yaml", {stage: {"lora": LORA}})
     processes.broadcast(None)
-    # There DeepSpeed has the summed gradient only within its step.
-    bf16 = read_yaml(folder / "params.yaml").get(stage, {}).get("precision") == "bf16"
-    hidden = knobs.get("offload_optimizer") or knobs.get("zero_stage") == 2 or (knobs.get("zero_stage") == 1 and bf16)
-    probe = Probe(processes.is_main, gradients=not hidden)
+    probe = Probe(processes.is_main)
     module = importlib.import_module(f"stages.{script(stage)}")
     options = stage_options(stage)
     arguments = {
@@ -261,9 +267,8 @@ def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, kind:
         pairs = {
             "first update": tuple(side[f"{name}/weights 1"] - side[f"{name}/weights 0"] for side in (found, wanted)),
             f"weights after {STEPS} steps": (found[f"{name}/weights {STEPS}"], wanted[f"{name}/weights {STEPS}"]),
+            "gradient": (found[f"{name}/gradient"], wanted[f"{name}/gradient"]),
         }
-        if f"{name}/gradient" in found:
-            pairs["gradient"] = (found[f"{name}/gradient"], wanted[f"{name}/gradient"])
         gradient = wanted[f"{name}/gradient"]
         steep = (gradient.abs() > STEEP) | (gradient == 0)
         pairs["first update, steep"] = tuple(update[steep] for update in pairs["first update"])

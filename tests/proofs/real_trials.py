@@ -1,7 +1,6 @@
 """Trials with real processes, one or two under torchrun, which are killed at random moments."""
 
 import contextlib
-import glob
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from tests.proofs.hit_process import operations, place_of
 from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import (
     SAVING,
+    found_below,
     listing,
     outs_of,
     remove_outs,
@@ -265,8 +265,7 @@ def further_than_rounding(trials: RealTrials) -> list[str]:
 def saved_something(folder: Path) -> bool:
     """Whether two checkpoints or partial results are there."""
     patterns = (".scratch/*/code-*/checkpoint-????????", ".scratch/*/kept/*.json")
-    # Path.glob fails where a folder is removed while it looks.
-    return sum(len(glob.glob(pattern, root_dir=folder)) for pattern in patterns) > 1  # noqa: PTH207
+    return sum(len(found_below(folder, pattern)) for pattern in patterns) > 1
 
 
 def numbers_of(folder: Path, stage: str) -> list[float]:

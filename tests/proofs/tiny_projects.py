@@ -1,5 +1,6 @@
 """Projects in which every stage of the tiny pipeline has run, as proofs compare with, to the byte."""
 
+import glob
 import os
 import shutil
 import subprocess
@@ -81,3 +82,8 @@ def start_process(folder: Path, stage: str, processes: int, output: Path, *throu
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def found_below(folder: Path, pattern: str) -> list[str]:
+    """What matches a pattern while a process writes there: `Path.glob` fails if a folder goes while it looks."""
+    return glob.glob(pattern, root_dir=folder)  # noqa: PTH207

@@ -165,7 +165,7 @@ def test_a_process_that_dies_ends_the_stage_which_goes_on_under_slurm(
     folder = uneven("killed")
     process = launch(folder, "train_sft", TWO_HERE)
     deadline = time.monotonic() + TIMEOUT
-    while not list(folder.glob(".scratch/*/*/checkpoint-????????/manifest.json")):
+    while not list(folder.glob(".scratch/*/code-*/checkpoint-????????/manifest.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

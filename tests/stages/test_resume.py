@@ -68,7 +68,7 @@ def folder(copy_of_tiny: Copy) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.glob(".scratch/*/*/checkpoint-*/*") if path.is_file())
+    found = (path for path in folder.glob(".scratch/*/code-*/checkpoint-*/*") if path.is_file())
     return {str(path): path.read_bytes() for path in found}
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_code_that_saved_other_things_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     cut_short(folder, "train_rm", monkeypatch, after=2)
-    checkpoint = sorted(folder.glob(".scratch/*/*/checkpoint-*"))[-1]
+    checkpoint = sorted(folder.glob(".scratch/*/code-*/checkpoint-*"))[-1]
     file = checkpoint / ("state.pt" if what == "parts" else "tensors-00000.safetensors")
     if what == "parts":
         state = torch.load(file, weights_only=False)

@@ -22,7 +22,7 @@ from tests.tracked_values import (
 )
 
 Copy = Callable[..., Path]
-CHECKPOINT = ".scratch/*/*/checkpoint-????????/manifest.json"
+CHECKPOINT = ".scratch/*/code-*/checkpoint-????????/manifest.json"
 BOTH = {"default": {"trackers": ["tensorboard", "wandb"], "checkpoint_seconds": 0.0, "tracker_tags": ["tiny"]}}
 
 

@@ -152,10 +152,10 @@ def outs_of(folder: Path, stage: str) -> dict[str, bytes]:
 
 def kill_after_a_checkpoint(folder: Path, stage: str, number: int, launch: str = "") -> int:
     """Start a stage, send it a signal once it has written a checkpoint, and return its exit status."""
-    earlier = set(folder.glob(".scratch/*/*/checkpoint-????????"))
+    earlier = set(folder.glob(".scratch/*/code-*/checkpoint-????????"))
     process = start(folder, stage, launch=launch)
     deadline = time.monotonic() + 120
-    while not set(folder.glob(".scratch/*/*/checkpoint-????????")) - earlier:
+    while not set(folder.glob(".scratch/*/code-*/checkpoint-????????")) - earlier:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -166,7 +166,7 @@ def kill_after_a_checkpoint(folder: Path, stage: str, number: int, launch: str =
 
 def reached(folder: Path) -> int:
     """The step of the newest checkpoint."""
-    return max((int(path.name[-8:]) for path in folder.glob(".scratch/*/*/checkpoint-????????")), default=0)
+    return max((int(path.name[-8:]) for path in folder.glob(".scratch/*/code-*/checkpoint-????????")), default=0)
 
 
 @pytest.mark.slow
@@ -394,5 +394,5 @@ def test_as_many_checkpoints_stay_as_runtime_yaml_says(copy_of_tiny: Copy) -> No
     folder = copy_of_tiny()
     change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0, "kept_checkpoints": 3}})
     call(folder, "train_rm")
-    names = sorted(path.name for path in folder.glob(".scratch/*/*/checkpoint-*"))
+    names = sorted(path.name for path in folder.glob(".scratch/*/code-*/checkpoint-*"))
     assert names == [f"checkpoint-{step:08d}" for step in (4, 5, 6)]
