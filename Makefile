@@ -29,8 +29,10 @@ $(error say which stage the first machine runs, for instance: make join STAGE=tr
 endif
 
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. DVC runs stages that do
-# not depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed.
-repro = PYTHONHASHSEED=0 .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
+# not depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. It is no longer
+# able to read dvc.lock if it was killed while it wrote that file.
+repro = .venv/bin/python -m stages.mend_lock && \
+  PYTHONHASHSEED=0 .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
         metrics metrics-diff plots dag status lineage use join test test-fast prove soak lint clean

@@ -292,11 +292,14 @@ def judge_pairs(
     this_run: PartialResults, evaluation: Evaluation, policy: Policy, sft: Policy, scorer: Callable, held_out: HeldOut
 ) -> dict[str, list]:
     """The reward model's scores of all `chosen` and `rejected` replies, and the policy's `implicit` margins."""
-    cached = held_out.has_reference_in(evaluation.settings.precision)
-    if not cached:
+    precision = evaluation.settings.precision
+    made_so = held_out.has_reference_in(precision)
+    if not made_so:
         this_run.say(
             "evaluate: the cached reference log-probs were made in another precision or quantised; computing them anew"
         )
+    # In bf16 a log-prob depends on the batch that it is computed in: both models get the same ones.
+    cached = made_so and precision == "fp32"
 
     def compute(chunk: range) -> dict[str, list]:
         own_pairs, own_reference = (table[chunk.start : chunk.stop] for table in (held_out.pairs, held_out.reference))

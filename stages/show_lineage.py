@@ -121,7 +121,9 @@ class Tree:
             if maker is None:
                 branches = ["├─"] * (len(entries) - 1) + ["└─" if final else "├─"]
                 for corner, entry in zip(branches, entries, strict=True):
-                    text = f"{short(entry)}, made by no stage"
+                    unrecorded = entry["unrecorded_maker"]
+                    made_by = f"{unrecorded}, of which dvc.lock has no run" if unrecorded else "no stage"
+                    text = f"{short(entry)}, made by {made_by}"
                     self.lines += wrapped_after(f"{indent}{below}{corner} ", f"{indent}{below}   ", text)
             else:
                 self.add(maker, entries, f"{indent}{below}", last=final)
@@ -159,7 +161,8 @@ def verdict(record: Record) -> list[str]:
         f"Compared with dvc.lock: {len(files)} files and folders, and the settings of {len(record['stages'])} stages."
     ]
     if record["altered"]:
-        lines += ["Altered (`dvc checkout PATH` brings back what was recorded):", *bullets(record["altered"])]
+        remedy = "`dvc checkout PATH` brings back what was recorded; `git checkout PATH` does in metrics/"
+        lines += [f"Altered ({remedy}):", *bullets(record["altered"])]
     if record["older"]:
         lines += ["dvc.lock is older than the workspace (`dvc repro` brings it up to date):", *bullets(record["older"])]
     if record["missing"]:

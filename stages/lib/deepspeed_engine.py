@@ -40,6 +40,29 @@ class DeepSpeedEngine(Engine):
         self.unwrapped = self.stage == 0 and not bf16
         self.inner.enable_backward_allreduce = not self.unwrapped
         self.states_linked = False
+        if not self.unwrapped and self.stage < 3:
+            self._require_own_masters()
+
+    def _require_own_masters(self) -> None:
+        """Raise StageError where DeepSpeed takes parts of other weights for the float32 master of a weight.
+
+        What is saved and what is put back rely on its word. With `round_robin_gradients` DeepSpeed 0.19.8 sorts the
+        masters over several processes otherwise than it says; only training itself is right then.
+        """
+
+        def is_other(weight: nn.Parameter) -> bool:
+            mapping = weight._hp_mapping
+            if mapping is None:  # another process's
+                return False
+            where = mapping.lp_fragment_address
+            part = weight.detach().flatten().narrow(0, where.start, where.numel)
+            return not torch.equal(mapping.get_hp_fragment().to(part), part)
+
+        if self.processes.any(any(map(is_other, self.trained.values()))):
+            raise StageError(
+                f"runtime.yaml: deepspeed: with {self.runtime.deepspeed} DeepSpeed mixes up the weights that are "
+                "saved; leave round_robin_gradients out, or what else there sorts them"
+            )
 
     def _forward(self, *inputs: Any) -> Any:
         return self.inner(*inputs)

@@ -128,16 +128,15 @@ def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **opti
             engine = deepspeed.initialize(model=module, config=config, **options)[0]
     except ValidationError as error:
         wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise StageError(f"runtime.yaml: deepspeed: {key}: {wrong['msg']} ({error.title})") from None
+        key = "".join(f"{part}: " for part in wrong["loc"])
+        raise StageError(f"runtime.yaml: deepspeed: {key}{wrong['msg']} ({error.title})") from None
     except (StageError, RuntimeError, OSError):
         raise  # no memory, a lost process: nothing that a key is to blame for
     except Exception as error:  # DeepSpeed checks some of its keys by assertions, some by errors of its own
         if not config.given:
             raise
-        raise StageError(
-            f"runtime.yaml: deepspeed: DeepSpeed refuses {config.given} here: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StageError(f"runtime.yaml: deepspeed: DeepSpeed refuses {config.given} here: {reason}") from None
     unread = sorted(set(config) - config.read)
     if unread:
         raise StageError(f"runtime.yaml: deepspeed.{unread[0]}: DeepSpeed has no such key")

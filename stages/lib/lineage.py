@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.lib.dvc_lock import LOCK_FILE, require_records
 from stages.lib.errors import StageError
 from stages.lib.hashing import dvc_hash
 from stages.lib.params import GRAPH_FILE, PARAMS_FILE, load_yaml, nearest
 from stages.lib.run_log import read_runs, run_that_made
 
-LOCK_FILE = Path("dvc.lock")
 CODE_FOLDER = "stages/"
 MODELS_FOLDER = "models/"
 SAME, ALTERED, MISSING, EARLIER = "same", "altered", "missing", "earlier"
@@ -31,6 +31,7 @@ class Lock:
         if not LOCK_FILE.is_file():
             raise StageError(f"{LOCK_FILE} is missing: nothing has been made here yet; run `make repro`")
         self.stages: dict[str, Record] = load_yaml(LOCK_FILE).get("stages") or {}
+        require_records(self.stages, str(LOCK_FILE))
         self.maker = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
         self.hash_of = {out["path"]: out.get("md5") for stage in self.stages.values() for out in stage.get("outs", [])}
 
@@ -86,17 +87,20 @@ def trace(lock: Lock, asked: Iterable[str]) -> Record:
         name = pending.pop(0)
         if name in stages:
             continue
-        stages[name] = stage_record(name, lock, workspace, runs)
+        stages[name] = stage_record(name, lock, declared, workspace, runs)
         stages[name]["older"] = [
             *changed_code(name, stages[name]["code"]),
             *changed_settings(name, stages[name]["params"], params),
             *changed_declaration(name, stages[name], declared.get(name)),
+            *changed_sources(name, stages[name]["inputs"]),
         ]
         pending += [entry["made_by"] for entry in stages[name]["inputs"] if entry["made_by"]]
     return {"asked": list(asked), "stages": stages, **findings(stages)}
 
 
-def stage_record(name: str, lock: Lock, workspace: Workspace, runs: list[Record]) -> Record:
+def stage_record(
+    name: str, lock: Lock, declared: Mapping[str, Record], workspace: Workspace, runs: list[Record]
+) -> Record:
     """One stage as `dvc.lock` has it, with the state of each of its files and the run that wrote its outs."""
     stage = lock.stages[name]
     outs = [entry_of(out, workspace) for out in stage.get("outs", [])]
@@ -106,6 +110,7 @@ def stage_record(name: str, lock: Lock, workspace: Workspace, runs: list[Record]
     for entry in inputs:
         out = lock.out_with(entry["path"])
         entry["made_by"] = lock.maker[out] if out else None
+        entry["unrecorded_maker"] = None if out else declared_maker(entry["path"], declared)
         if out and is_earlier(entry, out, lock, workspace):
             entry["state"] = EARLIER
     settings = (stage.get("params") or {}).get(str(PARAMS_FILE)) or {}
@@ -123,6 +128,12 @@ def stage_record(name: str, lock: Lock, workspace: Workspace, runs: list[Record]
 def entry_of(recorded: Mapping[str, Any], workspace: Workspace) -> Record:
     path, md5 = recorded["path"], recorded.get("md5")
     return {"path": path, "md5": md5, "state": workspace.state(path, md5)}
+
+
+def declared_maker(path: str, declared: Mapping[str, Record]) -> str | None:
+    """The stage that makes `path` by `dvc.yaml`; None if it is raw data, for instance."""
+    makers = ((name, out) for name, stage in declared.items() for out in stage["outs"])
+    return next((name for name, out in makers if path == out or path.startswith(f"{out}/")), None)
 
 
 def is_earlier(entry: Mapping[str, Any], out: str, lock: Lock, workspace: Workspace) -> bool:
@@ -151,7 +162,7 @@ def origin(settings: Mapping[str, Any]) -> str | None:
 
 
 def declared_stages(graph: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Record]:
-    """Command and deps of each stage of `dvc.yaml`, with its matrix and the values of `params.yaml` put in."""
+    """Command, deps and outs of each stage of `dvc.yaml`, with its matrix and the values of `params.yaml` put in."""
     found = {}
     for name, stage in graph["stages"].items():
         ((_, items),) = (stage.get("matrix") or {None: [None]}).items()
@@ -159,6 +170,12 @@ def declared_stages(graph: Mapping[str, Any], params: Mapping[str, Any]) -> dict
             found[name if item is None else f"{name}@{item}"] = {
                 "cmd": put_in(stage["cmd"], item, params),
                 "deps": {put_in(dep, item, params) for dep in stage.get("deps") or ()},
+                # An out with settings of its own is a mapping of one key.
+                "outs": {
+                    put_in(next(iter(out)) if isinstance(out, dict) else out, item, params)
+                    for kind in ("outs", "metrics", "plots")
+                    for out in stage.get(kind) or ()
+                },
             }
     return found
 
@@ -204,6 +221,22 @@ def changed_declaration(name: str, record: Mapping[str, Any], declared: Mapping[
     return faults
 
 
+def changed_sources(name: str, inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the chain ends at although a stage makes it, and what no stage makes and has changed since."""
+    ends = [entry for entry in inputs if entry["made_by"] is None]
+    unrecorded = [
+        f"{entry['path']}: {entry['unrecorded_maker']} makes it, but {LOCK_FILE} has no run of that stage"
+        for entry in ends
+        if entry["unrecorded_maker"]
+    ]
+    changed = [
+        f"{name} ran before {entry['path']} changed"
+        for entry in ends
+        if entry["state"] == ALTERED and not entry["unrecorded_maker"]
+    ]
+    return unrecorded + changed
+
+
 def flat(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     """Dotted key → value, below every non-empty mapping."""
     leaves = {}
@@ -226,8 +259,10 @@ def findings(stages: Mapping[str, Record]) -> dict[str, list[str]]:
     older: dict[str, None] = {}
     for name, stage in stages.items():
         for entry in [*stage["outs"], *stage["inputs"]]:
-            if entry["state"] == ALTERED:
-                altered[f"{entry['path']} was altered since {entry.get('made_by') or name} ran"] = None
+            if entry["state"] == ALTERED and entry.get("made_by", name):
+                altered[f"{entry['path']} was altered since {entry.get('made_by', name)} ran"] = None
+            elif entry["state"] == ALTERED and entry["unrecorded_maker"]:
+                altered[f"{entry['path']} was altered since {name} read it"] = None
             elif entry["state"] == EARLIER:
                 text = f"{name} was made from an earlier {entry['path']} than {entry['made_by']} has made since"
                 older[text] = None

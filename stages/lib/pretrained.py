@@ -178,6 +178,8 @@ def _quiet_loading() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    # PEFT imports it wherever it is installed, and it then asks for a package that speeds up what is not used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def read_config(path: Path) -> dict[str, Any]:

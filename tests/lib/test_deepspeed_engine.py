@@ -95,13 +95,15 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         ("float32", 1, {"zero_optimization": {"overlap_comm": True}}),
         ("float32", 2, {"activation_checkpointing": 5}),
         ("float32", 2, {"elasticity": {"enabled": True}}),
+        ("float32", 2, {"tensor_parallel": {"autotp_size": 2}}),
+        ("float32", 2, {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
     ]
     words = [sys.executable, "-c", KEYS, json.dumps(tried)]
     done = subprocess.run(
         words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    taken, unknown, misspelt, mistyped, idle, *refused = done.stdout.splitlines()[-8:]
+    taken, unknown, misspelt, mistyped, idle, *refused, ratio = done.stdout.splitlines()[-10:]
     assert taken == "taken"
     assert unknown == "runtime.yaml: deepspeed.overlap_comm: DeepSpeed has no such key"
     assert misspelt.startswith("runtime.yaml: deepspeed: overlap_com: Extra inputs are not permitted")
@@ -109,3 +111,37 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
     assert idle == "runtime.yaml: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3"
     assert all(line.startswith("runtime.yaml: deepspeed: DeepSpeed refuses {'") for line in refused), refused
     assert "supports ZeRO overlap_comm only with ZeRO stage 2" in refused[0]
+    assert all(line.split(" here: ")[1] for line in refused), refused
+    assert ratio.startswith("runtime.yaml: deepspeed: Assertion failed, ")
+
+
+SORTED = """
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.lib.engine import new_engine
+from stages.lib.errors import StageError
+from stages.lib.processes import join_processes
+from stages.lib.runtime import read_runtime
+from tests.lib.test_engine import MeanLogProb, settings
+from tests.tiny_models import tiny_llama
+
+keys = {"zero_optimization": {"round_robin_gradients": True}}
+runtime = replace(read_runtime("train_sft"), zero_stage=2)
+processes = join_processes(runtime)
+new_engine(MeanLogProb(tiny_llama()), settings(), 1, runtime, processes)
+for stage in (1, 2):
+    changed = replace(runtime, zero_stage=stage, deepspeed=keys)
+    with pytest.raises(StageError, match="round_robin_gradients': True.*mixes up the weights that are saved"):
+        new_engine(MeanLogProb(tiny_llama()), settings(), 1, changed, processes)
+    new_engine(MeanLogProb(tiny_llama()).bfloat16(), settings(), 1, replace(runtime, zero_stage=stage), processes)
+Path(f"{processes.rank}.done").touch()
+processes.leave()
+"""
+
+
+@pytest.mark.slow
+def test_settings_under_which_masters_are_of_other_weights_are_refused(tmp_path: Path) -> None:
+    run_on_two_processes(SORTED, tmp_path)

@@ -209,6 +209,24 @@ def test_finished_outs_are_published_again(root: Path) -> None:
     assert (root / "metrics/rm.json").read_text() == "{}"
 
 
+def test_outs_appear_once_all_are_copied(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a kill would leave some of them, or half of one, where DVC and the user look for them."""
+    scratch = new_scratch()
+    outs = finish(scratch, root)
+    there = []
+    for name in ("copytree", "copyfile"):
+        copy = getattr(module.shutil, name)
+
+        def watched(*paths: Path, copy: Callable = copy, **options: bool) -> None:
+            copy(*paths, **options)
+            there.extend(path for path in outs.values() if path.exists())
+
+        monkeypatch.setattr(module.shutil, name, watched)
+    assert scratch.publish_complete(outs)
+    assert there == []
+    assert all(path.exists() for path in outs.values())
+
+
 def test_unfinished_and_damaged_outs_are_not_published(root: Path, capsys: pytest.CaptureFixture) -> None:
     scratch = new_scratch()
     assert not scratch.publish_complete({})

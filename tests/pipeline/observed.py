@@ -2,11 +2,12 @@
 
     python -m tests.pipeline.observed FOLDER    run all stages there; what each read: observed.json
 
-Every stage runs in a process and a folder of its own, which holds its declared deps and nothing else of `stages/`,
-`data/`, `models/` and `metrics/`: a file that is read undeclared is not there, so the stage fails. What it did read is
-then seen in three ways: its modules, in `sys.modules`; files opened by Python, through an audit hook; and data, which
-Arrow and safetensors open past Python, by the time of last access. The keys of params.yaml are recorded as the code
-looks them up.
+Every stage runs in a process and a folder of its own. Of `stages/` it holds the declared deps alone: what is imported
+undeclared is not there, so the stage fails. Of `data/`, `models/` and `metrics/` it holds the other stages' outs as
+well, as a project does that has run before: a stage could read them if they are there, and do without if not. What it
+did read is then seen in three ways: its modules, in `sys.modules`; files opened by Python, through an audit hook; and
+data, which Arrow and safetensors open past Python, by the time of last access. The keys of params.yaml are recorded as
+the code looks them up.
 
 The processes are forked from one that has loaded torch and its kin but nothing of `stages`, so that they start fast.
 """
@@ -78,14 +79,17 @@ class WatchParams(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.load_yaml = load_and_watch
 
 
-def observe(project: Path, stage: str, declared: dict[str, list[str]]) -> dict[str, Any]:
-    """Run one stage in a folder of what it declares; its outs are moved to `project`. Raises RuntimeError if it fails.
+def observe(project: Path, stage: str, declared: dict[str, list[str]], all_outs: list[str]) -> dict[str, Any]:
+    """Run one stage in a folder of its own; its outs are moved to `project`. Raises RuntimeError if it fails.
 
     Returns:
-        `modules`, `files` (opened by Python), `data` (files accessed) and `params`: sorted lists.
+        Sorted lists: `modules`; `files` that Python opened; `data`, the files of deps that were accessed, and
+        `undeclared`, those of other stages' outs; `left_behind`, files written beside the outs; `params`.
     """
     folder = project.with_name(f"only-{stage}")
-    lay_out(project, folder, declared["deps"])
+    others = [out for out in all_outs if out not in declared["outs"]]
+    lay_out(project, folder, declared["deps"], others)
+    laid = dict(data_files(folder))
     report = project.with_name(f"{stage}.json")
     process = os.fork()
     if process == 0:
@@ -95,21 +99,35 @@ def observe(project: Path, stage: str, declared: dict[str, list[str]]) -> dict[s
         raise RuntimeError(f"{stage} fails where only what it declares is there (status {status})")
     seen = json.loads(report.read_text())
     seen["data"] = sorted(accessed(folder, declared["deps"]))
+    seen["undeclared"] = sorted(set(accessed(folder, others)) - set(seen["data"]))
     for out in declared["outs"]:
         target = project / out
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / out).rename(target)
-    seen["left_behind"] = sorted(files_of(folder, declared["deps"]))
+    seen["left_behind"] = sorted(name for name, written in data_files(folder) if laid.get(name) != written)
     return seen
 
 
-def lay_out(project: Path, folder: Path, deps: list[str]) -> None:
-    """A folder with the settings, the package files of `stages/` and the deps, as if last accessed long ago."""
+def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> None:
+    """A folder with the settings, the package files of `stages/` and the deps, as if last accessed long ago.
+
+    Outs of `others` lie there, too: as they are made, or of a later stage something in the place of its files.
+    """
+    for name in others:
+        source, target = project / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target)
+        elif source.exists() or target.suffix:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes() if source.exists() else b"{}\n")
     packages = ["stages/__init__.py", "stages/lib/__init__.py"]
     for name in ["params.yaml", "runtime.yaml", "dvc.yaml", *packages, *deps]:
         source, target = project / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
     for file in folder.rglob("*"):
         os.utime(file, ns=(ACCESSED_LONG_AGO, time.time_ns()))
 
@@ -162,9 +180,9 @@ def run_watched(folder: Path, stage: str) -> dict[str, list[str]]:
     }
 
 
-def accessed(folder: Path, deps: list[str]) -> Iterator[str]:
-    for dep in deps:
-        below = [folder / dep, *(folder / dep).rglob("*")]
+def accessed(folder: Path, paths: list[str]) -> Iterator[str]:
+    for path in paths:
+        below = [folder / path, *(folder / path).rglob("*")]
         yield from (
             str(file.relative_to(folder))
             for file in below
@@ -172,13 +190,12 @@ def accessed(folder: Path, deps: list[str]) -> Iterator[str]:
         )
 
 
-def files_of(folder: Path, deps: list[str]) -> Iterator[str]:
-    """The files below data/, metrics/ and models/ that are in no dep."""
+def data_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """The files below data/, metrics/ and models/, and when each was last written."""
     for top in DATA_FOLDERS:
         for file in (folder / top).rglob("*"):
-            name = str(file.relative_to(folder))
-            if file.is_file() and not any(name == dep or name.startswith(f"{dep}/") for dep in deps):
-                yield name
+            if file.is_file():
+                yield str(file.relative_to(folder)), file.stat().st_mtime_ns
 
 
 def access_times_are_kept(folder: Path) -> bool:
@@ -218,7 +235,8 @@ def observe_all(folder: Path) -> dict[str, dict[str, Any]]:
         del sys.modules[name]
     for name in HEAVY:
         importlib.import_module(name)
-    return {stage: {"declared": wanted, **observe(project, stage, wanted)} for stage, wanted in declared.items()}
+    outs = [out for stage in declared.values() for out in stage["outs"]]
+    return {stage: {"declared": wanted, **observe(project, stage, wanted, outs)} for stage, wanted in declared.items()}
 
 
 SHORTER = {

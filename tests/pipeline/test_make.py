@@ -25,6 +25,7 @@ if "--dot" in sys.argv:
     print('strict digraph {{\\n"b";\\n"a" -> "b";\\n"b" -> "c";\\n"a" -> "c";\\n"c" -> "aa";\\n}}')
 sys.exit(name == os.environ.get("FAILS"))
 """
+MEND = "python -m stages.mend_lock"
 PRUNE = "python -m stages.prune_scratch"
 VARIABLES = [
     "MAKEFLAGS",
@@ -109,31 +110,31 @@ def test_help_is_the_default_and_lists_every_target_once(project):
 def test_a_step_brings_its_stage_up_to_date_then_prunes(project, target, stage):
     assert stage in load_graph()["stages"]
     assert make(project, target).returncode == 0
-    assert commands(project) == [f"dvc repro {stage}", PRUNE]
+    assert commands(project) == [MEND, f"dvc repro {stage}", PRUNE]
 
 
 @pytest.mark.parametrize(("target", "stage"), [("ppo", "evaluate@ppo"), ("dpo", "evaluate@dpo")])
 def test_a_branch_goes_up_to_its_evaluation(project, target, stage):
     assert stage in all_instances(load_graph())
     assert make(project, target).returncode == 0
-    assert commands(project) == [f"dvc repro {stage}", PRUNE]
+    assert commands(project) == [MEND, f"dvc repro {stage}", PRUNE]
 
 
 def test_repro_runs_everything(project):
     assert make(project, "repro").returncode == 0
-    assert commands(project) == ["dvc repro", PRUNE]
+    assert commands(project) == [MEND, "dvc repro", PRUNE]
 
 
 # DVC takes stages that do not depend on each other out of a set.
 @pytest.mark.parametrize("arguments", [["repro"], ["train-rm"], ["train-rm", "GPUS=2"], ["dpo"]])
 def test_the_order_of_stages_is_always_the_same(project, arguments):
     assert make(project, *arguments, PYTHONHASHSEED="5").returncode == 0
-    assert calls(project)[0]["hash seed"] == "0"
+    assert calls(project)[1]["hash seed"] == "0"
 
 
 def test_only_runs_one_step_alone(project):
     assert make(project, "train-rm", "ONLY=1").returncode == 0
-    assert commands(project) == ["dvc repro --single-item train_rm", PRUNE]
+    assert commands(project) == [MEND, "dvc repro --single-item train_rm", PRUNE]
 
 
 @pytest.mark.parametrize("target", ["repro", "ppo", "dpo"])
@@ -146,14 +147,14 @@ def test_only_is_refused_for_more_than_one_step(project, target):
 
 def test_gpus_sets_the_launcher(project):
     make(project, "train-ppo", "GPUS=4")
-    assert calls(project)[0]["launch"] == "torchrun --standalone --nproc_per_node=4 -m"
+    assert calls(project)[1]["launch"] == "torchrun --standalone --nproc_per_node=4 -m"
 
 
 def test_without_gpus_the_launcher_is_the_users_own(project):
     make(project, "train-ppo")
-    assert calls(project)[0]["launch"] is None
+    assert calls(project)[1]["launch"] is None
     make(project, "train-ppo", LAUNCH="deepspeed")
-    assert calls(project)[2]["launch"] == "deepspeed"
+    assert calls(project)[4]["launch"] == "deepspeed"
 
 
 def test_the_environment_comes_first_in_the_path(project):
@@ -163,7 +164,7 @@ def test_the_environment_comes_first_in_the_path(project):
 
 def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
     assert make(project, "train-rm", FAILS="dvc").returncode == 2
-    assert commands(project) == ["dvc repro train_rm"]
+    assert commands(project) == [MEND, "dvc repro train_rm"]
 
 
 @pytest.mark.parametrize(

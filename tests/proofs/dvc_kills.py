@@ -4,19 +4,22 @@ Each function starts a stage of a project from `tests/proofs/dvc_projects.py`, k
 what is wrong with the end, in words.
 """
 
+import contextlib
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ruamel.yaml import YAML
 
+from stages.lib.dvc_lock import is_whole
 from stages.lib.hashing import dvc_hash
 from tests.proofs.dvc_projects import git, kill_below, start_dvc, wait_for
 from tests.proofs.tiny_projects import differences, found_below, listing, outs_of
@@ -27,50 +30,143 @@ ANOTHER_RATE = "train_sft.optimizer.learning_rate=0.0022"  # or DVC would have t
 PATIENCE = 300.0  # seconds that a start may take on a busy machine
 
 
-def killed_in_commit(project: Path, stage: str, draw: random.Random, **environment: str) -> list[str]:
-    """SIGKILL to DVC and all below it after the script has put its outs in place, before dvc.lock holds the result.
+def killed_in_commit(project: Path, stage: str, draw: random.Random, kills: int, **environment: str) -> list[str]:
+    """SIGKILL to DVC and all below it while it puts a result into its cache, before it writes dvc.lock.
 
-    The next `dvc repro` must not compute again, and must end with the same dvc.lock and the same files.
+    The time between the two, measured once, has `kills` parts, and a kill comes at a random moment of each. The next
+    `dvc repro` must not compute again, and must end with the same dvc.lock and the same files.
     """
-    output = project.parent / "repro.output"
-    words = ("repro", "--single-item", "--force", stage)
-    if environment:  # on several processes sums are rounded otherwise
-        status = start_dvc(project, *words, output=output, **environment).wait()
+    commits = Commits(project, stage, environment)
+    with cache_set_aside(project):
+        seconds = commits.undisturbed()
+        found: list[str] = []
+        for part in range(kills):
+            found += commits.killed(lambda part=part: seconds * (part + draw.random()) / kills)
+        return found
+
+
+class Commits:
+    """DVC's commits of one stage's result, as a new one: not in its cache, not in dvc.lock."""
+
+    def __init__(self, project: Path, stage: str, environment: dict[str, str]) -> None:
+        self.project, self.stage, self.environment = project, stage, environment
+        self.output = project.parent / "repro.output"
+        self.lock_file = project / "dvc.lock"
+        self.lock = self.lock_file.read_bytes()
+
+    def start(self) -> subprocess.Popen:
+        self.output.unlink(missing_ok=True)
+        words = ("repro", "--single-item", "--force", self.stage)
+        return start_dvc(self.project, *words, output=self.output, **self.environment)
+
+    def start_anew(self) -> subprocess.Popen:
+        """As if the stage had never run, and wait until the cache has its first file of the result."""
+        self.before = without_record(self.lock_file, self.lock, self.stage)
+        for name in (".scratch", ".dvc/cache"):
+            shutil.rmtree(self.project / name, ignore_errors=True)
+        process = self.start()
+        wait_for(lambda: process.poll() is not None or self.in_cache(), PATIENCE, "a file in DVC's cache")
+        return process
+
+    def in_cache(self) -> bool:
+        return bool(found_below(self.project, ".dvc/cache/files/md5/*/*"))
+
+    def in_lock(self) -> bool:
+        """Whether DVC has begun to write it."""
+        return self.lock_file.read_bytes() != self.before
+
+    def undisturbed(self) -> float:
+        """Note what the result is. Returns the seconds from the first file in the cache to the first in dvc.lock."""
+        process = self.start_anew()
+        started = time.monotonic()
+        wait_for(lambda: process.poll() is not None or self.in_lock(), PATIENCE, "the result in dvc.lock")
+        seconds = time.monotonic() - started
+        status = process.wait()
+        assert status == 0, self.output.read_text()
+        # On several processes sums are rounded otherwise, and the lock of before is of one.
+        self.lock = self.lock_file.read_bytes()
+        self.truth = listing_of(self.project)
+        return seconds
+
+    def killed(self, wait: Callable[[], float]) -> list[str]:
+        """Kill the commit so many seconds after its first file. Returns what is wrong with the start after that."""
+        for _ in range(5):
+            process = self.start_anew()
+            time.sleep(wait())
+            os.killpg(process.pid, signal.SIGKILL)
+            if process.wait() == -signal.SIGKILL and not self.in_lock():
+                break
+        else:
+            return ["DVC was about to record the result before it could be killed, five times"]
+        status = self.start().wait()
+        said = self.output.read_text()
+        self.output.unlink()
+        found = [f"dvc repro ended with status {status}: {said[-2000:]}"] if status else []
+        found += [] if "already finished" in said else [f"it computed again: {said[-2000:]}"]
+        found += [] if parsed(self.lock) == read_yaml(self.lock_file) else ["dvc.lock differs"]
+        self.lock_file.write_bytes(self.lock)
+        return found + differences(listing_of(self.project), self.truth)
+
+
+def without_record(lock_file: Path, lock: bytes, stage: str) -> bytes:
+    """Write a dvc.lock as before the stage had run; the record will come at its end. Returns what was written."""
+    recorded = parsed(lock)
+    del recorded["stages"][stage]
+    write_yaml(lock_file, recorded)
+    return lock_file.read_bytes()
+
+
+def killed_in_record(project: Path, stage: str, draw: random.Random) -> list[str]:
+    """SIGKILL to DVC while it writes dvc.lock, which it does in place: the file is cut off.
+
+    `make repro` cuts it back to its whole records, and DVC takes the others from its run cache: nothing is computed
+    again, and all is as before.
+    """
+    output, lock_file = project.parent / "record.output", project / "dvc.lock"
+
+    def repro(*words: str) -> str:
+        output.unlink(missing_ok=True)
+        status = start_dvc(project, "repro", *words, output=output).wait()
         assert status == 0, output.read_text()
-    truth, lock = listing_of(project), (project / "dvc.lock").read_bytes()
-    for _ in range(5):
-        others = {name: entry for name, entry in parsed(lock)["stages"].items() if name != stage}
-        write_yaml(project / "dvc.lock", {**parsed(lock), "stages": others})
-        shutil.rmtree(project / ".scratch", ignore_errors=True)
-        process = start_dvc(project, *words, output=output, **environment)
-        wait_for(lambda dvc=process: script_is_over(project, dvc), PATIENCE, "the end of the script")
-        time.sleep(draw.uniform(0, 0.05))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if stage not in read_yaml(project / "dvc.lock")["stages"]:
-            break
-    else:
-        return ["DVC had recorded the result before it could be killed, five times"]
-    output.unlink()
-    status = start_dvc(project, *words, output=output, **environment).wait()
-    said = output.read_text()
-    output.unlink()
-    found = [f"dvc repro ended with status {status}: {said[-2000:]}"] if status else []
-    found += [] if "already finished" in said else [f"it computed again: {said[-2000:]}"]
-    found += [] if parsed(lock) == read_yaml(project / "dvc.lock") else ["dvc.lock differs"]
-    (project / "dvc.lock").write_bytes(lock)
+        return output.read_text()
+
+    repro("--force")  # so that the run cache has all of them
+    truth, lock = listing_of(project), lock_file.read_bytes()
+    before = without_record(lock_file, lock, stage)
+    process = start_dvc(project, "repro", "--single-item", stage, output=output)
+    wait_for(lambda: lock_file.stat().st_size < len(before) or process.poll() is not None, PATIENCE, "the record")
+    time.sleep(draw.uniform(0, 0.05))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if is_whole(lock_file.read_bytes()):
+        return ["DVC had written dvc.lock before it could be killed"]
+    mended = subprocess.run(
+        [sys.executable, "-m", "stages.mend_lock"], cwd=project, capture_output=True, text=True, check=False
+    )
+    said = repro()
+    found = [] if "DVC was stopped while it wrote it" in mended.stdout else [f"not mended: {mended}"]
+    found += [f"it ran again: {line}" for line in said.splitlines() if line.startswith("Running stage")]
+    found += [] if parsed(lock) == read_yaml(lock_file) else ["dvc.lock differs"]
     return found + differences(listing_of(project), truth)
+
+
+@contextlib.contextmanager
+def cache_set_aside(project: Path) -> Iterator[None]:
+    """DVC's cache is another one meanwhile; then it is as before."""
+    cache = project / ".dvc/cache"
+    aside = cache.with_name("cache-set-aside")
+    cache.rename(aside)
+    try:
+        yield
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        aside.rename(cache)
 
 
 def listing_of(project: Path) -> dict[str, str]:
     """The files of the project but DVC's and Git's own, and dvc.lock, whose order of stages may change."""
     ours = listing(project)
     return {name: what for name, what in ours.items() if name.split("/")[0] not in (".dvc", ".git", "dvc.lock")}
-
-
-def script_is_over(project: Path, dvc: subprocess.Popen) -> bool:
-    """True once the script has logged its run, which it does before it puts its outs in place, and is no more."""
-    return (project / ".scratch/runs.jsonl").exists() and not psutil.Process(dvc.pid).children()
 
 
 def parsed(content: bytes) -> dict[str, Any]:

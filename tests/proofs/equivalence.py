@@ -52,6 +52,10 @@ STEPS = 20
 # AdamW's first step is g / (|g| + 1e-8): where a gradient is no larger than its own rounding error, the sign is chance.
 STEEP = 1e-5
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp64": 1e-10}
+# Of what training changes, a small part of the weights. A run that does not train at all is 1 away.
+CHANGE_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp64": 1e-7}
+CHANGE = "their change"
+ROLLOUTS = "rollouts.json"
 TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
 MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are compared
 # What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
@@ -110,22 +114,43 @@ HEAD = """# Every way to run a stage, against one process, plain torch and paddi
 Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Gradient" is what AdamW saw in its first
 step, before clipping. "Steep" leaves out the weights whose gradient is below 1e-5 but not 0 (their share is "flat
 weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding errors of the smallest g.
-In bf16, where a gradient is rounded by a hundredth, it does so with most of them, and the first update is shown but
-not held to the tolerance; nor are gradient, losses and numbers of a run in bf16 that drew other rollouts ("–": nothing
-is left to hold). "Losses" are those of all steps and the norms of their gradients; "published" is the model that is
-saved, here an average of the weights over the steps (`ema_decay`); "numbers" are the stage's metrics or, of
-ref_logprobs, its outs.
+"Their change" compares what training has made of the weights, last less first; a run that does not train is 1 away.
+"Published" is the model that is saved, here an average of the weights over the steps (`ema_decay`); "losses" are those
+of all steps and the norms of their gradients; "numbers" are the stage's metrics or, of ref_logprobs, its outs.
+
+Held to: {limits}. In fp32 and fp64 no
+rollout may differ. In bf16, where a gradient is rounded by a hundredth, AdamW's first step is chance for many weights,
+and so are some tokens that are drawn: the first update is shown but not held, and a run that drew other rollouts goes
+on with those of the run that it is compared with.
 
 """
 
 
 class Probe:
-    """Notes the first gradient, and the weights before, after the first step and at the end, of each engine."""
+    """Notes the first gradient, and the weights before, after the first step and at the end, of each engine.
 
-    def __init__(self, is_main: bool) -> None:
+    It also counts the responses that are others than those of the reference run. Where `keep_to_reference` says so,
+    the stage goes on with the latter, so that what it computes of them can be compared.
+    """
+
+    def __init__(self, is_main: bool, reference: Path | None = None, *, keep_to_reference: bool = False) -> None:
         self.is_main = is_main
         self.found: dict[str, torch.Tensor] = {}
         self.engines: list[int] = []
+        self.rollouts: list[list[list[int]]] = []
+        self.expected = json.loads((reference / ROLLOUTS).read_text()) if reference else None
+        self.keep_to_reference = keep_to_reference
+
+    def sampled(self, responses: list[list[int]]) -> list[list[int]]:
+        self.rollouts.append(responses)
+        if self.expected is None or not self.keep_to_reference:
+            return responses
+        return self.expected[len(self.rollouts) - 1]
+
+    @property
+    def differing_rollouts(self) -> float:
+        pairs = zip(self.rollouts, self.expected, strict=True)
+        return float(sum(one != other for phase in pairs for one, other in zip(*phase, strict=True)))
 
     def note(self, name: str, tensors: Iterator[torch.Tensor]) -> None:
         parts = [tensor.detach().flatten().double().cpu() for tensor in tensors]
@@ -133,8 +158,10 @@ class Probe:
             self.found[name] = torch.cat(parts)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, module: Any) -> Iterator[None]:
+        """While the stage of this module runs."""
         probe, step = self, engine_module.Engine.step
+        sample = getattr(module, "sample_responses", None)
 
         def watched(engine: Any) -> float:
             if id(engine) not in probe.engines:
@@ -151,10 +178,14 @@ class Probe:
             return norm
 
         engine_module.Engine.step = watched
+        if sample:
+            module.sample_responses = lambda *given, **settings: probe.sampled(sample(*given, **settings))
         try:
             yield
         finally:
             engine_module.Engine.step = step
+            if sample:
+                module.sample_responses = sample
 
 
 def first_gradient(engine: Any, norm: float) -> Iterator[torch.Tensor]:
@@ -186,15 +217,13 @@ def make_bf16_project(project: Path, alone: Processes) -> None:
         return
     shutil.copytree(project, folder, symlinks=True)
     change(folder / "params.yaml", {stage: {"precision": "bf16"} for stage in (*TRAINING, "ref_logprobs", "evaluate")})
-    _, made = run_stage(folder, "ref_logprobs", {"engine": "torch"}, alone)
+    made = run_stage(folder, "ref_logprobs", {"engine": "torch"}, Probe(is_main=True), alone)
     shutil.copytree(made / "data/ref_logprobs", folder / "data/ref_logprobs", dirs_exist_ok=True)
     shutil.rmtree(made)
 
 
-def run_stage(
-    project: Path, kind: str, knobs: dict[str, Any], processes: Processes
-) -> tuple[dict[str, torch.Tensor], Path]:
-    """One run of a stage's real `main`. Returns what the probe found, and the folder with its outs."""
+def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, processes: Processes) -> Path:
+    """One run of a stage's real `main`, which `probe` watches. Returns the folder with its outs."""
     stage = WITH_LORA.get(kind, kind)
     folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="equivalence-") if processes.is_main else None))
     if processes.is_main:
@@ -206,15 +235,15 @@ def run_stage(
         if kind in WITH_LORA:
             change(folder / "params.yaml", {stage: {"lora": LORA}})
     processes.broadcast(None)
-    probe = Probe(processes.is_main)
     module = importlib.import_module(f"stages.{script(stage)}")
     options = stage_options(stage)
     arguments = {
         name[2:].replace("-", "_"): Path(value) for name, value in zip(options[::2], options[1::2], strict=True)
     }
-    with inside(folder), one_launch(module, processes), probe.watching(), contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with inside(folder), one_launch(module, processes), probe.watching(module), quiet:
         module.main(**arguments)
-    return probe.found, folder
+    return folder
 
 
 @contextlib.contextmanager
@@ -256,17 +285,20 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm().clamp(min=1e-300))
 
 
-def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, kind: str) -> dict[str, float]:
+def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
     stage = WITH_LORA.get(kind, kind)
+    drawn = {"differing rollouts": probe.differing_rollouts} if probe.rollouts else {}
     if stage in MEASURING:
-        return compare_outs(folder, reference, stage)
-    wanted = load_file(reference / "probe.safetensors")
+        return {"numbers": numbers_apart(folder, reference, stage)} | drawn
+    found, wanted = probe.found, load_file(reference / "probe.safetensors")
     result: dict[str, float] = {}
     for name in sorted({name.split("/")[0] for name in wanted}):
+        before, first, last = (f"{name}/weights {steps}" for steps in (0, 1, STEPS))
         pairs = {
-            "first update": tuple(side[f"{name}/weights 1"] - side[f"{name}/weights 0"] for side in (found, wanted)),
-            f"weights after {STEPS} steps": (found[f"{name}/weights {STEPS}"], wanted[f"{name}/weights {STEPS}"]),
+            "first update": tuple(side[first] - side[before] for side in (found, wanted)),
+            CHANGE: tuple(side[last] - side[before] for side in (found, wanted)),
+            f"weights after {STEPS} steps": (found[last], wanted[last]),
             "gradient": (found[f"{name}/gradient"], wanted[f"{name}/gradient"]),
         }
         gradient = wanted[f"{name}/gradient"]
@@ -287,25 +319,18 @@ def compare(found: dict[str, torch.Tensor], folder: Path, reference: Path, kind:
     one, other = (torch.cat([tensor.flatten().double() for tensor in side.values()]) for side in published)
     result["published"] = distance(one, other)
     result["numbers"] = metrics_apart(folder, reference, f"metrics/{stage}.json")
-    if stage == "train_ppo":
-        result["differing rollouts"] = float(differing_rollouts(folder, reference))
-    return result
+    return result | drawn
 
 
-def compare_outs(folder: Path, reference: Path, stage: str) -> dict[str, float]:
-    """Largest relative difference of a number that a stage without training writes, and how many responses differ."""
+def numbers_apart(folder: Path, reference: Path, stage: str) -> float:
+    """Largest relative difference of a number that a stage without training writes."""
     if stage == "ref_logprobs":
         sides = [
             read_table(side / "data/ref_logprobs/train.arrow", REFERENCE_SCHEMA)[:] for side in (folder, reference)
         ]
         pairs = [pair for name in list(sides[0])[1:] for pair in zip(*(side[name] for side in sides), strict=True)]
-        return {"numbers": largest(abs(one - other) / abs(other) for one, other in pairs)}
-    samples = [(side / "data/samples/dpo.jsonl").read_text().splitlines() for side in (folder, reference)]
-    responses = [[json.loads(line)["response"] for line in lines] for lines in samples]
-    return {
-        "numbers": metrics_apart(folder, reference, "metrics/evaluate/dpo.json"),
-        "differing rollouts": float(sum(one != other for one, other in zip(*responses, strict=True))),
-    }
+        return largest(abs(one - other) / abs(other) for one, other in pairs)
+    return metrics_apart(folder, reference, "metrics/evaluate/dpo.json")
 
 
 def metrics_apart(folder: Path, reference: Path, name: str) -> float:
@@ -318,14 +343,6 @@ def metrics_apart(folder: Path, reference: Path, name: str) -> float:
 def largest(differences: Iterable[float]) -> float:
     """The largest; infinity if one is no number."""
     return max((value if math.isfinite(value) else math.inf) for value in differences)
-
-
-def differing_rollouts(folder: Path, reference: Path) -> int:
-    sides = []
-    for side in (folder, reference):
-        lines = (side / "data/rollouts/train_ppo/rollouts.jsonl").read_text().splitlines()
-        sides.append([json.loads(line)["response_ids"] for line in lines])
-    return sum(one != other for one, other in zip(*sides, strict=True))
 
 
 def measure(project: Path, stages: list[str], precision: str, only: list[str]) -> list[dict[str, Any]]:
@@ -344,19 +361,21 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
         reference = project.parent / f"reference-{precision}-{stage}"
         if not reference.exists():
             if processes.is_main:
-                found, folder = run_stage(project, stage, {"engine": "torch"}, alone)
-                if found:
-                    save_file(found, folder / "probe.safetensors")
+                probe = Probe(is_main=True)
+                folder = run_stage(project, stage, {"engine": "torch"}, probe, alone)
+                save_file(probe.found, folder / "probe.safetensors")
+                (folder / ROLLOUTS).write_text(json.dumps(probe.rollouts))
                 shutil.move(folder, reference)
             processes.broadcast(None)
         for name, changes in knobs.items():
             if (only and name not in only) or not possible(changes, precision) or idle(changes, stage):
                 continue
             started = time.monotonic()
-            found, folder = run_stage(project, stage, changes, processes)
+            probe = Probe(processes.is_main, reference, keep_to_reference=precision == "bf16")
+            folder = run_stage(project, stage, changes, probe, processes)
             if processes.is_main:
                 row = {"stage": stage, "precision": precision, "processes": processes.world_size, "configuration": name}
-                rows.append({**row, **compare(found, folder, reference, stage)})
+                rows.append({**row, **compare(probe, folder, reference, stage)})
                 rows[-1]["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(rows[-1]), flush=True)
                 shutil.rmtree(folder)
@@ -366,32 +385,28 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
 
 def outside(row: dict[str, Any]) -> dict[str, float]:
     """What of one row of measurements is larger than the precision allows."""
-    return {key: row[key] for key in held(row) if not row[key] <= TOLERANCES[row["precision"]]}
+    limits = limits_of(row["precision"])
+    return {key: row[key] for key in limits if key in row and not row[key] <= limits[key]}
 
 
-def held(row: dict[str, Any]) -> list[str]:
-    """What of one row of measurements must keep to the tolerance."""
-    keys = [f"weights after {STEPS} steps", "published"]
-    if row["precision"] != "bf16":
-        # In bf16 AdamW's first step is the sign of gradients that are rounded by a hundredth: many signs are chance.
-        keys.append("first update, steep")
-    if row["precision"] != "bf16" or not row.get("differing rollouts"):
-        keys += ["gradient", "losses", "numbers"]  # those of other tokens, where bf16 drew others, are others
-    return [key for key in keys if key in row]
-
-
-def verdict(row: dict[str, Any]) -> str:
-    return "–" if not held(row) else "no" if outside(row) else "yes"
+def limits_of(precision: str) -> dict[str, float]:
+    """What must keep to the precision's tolerance, or to another limit."""
+    tolerance = TOLERANCES[precision]
+    limits = dict.fromkeys(("gradient", "losses", f"weights after {STEPS} steps", "published", "numbers"), tolerance)
+    limits[CHANGE] = CHANGE_TOLERANCES[precision]
+    # In bf16 AdamW's first step is the sign of gradients that are rounded by a hundredth: many signs are chance.
+    return limits if precision == "bf16" else limits | {"first update, steep": tolerance, "differing rollouts": 0.0}
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """The measurements in Markdown."""
     names = ["stage", "precision", "processes", "configuration", "gradient", "first update", "first update, steep"]
-    names += ["flat weights", "losses", f"weights after {STEPS} steps", "published", "numbers", "differing rollouts"]
+    names += ["flat weights", "losses", f"weights after {STEPS} steps", CHANGE, "published", "numbers"]
+    names += ["differing rollouts"]
     lines = ["| " + " | ".join(names) + " | within |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
-        lines.append("| " + " | ".join(cells) + f" | {verdict(row)} |")
+        lines.append("| " + " | ".join([*cells, "no" if outside(row) else "yes"]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -436,7 +451,11 @@ def main() -> None:
         before = json.loads(options.out.read_text()) if options.out.exists() else []
         options.out.write_text(json.dumps(before + rows, indent=1))
         if options.table:
-            options.table.write_text(HEAD.format(commit=measured_commit()) + as_table(before + rows))
+            limits = "; ".join(
+                f"{limit:.0e} in {precision}, their change to {CHANGE_TOLERANCES[precision]:.0e}"
+                for precision, limit in TOLERANCES.items()
+            )
+            options.table.write_text(HEAD.format(commit=measured_commit(), limits=limits) + as_table(before + rows))
     end_process(1 if any(outside(row) for row in rows) else 0)
 
 

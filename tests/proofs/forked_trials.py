@@ -10,7 +10,7 @@ from stages.lib.hashing import dvc_hash
 from stages.lib.run_log import FILE_NAME, read_runs, run_that_made
 from tests.proofs.forked_stage import kill_points, prune_forked, run_forked
 from tests.proofs.kill_table import Row
-from tests.proofs.tiny_projects import differences, listing, outs_of, remove_outs, without_outs
+from tests.proofs.tiny_projects import differences, half_written, listing, outs_of, remove_outs, without_outs
 from tests.proofs.told_ends import RESUMED, STOPS, wrong_words
 
 
@@ -65,6 +65,7 @@ class Trials:
                 wrong += self.wrong_exit(ended.status, ended.output, number, ended.seconds_after_signal)
             elif ended.status != -signal.SIGKILL:
                 wrong.append(f"ended with status {ended.status} on SIGKILL")
+            wrong += half_written(self.folder, self.stage, self.truth)
         remove_outs(self.folder, self.stage)
         last = run_forked(self.folder, self.stage)
         row.resumed += any(word in last.output for word in RESUMED)

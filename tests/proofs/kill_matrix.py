@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_temp
+from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
 from tests.proofs.forked_stage import load_libraries, run_forked
 from tests.proofs.forked_trials import forked_rows
@@ -40,6 +40,7 @@ from tests.stages.conftest import STAGES as ALL_STAGES
 from tests.stages.tiny_pipeline import change, new_project
 
 ON_TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
+KILLS_IN_COMMIT = 3
 LORA = {
     "rank": 4,
     "alpha": 8,
@@ -66,15 +67,17 @@ VARIANTS = {
 
 
 def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
-    """Kills of what DVC runs (`tests/proofs/dvc_kills.py`)."""
+    """Kills of what DVC runs (`tests/proofs/dvc_kills.py`); of each commit, `KILLS_IN_COMMIT`."""
     project = dvc_project(truth, make(work / "dvc") / "project")
     draw = random.Random(seed)
     in_commit = "SIGKILL during DVC's commit"
-    trials = {(stage, 1, in_commit): partial(killed_in_commit, project, stage, draw) for stage in SAVING}
+    kill = partial(killed_in_commit, project, draw=draw, kills=KILLS_IN_COMMIT)
+    trials = {(stage, 1, in_commit): partial(kill, stage) for stage in SAVING}
     trials["train_sft", 1, "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
     trials["train_sft", 1, "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
+    trials["train_rm", 1, "SIGKILL while DVC writes dvc.lock"] = partial(killed_in_record, project, "train_rm", draw)
     # The last one: it leaves other bytes behind.
-    trials["train_ppo", 2, in_commit] = partial(killed_in_commit, project, "train_ppo", draw, LAUNCH=ON_TWO_PROCESSES)
+    trials["train_ppo", 2, in_commit] = partial(kill, "train_ppo", LAUNCH=ON_TWO_PROCESSES)
     rows = []
     for (stage, processes, method), trial in trials.items():
         started = time.monotonic()
@@ -84,7 +87,9 @@ def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
         except AssertionError as error:  # what did not come is a failure of this trial, and the others stand
             wrong = [str(error)]
         failures = [f"{stage}, {method}: {text}" for text in wrong]
-        rows.append(Row(stage, processes, method, 1, 1, int(not wrong), 0.0, time.monotonic() - started, failures))
+        kills = KILLS_IN_COMMIT if method == in_commit else 1
+        resumed = 0 if wrong else kills
+        rows.append(Row(stage, processes, method, kills, kills, resumed, 0.0, time.monotonic() - started, failures))
         print("  ".join(rows[-1].cells()), flush=True)
     return rows
 

@@ -23,6 +23,7 @@ from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import (
     SAVING,
     found_below,
+    half_written,
     listing,
     outs_of,
     remove_outs,
@@ -91,6 +92,7 @@ class RealTrials:
             hit_before = True
             wrong += self.wrong_end(row.method, process.returncode, output, took)
             kill_below(self.folder)  # torchrun starts its processes in groups of their own
+            wrong += half_written(self.folder, self.stage, self.truth)
             if not kills:
                 break
         remove_outs(self.folder, self.stage)
@@ -150,6 +152,7 @@ class RealTrials:
                 row.kills += 1
                 row.resumed += any(word in output for word in RESUMED)
                 wrong += [] if status == -signal.SIGKILL else [f"not killed at {place}, but ended with {status}"]
+                wrong += half_written(self.folder, self.stage, self.truth)
             remove_outs(self.folder, self.stage)
             status, output = self.finish()
             row.resumed += "already finished" in output

@@ -34,11 +34,27 @@ def write_lock(folder: Path) -> None:
 
 def listing(folder: Path) -> dict[str, str]:
     """Every file (its hash) and folder of a project, hidden ones too, but training state and what is linked in."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] not in (".scratch", "stages", "outputs") and not path.is_symlink():
-            found[name] = file_hash(path) if path.is_file() else "folder"
+    listed = ((path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")))
+    return {
+        name: entry(path)
+        for name, path in listed
+        if name.split("/")[0] not in (".scratch", "stages", "outputs") and not path.is_symlink()
+    }
+
+
+def entry(path: Path) -> str:
+    return file_hash(path) if path.is_file() else "folder"
+
+
+def half_written(folder: Path, stage: str, truth: dict[str, str]) -> list[str]:
+    """In which outs a stage that was killed left something else than an undisturbed run does; none is well, too."""
+    found = []
+    for out in outs_of(stage):
+        there = [path for path in (folder / out, *(folder / out).rglob("*")) if path.exists()]
+        if there:
+            ours = {path.relative_to(folder).as_posix(): entry(path) for path in there}
+            theirs = {name: what for name, what in truth.items() if name == out or name.startswith(f"{out}/")}
+            found += [f"after the kill {text}" for text in differences(ours, theirs)]
     return found
 
 

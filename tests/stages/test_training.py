@@ -121,6 +121,16 @@ def test_fine_tuning_beside_itself_is_a_tie(tiny: Path) -> None:
     assert results["preference_accuracy"] == 0.5
 
 
+def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) -> None:
+    """However evaluate cuts its batches, in which a log-prob in bf16 is another one than in those of ref_logprobs."""
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}, "evaluate": {"precision": "bf16"}})
+    call(folder, "ref_logprobs")
+    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 500}})
+    call(folder, "evaluate@sft")
+    test_fine_tuning_beside_itself_is_a_tie(folder)
+
+
 def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
     from stages.lib.film_gold import gold_utility
 
