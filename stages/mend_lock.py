@@ -1,39 +1,53 @@
-"""Cut a `dvc.lock` back to its whole records if DVC was killed while it wrote them (the make targets run this first).
+"""Make `dvc.lock` whole again if DVC was killed while it wrote it (the make targets that run stages do this first).
 
     python -m stages.mend_lock
 
-DVC writes the file in place, from its beginning, each time a stage has run. What is lost by that it then takes from its
-run cache, where every result is that a stage has had: nothing is computed again.
+DVC writes the file in place, from its beginning, each time a stage has run. The records that are whole stay; those of
+the other stages come from the last commit. What has run since then, DVC finds in its run cache.
 """
 
+import subprocess
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from stages.lib.errors import run
 
 
-def main(lock: Annotated[Path, typer.Option(help="The file that DVC writes.")] = Path("dvc.lock")) -> None:
-    """Remove the record at the end of dvc.lock that is not whole. A file with any other fault is left to DVC."""
-    from stages.lib.dvc_lock import cut_back
+def main() -> None:
+    """Mend a dvc.lock that was cut off. One with any other fault is left for DVC to complain of."""
+    from stages.lib.dvc_lock import LOCK_FILE, is_cut_off
+
+    lock = LOCK_FILE.resolve()
+    if not lock.is_file() or not is_cut_off(lock.read_bytes()):
+        return
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo().lock:
+            mend(lock)
+    except DvcException:  # another DVC writes it at this moment, or this is no project: DVC itself will say so
+        return
+
+
+def mend(lock: Path) -> None:
+    """Replace the file, if it still is cut off."""
+    from stages.lib.dvc_lock import LOCK_FILE, is_cut_off, mended, records
     from stages.lib.outputs import written_whole
 
-    if not lock.is_file():
-        return
     content = lock.read_bytes()
-    whole = cut_back(content)
-    if whole == content and content:
+    if not is_cut_off(content):
         return
+    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True, check=False).stdout
+    whole = mended(content, committed)
     if whole:
         with written_whole(lock) as (partial,):
             partial.write_bytes(whole)
     else:
         lock.unlink()
-    kept, lines = len(whole.splitlines()), len(content.splitlines())
-    typer.echo(
-        f"{lock}: DVC was stopped while it wrote it; {kept} of its {lines} lines are whole records and stay; "
-        "what other stages made DVC takes from its run cache"
+    print(
+        f"{LOCK_FILE} was cut off: DVC was stopped in the middle of writing it. It has {len(records(whole))} records "
+        "again, its own that were whole and, of other stages, those of the last commit. "
+        "What has run since, DVC takes from its run cache."
     )
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from stages.lib.errors import StageError
+from stages.lib.errors import NO_SPACE, StageError
+from stages.lib.lost_contact import is_lost_contact
 from stages.lib.processes import Processes
 from stages.lib.quantization import quantized_layers
 from stages.lib.runtime import Runtime
@@ -102,6 +103,12 @@ def _laid_over(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return result
 
 
+def is_no_keys_fault(error: Exception) -> bool:
+    """No memory, no room on the disk, a lost process."""
+    no_room = isinstance(error, OSError) and error.errno in NO_SPACE
+    return no_room or isinstance(error, torch.OutOfMemoryError) or is_lost_contact(error)
+
+
 def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **options: Any) -> Any:
     """`deepspeed.initialize`, in the process group of the launch or in one of this process alone.
 
@@ -130,10 +137,10 @@ def initialize(module: nn.Module, config: ReadKeys, processes: Processes, **opti
         wrong = error.errors()[0]
         key = "".join(f"{part}: " for part in wrong["loc"])
         raise StageError(f"runtime.yaml: deepspeed: {key}{wrong['msg']} ({error.title})") from None
-    except (StageError, RuntimeError, OSError):
-        raise  # no memory, a lost process: nothing that a key is to blame for
-    except Exception as error:  # DeepSpeed checks some of its keys by assertions, some by errors of its own
-        if not config.given:
+    except StageError:
+        raise
+    except Exception as error:  # DeepSpeed checks some of its keys by assertions, some by whatever comes of them
+        if not config.given or is_no_keys_fault(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StageError(f"runtime.yaml: deepspeed: DeepSpeed refuses {config.given} here: {reason}") from None

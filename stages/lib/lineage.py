@@ -31,7 +31,7 @@ class Lock:
         if not LOCK_FILE.is_file():
             raise StageError(f"{LOCK_FILE} is missing: nothing has been made here yet; run `make repro`")
         self.stages: dict[str, Record] = load_yaml(LOCK_FILE).get("stages") or {}
-        require_records(self.stages, str(LOCK_FILE))
+        require_records(self.stages)
         self.maker = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
         self.hash_of = {out["path"]: out.get("md5") for stage in self.stages.values() for out in stage.get("outs", [])}
 
@@ -168,7 +168,7 @@ def declared_stages(graph: Mapping[str, Any], params: Mapping[str, Any]) -> dict
         ((_, items),) = (stage.get("matrix") or {None: [None]}).items()
         for item in items:
             found[name if item is None else f"{name}@{item}"] = {
-                "cmd": put_in(stage["cmd"], item, params),
+                "cmd": put_in(" ".join(words(stage["cmd"])), item, params),
                 "deps": {put_in(dep, item, params) for dep in stage.get("deps") or ()},
                 # An out with settings of its own is a mapping of one key.
                 "outs": {
@@ -178,6 +178,11 @@ def declared_stages(graph: Mapping[str, Any], params: Mapping[str, Any]) -> dict
                 },
             }
     return found
+
+
+def words(cmd: str | list[str]) -> list[str]:
+    """Of a stage's command, or of its several."""
+    return (cmd if isinstance(cmd, str) else " ".join(cmd)).split()
 
 
 def put_in(text: str, item: str | None, params: Mapping[str, Any]) -> str:
@@ -213,7 +218,7 @@ def changed_declaration(name: str, record: Mapping[str, Any], declared: Mapping[
     if declared is None:
         return [f"{GRAPH_FILE} has no stage {name} any more"]
     faults = []
-    if record["cmd"].split() != declared["cmd"].split():
+    if words(record["cmd"]) != words(declared["cmd"]):
         faults.append(f"the command of {name} in {GRAPH_FILE} is another one")
     recorded = {entry["path"] for entry in [*record["code"], *record["inputs"]]}
     for paths, what in ((declared["deps"] - recorded, "without"), (recorded - declared["deps"], "still with")):

@@ -96,6 +96,7 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         ("float32", 2, {"activation_checkpointing": 5}),
         ("float32", 2, {"elasticity": {"enabled": True}}),
         ("float32", 2, {"tensor_parallel": {"autotp_size": 2}}),
+        ("float32", 2, {"csv_monitor": {"enabled": True, "output_path": "/proc/none", "job_name": "a"}}),
         ("float32", 2, {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
     ]
     words = [sys.executable, "-c", KEYS, json.dumps(tried)]
@@ -103,7 +104,7 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    taken, unknown, misspelt, mistyped, idle, *refused, ratio = done.stdout.splitlines()[-10:]
+    taken, unknown, misspelt, mistyped, idle, *refused, ratio = done.stdout.splitlines()[-11:]
     assert taken == "taken"
     assert unknown == "runtime.yaml: deepspeed.overlap_comm: DeepSpeed has no such key"
     assert misspelt.startswith("runtime.yaml: deepspeed: overlap_com: Extra inputs are not permitted")

@@ -1,13 +1,13 @@
-"""What a stage really reads when it runs: each real script, tiny, where nothing lies that dvc.yaml does not declare.
+"""What a stage really reads when it runs: each real script, tiny, in a process and a folder of its own.
 
     python -m tests.pipeline.observed FOLDER    run all stages there; what each read: observed.json
 
-Every stage runs in a process and a folder of its own. Of `stages/` it holds the declared deps alone: what is imported
-undeclared is not there, so the stage fails. Of `data/`, `models/` and `metrics/` it holds the other stages' outs as
-well, as a project does that has run before: a stage could read them if they are there, and do without if not. What it
-did read is then seen in three ways: its modules, in `sys.modules`; files opened by Python, through an audit hook; and
-data, which Arrow and safetensors open past Python, by the time of last access. The keys of params.yaml are recorded as
-the code looks them up.
+Every stage runs once to make its outs and then again, when all outs are made. Of `stages/` the folder holds the
+declared deps alone: what is imported undeclared is not there, so the stage fails. Of `data/`, `models/` and `metrics/`
+it holds the other stages' outs as well, as a project does that has run before: a stage could read them if they are
+there, and do without if not. What it did read is then seen in three ways: its modules, in `sys.modules`; files opened
+by Python, through an audit hook; and data, which Arrow and safetensors open past Python, by the time of last access.
+The keys of params.yaml are recorded as the code looks them up.
 
 The processes are forked from one that has loaded torch and its kin but nothing of `stages`, so that they start fast.
 """
@@ -79,18 +79,20 @@ class WatchParams(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.load_yaml = load_and_watch
 
 
-def observe(project: Path, stage: str, declared: dict[str, list[str]], all_outs: list[str]) -> dict[str, Any]:
-    """Run one stage in a folder of its own; its outs are moved to `project`. Raises RuntimeError if it fails.
+def observe(
+    project: Path, stage: str, declared: dict[str, list[str]], all_outs: list[str], target: Path
+) -> dict[str, Any]:
+    """Run one stage in a folder of its own; its outs are moved to `target`. Raises RuntimeError if it fails.
 
     Returns:
         Sorted lists: `modules`; `files` that Python opened; `data`, the files of deps that were accessed, and
         `undeclared`, those of other stages' outs; `left_behind`, files written beside the outs; `params`.
     """
-    folder = project.with_name(f"only-{stage}")
+    folder = target.with_name(f"{target.name}-{stage}")
     others = [out for out in all_outs if out not in declared["outs"]]
     lay_out(project, folder, declared["deps"], others)
     laid = dict(data_files(folder))
-    report = project.with_name(f"{stage}.json")
+    report = folder.with_name(f"{folder.name}.json")
     process = os.fork()
     if process == 0:
         run_forked(folder, stage, report)
@@ -101,27 +103,20 @@ def observe(project: Path, stage: str, declared: dict[str, list[str]], all_outs:
     seen["data"] = sorted(accessed(folder, declared["deps"]))
     seen["undeclared"] = sorted(set(accessed(folder, others)) - set(seen["data"]))
     for out in declared["outs"]:
-        target = project / out
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / out).rename(target)
+        (target / out).parent.mkdir(parents=True, exist_ok=True)
+        (folder / out).rename(target / out)
     seen["left_behind"] = sorted(name for name, written in data_files(folder) if laid.get(name) != written)
     return seen
 
 
 def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> None:
-    """A folder with the settings, the package files of `stages/` and the deps, as if last accessed long ago.
+    """A folder with the settings, the package files of `stages/`, the deps, and of the outs `others` what is made.
 
-    Outs of `others` lie there, too: as they are made, or of a later stage something in the place of its files.
+    All is as if last accessed long ago.
     """
-    for name in others:
-        source, target = project / name, folder / name
-        if source.is_dir():
-            shutil.copytree(source, target)
-        elif source.exists() or target.suffix:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes() if source.exists() else b"{}\n")
     packages = ["stages/__init__.py", "stages/lib/__init__.py"]
-    for name in ["params.yaml", "runtime.yaml", "dvc.yaml", *packages, *deps]:
+    made = [name for name in others if (project / name).exists()]
+    for name in ["params.yaml", "runtime.yaml", "dvc.yaml", *packages, *made, *deps]:
         source, target = project / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -236,7 +231,13 @@ def observe_all(folder: Path) -> dict[str, dict[str, Any]]:
     for name in HEAVY:
         importlib.import_module(name)
     outs = [out for stage in declared.values() for out in stage["outs"]]
-    return {stage: {"declared": wanted, **observe(project, stage, wanted, outs)} for stage, wanted in declared.items()}
+    for stage, wanted in declared.items():
+        observe(project, stage, wanted, outs, project)
+    again = folder / "again"
+    return {
+        stage: {"declared": wanted, **observe(project, stage, wanted, outs, again)}
+        for stage, wanted in declared.items()
+    }
 
 
 SHORTER = {

@@ -57,6 +57,7 @@ CHANGE_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp64": 1e-7}
 CHANGE = "their change"
 ROLLOUTS = "rollouts.json"
 TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+SAMPLING = ("train_ppo", "evaluate@dpo")
 MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are compared
 # What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
 AVERAGED = {"ema_decay": 0.9}
@@ -149,6 +150,7 @@ class Probe:
 
     @property
     def differing_rollouts(self) -> float:
+        assert self.rollouts, "the stage samples by another name than sample_responses"
         pairs = zip(self.rollouts, self.expected, strict=True)
         return float(sum(one != other for phase in pairs for one, other in zip(*phase, strict=True)))
 
@@ -288,7 +290,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
     stage = WITH_LORA.get(kind, kind)
-    drawn = {"differing rollouts": probe.differing_rollouts} if probe.rollouts else {}
+    drawn = {"differing rollouts": probe.differing_rollouts} if stage in SAMPLING else {}
     if stage in MEASURING:
         return {"numbers": numbers_apart(folder, reference, stage)} | drawn
     found, wanted = probe.found, load_file(reference / "probe.safetensors")
