@@ -27,6 +27,7 @@ from tests.stages.tiny_pipeline import change, read_yaml, start, write_yaml
 
 OTHER_RATE = "train_sft.optimizer.learning_rate=0.0021"
 ANOTHER_RATE = "train_sft.optimizer.learning_rate=0.0022"  # or DVC would have the result in its run cache
+TRIES = 8  # starts for each kill, at most
 PATIENCE = 300.0  # seconds that a start may take on a busy machine
 
 
@@ -90,14 +91,14 @@ class Commits:
 
     def killed(self, wait: Callable[[], float]) -> list[str]:
         """Kill the commit so many seconds after its first file. Returns what is wrong with the start after that."""
-        for _ in range(5):
+        for attempt in range(TRIES):
             process = self.start_anew()
-            time.sleep(wait())
+            time.sleep(wait() * 0.6**attempt)  # what else runs here may have made the measured time too long
             os.killpg(process.pid, signal.SIGKILL)
             if process.wait() == -signal.SIGKILL and not self.in_lock():
                 break
         else:
-            return ["DVC was about to record the result before it could be killed, five times"]
+            return [f"DVC was about to record the result before it could be killed, {TRIES} times"]
         status = self.start().wait()
         said = self.output.read_text()
         self.output.unlink()

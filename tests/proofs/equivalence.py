@@ -120,9 +120,9 @@ weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding 
 of all steps and the norms of their gradients; "numbers" are the stage's metrics or, of ref_logprobs, its outs.
 
 Held to: {limits}.
-In fp32 and fp64 no rollout may differ. In bf16, where a gradient is rounded by a hundredth, AdamW's first step is chance for many weights,
-and so are some tokens that are drawn: the first update is shown but not held, and a run that drew other rollouts goes
-on with those of the run that it is compared with.
+In fp32 and fp64 no rollout may differ. In bf16, where a gradient is rounded by a hundredth, AdamW's first step is
+chance for many weights, and so are some tokens that are drawn: the first update is shown but not held, and a run that
+drew other rollouts goes on with those of the run that it is compared with.
 
 """
 
