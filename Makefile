@@ -29,8 +29,8 @@ $(error say which stage the first machine runs, for instance: make join STAGE=tr
 endif
 
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. DVC runs stages that do
-# not depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. It is no longer
-# able to read dvc.lock if it was killed while it wrote that file.
+# not depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. Nor can it
+# read a dvc.lock that it was killed in the middle of writing.
 repro = .venv/bin/python -m stages.mend_lock && \
   PYTHONHASHSEED=0 .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
 

@@ -37,8 +37,7 @@ def mend(lock: Path) -> None:
     content = lock.read_bytes()
     if not is_cut_off(content):
         return
-    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True, check=False).stdout
-    whole = mended(content, committed)
+    whole = mended(content, committed_lock())
     if whole:
         with written_whole(lock) as (partial,):
             partial.write_bytes(whole)
@@ -49,6 +48,14 @@ def mend(lock: Path) -> None:
         "again, its own that were whole and, of other stages, those of the last commit. "
         "What has run since, DVC takes from its run cache."
     )
+
+
+def committed_lock() -> bytes:
+    """The file in the last commit; nothing where there is none, or no Git."""
+    try:
+        return subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True, check=False).stdout
+    except FileNotFoundError:
+        return b""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.lib.dvc_lock import LOCK_FILE, require_records
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from stages.lib.dvc_lock import LOCK_FILE
 from stages.lib.errors import StageError
 from stages.lib.hashing import dvc_hash
 from stages.lib.params import GRAPH_FILE, PARAMS_FILE, load_yaml, nearest
@@ -22,6 +24,30 @@ MODELS_FOLDER = "models/"
 SAME, ALTERED, MISSING, EARLIER = "same", "altered", "missing", "earlier"
 MATRIX_ITEM = re.compile(r"\$\{item\.\w+\}")
 Record = dict[str, Any]
+
+
+class LockedPath(BaseModel):
+    path: str
+    md5: str | None = None  # what lies elsewhere may have another kind of hash
+
+
+class LockedStage(BaseModel):
+    """What DVC writes of a stage, as far as it is read here."""
+
+    cmd: str | list[str]
+    deps: list[LockedPath] = []
+    outs: list[LockedPath] = []
+    params: dict[str, dict[Any, Any]] = {}
+
+
+def require_records(stages: Any) -> None:
+    """Raise StageError naming the key if these are no records of stages as DVC writes them."""
+    try:
+        TypeAdapter(dict[str, LockedStage]).validate_python(stages)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in ("stages", *wrong["loc"]))
+        raise StageError(f"{LOCK_FILE}: {key}: {wrong['msg']}; DVC writes it otherwise") from None
 
 
 class Lock:

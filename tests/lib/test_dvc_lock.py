@@ -57,6 +57,10 @@ def test_a_record_of_its_own_is_newer_than_the_committed_one() -> None:
     assert found == CONTENT[:LAST] + old[old.index(b"\n  " + NAMES[-1]) + 1 :]
 
 
+def test_nothing_is_taken_from_a_committed_file_that_is_cut_off() -> None:
+    assert mended(CONTENT[: LAST + 100], CONTENT[:-3]) == CONTENT[:LAST]
+
+
 @pytest.mark.parametrize("end", [0, 5, len(HEAD) + 1, len(HEAD) + 300])
 def test_nothing_stays_where_there_is_no_whole_record(end: int) -> None:
     assert mended(CONTENT[:end], b"") == b""

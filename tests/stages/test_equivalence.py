@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, TRAINING, TWENTY_STEPS, idle, outside
+from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, idle, outside
+from tests.proofs.watched_stage import TRAINING, TWENTY_STEPS
 from tests.stages.tiny_pipeline import PROJECT, change
 
 CONFIGURATIONS = (

@@ -1,0 +1,204 @@
+"""One run of a stage's real `main`, watched: gradients, weights and rollouts of 20 steps.
+
+`make_project` makes what all these runs start from. They share the process group of one launch.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from stages.lib import engine as engine_module
+from stages.lib import pretrained
+from stages.lib.processes import Processes
+from tests.stages.tiny_pipeline import (
+    call,
+    change,
+    inside,
+    lay_over,
+    new_project,
+    read_yaml,
+    script,
+    stage_options,
+    write_yaml,
+)
+
+STEPS = 20
+ROLLOUTS = "rollouts.json"
+TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+# What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
+AVERAGED = {"ema_decay": 0.9}
+EVALUATED = {"eval_every": 6, "keep": "last", "optimizer": AVERAGED}
+TWENTY_STEPS = {
+    "train_sft": {"epochs": 2.5, "batch_size": 8, **EVALUATED},
+    "train_rm": {"epochs": 3.34, "batch_size": 8, **EVALUATED},
+    "train_dpo": {"epochs": 3.34, "batch_size": 8, **EVALUATED},
+    "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12}
+    | {"policy_optimizer": AVERAGED},
+}
+LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
+LORA["save_adapter"] = False
+WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}
+
+
+class Probe:
+    """Notes the first gradient, and the weights before, after the first step and at the end, of each engine.
+
+    It also counts the responses that are others than those of the reference run. Where `keep_to_reference` says so,
+    the stage goes on with the latter, so that what it computes of them can be compared.
+    """
+
+    def __init__(self, is_main: bool, reference: Path | None = None, *, keep_to_reference: bool = False) -> None:
+        self.is_main = is_main
+        self.found: dict[str, torch.Tensor] = {}
+        self.engines: list[int] = []
+        self.rollouts: list[list[list[int]]] = []
+        self.expected = json.loads((reference / ROLLOUTS).read_text()) if reference else None
+        self.keep_to_reference = keep_to_reference
+
+    def sampled(self, responses: list[list[int]]) -> list[list[int]]:
+        self.rollouts.append(responses)
+        if self.expected is None or not self.keep_to_reference:
+            return responses
+        return self.expected[len(self.rollouts) - 1]
+
+    @property
+    def differing_rollouts(self) -> float:
+        assert self.rollouts, "the stage samples by another name than sample_responses"
+        pairs = zip(self.rollouts, self.expected, strict=True)
+        return float(sum(one != other for phase in pairs for one, other in zip(*phase, strict=True)))
+
+    def note(self, name: str, tensors: Iterator[torch.Tensor]) -> None:
+        parts = [tensor.detach().flatten().double().cpu() for tensor in tensors]
+        if self.is_main:
+            self.found[name] = torch.cat(parts)
+
+    @contextlib.contextmanager
+    def watching(self, module: Any) -> Iterator[None]:
+        """While the stage of this module runs."""
+        probe, step = self, engine_module.Engine.step
+        sample = getattr(module, "sample_responses", None)
+
+        def watched(engine: Any) -> float:
+            if id(engine) not in probe.engines:
+                probe.engines.append(id(engine))
+            name = f"{probe.engines.index(id(engine))}"
+            if engine.steps_taken == 0:
+                probe.note(f"{name}/weights 0", (engine.full_state(weight) for weight in engine.trained))
+            norm = step(engine)
+            if engine.steps_taken == 1:
+                probe.note(f"{name}/gradient", first_gradient(engine, norm))
+            if engine.steps_taken in (1, STEPS):
+                weights = (engine.full_state(weight) for weight in engine.trained)
+                probe.note(f"{name}/weights {engine.steps_taken}", weights)
+            return norm
+
+        engine_module.Engine.step = watched
+        if sample:
+            module.sample_responses = lambda *given, **settings: probe.sampled(sample(*given, **settings))
+        try:
+            yield
+        finally:
+            engine_module.Engine.step = step
+            if sample:
+                module.sample_responses = sample
+
+
+def first_gradient(engine: Any, norm: float) -> Iterator[torch.Tensor]:
+    """The first step's gradient of each trained weight, whole, as AdamW saw it but before clipping.
+
+    AdamW's first moment is then 1 - beta1 of it. ZeRO has the summed gradient nowhere else but within its step.
+    """
+    settings = engine.settings
+    clipped = min(1.0, settings.max_grad_norm / (norm + 1e-6))
+    for weight in engine.trained:
+        yield engine.full_state(weight, "exp_avg") / ((1 - settings.beta1) * clipped)
+
+
+def make_project(folder: Path) -> None:
+    """The tiny pipeline up to the models that the compared stages start from."""
+    folder.mkdir(parents=True)
+    new_project(folder)
+    for stage in ("prepare_data", "prepare_base", "tokenize@sft", "tokenize@preference", "tokenize@prompts"):
+        call(folder, stage)
+    for stage in (*TRAINING[:2], "ref_logprobs", "train_dpo"):
+        call(folder, stage)
+    change(folder / "params.yaml", TWENTY_STEPS)
+
+
+def make_bf16_project(project: Path, alone: Processes) -> None:
+    """The same project with all stages in bf16, and the reference log-probs that train_dpo then wants."""
+    folder = project.with_name("project-bf16")
+    if folder.exists():
+        return
+    shutil.copytree(project, folder, symlinks=True)
+    change(folder / "params.yaml", {stage: {"precision": "bf16"} for stage in (*TRAINING, "ref_logprobs", "evaluate")})
+    made = run_stage(folder, "ref_logprobs", {"engine": "torch"}, Probe(is_main=True), alone)
+    shutil.copytree(made / "data/ref_logprobs", folder / "data/ref_logprobs", dirs_exist_ok=True)
+    shutil.rmtree(made)
+
+
+def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, processes: Processes) -> Path:
+    """One run of a stage's real `main`, which `probe` watches. Returns the folder with its outs."""
+    stage = WITH_LORA.get(kind, kind)
+    folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="equivalence-") if processes.is_main else None))
+    if processes.is_main:
+        shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
+        runtime = read_yaml(project / "runtime.yaml")
+        lay_over(runtime["default"], {key: value for key, value in knobs.items() if key != "deepspeed"})
+        runtime["default"]["deepspeed"] = knobs.get("deepspeed", {})
+        write_yaml(folder / "runtime.yaml", runtime)
+        if kind in WITH_LORA:
+            change(folder / "params.yaml", {stage: {"lora": LORA}})
+    processes.broadcast(None)
+    module = importlib.import_module(f"stages.{script(stage)}")
+    options = stage_options(stage)
+    arguments = {
+        name[2:].replace("-", "_"): Path(value) for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with inside(folder), one_launch(module, processes), probe.watching(module), quiet:
+        module.main(**arguments)
+    return folder
+
+
+@contextlib.contextmanager
+def one_launch(module: Any, processes: Processes) -> Iterator[None]:
+    """Many runs of stages in the process group of one launch."""
+    join, leave = module.join_processes, Processes.leave
+    module.join_processes = lambda _runtime: processes
+    Processes.leave = lambda _self: None
+    try:
+        yield
+    finally:
+        module.join_processes, Processes.leave = join, leave
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Models load in float64 where the settings say fp32, and compute in it.
+
+    transformers' norms would round to float32, where two numbers that are 1e-16 apart now and then part.
+    """
+    rounding = LlamaRMSNorm.forward
+    pretrained.DTYPES["fp32"] = torch.float64
+    torch.set_default_dtype(torch.float64)
+    LlamaRMSNorm.forward = norm_in_float64
+    try:
+        yield
+    finally:
+        pretrained.DTYPES["fp32"] = torch.float32
+        torch.set_default_dtype(torch.float32)
+        LlamaRMSNorm.forward = rounding
+
+
+def norm_in_float64(norm: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    return norm.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
