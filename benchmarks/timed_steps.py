@@ -26,12 +26,12 @@ from stages import train_dpo, train_ppo, train_rm, train_sft
 from stages.lib.batching import micro_batching
 from stages.lib.engine import Engine, new_engine, require_finite
 from stages.lib.lora import Lora
-from stages.lib.lora_settings import ALL_LINEAR, LoraSettings
 from stages.lib.params import read_params
 from stages.lib.pretrained import end_and_pad_ids, load_language_model, new_classifier
 from stages.lib.processes import Processes, join_processes
-from stages.lib.runtime import Runtime, read_runtime
 from stages.lib.scalar_scores import SequenceScores
+from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
+from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.token_logprobs import TokenLogProbs
 
 SETTINGS = Path("profiles/default.yaml")  # of the stages: loss, optimizer, and all that has no bearing on speed

@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.film_gold import gold_utility
 from stages.lib.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.settings.evaluate import Evaluate
+from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.tokenizer_files import require_same_tokenizer
 
 if not asks_for_help():
@@ -50,23 +51,6 @@ if not asks_for_help():
     )
 
 SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Section `evaluate` of params.yaml; the file explains each key."""
-
-    max_prompts: int | None
-    max_new_tokens: int
-    temperature: float
-    precision: Literal["fp32", "bf16"]
-    bootstrap_resamples: int
-
-    def __post_init__(self) -> None:
-        if (self.max_prompts is not None and self.max_prompts < 1) or self.max_new_tokens < 1:
-            raise ValueError("max_prompts and max_new_tokens must be at least 1")
-        if self.temperature < 0 or self.bootstrap_resamples < 100:
-            raise ValueError("temperature must not be negative and bootstrap_resamples at least 100")
 
 
 @dataclass
@@ -224,7 +208,7 @@ def main(
     """Evaluate POLICY against SFT on held-out prompts and pairs."""
     settings = read_params("evaluate", Evaluate)
     seed = read_value("seed", int)
-    runtime = read_runtime("evaluate_policy")
+    runtime = read_runtime("evaluate")
     processes = join_processes(runtime)
     require_same_tokenizer(sft, policy)
     require_same_tokenizer(sft, reward_model)

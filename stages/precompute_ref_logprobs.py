@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
-from stages.lib.lora_settings import BaseQuantization
 from stages.lib.params import read_params
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.runtime import read_runtime
 
 if not asks_for_help():
     from stages.lib.batching import MicroBatching, micro_batching
@@ -31,18 +30,10 @@ if not asks_for_help():
     from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_table, write_table
 
 
-@dataclass(frozen=True)
-class RefLogprobs:
-    """Section `ref_logprobs` of params.yaml; the file explains each key."""
-
-    precision: Literal["fp32", "bf16"]
-    base_quantization: BaseQuantization
-
-
 def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
     settings = read_params("ref_logprobs", RefLogprobs)
-    runtime = read_runtime("precompute_ref_logprobs")
+    runtime = read_runtime("ref_logprobs")
     processes = join_processes(runtime)
     tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
     declared = {"ref_logprobs": settings}

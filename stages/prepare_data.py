@@ -12,15 +12,13 @@ A row that breaks a rule is dropped and counted by reason in the metrics. Run it
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -35,62 +33,11 @@ from stages.lib.params import read_params, read_value
 from stages.lib.prompt_splits import eval_prompts, prompt_digest
 from stages.lib.raw_rows import hub_rows, local_rows
 from stages.lib.run_log import log_run
+from stages.lib.settings.prepare_data import Kind, PrepareData
 
-Kind = Literal["sft", "preference", "prompts"]
 KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
 SPLITS = ("train", "eval")
-NO_FILE = "data/raw/none"
 PreparedRow = tuple[Kind, str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class PrepareData:
-    """The section `prepare_data`; params.yaml explains each key."""
-
-    source: Literal["film_reviews", "local", "hub"]
-    path: str
-    hub_dataset: str | None
-    hub_revision: str | None
-    hub_data_dir: str | None
-    hub_split: str | None
-    format: Literal["auto", Format]
-    columns: dict[str, str]
-    kinds: tuple[Kind, ...]
-    max_rows: int | None
-    eval_fraction: float
-    film_reviews: film_reviews.FilmReviewSettings
-
-    def __post_init__(self) -> None:
-        self._check_source()
-        if self.source == "film_reviews" and (self.format != "auto" or self.columns or self.max_rows is not None):
-            raise ValueError("format, columns and max_rows are for raw data: with source film_reviews leave them unset")
-        if len(set(self.columns.values())) < len(self.columns):
-            raise ValueError("columns gives two columns the same name")
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise ValueError("kinds must name at least one kind, and each once")
-        if self.max_rows is not None and self.max_rows < 2:
-            raise ValueError(f"max_rows must be at least 2, found {self.max_rows}; null for all rows")
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be above 0 and below 1, found {self.eval_fraction}")
-
-    def _check_source(self) -> None:
-        """Each source has its own keys; a key of another one would be a setting that nothing obeys."""
-        if (self.source == "local") != (self.path != NO_FILE):
-            raise ValueError(
-                f"path must be a file or folder with source local, and {NO_FILE} with any other: "
-                f"found {self.path} with source {self.source}"
-            )
-        hub_keys = ("hub_dataset", "hub_revision", "hub_data_dir", "hub_split")
-        set_keys = [key for key in hub_keys if getattr(self, key) is not None]
-        if self.source != "hub" and set_keys:
-            raise ValueError(f"{set_keys[0]} must be null with source {self.source}: it is for source hub")
-        if self.source == "hub" and self.hub_dataset is None:
-            raise ValueError("hub_dataset must name a data set (owner/name) with source hub")
-        if self.source == "hub" and not re.fullmatch("[0-9a-f]{40}", self.hub_revision or ""):
-            raise ValueError(
-                f"hub_revision must be a full commit hash of 40 hexadecimal digits, found {self.hub_revision!r}: "
-                "a branch or tag may change under the same name"
-            )
 
 
 def raw_rows(settings: PrepareData, raw: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import pyarrow
 import typer
@@ -28,6 +28,7 @@ from stages.lib.jsonl import read_jsonl, write_json
 from stages.lib.outputs import written_whole
 from stages.lib.params import read_params
 from stages.lib.run_log import log_run
+from stages.lib.settings.tokenize import Tokenize
 from stages.lib.token_tables import (
     PREFERENCE_SCHEMA,
     PROMPT_SCHEMA,
@@ -46,22 +47,6 @@ PROMPT_TOO_LONG = "prompt_too_long"
 TOO_LONG = "too_long"
 REASONS = (NOT_REVERSIBLE, PROMPT_TOO_LONG, SPECIAL_TOKEN_IN_TEXT, TOO_LONG)
 SECONDS_BETWEEN_REPORTS = 10.0
-
-
-@dataclass(frozen=True)
-class Tokenize:
-    """Section `tokenize` of params.yaml; the file explains each key."""
-
-    max_length: int
-    max_prompt_length: int
-    overlong: Literal["error", "drop"]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_prompt_length < self.max_length:
-            raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) must be above 0 and below max_length "
-                f"({self.max_length}): a reply needs at least one token"
-            )
 
 
 class Kind(StrEnum):

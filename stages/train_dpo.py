@@ -12,15 +12,14 @@ optimizer step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
-from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.train_dpo import TrainDpo
 
 if not asks_for_help():
     import torch
@@ -47,24 +46,6 @@ PAIR_METRICS = (
     "logps/rejected",
 )
 COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for name in PAIR_METRICS))
-
-
-@dataclass(frozen=True)
-class TrainDpo(EpochSettings):
-    """Section `train_dpo` of params.yaml; the file explains each key."""
-
-    loss_type: Literal["sigmoid", "ipo"]
-    beta: float
-    label_smoothing: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, found {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, found {self.label_smoothing}")
-        if self.loss_type == "ipo" and self.label_smoothing:
-            raise ValueError("label_smoothing has no meaning with loss_type: ipo; set it to 0")
 
 
 class PairLoss:

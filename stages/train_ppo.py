@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from stages.lib.errors import PathOption, asks_for_help, run
-from stages.lib.lora_settings import LoraSettings, quantization_of_base
-from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.runtime import Runtime, read_runtime
+from stages.lib.settings.train_ppo import TrainPpo
 from stages.lib.tokenizer_files import require_same_tokenizer
 
 if not asks_for_help():
@@ -74,75 +73,6 @@ UPDATE_METRICS = (
     "value/grad_norm",
 )
 COLUMNS = (*ROLLOUT_METRICS, "policy/entropy", *UPDATE_METRICS, "learning_rate", "value/learning_rate")
-
-
-@dataclass(frozen=True)
-class TrainPpo:
-    """Section `train_ppo` of params.yaml; the file explains each key."""
-
-    iterations: int
-    rollout_batch_size: int
-    max_new_tokens: int
-    temperature: float
-    epochs: int
-    minibatch_size: int
-    gamma: float
-    lam: float
-    clip_range: float
-    value_clip_range: float
-    whiten_advantages: bool
-    kl_estimator: Literal["k1", "k2", "k3"]
-    kl_controller: Literal["fixed", "adaptive"]
-    kl_coef: float
-    kl_target: float | None
-    kl_horizon: float | None
-    max_kl: float | None
-    max_policy_kl: float | None
-    score_clip: float | None
-    normalise_scores: bool
-    missing_eos_penalty: float
-    critic_warmup_iterations: int
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    lora: LoraSettings | None
-    policy_optimizer: OptimizerSettings
-    critic_optimizer: OptimizerSettings
-
-    def __post_init__(self) -> None:
-        for key in ("iterations", "rollout_batch_size", "max_new_tokens", "epochs", "minibatch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
-        for key in ("temperature", "clip_range", "value_clip_range", "max_kl", "max_policy_kl", "score_clip"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be above 0, found {getattr(self, key)}")
-        for key in ("kl_coef", "missing_eos_penalty", "critic_warmup_iterations"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
-        for key in ("gamma", "lam"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} must be between 0 and 1, found {getattr(self, key)}")
-        if self.rollout_batch_size % self.minibatch_size:
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is no multiple of minibatch_size {self.minibatch_size}"
-            )
-        if self.critic_warmup_iterations >= self.iterations:
-            raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
-        if self.critic_optimizer.ema_decay is not None:
-            raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
-        self._check_kl_controller()
-
-    def _check_kl_controller(self) -> None:
-        adaptive = self.kl_controller == "adaptive"
-        if (self.kl_target is not None, self.kl_horizon is not None) != (adaptive, adaptive):
-            raise ValueError("kl_target and kl_horizon belong to kl_controller: adaptive, which needs both")
-        if adaptive and (self.kl_coef <= 0 or self.kl_target <= 0 or self.kl_horizon <= 0):
-            raise ValueError("kl_coef, kl_target and kl_horizon must be above 0 with kl_controller: adaptive")
-        if adaptive and self.rollout_batch_size >= 5 * self.kl_horizon:
-            raise ValueError("kl_horizon must be more than a fifth of rollout_batch_size")
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return self.epochs * (self.rollout_batch_size // self.minibatch_size)
 
 
 class EarlyStop:

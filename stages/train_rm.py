@@ -11,16 +11,15 @@ Llama 2, arXiv 2307.09288).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, StageError, asks_for_help, run
 from stages.lib.intervals import wilson_interval
-from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.train_rm import TrainRm
 
 if not asks_for_help():
     import torch
@@ -38,14 +37,6 @@ if not asks_for_help():
 
 PAIR_METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
-
-
-@dataclass(frozen=True)
-class TrainRm(EpochSettings):
-    """Section `train_rm` of params.yaml; the file explains each key."""
-
-    init_from: str
-    use_margin: bool
 
 
 class PairLoss:

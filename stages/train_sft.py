@@ -10,14 +10,13 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import PathOption, asks_for_help, run
-from stages.lib.lora_settings import quantization_of_base
 from stages.lib.params import read_params, read_value
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.train_sft import TrainSft
 
 if not asks_for_help():
     import torch
@@ -33,11 +32,6 @@ if not asks_for_help():
     from stages.lib.training_run import TrainingRun
 
 COLUMNS = ("loss", "grad_norm", "learning_rate", "eval/loss")
-
-
-@dataclass(frozen=True)
-class TrainSft(EpochSettings):
-    """Section `train_sft` of params.yaml; the file explains each key."""
 
 
 class TokenLoss:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 
 
 @lru_cache(maxsize=2)  # a step asks for one or two epochs, the next one for the same

@@ -10,7 +10,7 @@ from torch import nn
 from stages.lib.deepspeed_setup import deepspeed_config, initialize, require_whole_weights
 from stages.lib.engine import Engine, sum_gradients
 from stages.lib.errors import StageError
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 
 
 class DeepSpeedEngine(Engine):

@@ -17,7 +17,7 @@ from stages.lib.errors import NO_SPACE, StageError
 from stages.lib.lost_contact import is_lost_contact
 from stages.lib.processes import Processes
 from stages.lib.quantization import quantized_layers
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 
 
 def sharded(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:

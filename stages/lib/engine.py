@@ -19,10 +19,10 @@ from torch import nn
 from stages.lib.activation_offload import offloaded_activations
 from stages.lib.averaging_adamw import AVERAGE, AveragingAdamW
 from stages.lib.errors import StageError
-from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
 from stages.lib.schedule import learning_rate
+from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.runtime import Runtime
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means of the gradient and of its square
 PIECE = 2**24  # numbers that are exchanged at a time

@@ -21,6 +21,7 @@ from stages.lib.stop_watch import STOP_SIGNALS, STOP_WATCH
 USER_ERROR_EXIT_CODE = 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECONDS_OF_A_CLAIM = 3600.0  # after the first process of a launch has spoken for all, the others end within a minute
+LONGEST_MESSAGE = 1000  # characters; what a message quotes (a path, a value, a library's words) may be of any length
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
 
@@ -44,8 +45,9 @@ def asks_for_help() -> bool:
 def run(main: Callable[..., None]) -> None:
     """Run a stage's `main` as a Typer command; a `StageError` becomes one message on stderr and exit code 2.
 
-    So does a full disk. SIGTERM and Ctrl-C end it at once, with one line and exit code 128 + their number, but where
-    a stage minds them itself (`stages.lib.stop_signal`).
+    So does a full disk, and a file or folder that cannot be read, written or replaced. SIGTERM and Ctrl-C end it at
+    once, with one line and exit code 128 + their number, unless a stage handles them itself
+    (`stages.lib.stop_signal`).
     """
     STOP_WATCH.start(speak_for_all)
     old_handlers = {number: signal.signal(number, _raise_stopped) for number in STOP_SIGNALS}
@@ -53,7 +55,11 @@ def run(main: Callable[..., None]) -> None:
         with no_space_explained():
             typer.run(main)
     except StageError as error:
-        _end(f"error: {error}", USER_ERROR_EXIT_CODE)
+        _end(f"error: {one_line(str(error))}", USER_ERROR_EXIT_CODE)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"error: {one_line(_file_message(error))}", USER_ERROR_EXIT_CODE)
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -68,6 +74,25 @@ def run(main: Callable[..., None]) -> None:
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of printable characters: a message may quote what a stranger's file holds.
+
+    Line breaks, control characters and half surrogate pairs are escaped as in a Python string; a text longer than
+    LONGEST_MESSAGE loses its middle.
+    """
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    if len(line) <= LONGEST_MESSAGE:
+        return line
+    half = LONGEST_MESSAGE // 2
+    return f"{line[:half]} … {line[-half:]}"
+
+
+def _file_message(error: OSError) -> str:
+    """What to say of a file or folder that the operating system does not let a stage read, write or replace."""
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{names}: {error.strerror}; check that it exists, what it is (a file, a folder, a link) and its permissions"
 
 
 def _no_space_message(error: Exception) -> str | None:

@@ -9,7 +9,6 @@ kinds and row counts. Each kind and split draws from its own generator: more row
 """
 
 import hashlib
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from stages.lib.film_gold import (
     preference_probability,
     split_words,
 )
+from stages.lib.settings.prepare_data import FilmReviewSettings
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 EVAL_SHARE = 0.1
-MOST_ROWS = 100_000  # far below the number of distinct prompts (eval: about 250 000), so drawing new ones stays quick
 TITLE_FIRST_WORDS = split_words(
     """silver golden broken silent hidden crimson distant frozen midnight paper glass iron velvet lonely burning
     sleeping wandering painted forgotten northern southern eastern second final hollowed little ancient electric"""
@@ -94,30 +93,6 @@ CLOSINGS = {
     "plain": ("it lasts about two hours.", "i saw it last week.", "people can watch it at home."),
     "cold": ("i regret that evening.", "you should avoid it.", "i disliked nearly every minute."),
 }
-
-
-@dataclass(frozen=True)
-class FilmReviewSettings:
-    """How many rows to generate and how noisy the preference labels are.
-
-    Attributes:
-        sft_rows, preference_rows, prompt_rows: rows of the train split of each kind.
-        eval_rows: rows of the eval split of every kind.
-        label_temperature: Bradley-Terry temperature in units of gold utility; larger means noisier labels.
-    """
-
-    sft_rows: int
-    preference_rows: int
-    prompt_rows: int
-    eval_rows: int
-    label_temperature: float
-
-    def __post_init__(self) -> None:
-        for name in ("sft_rows", "preference_rows", "prompt_rows", "eval_rows"):
-            if not 1 <= getattr(self, name) <= MOST_ROWS:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected 1 to {MOST_ROWS}")
-        if not (math.isfinite(self.label_temperature) and self.label_temperature > 0):
-            raise ValueError(f"label_temperature is {self.label_temperature}: expected a number above 0")
 
 
 @dataclass(frozen=True)

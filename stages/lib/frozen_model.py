@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 
 
 def frozen(module: nn.Module, runtime: Runtime, processes: Processes) -> Callable:

@@ -31,12 +31,40 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise StageError(f"{path} is empty: expected one JSON object a line")
 
 
+def parse_json(text: str, where: str, *, names_line: bool = True) -> Any:
+    """Parse one JSON value, or raise a StageError that names `where`.
+
+    Args:
+        names_line: `where` already says which line the text is.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if names_line else f", line {error.lineno}"
+        raise StageError(f"{where}{line}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise StageError(f"{where}: not usable JSON (brackets nested too deeply)") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise StageError(f"{where}: not usable JSON ({error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        StageError: the file is not UTF-8 text or not JSON.
+        OSError: it cannot be opened.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StageError(f"{path}: not UTF-8 text ({error.reason})") from None
+    return parse_json(text, str(path), names_line=False)
+
+
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """Parse one JSON object, or raise a StageError that names `where`."""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise StageError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    row = parse_json(text, where)
     if not isinstance(row, dict):
         raise StageError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row

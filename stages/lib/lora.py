@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from stages.lib.errors import StageError
-from stages.lib.lora_settings import ALL_LINEAR, LoraSettings
 from stages.lib.params import nearest
 from stages.lib.pretrained import DTYPES
 from stages.lib.quantization import dequantized, quantized_layers
+from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 
 ADAPTER = "default"  # the name that PEFT gives to the only adapter of a model
 ADAPTER_FOLDER = "adapter"

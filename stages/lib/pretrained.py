@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from stages.lib.errors import StageError
-from stages.lib.lora_settings import BaseQuantization
 from stages.lib.model_traits import CAN_BE_PACKED, switch_off_dropout
 from stages.lib.quantization import is_quantized, nf4_options, settle_quantized_layers, whole_twin
-from stages.lib.runtime import Runtime
+from stages.lib.settings.lora import BaseQuantization
+from stages.lib.settings.runtime import Runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

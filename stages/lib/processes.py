@@ -16,7 +16,7 @@ from stages.lib.errors import StageError
 from stages.lib.hashing import file_hash
 from stages.lib.own_code import code_hash
 from stages.lib.params import PARAMS_FILE
-from stages.lib.runtime import RUNTIME_FILE, Runtime
+from stages.lib.settings.runtime import RUNTIME_FILE, Runtime
 
 # A launcher starts all processes at about the same time; those of another machine may have to be started by hand.
 JOIN_TIMEOUT = timedelta(minutes=10)

@@ -11,8 +11,8 @@ from stages.lib.errors import StageError, no_space_explained
 from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import Processes
 from stages.lib.run_log import launcher_in_use, log_run
-from stages.lib.runtime import Runtime
 from stages.lib.scratch import Scratch
+from stages.lib.settings.runtime import Runtime
 
 
 class StageRun:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stages.lib.errors import StoppedError
-from stages.lib.runtime import Runtime
 from stages.lib.scratch_root import in_project
+from stages.lib.settings.runtime import Runtime
 from stages.lib.stop_watch import STOP_WATCH
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers

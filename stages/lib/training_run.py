@@ -29,8 +29,8 @@ from stages.lib.model_card import write_model_card
 from stages.lib.pretrained import save_model
 from stages.lib.processes import Processes
 from stages.lib.progress import Curve, Progress
-from stages.lib.runtime import Runtime
 from stages.lib.scratch import Checkpoint
+from stages.lib.settings.runtime import Runtime
 from stages.lib.stage_run import StageRun
 from stages.lib.stop_signal import StopSignal
 from stages.lib.trackers import Trackers

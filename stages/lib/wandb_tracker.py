@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 from stages.lib.trackers import SECONDS_TO_UPLOAD, Row
 
 SECONDS_TO_CONNECT = 30.0

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from stages.lib import activation_offload
 from stages.lib.engine import TorchEngine
 from stages.lib.params import load_yaml
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 from tests.lib.test_engine import ALONE, IDS, MeanLogProb, settings
 from tests.real_files import PROJECT
 from tests.tiny_models import tiny_llama

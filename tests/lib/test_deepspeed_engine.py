@@ -23,7 +23,7 @@ from stages.lib import engine
 from stages.lib.deepspeed_setup import sharded
 from stages.lib.errors import StageError
 from stages.lib.processes import join_processes
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 
 
 class Scaled(nn.Module):
@@ -69,7 +69,7 @@ from stages.lib.engine import new_engine
 from stages.lib.errors import StageError
 from stages.lib.params import load_yaml
 from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
+from stages.lib.settings.runtime import Runtime
 from tests.lib.test_engine import CPU, PROJECT, settings
 
 for dtype, zero_stage, keys in json.loads(sys.argv[1]):
@@ -125,7 +125,7 @@ import pytest
 from stages.lib.engine import new_engine
 from stages.lib.errors import StageError
 from stages.lib.processes import join_processes
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 from tests.lib.test_engine import MeanLogProb, settings
 from tests.tiny_models import tiny_llama
 

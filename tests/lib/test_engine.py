@@ -9,10 +9,10 @@ from torch import nn
 
 from stages.lib.engine import Engine, TorchEngine, require_finite
 from stages.lib.errors import StageError
-from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import load_yaml
 from stages.lib.processes import Processes
-from stages.lib.runtime import Runtime
+from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.runtime import Runtime
 from tests.real_files import PROJECT
 from tests.tiny_models import CPU, tiny_llama
 

@@ -18,6 +18,8 @@ from stages.lib.errors import PathOption, StageError, run
 def main(rows: PathOption) -> None:
     if rows.name == "bug":
         raise KeyError("a bug")
+    if rows.is_dir():
+        rows.read_text()
     raise StageError(f"{rows} is empty")
 
 run(main)
@@ -38,6 +40,25 @@ def start(tmp_path: Path, *options: str, **environment: str) -> subprocess.Compl
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ended = start(tmp_path, "--rows", "x.jsonl")
     assert (ended.returncode, ended.stderr, ended.stdout) == (2, "error: x.jsonl is empty\n", "")
+
+
+def test_a_message_is_one_line_whatever_it_quotes(tmp_path: Path) -> None:
+    ended = start(tmp_path, "--rows", "a\nb\r\x1b[31m\u2028c")
+    assert ended.stderr == "error: a\\nb\\r\\x1b[31m\\u2028c is empty\n"
+
+
+def test_a_long_message_loses_its_middle() -> None:
+    line = errors.one_line("begins " + "x" * 5000 + " ends")
+    assert len(line) < errors.LONGEST_MESSAGE + 10
+    assert line.startswith("begins x")
+    assert line.endswith("x ends")
+
+
+def test_a_file_that_cannot_be_read_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    ended = start(tmp_path, "--rows", str(tmp_path))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path}: Is a directory; ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_bug_shows_where_it_is(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from stages.lib import pretrained
 from stages.lib.errors import StageError
 from stages.lib.given_model import check_forward_pass
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 from stages.lib.token_logprobs import TokenLogProbs
 from tests.real_files import PROJECT
 from tests.tiny_models import CPU, EOS, PAD, VOCABULARY

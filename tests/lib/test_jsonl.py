@@ -1,12 +1,13 @@
 """JSON lines: what is wrong is named by file and line, what is written appears whole."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from stages.lib.errors import StageError
-from stages.lib.jsonl import read_jsonl, write_json, write_jsonl
+from stages.lib.jsonl import read_json, read_jsonl, write_json, write_jsonl
 
 
 def test_rows_come_back_in_their_own_letters(tmp_path: Path) -> None:
@@ -62,3 +63,23 @@ def test_a_line_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
     with pytest.raises(StageError, match=r"rows.jsonl, line 2: not UTF-8 text"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "a": \n}', "values.json, line 3: not valid JSON"),
+        ("[" * 100_000, "values.json: not usable JSON (brackets nested too deeply)"),
+        ("1" * 5000, "values.json: not usable JSON"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "values.json").write_text(text)
+    with pytest.raises(StageError, match=re.escape(message)):
+        read_json(tmp_path / "values.json")
+
+
+def test_a_json_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "values.json").write_bytes(b'"\xff"')
+    with pytest.raises(StageError, match=r"values\.json: not UTF-8 text"):
+        read_json(tmp_path / "values.json")

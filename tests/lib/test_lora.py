@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.lib.errors import StageError
 from stages.lib.lora import Lora
-from stages.lib.lora_settings import LoraSettings
+from stages.lib.settings.lora import LoraSettings
 from tests.tiny_models import tiny_classifier, tiny_gpt2, tiny_llama
 
 SETTINGS = {"rank": 2, "alpha": 6, "targets": "all-linear", "rslora": False, "base_quantization": None}

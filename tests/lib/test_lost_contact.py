@@ -13,7 +13,7 @@ SCRIPT = """
 import torch
 from stages.lib.errors import run
 from stages.lib.processes import join_processes
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 
 
 def main() -> None:

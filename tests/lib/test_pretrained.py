@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.lib import pretrained
 from stages.lib.errors import StageError
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 from tests.real_files import PROJECT
 from tests.tiny_models import CPU, tiny_gpt2, tiny_llama
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from stages.lib.errors import StageError
 from stages.lib.hashing import dvc_hashes
 from stages.lib.processes import join_processes
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 from stages.lib.stage_run import require_same_inputs
 
 processes = join_processes(read_runtime("train_rm"))

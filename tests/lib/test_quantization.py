@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.lib.errors import StageError
 from stages.lib.lora import Lora
-from stages.lib.lora_settings import LoraSettings
 from stages.lib.quantization import (
     dequantized,
     keeps_block_maxima,
@@ -20,6 +19,7 @@ from stages.lib.quantization import (
     settle_quantized_layers,
     whole_twin,
 )
+from stages.lib.settings.lora import LoraSettings
 from tests.tiny_models import CPU, EOS, PAD, VOCABULARY
 
 # QLoRA, arXiv 2305.14314, Appendix E.

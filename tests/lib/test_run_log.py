@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.run_log import launcher_in_use, log_run, read_runs, run_that_made
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.settings.runtime import Runtime, read_runtime
 
 
 @pytest.fixture

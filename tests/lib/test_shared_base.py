@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stages.lib.lora import Lora
-from stages.lib.lora_settings import LoraSettings
+from stages.lib.settings.lora import LoraSettings
 from stages.lib.shared_base import FirstHead, WithoutAdapters
 from tests.tiny_models import tiny_classifier
 

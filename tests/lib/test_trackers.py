@@ -15,7 +15,7 @@ import pytest
 
 from stages.lib.errors import StoppedError
 from stages.lib.params import load_yaml
-from stages.lib.runtime import Runtime, read_runtime
+from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.tensorboard_tracker import flat
 from stages.lib.trackers import Journal, Row, Trackers
 from tests.real_files import PROJECT

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.lib.errors import end_process
 from stages.lib.processes import join_processes
-from stages.lib.runtime import read_runtime
+from stages.lib.settings.runtime import read_runtime
 from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
 from tests.proofs.measured_commit import measured_commit
 from tests.proofs.watched_stage import (

@@ -14,8 +14,8 @@ from stages.lib.batching import MicroBatching, micro_batching
 from stages.lib.engine import Engine
 from stages.lib.params import read_params
 from stages.lib.processes import Processes
-from stages.lib.runtime import read_runtime
 from stages.lib.scalar_scores import SequenceScores
+from stages.lib.settings.runtime import read_runtime
 from stages.lib.token_logprobs import TokenLogProbs
 from stages.lib.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
 from tests.stages.test_training import curve, metrics

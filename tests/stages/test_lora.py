@@ -152,8 +152,9 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
 def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
     from stages.lib.params import read_params
     from stages.lib.processes import Processes
-    from stages.lib.runtime import read_runtime
-    from stages.train_ppo import Ppo, TrainPpo
+    from stages.lib.settings.runtime import read_runtime
+    from stages.lib.settings.train_ppo import TrainPpo
+    from stages.train_ppo import Ppo
 
     alone = Processes(0, 1, torch.device("cpu"))
     with inside(adapted):

@@ -9,7 +9,7 @@ import pytest
 
 from stages.lib.errors import StageError
 from stages.lib.params import build
-from stages.prepare_data import PrepareData
+from stages.lib.settings.prepare_data import PrepareData
 from tests.real_files import PROJECT, real_file
 
 SECTION = {

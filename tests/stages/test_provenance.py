@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from stages.lib.hashing import dvc_hash
-from stages.lib.runtime import STAGES as SCRIPTS_WITH_RUNTIME
+from stages.lib.settings.runtime import STAGES as SCRIPTS_WITH_RUNTIME
 from tests.pipeline.closure import is_code, load_graph
 from tests.pipeline.test_graph import all_instances, outs_of, paths
 from tests.stages.tiny_pipeline import call, change, read_yaml, script

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from stages.lib.errors import StageError
-from stages.lib.optimizer_settings import OptimizerSettings
 from stages.lib.params import build, load_yaml
+from stages.lib.settings.optimizer import OptimizerSettings
 from tests.real_files import PROJECT
 
 GOOD = load_yaml(PROJECT / "profiles/default.yaml")["train_sft"]["optimizer"]

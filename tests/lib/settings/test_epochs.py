@@ -2,12 +2,12 @@
 
 import pytest
 
-from stages.lib.epoch_settings import EpochSettings
 from stages.lib.errors import StageError
 from stages.lib.params import build, load_yaml
-from stages.train_dpo import TrainDpo
-from stages.train_rm import TrainRm
-from stages.train_sft import TrainSft
+from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.train_rm import TrainRm
+from stages.lib.settings.train_sft import TrainSft
 from tests.real_files import PROJECT
 
 SECTIONS = {"train_sft": TrainSft, "train_rm": TrainRm, "train_dpo": TrainDpo}

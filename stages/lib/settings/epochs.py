@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.lib.lora_settings import LoraSettings
-from stages.lib.optimizer_settings import OptimizerSettings
+from stages.lib.settings.lora import LoraSettings
+from stages.lib.settings.optimizer import OptimizerSettings
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from stages.lib.errors import StageError
-from stages.lib.lora_settings import LoraSettings, quantization_of_base
 from stages.lib.params import build, convert
+from stages.lib.settings.lora import LoraSettings, quantization_of_base
 
 BLOCK = {
     "rank": 4,

@@ -8,7 +8,7 @@ import pytest
 
 from stages.lib.errors import StageError
 from stages.lib.params import load_yaml
-from stages.lib.runtime import STAGES, read_runtime
+from stages.lib.settings.runtime import STAGES, read_runtime
 from tests.real_files import PROJECT
 
 TEXT = (PROJECT / "runtime.yaml").read_text()

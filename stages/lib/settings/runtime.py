@@ -12,10 +12,10 @@ RUNTIME_FILE = Path("runtime.yaml")
 STAGES = (
     "train_sft",
     "train_rm",
-    "precompute_ref_logprobs",
+    "ref_logprobs",
     "train_dpo",
     "train_ppo",
-    "evaluate_policy",
+    "evaluate",
 )
 # What params.yaml and the other keys decide.
 OUR_DEEPSPEED_KEYS = {

@@ -1,0 +1,13 @@
+"""Section `train_rm` of params.yaml; the file explains each key."""
+
+from dataclasses import dataclass
+
+from stages.lib.settings.epochs import EpochSettings
+
+
+@dataclass(frozen=True)
+class TrainRm(EpochSettings):
+    """Section `train_rm` of params.yaml; the file explains each key."""
+
+    init_from: str
+    use_margin: bool
