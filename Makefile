@@ -1,18 +1,24 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# MINUTES=n, STAGE=….
+# MINUTES=n, STAGE=…, CASES=n, SEED=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
+# What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT MINUTES STAGE
+MINUTES ?= 240
+$(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
+export PYTHON REV PROFILE OUT MINUTES STAGE
+quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
-ifdef GPUS
+ifneq ($(GPUS),)
 export LAUNCH := $(TORCHRUN)=$(GPUS) -m
 endif
 
 # A mistake is told before anything is installed or run.
-ifneq ($(and $(GPUS),$(if $(or $(filter gpu auto,$(GPUS)),$(shell test "$(GPUS)" -ge 1 2>/dev/null && echo 1)),,wrong)),)
+ifneq ($(and $(GPUS),$(shell case $(call quoted,$(GPUS)) in (gpu|auto) ;; (0*|*[!0-9]*) echo wrong;; esac)),)
 $(error GPUS is the number of processes, at least 1, or gpu for one on each: not '$(GPUS)')
 endif
 ifneq ($(and $(ONLY),$(filter repro ppo dpo,$(MAKECMDGOALS))),)
@@ -28,14 +34,16 @@ ifneq ($(and $(filter join,$(MAKECMDGOALS)),$(if $(STAGE),,missing)),)
 $(error say which stage the first machine runs, for instance: make join STAGE=train_sft)
 endif
 
-# Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. DVC runs stages that do
-# not depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. Nor can it
-# read a dvc.lock that it was killed in the middle of writing.
-repro = .venv/bin/python -m stages.mend_lock && \
-  PYTHONHASHSEED=0 .venv/bin/dvc repro $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.prune_scratch
+# Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. All settings are
+# checked first: by the first stage of the graph, which `--single-item` would leave out. DVC runs stages that do not
+# depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. Nor can it read a
+# dvc.lock that it was killed in the middle of writing.
+dvc_repro = PYTHONHASHSEED=0 .venv/bin/dvc repro
+repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) code_manifest && )\
+  $(dvc_repro) $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
-        metrics metrics-diff plots dag status lineage use join test test-fast prove soak lint clean
+        metrics metrics-diff plots dag status lineage use join test test-fast fuzz prove soak lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +55,7 @@ repro: $(VENV) ## Bring everything up to date, to the report
 	$(call repro)
 
 tokenize: $(VENV) ## Up to the token tables of all three kinds of data
-	$(call repro,tokenize)
+	$(call repro,tokenize_data)
 
 train-sft: $(VENV) ## Up to the supervised model
 	$(call repro,train_sft)
@@ -80,10 +88,11 @@ metrics: $(VENV) ## Print the metrics
 	.venv/bin/dvc metrics show
 
 metrics-diff: $(VENV) ## Compare the metrics here with those of a revision: REV=main
-	.venv/bin/dvc metrics diff $(REV)
+	set -f; .venv/bin/dvc metrics diff $$REV
 
-plots: $(VENV) ## Draw the curves of a revision and those here into plots/curves.html: REV=main
-	.venv/bin/python -m stages.plot_curves --rev $(REV) --rev workspace --out plots/curves.html
+plots: $(VENV) ## Draw the curves of revisions, branches or experiments and those here: REV='main exp-a exp-b'
+	@set -f; set -- $$REV; for rev; do shift; set -- "$$@" --rev "$$rev"; done; \
+	  .venv/bin/python -m stages.tools.plot_curves "$$@" --rev workspace --out plots/curves.html
 
 dag: $(VENV) ## List the stages, and after which others each one runs (`dvc dag` draws it, very wide)
 	@.venv/bin/dvc dag --dot --collapse-foreach-matrix | awk -F '"' '\
@@ -92,16 +101,18 @@ dag: $(VENV) ## List the stages, and after which others each one runs (`dvc dag`
 	        for (stage in stages) printf "%d\t%-14s %s\n", depth[stage], stage, after[stage] }' | sort -n | cut -f 2
 
 status: $(VENV) ## Say which stages are stale, and why
+	.venv/bin/python -m stages.code_manifest --compare
 	.venv/bin/dvc status
 
 lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as recorded: OUT=models/ppo (else all models)
-	.venv/bin/python -m stages.show_lineage $(OUT)
+	.venv/bin/python -m stages.tools.show_lineage $(if $(OUT),"$$OUT")
 
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
-	.venv/bin/python -m stages.use_profile --profile profiles/$(PROFILE).yaml $(if $(FORCE),--drop-edits)
+	.venv/bin/python -m stages.tools.use_profile --profile "profiles/$$PROFILE.yaml" $(if $(FORCE),--drop-edits)
 
 join: $(VENV) ## On another machine: take part in a stage that the first one runs: STAGE=train_sft, same LAUNCH
-	.venv/bin/python -m stages.join_stage --stage $(STAGE)
+	.venv/bin/python -m stages.code_manifest
+	.venv/bin/python -m stages.tools.join_stage --stage "$$STAGE"
 
 # Two at a time, each file's tests in one process; a thread that waits lets the others have its core.
 test: $(VENV) ## Run all tests
@@ -109,6 +120,11 @@ test: $(VENV) ## Run all tests
 
 test-fast: $(VENV) ## Run the tests that take seconds
 	.venv/bin/python -m pytest -q -m 'not slow'
+
+CASES ?= 3600
+SEED ?= 1
+fuzz: $(VENV) ## Meet the stages with wrong and odd inputs, and write down what came of it (20 minutes): CASES=n, SEED=n
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED) --table tests/fuzz/table.md
 
 prove: $(VENV) ## Kill every stage in every way, run each in every way, and write down what came of it (one to three hours)
 	.venv/bin/python -m tests.proofs.kill_matrix --table tests/proofs/kill_matrix.md
@@ -126,9 +142,8 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md
 
-MINUTES ?= 240
 soak: $(VENV) ## The same with one seed after the other: MINUTES=240
-	.venv/bin/python -m tests.proofs.kill_matrix --minutes $(MINUTES) --kills 6 --seed 1000 --table tests/proofs/kill_soak.md
+	.venv/bin/python -m tests.proofs.kill_matrix --minutes "$$MINUTES" --kills 6 --seed 1000 --table tests/proofs/kill_soak.md
 
 lint: $(VENV) ## Check style and format
 	.venv/bin/ruff check benchmarks stages tests
@@ -141,13 +156,23 @@ clean: ## Remove training state (a killed run then starts anew), half-written ou
 	  \( -name __pycache__ -o -name '.*.partial' \) -prune -exec rm -rf {} +
 	@test -z "$$STAGEWISE_SCRATCH" || echo "kept: training state in $$STAGEWISE_SCRATCH"
 
-$(VENV): requirements.lock requirements-cuda.lock
-	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+# Everything but torch comes with hashes; --no-deps, or pip would add what no lock names. setuptools is first, as two
+# packages are published as source alone and are built with it. torch has no hash: its builds for CUDA and for the CPU
+# are of one version. CUDA's packages follow where the torch that came asks for them.
+LOCKS := requirements.lock requirements-torch.lock requirements-cuda.lock
+INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+$(VENV): $(LOCKS)
+	@version=$$("$$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	case "$$version" in 3.11|3.12|3.13) ;; *) \
-	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is $${version:-missing};" \
+	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$$PYTHON' is $${version:-missing};" \
 	    "name another, for instance: make setup PYTHON=python3.12" >&2; exit 2;; \
 	esac; \
-	echo "Installing requirements.lock into .venv for Python $$version; this takes some minutes."; \
-	.venv/bin/python -m pip --version 2>/dev/null | grep -q "(python $$version)" || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	echo "Installing $(LOCKS) into .venv for Python $$version; this takes some minutes."; \
+	.venv/bin/python -m pip --version 2>/dev/null | grep -q "(python $$version)" || "$$PYTHON" -m venv --clear .venv
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/setuptools.lock
+	$(INSTALL) --require-hashes --requirement .venv/setuptools.lock
+	$(INSTALL) --require-hashes --no-build-isolation --requirement requirements.lock
+	$(INSTALL) --requirement requirements-torch.lock
+	@if .venv/bin/python -c 'import sys; from importlib.metadata import requires; sys.exit("nvidia-" not in str(requires("torch")))'; \
+	  then set -x; $(INSTALL) --require-hashes --requirement requirements-cuda.lock; fi
 	@touch $@

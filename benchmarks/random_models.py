@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.workloads import ARCHITECTURES
-from stages.lib.pretrained import DTYPES
+from stages.lib.models.pretrained import DTYPES
 
 
 def main(size: str, precision: str, folder: str) -> None:

@@ -23,16 +23,17 @@ import torch
 from benchmarks.model_flops import forward_flops, peak_flops, training_flops
 from benchmarks.workloads import LORA_RANK, Configuration, Workload
 from stages import train_dpo, train_ppo, train_rm, train_sft
-from stages.lib.batching import micro_batching
-from stages.lib.engine import Engine, new_engine, require_finite
-from stages.lib.lora import Lora
-from stages.lib.params import read_params
-from stages.lib.pretrained import end_and_pad_ids, load_language_model, new_classifier
-from stages.lib.processes import Processes, join_processes
-from stages.lib.scalar_scores import SequenceScores
+from stages.lib.command.params import read_params
+from stages.lib.compute.batching import micro_batching
+from stages.lib.compute.engine.base import Engine, require_finite
+from stages.lib.compute.engine.choice import new_engine
+from stages.lib.compute.processes import Processes, join_processes
+from stages.lib.models.lora import Lora
+from stages.lib.models.pretrained import end_and_pad_ids, load_language_model, new_classifier
+from stages.lib.models.scalar_scores import SequenceScores
+from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 from stages.lib.settings.runtime import Runtime, read_runtime
-from stages.lib.token_logprobs import TokenLogProbs
 
 SETTINGS = Path("profiles/default.yaml")  # of the stages: loss, optimizer, and all that has no bearing on speed
 SEED = 0
@@ -168,7 +169,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
         critic_warmup_iterations=0,
     )
     folders = (setup.models / "policy", setup.models / "reward")
-    algorithm = train_ppo.Ppo(settings, SEED, setup.runtime, setup.processes, *folders)
+    algorithm = train_ppo.Ppo(settings, SEED, setup.runtime, setup.processes, *folders, trust_remote_code=False)
     prompts = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
     phases: list[Any] = []
 

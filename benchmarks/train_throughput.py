@@ -30,7 +30,8 @@ import typer
 
 from benchmarks.fresh_processes import run_module
 from benchmarks.workloads import ARCHITECTURES, PPO_STEPS, WORKLOADS, Configuration, Workload, all_configurations
-from stages.lib.errors import StageError, run
+from stages.lib.command.errors import StageError
+from stages.lib.command.run import run
 
 SHORTEST_RUN = 20.0  # seconds below which no further configuration is started
 

@@ -4,14 +4,15 @@ A model made from scratch gets a byte-level BPE tokenizer trained on the corpus 
 a folder or from the Hub keeps its weights. The embedding rows of added tokens start at the mean of the rows that were
 there, those of markers with a little seeded noise so that they differ.
 
-    python -m stages.prepare_base --source data/raw/none --corpus data/prepared/sft/train.jsonl \\
-        --chat-template stages/templates/chat.jinja --out models/base
+    python -m stages.prepare_base --out models/base
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +20,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages.lib.chat import decode_completion, encode_completion, encode_prompt, special_tokens
-from stages.lib.conversations import Message, UnusableRowError, messages_from
-from stages.lib.errors import StageError, run
-from stages.lib.given_model import check_forward_pass, download, ids_of, load_pretrained
-from stages.lib.hashing import dvc_hashes
-from stages.lib.jsonl import read_jsonl
-from stages.lib.model_card import shareable_path, write_model_card
-from stages.lib.outputs import written_whole
-from stages.lib.params import read_params, read_value
-from stages.lib.run_log import log_run
+from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import dvc_hashes
+from stages.lib.command.jsonl import read_json, read_jsonl
+from stages.lib.command.outputs import written_whole
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import run
+from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt, special_tokens
+from stages.lib.data.conversations import Message, UnusableRowError, messages_from
+from stages.lib.data.template_process import template_process
+from stages.lib.models.given_model import check_forward_pass, download, ids_of, load_pretrained
+from stages.lib.models.model_facts import read_model_facts
+from stages.lib.models.tokenizer_files import TOKENIZER_FILES
+from stages.lib.operations.run_log import log_run
+from stages.lib.runs.model_card import shareable_path, write_model_card
 from stages.lib.settings.prepare_base import EOS_TOKEN, NO_FILE, PAD_TOKEN, PrepareBase, Scratch
-from stages.lib.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -107,10 +111,13 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", template: Path, name: str
     if template.as_posix() != NO_FILE:
         if not template.is_file():
             raise StageError(f"{template} does not exist: prepare_base.chat_template must be a file, or {NO_FILE}")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise StageError(f"{template}: not UTF-8 text ({error.reason}): expected a chat template") from None
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if not tokenizer.chat_template:
+    if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template:
         raise StageError(
             f"{name} has no chat template of its own; set prepare_base.chat_template to a file, "
             "for instance stages/templates/chat.jinja"
@@ -209,23 +216,48 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
-    """Write one folder with one weights file, and a tokenizer that transformers 4 and 5 load."""
+    """Write one folder with one weights file, and a tokenizer that transformers 4 and 5 load.
+
+    Code that the model brought is written with it if it was run; else the configuration forgets that there was some.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported to save a model, warns without it
+    if hasattr(model.config, "auto_map") and type(model).__module__.startswith("transformers."):
+        del model.config.auto_map
     model.save_pretrained(out, max_shard_size="1TB")
     tokenizer.save_pretrained(out)
-    file = out / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    # How and from where the tokenizer was loaded is no property of it.
-    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_plain_tokenizer_config(out / "tokenizer_config.json")
     for name in TOKENIZER_FILES:
         if not (out / name).is_file():
             raise StageError(f"the tokenizer cannot be written as {name}; use a model with a fast tokenizer")
+
+
+def check_settings_again() -> None:
+    """Check the settings against a Hub model, of which nothing was known before, and end the stage if they do not fit.
+
+    In a process of its own: what the check reads cannot change the base model, and so is no dependency of it. Where DVC
+    does not run the stage, it is by itself, and other stages' settings are not its concern.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return
+    done = subprocess.run([sys.executable, "-m", "stages.code_manifest"], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _write_plain_tokenizer_config(file: Path) -> None:
+    """Leave out how and from where the tokenizer was loaded: that is no property of it.
+
+    Nor is code that it brought: tokenizer.json alone says how text is encoded, to classes of transformers' own.
+    """
+    config = read_json(file)
+    own_code = config.pop("auto_map", None)
+    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
+    if own_code or config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shareable(settings: PrepareBase) -> dict[str, Any]:
@@ -234,34 +266,57 @@ def shareable(settings: PrepareBase) -> dict[str, Any]:
     return dataclasses.asdict(settings) | paths
 
 
-def main(
-    source: Annotated[Path, typer.Option(help="Folder of a pretrained model, or the placeholder for none.")],
-    corpus: Annotated[Path, typer.Option(help="sft rows that a new tokenizer is trained on.")],
-    chat_template: Annotated[Path, typer.Option(help="Jinja file, or the placeholder to keep the model's own.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the base model into.")],
-) -> None:
+def scratch_base(settings: PrepareBase, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A new model and a tokenizer trained on the corpus."""
+    import torch
+
+    tokenizer = train_tokenizer(Path(settings.corpus), settings)
+    set_template(tokenizer, Path(settings.chat_template), "the new tokenizer")
+    model = new_model(tokenizer, settings.scratch, seed).to(getattr(torch, settings.dtype))
+    return model, tokenizer
+
+
+def given_base(
+    settings: PrepareBase, seed: int, *, trust_remote_code: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A model of a folder or of the Hub, with the tokens that the pipeline needs."""
+    folder, name = Path(settings.path), settings.path
+    if settings.source == "hub":
+        folder = download(settings.hub_model, settings.hub_revision, trust_remote_code=trust_remote_code)
+        check_settings_again()
+        name = f"Hub model {settings.hub_model}"
+    model, tokenizer = load_pretrained(folder, settings.dtype, name, trust_remote_code=trust_remote_code)
+    check_forward_pass(model, name)
+    warn_of_no_classifier(model, name)
+    set_template(tokenizer, Path(settings.chat_template), name)
+    set_eos(tokenizer, settings.eos_token, name)
+    known = ids_of(tokenizer)
+    add_tokens(tokenizer, settings.special_tokens)
+    start_new_rows(model, tokenizer, known, seed)
+    return model, tokenizer
+
+
+def warn_of_no_classifier(model: "PreTrainedModel", name: str) -> None:
+    facts = read_model_facts(model.config.to_dict(), name)
+    if not facts.has_classifier:
+        print(
+            f"warning: {name}: transformers has no sequence classifier for models of type {facts.model_type}: "
+            "train_rm, and so train_ppo, will refuse it; SFT and DPO work",
+            file=sys.stderr,
+        )
+
+
+def main(out: Annotated[Path, typer.Option(help="Folder to write the base model into.")]) -> None:
     """Make the base model."""
     started = time.monotonic()
     settings = read_params("prepare_base", PrepareBase)
     seed = read_value("seed", int)
+    trust_remote_code = read_value("trust_remote_code", bool)
+    template_process()  # it loads while this one does
     if settings.source == "scratch":
-        import torch
-
-        name = "the new tokenizer"
-        tokenizer = train_tokenizer(corpus, settings)
-        set_template(tokenizer, chat_template, name)
-        model = new_model(tokenizer, settings.scratch, seed).to(getattr(torch, settings.dtype))
+        model, tokenizer = scratch_base(settings, seed)
     else:
-        hub = settings.source == "hub"
-        folder = download(settings.hub_model, settings.hub_revision) if hub else source
-        name = f"Hub model {settings.hub_model}" if hub else str(source)
-        model, tokenizer = load_pretrained(folder, settings.dtype, name)
-        check_forward_pass(model, name)
-        set_template(tokenizer, chat_template, name)
-        set_eos(tokenizer, settings.eos_token, name)
-        known = ids_of(tokenizer)
-        add_tokens(tokenizer, settings.special_tokens)
-        start_new_rows(model, tokenizer, known, seed)
+        model, tokenizer = given_base(settings, seed, trust_remote_code=trust_remote_code)
     agree_on_ids(model, tokenizer)
     check_template(tokenizer)
     with written_whole(out) as (folder,):
@@ -269,8 +324,10 @@ def main(
         write_model_card(
             folder,
             stage="prepare_base",
-            settings={"prepare_base": shareable(settings), "seed": seed},
-            inputs=dvc_hashes(path for path in (source, corpus, chat_template) if path.as_posix() != NO_FILE),
+            settings={"prepare_base": shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code},
+            inputs=dvc_hashes(
+                Path(path) for path in (settings.path, settings.corpus, settings.chat_template) if path != NO_FILE
+            ),
             metrics={"parameters": model.num_parameters(), "tokens": len(tokenizer)},
             base_model=settings.hub_model,
         )

@@ -4,10 +4,10 @@
     preference  {"prompt", "chosen", "rejected"}        and "margin" where the raw data has one
     prompts     {"prompt"}                              each distinct prompt once
 
-A row that breaks a rule is dropped and counted by reason in the metrics. Run it with the settings of the section
-`prepare_data` of params.yaml:
+A row that breaks a rule is dropped and counted by reason in the metrics. What the raw data is, is said in the section
+`prepare_data` of params.yaml, its path included:
 
-    python -m stages.prepare_data --raw data/raw/none --out data/prepared --metrics metrics/prepare_data.json
+    python -m stages.prepare_data --out data/prepared --metrics metrics/prepare_data.json
 """
 
 import hashlib
@@ -22,86 +22,101 @@ from typing import Annotated, Any
 
 import typer
 
-from stages.lib import film_reviews
-from stages.lib.conversations import Example, UnusableRowError
-from stages.lib.errors import StageError, run
-from stages.lib.formats import Format, detect_format, read_example, renamed
-from stages.lib.hashing import dvc_hashes
-from stages.lib.jsonl import write_json
-from stages.lib.outputs import written_whole
-from stages.lib.params import read_params, read_value
-from stages.lib.prompt_splits import eval_prompts, prompt_digest
-from stages.lib.raw_rows import hub_rows, local_rows
-from stages.lib.run_log import log_run
+from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import dvc_hashes
+from stages.lib.command.jsonl import write_json
+from stages.lib.command.outputs import written_whole
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import run
+from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError
+from stages.lib.data.formats import FormatOfRows, read_example
+from stages.lib.data.message_cells import with_messages_read
+from stages.lib.data.prompt_splits import eval_prompts, prompt_digests
+from stages.lib.data.raw_columns import RawColumns
+from stages.lib.data.raw_rows import hub_rows, local_rows
+from stages.lib.operations.run_log import log_run
 from stages.lib.settings.prepare_data import Kind, PrepareData
+from stages.lib.tasks import film_reviews
 
 KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
 SPLITS = ("train", "eval")
 PreparedRow = tuple[Kind, str, dict[str, Any]]
 
 
-def raw_rows(settings: PrepareData, raw: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of the raw data, at most `max_rows` of them, with columns renamed."""
+def raw_rows(settings: PrepareData) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the raw data, at most `max_rows` of them."""
     if settings.source == "local":
-        rows = local_rows(raw)
+        rows = local_rows(Path(settings.path))
     else:
         rows = hub_rows(settings.hub_dataset, settings.hub_revision, settings.hub_data_dir, settings.hub_split)
-    for where, row in islice(rows, settings.max_rows):
-        yield where, renamed(row, settings.columns, where)
+    yield from islice(rows, settings.max_rows)
 
 
-def format_of(settings: PrepareData, raw: Path) -> Format:
-    """The format named, or the one of the first row."""
-    if settings.format != "auto":
-        return settings.format
-    where, row = next(raw_rows(settings, raw), (None, None))
-    if row is None:
-        raise StageError(f"{settings.hub_dataset} at revision {settings.hub_revision} holds no row")
-    return detect_format(row, where)
+class Reading:
+    """One reading of all raw rows: its examples, what was dropped, and what became of the columns."""
 
+    def __init__(self, settings: PrepareData) -> None:
+        self.settings = settings
+        self.counts: Counter = Counter()
+        self.columns = RawColumns(settings.columns, settings.ignore_columns)
+        self.format = FormatOfRows(settings.format)
 
-def examples(settings: PrepareData, raw: Path, counts: Counter) -> Iterator[Example]:
-    """The examples of all raw rows that keep to the rules, each once; what is dropped is counted in `counts`."""
-    name = format_of(settings, raw)
-    seen = set()
-    for where, row in raw_rows(settings, raw):
-        counts["raw_rows"] += 1
-        try:
-            example = read_example(row, name, where)
-            if example.rejected is None and "preference" in settings.kinds:
-                raise StageError(
-                    f"{where}: format '{name}' has no rejected replies, so kind 'preference' cannot be made; "
-                    "give preference data, or leave it out of kinds"
-                )
-            digest = content_digest([example.prompt, example.reply, example.rejected])
-            if digest in seen:
-                raise UnusableRowError("duplicate")
-        except UnusableRowError as dropped:
-            counts[f"dropped/{dropped}"] += 1
-            continue
-        seen.add(digest)
-        yield example
+    def examples(self) -> Iterator[Example]:
+        """The examples of all rows that keep to the rules, each once; what is dropped is counted by reason."""
+        seen: set[bytes] = set()
+        for where, row in raw_rows(self.settings):
+            self.counts["raw_rows"] += 1
+            try:
+                example = self.example(row, where)
+                if not is_new(content_digest([example.prompt, example.reply, example.rejected]), seen):
+                    raise UnusableRowError("duplicate")
+            except UnusableRowError as dropped:
+                self.counts[f"dropped/{dropped}"] += 1
+            except MalformedRowError as error:
+                if self.settings.on_unusable_row == "error":
+                    raise StageError(f"{error}; prepare_data.on_unusable_row: drop leaves such rows out") from None
+                self.counts[f"dropped/{error.reason}"] += 1
+            else:
+                yield example
+
+    def example(self, row: dict[str, Any], where: str) -> Example:
+        row = with_messages_read(self.columns.take(row, where), where)
+        name = self.format.of(row, where)
+        self.columns.refuse_unread(row, name, where)
+        example = read_example(row, name, where)
+        if example.rejected is None and "preference" in self.settings.kinds:
+            raise StageError(
+                f"{where}: format '{name}' has no rejected replies, so kind 'preference' cannot be made; "
+                "give preference data, or leave it out of kinds"
+            )
+        return example
 
 
 def content_digest(content: Any) -> bytes:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
 
 
-def converted_rows(settings: PrepareData, raw: Path, seed: int, counts: Counter) -> Iterator[PreparedRow]:
+def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterator[PreparedRow]:
     """Prepared rows of a local or Hub data set.
 
-    The raw data is read twice, first for its distinct prompts and then for its rows, so that memory holds 16 bytes a
-    row and prompt and not the rows themselves.
+    The raw data is read twice, first for its distinct prompts and then for its rows, so that memory holds 16 bytes for
+    each row, prompt and beginning of a prompt, and not the rows themselves.
     """
-    digests = {prompt_digest(example.prompt, seed) for example in examples(settings, raw, counts)}
-    if not digests:
-        dropped = ", ".join(f"{key.removeprefix('dropped/')} {count}" for key, count in sorted(dropped_of(counts)))
-        raise StageError(f"{origin(settings, raw)}: all {counts['raw_rows']} rows were dropped ({dropped})")
-    held_out = eval_prompts(digests, settings.eval_fraction)
+    first = Reading(settings)
+    beginnings: dict[bytes, bytes] = {}
+    for example in first.examples():
+        *shorter, digest = prompt_digests(example.prompt, seed)
+        beginnings[digest] = b"".join(shorter)
+    counts.update(first.counts)
+    first.columns.refuse_unseen()
+    if not beginnings:
+        raise StageError(f"{origin(settings)}: {why_none_is_left(counts)}")
+    print(first.columns.summary(first.format.name))
+    held_out = eval_prompts(beginnings, settings.eval_fraction)
     seen_replies: set[bytes] = set()
     seen_prompts: set[bytes] = set()
-    for example in examples(settings, raw, Counter()):
-        digest = prompt_digest(example.prompt, seed)
+    for example in Reading(settings).examples():
+        digest = prompt_digests(example.prompt, seed)[-1]
         split = "eval" if digest in held_out else "train"
         if example.rejected is not None:
             yield "preference", split, preference_row(example)
@@ -109,6 +124,12 @@ def converted_rows(settings: PrepareData, raw: Path, seed: int, counts: Counter)
             yield "sft", split, {"messages": [*example.prompt, assistant(example.reply)]}
         if is_new(digest, seen_prompts):
             yield "prompts", split, {"prompt": example.prompt}
+
+
+def why_none_is_left(counts: Counter) -> str:
+    dropped = sorted((key, count) for key, count in counts.items() if key.startswith("dropped/"))
+    reasons = ", ".join(f"{key.removeprefix('dropped/')} {count}" for key, count in dropped)
+    return f"all {counts['raw_rows']} rows were dropped ({reasons})" if counts["raw_rows"] else "there is no row"
 
 
 def preference_row(example: Example) -> dict[str, Any]:
@@ -131,13 +152,10 @@ def is_new(digest: bytes, seen: set[bytes]) -> bool:
     return not known
 
 
-def origin(settings: PrepareData, raw: Path) -> str:
+def origin(settings: PrepareData) -> str:
     """What to call the raw data in a message."""
-    return str(raw) if settings.source == "local" else f"{settings.hub_dataset} at revision {settings.hub_revision}"
-
-
-def dropped_of(counts: Counter) -> list[tuple[str, int]]:
-    return [(key, count) for key, count in counts.items() if key.startswith("dropped/")]
+    hub = f"{settings.hub_dataset} at revision {settings.hub_revision}"
+    return settings.path if settings.source == "local" else hub
 
 
 def generated_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterator[PreparedRow]:
@@ -167,7 +185,6 @@ def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders
 
 
 def main(
-    raw: Annotated[Path, typer.Option(help="Data file or folder of source local; not read with any other source.")],
     out: Annotated[Path, typer.Option(help="Folder to write sft, preference and prompts below.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of the counts to write.")],
 ) -> None:
@@ -179,7 +196,7 @@ def main(
     if settings.source == "film_reviews":
         rows = generated_rows(settings, seed, counts)
     else:
-        rows = converted_rows(settings, raw, seed, counts)
+        rows = converted_rows(settings, seed, counts)
     with written_whole(*(out / kind for kind in KINDS), metrics) as (*folders, metrics_partial):
         written = write_prepared(rows, settings.kinds, dict(zip(KINDS, folders, strict=True)))
         values = dict(sorted({**counts, **written}.items()))

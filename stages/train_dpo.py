@@ -12,11 +12,14 @@ optimizer step.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.lib.errors import PathOption, StageError, asks_for_help, run
-from stages.lib.params import read_params, read_value
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
@@ -24,17 +27,27 @@ from stages.lib.settings.train_dpo import TrainDpo
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in, tokens_in_pairs
-    from stages.lib.best_weights import BestWeights
-    from stages.lib.dpo_loss import preference_losses
-    from stages.lib.engine import Engine, new_engine, require_finite
-    from stages.lib.lora import Lora
-    from stages.lib.pretrained import end_and_pad_ids, load_language_model
-    from stages.lib.processes import join_processes
-    from stages.lib.sequence_logprobs import pair_logps
-    from stages.lib.token_logprobs import TokenLogProbs
-    from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, check_table_ids, read_note, read_table
-    from stages.lib.training_run import TrainingRun
+    from stages.lib.command.hashing import dvc_hash
+    from stages.lib.compute.batching import (
+        MicroBatching,
+        is_due,
+        micro_batching,
+        rows_of_step,
+        steps_in,
+        tokens_in_pairs,
+    )
+    from stages.lib.compute.engine.base import Engine, require_finite
+    from stages.lib.compute.engine.choice import new_engine
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.compute.sequence_logprobs import pair_logps
+    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_note, read_table
+    from stages.lib.models.lora import Lora
+    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_language_model
+    from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.objectives.dpo_loss import preference_losses
+    from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
+    from stages.lib.runs.best_weights import BestWeights
+    from stages.lib.runs.training_run import TrainingRun
 
 PAIR_METRICS = (
     "loss",
@@ -57,6 +70,12 @@ class PairLoss:
 
     def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
         """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
+        sums = self.batching.budget.attempt(lambda: self._own_passes(engine, pairs, train), engine)
+        means = [total / len(pairs["prompt_ids"]) for total in self.batching.processes.sum(sums.tolist())]
+        return dict(zip(PAIR_METRICS, means, strict=True))
+
+    def _own_passes(self, engine: Engine, pairs: dict[str, list], train: bool) -> torch.Tensor:
+        """The sums of PAIR_METRICS over this process's passes."""
         count = len(pairs["prompt_ids"])
         sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
         for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
@@ -69,8 +88,7 @@ class PairLoss:
             accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
             parts = (result.losses, result.chosen_rewards, result.rejected_rewards, margins, accuracies, *logps)
             sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        means = [total / count for total in self.batching.processes.sum(sums.tolist())]
-        return dict(zip(PAIR_METRICS, means, strict=True))
+        return sums
 
     def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor, pairs: dict[str, list], rows: list[int]) -> Any:
         def column(name: str) -> torch.Tensor:
@@ -96,11 +114,9 @@ class Pairs:
     """Preference tokens joined with the reference log-probs of the same rows."""
 
     def __init__(self, tokens: Path, ref_logprobs: Path) -> None:
+        self.tokens_path, self.path = tokens, ref_logprobs
         self.tokens = read_table(tokens, PREFERENCE_SCHEMA)
-        self.path = ref_logprobs
-        self.reference = read_table(ref_logprobs, REFERENCE_SCHEMA)
-        if self.tokens["row"][:] != self.reference["row"][:]:
-            raise StageError(f"{ref_logprobs} was made from other rows than {tokens}; run the stage ref_logprobs again")
+        self.reference = read_reference(ref_logprobs, self.tokens, tokens)
 
     def require_reference_like(self, settings: TrainDpo) -> None:
         """Raise StageError if the reference's numbers are not those of the policy before its first step."""
@@ -114,6 +130,11 @@ class Pairs:
                     f"params.yaml: {reason} {own}, but {self.path.parent} was computed with {note} {reference}: "
                     "the first step's margin would not be 0; give ref_logprobs and train_dpo the same"
                 )
+
+    def require_made_from_inputs(self, model: Path, this_run: TrainingRun) -> None:
+        """Raise StageError if the reference is of other tokens, or of another model than the policy starts from."""
+        tokens = (self.tokens_path, dvc_hash(self.tokens_path))
+        require_made_from(self.path, tokens=tokens, model=(model, this_run.scratch.input_hashes[str(model)]))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -133,31 +154,37 @@ def main(
     """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
     settings = read_params("train_dpo", TrainDpo)
     seed = read_value("seed", int)
+    trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
     train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
     train.require_reference_like(settings)
+    require_tokens_of(tokens, model)
     outs = {"model": out, "metrics": metrics, "curve": curve}
     inputs = [tokens, ref_logprobs, model]
-    declared = {"train_dpo": settings, "seed": seed}
+    declared = {"train_dpo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        quantization = quantization_of_base(settings.lora)
-        language_model = load_language_model(model, settings.precision, runtime, processes.device, quantization)
+        for pairs in (train, held_out):
+            processes.in_main(partial(pairs.require_made_from_inputs, model, this_run))
+        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
+        language_model = load_language_model(model, *where, trust_remote_code=trust_remote_code)
         lora = Lora(language_model, settings.lora, seed, model)
         for pairs, split in ((train, "train"), (held_out, "eval")):
-            columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-            check_table_ids(pairs.tokens, columns, language_model.config.vocab_size, tokens / f"{split}.arrow")
+            check_table_fits(pairs.tokens, facts_of(language_model), tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         best = BestWeights(settings.keep, is_main=processes.is_main)
         pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
-        for step in this_run.steps(total, engine=engine, best=best):
+        for step in this_run.steps(total, engine=engine, best=best, budget=pair_loss.batching.budget):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
             batch = train[rows]
+            if step == 0:
+                for pairs, path in ((batch, train.path), (held_out[: settings.batch_size], held_out.path)):
+                    require_start(engine, pairs, pair_loss.batching, path, settings.precision)
             row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}
             require_finite(row["loss"], "loss", step)
             row["grad_norm"] = engine.step()

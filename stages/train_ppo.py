@@ -18,39 +18,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.lib.errors import PathOption, asks_for_help, run
-from stages.lib.params import read_params, read_value
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.tokenizer_files import require_same_tokenizer, require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
-from stages.lib.tokenizer_files import require_same_tokenizer
 
 if not asks_for_help():
     import torch
 
-    from stages.lib.advantages import generalized_advantages, masked_moments, token_rewards, whiten
-    from stages.lib.batching import micro_batching, rows_of_step
-    from stages.lib.engine import new_engine, require_finite
-    from stages.lib.frozen_model import frozen
-    from stages.lib.kl_control import AdaptiveKLController, FixedKLController
-    from stages.lib.lora import Lora
-    from stages.lib.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
-    from stages.lib.pretrained import end_and_pad_ids, load_classifier, load_language_model
-    from stages.lib.processes import Processes, join_processes
-    from stages.lib.rollout_log import RolloutLog
-    from stages.lib.rollouts import Rollouts, assemble, score_responses, values_before
-    from stages.lib.sampling import require_room, sample_responses
-    from stages.lib.scalar_scores import SequenceScores, TokenScores
-    from stages.lib.score_normalisation import RunningMoments, shape_scores
-    from stages.lib.shared_base import FirstHead, WithoutAdapters
-    from stages.lib.token_logprobs import TokenLogProbs
-    from stages.lib.token_tables import PROMPT_SCHEMA, check_table_ids, read_table
-    from stages.lib.training_run import TrainingRun
+    from stages.lib.compute.batching import micro_batching, rows_of_step, sampling_budget
+    from stages.lib.compute.engine.base import require_finite
+    from stages.lib.compute.engine.choice import new_engine
+    from stages.lib.compute.frozen_model import frozen
+    from stages.lib.compute.processes import Processes, join_processes
+    from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
+    from stages.lib.models.lora import Lora
+    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_classifier, load_language_model
+    from stages.lib.models.scalar_scores import SequenceScores, TokenScores
+    from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.rl.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController
+    from stages.lib.rl.ppo_loss import explained_variance, policy_loss_terms, value_loss_terms
+    from stages.lib.rl.rollout_log import RolloutLog
+    from stages.lib.rl.rollouts import Rollouts, assemble, score_responses, values_before
+    from stages.lib.rl.sampling import require_room, sample_responses
+    from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
+    from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
+    from stages.lib.runs.training_run import TrainingRun
 
 ROLLOUT_METRICS = (
     "objective/scores",
@@ -92,13 +94,22 @@ class Ppo:
     """The models of PPO and what is done with them in a rollout phase and in an update."""
 
     def __init__(
-        self, settings: TrainPpo, seed: int, runtime: Runtime, processes: Processes, model: Path, reward_model: Path
+        self,
+        settings: TrainPpo,
+        seed: int,
+        runtime: Runtime,
+        processes: Processes,
+        model: Path,
+        reward_model: Path,
+        *,
+        trust_remote_code: bool,
     ) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
         self.eos_id, self.pad_id = end_and_pad_ids(model)
         where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
         launch = (runtime, processes)
-        self.language_model = load_language_model(model, *where)
+        trust = {"trust_remote_code": trust_remote_code}
+        self.language_model = load_language_model(model, *where, **trust)
         self.lora = Lora(self.language_model, settings.lora, seed, model)
         log_probs = {"temperature": settings.temperature, "chunk_tokens": runtime.logits_chunk_tokens}
         updates = settings.updates_per_iteration
@@ -108,7 +119,7 @@ class Ppo:
             (settings.iterations - settings.critic_warmup_iterations) * updates,
             *launch,
         )
-        classifier = load_classifier(reward_model, *where)
+        classifier = load_classifier(reward_model, *where, **trust)
         critic_lora = Lora(classifier, settings.lora, seed, reward_model)
         # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
         shares_body = settings.lora is not None and runtime.zero_stage < 3
@@ -118,13 +129,15 @@ class Ppo:
         if settings.lora:
             self.reference = WithoutAdapters(self.policy, self.lora)
         else:
-            reference = load_language_model(model, *where, frozen=True)
+            reference = load_language_model(model, *where, frozen=True, **trust)
             self.reference = frozen(TokenLogProbs(reference, **log_probs), *launch)
         if first_head:
             self.reward_model = WithoutAdapters(SequenceScores(first_head), critic_lora)
         else:
-            self.reward_model = frozen(SequenceScores(load_classifier(reward_model, *where, frozen=True)), *launch)
+            frozen_classifier = load_classifier(reward_model, *where, frozen=True, **trust)
+            self.reward_model = frozen(SequenceScores(frozen_classifier), *launch)
         self.batching = micro_batching(runtime, self.pad_id, processes)
+        self.sampling = sampling_budget(runtime)
         self.moments = RunningMoments()
         self.kl_controller = (
             AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
@@ -136,7 +149,8 @@ class Ppo:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
-        return {name: getattr(self, name) for name in ("policy", "critic", "moments", "kl_controller", "early_stop")}
+        parts = ("policy", "critic", "moments", "kl_controller", "early_stop", "sampling")
+        return {name: getattr(self, name) for name in parts} | {"budget": self.batching.budget}
 
     def collect(self, prompts: list[list[int]], iteration: int, may_stop: Callable[[], None]) -> Rollouts:
         """Sample a response to each prompt and have all models judge it. The same in every process.
@@ -144,20 +158,22 @@ class Ppo:
         `may_stop` is called where a phase can be left: until it is over, nothing that a checkpoint holds changes.
         """
         self.language_model.eval()
-        responses = sample_responses(
-            self.policy,
-            prompts,
-            range(len(prompts)),
-            config=self.language_model.config,
-            seed=self.seed,
-            step=iteration,
-            temperature=self.settings.temperature,
-            max_new_tokens=self.settings.max_new_tokens,
-            eos_id=self.eos_id,
-            pad_id=self.pad_id,
-            batch_size=self.runtime.generation_batch_size,
-            processes=self.processes,
-            after_batch=may_stop,
+        responses = self.sampling.attempt(
+            lambda: sample_responses(
+                self.policy,
+                prompts,
+                range(len(prompts)),
+                config=self.language_model.config,
+                seed=self.seed,
+                step=iteration,
+                temperature=self.settings.temperature,
+                max_new_tokens=self.settings.max_new_tokens,
+                eos_id=self.eos_id,
+                pad_id=self.pad_id,
+                batch_size=self.sampling.size,
+                processes=self.processes,
+                after_batch=may_stop,
+            )
         )
         self.language_model.train()
         scored = score_responses(
@@ -253,6 +269,22 @@ class Ppo:
     ) -> dict[str, float]:
         """Gradients of one minibatch, from this process's part of it; means over all its tokens."""
         tokens = int(rollouts.response_mask[rows].sum())
+        passes = partial(self._own_passes, rows, rollouts, advantages, returns, tokens, train_policy, train_critic)
+        sums = self.batching.budget.attempt(passes, self.policy, self.critic)
+        names = ("policy/loss", "policy/clipfrac", "policy/approxkl", "value/loss", "value/clipfrac")
+        return dict(zip(names, (total / tokens for total in self.processes.sum(sums.tolist())), strict=True))
+
+    def _own_passes(
+        self,
+        rows: list[int],
+        rollouts: Rollouts,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        tokens: int,
+        train_policy: bool,
+        train_critic: bool,
+    ) -> torch.Tensor:
+        """The sums over this process's passes; `tokens` is the denominator of the gradients."""
         width = rollouts.response_mask.shape[1]
         sums = torch.zeros(5, dtype=torch.float64)
         columns = ([rollouts.prompts[row] for row in rows], [rollouts.responses[row] for row in rows])
@@ -279,8 +311,7 @@ class Ppo:
                     self.critic.backward(value.loss_sum / tokens)
             parts = (policy.loss_sum, policy.clipped_sum, policy.approx_kl_sum, value.loss_sum, value.clipped_sum)
             sums += torch.stack([part.detach().double().cpu() for part in parts])
-        names = ("policy/loss", "policy/clipfrac", "policy/approxkl", "value/loss", "value/clipfrac")
-        return dict(zip(names, (total / tokens for total in self.processes.sum(sums.tolist())), strict=True))
+        return sums
 
 
 def main(
@@ -295,18 +326,20 @@ def main(
     """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
     settings = read_params("train_ppo", TrainPpo)
     seed = read_value("seed", int)
+    trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("train_ppo")
     processes = join_processes(runtime)
     require_same_tokenizer(model, reward_model)
+    require_tokens_of(tokens / "train.arrow", model)
     table = read_table(tokens / "train.arrow", PROMPT_SCHEMA)
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
     inputs = [tokens / "train.arrow", model, reward_model]
-    declared = {"train_ppo": settings, "seed": seed}
+    declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     with TrainingRun("train_ppo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        ppo = Ppo(settings, seed, runtime, processes, model, reward_model)
-        check_table_ids(table, ("prompt_ids",), ppo.language_model.config.vocab_size, tokens / "train.arrow")
+        ppo = Ppo(settings, seed, runtime, processes, model, reward_model, trust_remote_code=trust_remote_code)
+        check_table_fits(table, facts_of(ppo.language_model), tokens / "train.arrow")
         where = f"{tokens / 'train.arrow'} with train_ppo.max_new_tokens"
         require_room(table["prompt_ids"], ppo.language_model.config, settings.max_new_tokens, where)
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)

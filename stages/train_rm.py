@@ -5,7 +5,9 @@
 over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155; the optional margin m as in
 Llama 2, arXiv 2307.09288).
 
-    python -m stages.train_rm --tokens data/tokens/preference --model models/sft --out models/rm \\
+The model that it starts from is named in params.yaml (train_rm.init_from).
+
+    python -m stages.train_rm --tokens data/tokens/preference --out models/rm \\
         --metrics metrics/train_rm.json --curve metrics/curves/train_rm.csv
 """
 
@@ -14,9 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.lib.errors import PathOption, StageError, asks_for_help, run
-from stages.lib.intervals import wilson_interval
-from stages.lib.params import read_params, read_value
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.evaluation.intervals import wilson_interval
+from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_rm import TrainRm
@@ -24,16 +28,24 @@ from stages.lib.settings.train_rm import TrainRm
 if not asks_for_help():
     import torch
 
-    from stages.lib.batching import MicroBatching, is_due, micro_batching, rows_of_step, steps_in, tokens_in_pairs
-    from stages.lib.best_weights import BestWeights
-    from stages.lib.engine import Engine, new_engine, require_finite
-    from stages.lib.lora import Lora
-    from stages.lib.pairwise_loss import pairwise_logistic_losses
-    from stages.lib.pretrained import end_and_pad_ids, new_classifier
-    from stages.lib.processes import join_processes
-    from stages.lib.scalar_scores import SequenceScores
-    from stages.lib.token_tables import PREFERENCE_SCHEMA, check_table_ids, read_table
-    from stages.lib.training_run import TrainingRun
+    from stages.lib.compute.batching import (
+        MicroBatching,
+        is_due,
+        micro_batching,
+        rows_of_step,
+        steps_in,
+        tokens_in_pairs,
+    )
+    from stages.lib.compute.engine.base import Engine, require_finite
+    from stages.lib.compute.engine.choice import new_engine
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
+    from stages.lib.models.lora import Lora
+    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, new_classifier
+    from stages.lib.models.scalar_scores import SequenceScores
+    from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
+    from stages.lib.runs.best_weights import BestWeights
+    from stages.lib.runs.training_run import TrainingRun
 
 PAIR_METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
@@ -48,6 +60,12 @@ class PairLoss:
 
     def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
         """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
+        sums = self.batching.budget.attempt(lambda: self._own_passes(engine, pairs, train), engine)
+        means = [total / len(pairs["prompt_ids"]) for total in self.batching.processes.sum(sums.tolist())]
+        return dict(zip(PAIR_METRICS, means, strict=True))
+
+    def _own_passes(self, engine: Engine, pairs: dict[str, list], train: bool) -> torch.Tensor:
+        """The sums of PAIR_METRICS over this process's passes."""
         count = len(pairs["prompt_ids"])
         sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
         for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
@@ -60,28 +78,30 @@ class PairLoss:
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
             parts = (losses, correct, chosen, rejected, chosen - rejected)
             sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        means = [total / count for total in self.batching.processes.sum(sums.tolist())]
-        return dict(zip(PAIR_METRICS, means, strict=True))
+        return sums
 
 
-def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
-    """Train a reward model that starts from MODEL on the pairs in TOKENS."""
+def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
+    """Train a reward model on the pairs in TOKENS."""
     settings = read_params("train_rm", TrainRm)
+    model = Path(settings.init_from)
     seed = read_value("seed", int)
+    trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("train_rm")
     processes = join_processes(runtime)
     train, held_out = (read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval"))
+    require_tokens_of(tokens, model)
     outs = {"model": out, "metrics": metrics, "curve": curve}
-    declared = {"train_rm": settings, "seed": seed}
+    declared = {"train_rm": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         where = (settings.precision, runtime, processes.device)
-        classifier = new_classifier(model, *where, seed, quantization_of_base(settings.lora))
+        quantization = quantization_of_base(settings.lora)
+        classifier = new_classifier(model, *where, seed, quantization, trust_remote_code=trust_remote_code)
         lora = Lora(classifier, settings.lora, seed, model)
         for table, split in ((train, "train"), (held_out, "eval")):
-            columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-            check_table_ids(table, columns, classifier.config.vocab_size, tokens / f"{split}.arrow")
+            check_table_fits(table, facts_of(classifier), tokens / f"{split}.arrow")
             if settings.use_margin:
                 require_margins(table, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
@@ -89,7 +109,7 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         best = BestWeights(settings.keep, is_main=processes.is_main)
         pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
-        for step in this_run.steps(total, engine=engine, best=best):
+        for step in this_run.steps(total, engine=engine, best=best, budget=pair_loss.batching.budget):
             rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
             batch = train[rows]
             row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}

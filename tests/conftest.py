@@ -12,6 +12,7 @@ LONG = (
     "tests/stages/test_trackers.py",
     "tests/stages/test_real_files.py",
     "tests/stages/test_hub.py",
+    "tests/fuzz/test_fuzz.py",
     "tests/pipeline/test_staleness.py",
 )
 

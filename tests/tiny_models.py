@@ -3,6 +3,10 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from stages.lib.compute.batching import MicroBatching
+from stages.lib.compute.memory_budget import MemoryBudget
+from stages.lib.compute.processes import Processes
+
 VOCABULARY = 23
 EOS, PAD = 1, 2
 CPU = torch.device("cpu")
@@ -53,3 +57,10 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         pad_token_id=PAD,
     )
     return GPT2LMHeadModel(config).train()
+
+
+def batching(
+    tokens: int, packing: bool = False, pad_id: int = PAD, processes: Processes | None = None
+) -> MicroBatching:
+    """Micro-batches of so many tokens, on one process or as one of several."""
+    return MicroBatching(MemoryBudget("micro_batch_tokens", tokens), packing, pad_id, processes or Processes(0, 1, CPU))

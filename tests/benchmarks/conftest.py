@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import random_models
-from tests.pipeline.closure import ROOT
+from tests.pipeline.graph import ROOT
 from tests.stages.tiny_pipeline import change
 
 

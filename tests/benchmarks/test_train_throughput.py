@@ -13,8 +13,8 @@ from benchmarks import timed_steps
 from benchmarks.model_flops import training_flops
 from benchmarks.train_throughput import choose, lines_of, run_one
 from benchmarks.workloads import WORKLOADS, Configuration, all_configurations
-from stages.lib.errors import StageError
-from tests.pipeline.closure import ROOT
+from stages.lib.command.errors import StageError
+from tests.pipeline.graph import ROOT
 
 TINY = WORKLOADS["tiny"]
 

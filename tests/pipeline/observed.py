@@ -17,6 +17,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.pipeline.closure import load_graph
+from tests.pipeline.graph import ROOT, load_graph
 from tests.stages.tiny_pipeline import lay_over, new_project, read_yaml, script, stage_options, write_yaml
 
 HEAVY = (
@@ -35,7 +36,7 @@ HEAVY = (
     *("transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
 )
 ACCESSED_LONG_AGO = 0
-DATA_FOLDERS = ("data", "metrics", "models")
+DATA_FOLDERS = ("code_manifests", "data", "metrics", "models")
 
 
 class RecordedSettings(dict):
@@ -55,13 +56,13 @@ class RecordedSettings(dict):
 
 
 class WatchParams(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes `stages.lib.params.load_yaml`, once that module is imported, return settings that note what is read."""
+    """Makes the `load_yaml` of `stages.lib.command.params` return settings that note what is read."""
 
     def __init__(self, keys: set[str]) -> None:
         self.keys = keys
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "stages.lib.params":
+        if name != "stages.lib.command.params":
             return None
         self.found = importlib.machinery.PathFinder.find_spec(name, path, target)
         spec = importlib.machinery.ModuleSpec(name, self, origin=self.found.origin)
@@ -90,7 +91,7 @@ def observe(
     """
     folder = target.with_name(f"{target.name}-{stage}")
     others = [out for out in all_outs if out not in declared["outs"]]
-    lay_out(project, folder, declared["deps"], others)
+    lay_out(project, folder, [*declared["deps"], *declared["code"]], others)
     laid = dict(data_files(folder))
     report = folder.with_name(f"{folder.name}.json")
     process = os.fork()
@@ -104,9 +105,17 @@ def observe(
     seen["undeclared"] = sorted(set(accessed(folder, others)) - set(seen["data"]))
     for out in declared["outs"]:
         (target / out).parent.mkdir(parents=True, exist_ok=True)
+        remove(target / out)
         (folder / out).rename(target / out)
     seen["left_behind"] = sorted(name for name, written in data_files(folder) if laid.get(name) != written)
     return seen
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> None:
@@ -204,12 +213,17 @@ def access_times_are_kept(folder: Path) -> bool:
 
 def declared_by_stage(params: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     """Deps, outs and params keys of every stage of dvc.yaml, with the values of `params` put in."""
-    from stages.lib.lineage import put_in
+    from tests.pipeline.graph import FIRST, code_of
     from tests.pipeline.test_graph import all_instances, outs_of, paths
 
+    def filled_in(path: str) -> str:
+        return re.sub(r"\$\{(\w+)\.(\w+)\}", lambda match: str(params[match[1]][match[2]]), path)
+
+    everything = [path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*.*") if path.suffix != ".pyc"]
     return {
         name: {
-            "deps": list(dict.fromkeys(put_in(dep, None, params) for dep in paths(stage["deps"]))),
+            "code": everything if name == FIRST else code_of(name),
+            "deps": list(dict.fromkeys(filled_in(dep) for dep in paths(stage["deps"]))),
             "outs": outs_of(stage),
             "params": list(stage.get("params") or ()),
         }

@@ -21,25 +21,29 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from tests.pipeline.closure import ROOT, is_code, load_graph
-from tests.pipeline.test_graph import all_instances, outs_of, paths
+from stages.code_manifest import manifests
+from tests.pipeline.graph import FIRST, ROOT, load_graph
+from tests.pipeline.test_graph import MANIFESTS, all_instances, is_code, outs_of, paths
 
 TABLE = ROOT / "tests/pipeline/staleness.md"
 RAW_DATA = "data/raw/none"
 # What no stage depends on: how it is started, where it came from, how it is tested and shown.
 IN_NO_DEPS = (
     *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/default.yaml"),
-    "tests/lib/test_dpo_loss.py",
+    "tests/lib/objectives/test_dpo_loss.py",
 )
 SECTION = "params.yaml: "
 COMMENT = f"{SECTION}a comment"
+REMARK = "a comment in any one Python file of stages/"
 HEAD = """\
 # What a change makes stale
 
 Each row is one change, each ● a stage that `dvc status` then calls changed: DVC runs it again. The stages after it
 follow only if what it writes has other bytes. A section of params.yaml stands for each of its keys: stages read whole
-sections. Made by `python -m tests.pipeline.staleness --write`; a test asks DVC again, and compares with the imports in
-the source and with what each stage reads when it runs.
+sections. The first stage takes about two seconds and writes the manifests of code, on which the others depend. A file
+that marks the first stage alone cannot change an out (stages/lib/operations), or belongs to a tool or to the first
+stage itself. Made by `python -m tests.pipeline.staleness --write`; a test asks DVC again, and compares
+with the imports in the source and with what each stage reads when it runs.
 
 """
 
@@ -58,12 +62,25 @@ def copy_of_project(folder: Path) -> None:
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copyfile(ROOT / "profiles/default.yaml", folder / "params.yaml")
     write_placeholders(folder)
+    write_manifests(folder)
+
+
+def write_manifests(folder: Path) -> dict[str, str]:
+    """What the first stage writes, from the code in `folder`, in which the process runs. Returns what has changed."""
+    changed = {}
+    for name, text in manifests().items():
+        file = folder / MANIFESTS / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+            changed[name] = text
+    return changed
 
 
 def write_placeholders(folder: Path) -> None:
     """A file for each out and each dep below one; an out with deps below it, or without a suffix, is a folder."""
     stages = all_instances(load_graph())
-    outs = [out for stage in stages.values() for out in outs_of(stage)]
+    outs = [out for stage in stages.values() for out in outs_of(stage) if not is_code(out)]
     deps = [dep for stage in stages.values() for dep in paths(stage["deps"]) if not is_code(dep) and "$" not in dep]
     for path in (*outs, *deps, "data/prepared/sft/train.jsonl", RAW_DATA):
         target = folder / path
@@ -117,8 +134,15 @@ def changes_of(folder: Path) -> dict[str, tuple[Path, str]]:
     changes[COMMENT] = (params, text + "# A comment.\n")
     code = sorted(file for file in (folder / "stages").rglob("*") if file.is_file())
     for file in [*code, *(folder / name for name in (RAW_DATA, *IN_NO_DEPS))]:
-        changes[file.relative_to(folder).as_posix()] = (file, file.read_text(encoding="utf-8") + "\n")
+        more = "\nCHANGED = True\n" if file.suffix == ".py" else "\n"
+        changes[file.relative_to(folder).as_posix()] = (file, file.read_text(encoding="utf-8") + more)
     return changes
+
+
+def remarks_of(folder: Path) -> dict[Path, str]:
+    """Each Python file of stages/, with one more comment."""
+    files = [file for file in sorted((folder / "stages").rglob("*.py")) if file.stat().st_size]
+    return {file: file.read_text(encoding="utf-8") + "# A comment.\n" for file in files}
 
 
 @contextlib.contextmanager
@@ -127,8 +151,8 @@ def fresh_copy(folder: Path) -> Iterator[Any]:
     from dvc.repo import Repo, lock_repo
 
     before = Path.cwd()
-    copy_of_project(folder)
     os.chdir(folder)
+    copy_of_project(folder)
     try:
         with Repo.init(str(folder), no_scm=True) as repo, each_yaml_text_parsed_once():
             repo.commit(force=True)
@@ -143,34 +167,51 @@ def fresh_copy(folder: Path) -> Iterator[Any]:
 def stale_one_by_one(folder: Path) -> dict[str, set[str]]:
     """Row of the table → the stages that DVC calls changed after this change alone."""
     with fresh_copy(folder) as repo:
-        return {row: set(asked(repo, {file: text})) for row, (file, text) in changes_of(folder).items()}
+        answers = {row: asked(repo, folder, {file: text}) for row, (file, text) in changes_of(folder).items()}
+        of_remarks = [asked(repo, folder, {file: text}) for file, text in remarks_of(folder).items()]
+        assert all(stale == of_remarks[0] for stale in of_remarks)
+        return answers | {REMARK: of_remarks[0]}
 
 
-def stale_at_once(folder: Path) -> dict[str, set[str]]:
-    """The same from one question after all changes: DVC names what has changed of each stage."""
+def stale_by_parts(folder: Path) -> dict[str, set[str]]:
+    """The same with few questions to DVC: which manifests a change of code writes is seen without it."""
     with fresh_copy(folder) as repo:
         changes = changes_of(folder)
-        edits = dict(changes.values())
-        sections = [row.removeprefix(SECTION) for row in changes if row.startswith(SECTION) and row != COMMENT]
-        graph = (folder / "dvc.yaml").read_text(encoding="utf-8")
-        text = params_with_changes(edits[folder / "params.yaml"], sections, graph)  # on top of the comment
-        edits[folder / "params.yaml"] = text
-        answers: dict[str, set[str]] = {row: set() for row in changes}
-        for stage, reasons in asked(repo, edits).items():
-            (changed,) = (reason["changed deps"] for reason in reasons)
-            for path, how in changed.items():
-                for row in [f"{SECTION}{key}" for key in how] if isinstance(how, dict) else [path]:
-                    answers[row].add(stage)
-    return answers
+        code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and row.endswith(".py")}
+        answers = {row: asked(repo, folder, dict([edit])) for row, edit in changes.items() if row not in code}
+        stale_with = {}
+        for name, text in manifests().items():
+            stale_with[name] = asked(repo, folder, {folder / MANIFESTS / f"{name}.txt": text + "more\n"}, again=False)
+        for row, (file, text) in code.items():
+            with edited({file: text}):
+                changed = write_manifests(folder)
+            write_manifests(folder)
+            answers[row] = {FIRST}.union(*(stale_with[name] for name in changed))
+        answers[REMARK] = asked(repo, folder, remarks_of(folder))
+        return {row: answers[row] for row in (*changes, REMARK)}
 
 
-def asked(repo: Any, edits: dict[Path, str]) -> dict[str, list[Any]]:
-    """What `dvc status` says while these files hold these texts."""
+def asked(repo: Any, folder: Path, edits: dict[Path, str], *, again: bool = True) -> set[str]:
+    """The stages that `dvc status` calls changed while these files hold these texts.
+
+    Args:
+        again: whether the first stage has written its manifests by then.
+    """
+    with edited(edits):
+        if again:
+            write_manifests(folder)
+        stale = set(repo.status())
+    write_manifests(folder)
+    return stale
+
+
+@contextlib.contextmanager
+def edited(edits: dict[Path, str]) -> Iterator[None]:
     before = {file: file.read_bytes() for file in edits}
     for file, text in edits.items():
         file.write_text(text, encoding="utf-8")
     try:
-        return repo.status()
+        yield
     finally:
         for file, content in before.items():
             file.write_bytes(content)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.closure import ROOT, load_graph
+from tests.pipeline.graph import ROOT, load_graph
 from tests.pipeline.test_graph import all_instances
 
 NO_FILE = "data/raw/none"

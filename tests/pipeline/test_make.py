@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.pipeline.closure import ROOT, load_graph
+from tests.pipeline.graph import ROOT, load_graph
 from tests.pipeline.test_graph import all_instances
 
 STAND_IN = f"""#!{sys.executable}
@@ -19,14 +19,28 @@ record = {{"argv": [name, *sys.argv[1:]], "launch": os.environ.get("LAUNCH"), "p
 record["hash seed"] = os.environ.get("PYTHONHASHSEED")
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps(record) + "\\n")
+if "importlib.metadata" in sys.argv[-1]:
+    sys.exit("NVIDIA" not in os.environ)
 if sys.argv[1:] == ["-m", "pip", "--version"]:
     print(f"pip 1 from somewhere (python {{os.environ.get('PIP_PYTHON', '3.11')}})")
 if "--dot" in sys.argv:
     print('strict digraph {{\\n"b";\\n"a" -> "b";\\n"b" -> "c";\\n"a" -> "c";\\n"c" -> "aa";\\n}}')
 sys.exit(name == os.environ.get("FAILS"))
 """
-MEND = "python -m stages.mend_lock"
-PRUNE = "python -m stages.prune_scratch"
+MEND = "python -m stages.tools.mend_lock"
+CHECK = "python -m stages.code_manifest"
+PRUNE = "python -m stages.tools.prune_scratch"
+LOCKS = ("requirements.lock", "requirements-torch.lock", "requirements-cuda.lock")
+LOCK = """a==1 \\
+    --hash=sha256:a
+setuptools==84 \\
+    --hash=sha256:b \\
+    --hash=sha256:c
+z==2 \\
+    --hash=sha256:d
+"""
+INSTALL = "python -m pip install --quiet --disable-pip-version-check --no-deps"
+PLOT = "python -m stages.tools.plot_curves"
 VARIABLES = [
     "MAKEFLAGS",
     "MAKEOVERRIDES",
@@ -43,7 +57,7 @@ VARIABLES = [
     "STAGE",
 ]
 STEPS = {
-    "tokenize": "tokenize",
+    "tokenize": "tokenize_data",
     "train-sft": "train_sft",
     "train-rm": "train_rm",
     "ref-logprobs": "ref_logprobs",
@@ -61,7 +75,8 @@ def project(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name in ("python", "dvc", "ruff"):
         write_stand_in(tmp_path / ".venv/bin" / name)
-    for name in ("requirements.lock", "requirements-cuda.lock", ".venv/.complete"):
+    (tmp_path / "requirements.lock").write_text(LOCK)
+    for name in (*LOCKS, ".venv/.complete"):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -134,7 +149,7 @@ def test_the_order_of_stages_is_always_the_same(project, arguments):
 
 def test_only_runs_one_step_alone(project):
     assert make(project, "train-rm", "ONLY=1").returncode == 0
-    assert commands(project) == [MEND, "dvc repro --single-item train_rm", PRUNE]
+    assert commands(project) == [MEND, "dvc repro code_manifest", "dvc repro --single-item train_rm", PRUNE]
 
 
 @pytest.mark.parametrize("target", ["repro", "ppo", "dpo"])
@@ -154,7 +169,7 @@ def test_without_gpus_the_launcher_is_the_users_own(project):
     make(project, "train-ppo")
     assert calls(project)[1]["launch"] is None
     make(project, "train-ppo", LAUNCH="deepspeed")
-    assert calls(project)[4]["launch"] == "deepspeed"
+    assert calls(project)[5]["launch"] == "deepspeed"
 
 
 def test_the_environment_comes_first_in_the_path(project):
@@ -172,16 +187,21 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
     [
         (["metrics"], ["dvc metrics show"]),
         (["metrics-diff", "REV=HEAD~1"], ["dvc metrics diff HEAD~1"]),
-        (["plots", "REV=v1"], ["python -m stages.plot_curves --rev v1 --rev workspace --out plots/curves.html"]),
-        (["status"], ["dvc status"]),
-        (["lineage"], ["python -m stages.show_lineage"]),
-        (["lineage", "OUT=models/ppo"], ["python -m stages.show_lineage models/ppo"]),
-        (["use", "PROFILE=small"], ["python -m stages.use_profile --profile profiles/small.yaml"]),
+        (["metrics-diff", "REV=main exp-a"], ["dvc metrics diff main exp-a"]),
+        (["plots", "REV=v1"], [f"{PLOT} --rev v1 --rev workspace --out plots/curves.html"]),
+        (
+            ["plots", "REV=main exp-a it's $(touch;x)"],
+            [f"{PLOT} --rev main --rev exp-a --rev it's --rev $(touch;x) --rev workspace --out plots/curves.html"],
+        ),
+        (["status"], [f"{CHECK} --compare", "dvc status"]),
+        (["lineage"], ["python -m stages.tools.show_lineage"]),
+        (["lineage", "OUT=models/ppo"], ["python -m stages.tools.show_lineage models/ppo"]),
+        (["use", "PROFILE=small"], ["python -m stages.tools.use_profile --profile profiles/small.yaml"]),
         (
             ["use", "PROFILE=small", "FORCE=1"],
-            ["python -m stages.use_profile --profile profiles/small.yaml --drop-edits"],
+            ["python -m stages.tools.use_profile --profile profiles/small.yaml --drop-edits"],
         ),
-        (["join", "STAGE=evaluate@ppo"], ["python -m stages.join_stage --stage evaluate@ppo"]),
+        (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
         (["lint"], ["ruff check benchmarks stages tests", "ruff format --check benchmarks stages tests"]),
@@ -220,40 +240,93 @@ def test_every_target_that_starts_a_program_makes_the_environment_first():
     assert {target for target, needed in rules if "$(VENV)" not in needed} == without
 
 
+HOSTILE = [
+    "$(shell touch pwned)",
+    "$$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned;",
+    "' ; touch pwned; '",
+    '"; touch pwned; "',
+]
+HOSTILE += ["x\ntouch pwned", "${IFS}&&touch pwned", "a b", "it's", 'say "x"', "a\\", "#", "$PATH", "*"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("in_environment", [False, True])
+@pytest.mark.parametrize(
+    ("target", "variable", "before", "after"),
+    [
+        ("use", "PROFILE", ["-m", "stages.tools.use_profile", "--profile"], "profiles/{}.yaml"),
+        ("lineage", "OUT", ["-m", "stages.tools.show_lineage"], "{}"),
+        ("join", "STAGE", ["-m", "stages.tools.join_stage", "--stage"], "{}"),
+        ("soak", "MINUTES", ["-m", "tests.proofs.kill_matrix", "--minutes"], "{}"),
+    ],
+)
+def test_what_a_user_gives_is_one_word_and_never_run(project, target, variable, before, after, text, in_environment):
+    given = {variable: text} if in_environment else {}
+    done = make(project, target, *([] if in_environment else [f"{variable}={text}"]), **given)
+    assert done.returncode == 0, done.stderr
+    assert calls(project)[-1]["argv"][1 : len(before) + 2] == [*before, after.format(text)]
+    assert not (project / "pwned").exists()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("target", ["metrics-diff", "plots", "train-rm"])
+def test_no_variable_is_run_by_a_shell(project, target, text):
+    make(project, target, f"REV={text}", f"GPUS={text}", f"ONLY={text}")
+    make(project, target, f"REV={text}", f"ONLY={text}", f"FORCE={text}")
+    (project / ".venv/.complete").unlink()
+    make(project, target, f"REV={text}", f"PYTHON={text}")
+    assert not (project / "pwned").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "2 3", "1;", "01", "gpu auto", "$(shell echo 2)"])
+def test_a_number_of_processes_that_is_none_is_refused(project, number):
+    done = make(project, "train-rm", f"GPUS={number}")
+    assert done.returncode == 2
+    assert f"not '{number}'" in done.stderr
+    assert not commands(project)
+
+
 def test_a_finished_environment_costs_nothing(project):
     assert make(project, "setup").returncode == 0
     assert not commands(project)
 
 
-@pytest.mark.parametrize("file", ["requirements.lock", "requirements-cuda.lock"])
-def test_a_changed_lock_is_installed_once_into_the_same_environment(project, file):
-    stamp = project / ".venv/.complete"
-    os.utime(stamp, (0, 0))
-    os.utime(project / "requirements.lock", (0, 0))
-    os.utime(project / "requirements-cuda.lock", (0, 0))
-    os.utime(project / file, (1, 1))
-    write_stand_in(project / "python3")
+@pytest.mark.parametrize("file", LOCKS)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_changed_lock_is_installed_once_into_the_same_environment(project, file, cuda):
+    os.utime(project / ".venv/.complete", (0, 0))
+    for lock in LOCKS:
+        os.utime(project / lock, (lock == file, lock == file))
     python = f"PYTHON={sys.executable}"
     version = ".".join(map(str, sys.version_info[:2]))
-    done = make(project, "status", python, PIP_PYTHON=version)
+    done = make(project, "metrics", python, PIP_PYTHON=version, **({"NVIDIA": "1"} if cuda else {}))
     assert done.returncode == 0, done.stderr
     assert f"into .venv for Python {version}" in done.stdout
-    assert commands(project) == [
+    asked = commands(project).pop(-3 if cuda else -2)
+    assert asked.startswith("python -c ")
+    assert [command for command in commands(project) if command != asked] == [
         "python -m pip --version",
-        "python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock",
-        "dvc status",
+        f"{INSTALL} --require-hashes --requirement .venv/setuptools.lock",
+        f"{INSTALL} --require-hashes --no-build-isolation --requirement requirements.lock",
+        f"{INSTALL} --requirement requirements-torch.lock",
+        *([f"{INSTALL} --require-hashes --requirement requirements-cuda.lock"] if cuda else []),
+        "dvc metrics show",
     ]
-    make(project, "status", python)
-    assert commands(project)[3:] == ["dvc status"]
+    assert (project / ".venv/setuptools.lock").read_text() == "".join(LOCK.splitlines(keepends=True)[2:5])
+    count = len(commands(project))
+    make(project, "metrics", python)
+    assert commands(project)[count:] == ["dvc metrics show"]
 
 
 def test_a_failed_installation_is_not_taken_for_finished(project):
     (project / ".venv/.complete").unlink()
     version = ".".join(map(str, sys.version_info[:2]))
-    done = make(project, "status", f"PYTHON={sys.executable}", PIP_PYTHON=version, FAILS="python")
+    done = make(project, "metrics", f"PYTHON={sys.executable}", PIP_PYTHON=version, FAILS="python")
     assert done.returncode == 2
     assert not (project / ".venv/.complete").exists()
-    assert "dvc status" not in commands(project)
+    assert "dvc metrics show" not in commands(project)
 
 
 @pytest.mark.parametrize(("version", "accepted"), [("3.10", False), ("3.11", True), ("3.13", True), ("3.14", False)])

@@ -8,32 +8,30 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.closure import LAUNCHER, ROOT, code_files, is_code, load_graph, params_read, script_of
+from stages.lib.operations.code_closure import LEFT_OUT, closure
+from tests.pipeline.graph import FIRST, LAUNCHER, ROOT, code_of, load_graph, params_read
 from tests.pipeline.observed import access_times_are_kept
-from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, SECTION, TABLE, stale_at_once, table
-from tests.pipeline.test_graph import all_instances
+from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, REMARK, SECTION, TABLE, stale_by_parts, table
+from tests.pipeline.test_graph import all_instances, is_code
 from tests.stages.tiny_pipeline import read_yaml
 
 pytestmark = pytest.mark.slow
 STAGES = all_instances(load_graph())
 DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
-SHARDED = {"stages/lib/deepspeed_setup.py": "several processes or ZeRO"}
-DEEPSPEED = {"stages/lib/deepspeed_engine.py": "several processes or ZeRO", **SHARDED}
+SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
+DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
 TRACKERS = {
-    "stages/lib/tensorboard_tracker.py": "runtime.yaml: trackers",
-    "stages/lib/wandb_tracker.py": "runtime.yaml: trackers",
+    "stages/lib/operations/tensorboard_tracker.py": "runtime.yaml: trackers",
+    "stages/lib/operations/wandb_tracker.py": "runtime.yaml: trackers",
 }
 NOT_RUN = {
     "prepare_base": dict.fromkeys(
-        ("stages/lib/model_traits.py", "stages/lib/token_logprobs.py"),
+        ("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py", "stages/lib/data/token_tables.py"),
         "for a model that was trained elsewhere; here a new one is made",
     ),
     **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
-    "ref_logprobs": {
-        **SHARDED,
-        "stages/lib/tokenizer_files.py": "pretrained.py imports it to save a model; this stage saves none",
-    },
+    "ref_logprobs": SHARDED,
     "evaluate@sft": SHARDED,
     "evaluate@dpo": SHARDED,
     "evaluate@ppo": SHARDED,
@@ -43,7 +41,7 @@ NOT_RUN = {
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Row of the table → stale stages, from DVC."""
-    return stale_at_once(tmp_path_factory.mktemp("staleness").resolve())
+    return stale_by_parts(tmp_path_factory.mktemp("staleness").resolve())
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +68,25 @@ def test_dvc_agrees_with_the_imports_and_the_keys_in_the_source(answers) -> None
         path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*") if "__pycache__" not in str(path)
     }
     files = {file for file in files if (ROOT / file).is_file()}
-    assert {row for row in answers if is_code(row)} == files
-    for name, stage in STAGES.items():
-        code = code_files(script_of(stage["cmd"]))
+    of_code = {row for row in answers if row.startswith("stages/")}
+    assert of_code == files
+    for name in STAGES:
+        code = files if name == FIRST else {file for file in code_of(name) if not file.startswith(LEFT_OUT)}
         brought = DEFAULTS["prepare_base"]["chat_template"] if name == "prepare_base" else None  # a setting, not code
-        assert {row for row in answers if is_code(row) and name in answers[row]} == {*code, brought} - {None}, name
+        assert {row for row in of_code if name in answers[row]} == {*code, brought} - {None}, name
         sections = {
             row.removeprefix(SECTION) for row, stale in answers.items() if row.startswith(SECTION) and name in stale
         }
-        assert sections == params_read(code), name
+        read = set(DEFAULTS) if name == FIRST else params_read(code_of(name))
+        assert sections - {COMMENT.removeprefix(SECTION)} == read, name
 
 
 def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers) -> None:
-    assert [row for row in (*IN_NO_DEPS, COMMENT, LAUNCHER) if answers[row]] == []
+    left_out = [row for row in answers if row.startswith(LEFT_OUT)]
+    assert len(left_out) > 10
+    assert [row for row in (*IN_NO_DEPS, COMMENT, REMARK, LAUNCHER, *left_out) if answers[row] - {FIRST}] == []
+    assert [row for row in IN_NO_DEPS if answers[row]] == ["runtime.yaml"]
+    assert answers[COMMENT] == answers[REMARK] == {FIRST}
     assert answers[RAW_DATA] == {"prepare_data", "prepare_base"}
 
 
@@ -90,10 +94,13 @@ def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers
 def test_a_run_reads_the_code_that_is_declared(observed, name: str) -> None:
     seen = observed[name]
     # Python files are read to be hashed, too; those that run are modules.
-    read = {*seen["modules"], *(file for file in seen["files"] if is_code(file) and not file.endswith(".py"))}
-    declared = {dep for dep in seen["declared"]["deps"] if is_code(dep)}
+    others = {file for file in seen["files"] if file.startswith("stages/") and Path(file).suffix not in (".py", ".pyc")}
+    read = {*seen["modules"], *others}
+    declared = {*seen["declared"]["code"], *seen["declared"]["deps"]}  # a template may be brought by a setting
     assert read <= declared
-    assert declared - read == set(NOT_RUN.get(name, ())), "list in NOT_RUN what is imported under other settings only"
+    if name != FIRST:
+        left = set(seen["declared"]["code"]) - read
+        assert left == set(NOT_RUN.get(name, ())), "list in NOT_RUN what is imported under other settings only"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -105,15 +112,15 @@ def test_a_run_looks_up_the_params_that_are_declared(observed, name: str) -> Non
 def test_a_run_reads_the_data_and_models_that_are_declared_and_writes_its_outs_alone(observed, name: str) -> None:
     """Nothing else is read, though it lies there as in a project that has run; and each dep that is declared is."""
     seen = observed[name]
-    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep != RAW_DATA]
+    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep not in (RAW_DATA, "stages")]
     unread = [dep for dep in data if not any(file == dep or file.startswith(f"{dep}/") for file in seen["data"])]
     assert unread == []
-    assert RAW_DATA not in seen["data"]  # the placeholder for no data and no model
+    assert RAW_DATA not in seen["data"]  # for no data and no model
     assert seen["undeclared"] == []
     assert seen["left_behind"] == []
     within = [*seen["declared"]["deps"], *seen["declared"]["outs"], "params.yaml", "dvc.yaml", "runtime.yaml"]
     for file in seen["files"]:
-        if not is_code(file) and ".partial/" not in file:
+        if not file.startswith(("stages/", "code_manifests")) and ".partial/" not in file:
             assert any(file == path or file.startswith(f"{path}/") for path in within), file
 
 
@@ -126,10 +133,11 @@ def test_what_is_read_undeclared_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "data/rows").write_text("1\n")
     (tmp_path / "params.yaml").write_text("seed: 1\nother: 2\n")
     (tmp_path / "stages/lib/late.py").touch()
-    for name in ("params", "errors", "lost_contact", "stop_watch"):
-        (tmp_path / f"stages/lib/{name}.py").write_text((ROOT / f"stages/lib/{name}.py").read_text())
-    (tmp_path / "stages/write_report.py").write_text(
-        "from stages.lib.params import read_value\n"
+    for file in closure(["stages/lib/command/params.py"], ROOT):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    (tmp_path / "stages/report.py").write_text(
+        "from stages.lib.command.params import read_value\n"
         "if __name__ == '__main__':\n"
         "    import stages.lib.late\n"
         "    read_value('seed', int)\n"
@@ -151,8 +159,5 @@ def test_what_is_read_undeclared_fails_the_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["params"] == ["seed"]
-    assert seen["modules"] == [
-        *("stages/lib/errors.py", "stages/lib/late.py", "stages/lib/lost_contact.py", "stages/lib/params.py"),
-        *("stages/lib/stop_watch.py", "stages/write_report.py"),
-    ]
+    assert {"stages/lib/late.py", "stages/lib/command/params.py", "stages/report.py"} <= set(seen["modules"])
     assert {"data/rows", "params.yaml"} <= set(seen["files"])

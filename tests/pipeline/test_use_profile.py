@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from stages.use_profile import overlaid
-from tests.pipeline.closure import ROOT
+from stages.tools.use_profile import overlaid
+from tests.pipeline.graph import ROOT
 
 DEFAULT = """\
 # Settings of the default run.
@@ -17,13 +18,18 @@ seed: 17                       # of everything random
 data:
   path: data/raw/none          # a file or folder
   columns: {}                  # own column -> ours
-  kinds: [sft, "prompts"]      # in this order
+  # In this order.
+  kinds:
+  - sft
+  - prompts
   max_rows:  # all of them
 train:
   # Of AdamW.
   optimizer:
     learning_rate: 3.0e-4      # at its peak
-    betas: [0.9, 0.95]
+    betas:
+    - 0.9
+    - 0.95
   epochs: 2   # passes over the data
 
 # The end.
@@ -47,13 +53,17 @@ seed: 17                       # of everything random
 data:
   path: data/raw/mine          # a file or folder
   columns: {question: prompt, answer: chosen} # own column -> ours
-  kinds: [prompts]             # in this order
-  max_rows: null # all of them
+  # In this order.
+  kinds:
+  - prompts
+  max_rows:  # all of them
 train:
   # Of AdamW.
   optimizer:
     learning_rate: 1e-5        # at its peak
-    betas: [0.9, 0.95]
+    betas:
+    - 0.9
+    - 0.95
   epochs: 2   # passes over the data
 
 # The end.
@@ -71,7 +81,7 @@ def project(tmp_path):
 
 def use(project, name, *options):
     return subprocess.run(
-        [sys.executable, "-m", "stages.use_profile", "--profile", f"profiles/{name}.yaml", *options],
+        [sys.executable, "-m", "stages.tools.use_profile", "--profile", f"profiles/{name}.yaml", *options],
         cwd=project,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
@@ -123,7 +133,7 @@ def test_a_profile_does_not_stand_on_the_one_before(project):
         ("train:", "train is a section: expected keys, found nothing"),
         ("seed: {a: 1}", "seed is one value, such as 17: expected no keys below it"),
         ("- seed", "expected sections (key: value), found list"),
-        ("seed: [", "is not valid YAML"),
+        ("seed: [", ", line 1: not valid YAML"),
     ],
 )
 def test_a_wrong_profile_is_refused_and_changes_nothing(project, profile, message):
@@ -168,6 +178,18 @@ PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 
 def test_params_in_git_are_those_of_the_default_run():
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "profiles/default.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_an_experiment_changes_one_line_of_params(profile, tmp_path):
+    """`dvc exp run -S train_dpo.beta=0.1` writes params.yaml with `apply_overrides`."""
+    params = tmp_path / "params.yaml"
+    params.write_text(overlaid(ROOT / "profiles/default.yaml", profile))
+    before = params.read_text().splitlines()
+    apply_overrides(params, ["train_dpo.beta=0.1"])
+    after = params.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.split()[:2] for _, new in changed] == [["beta:", "0.1"]]
 
 
 def test_the_profiles_of_the_documentation_are_there():

@@ -19,8 +19,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.lib.dvc_lock import is_cut_off
-from stages.lib.hashing import dvc_hash
+from stages.lib.command.hashing import dvc_hash
+from stages.tools.dvc_lock import is_cut_off
 from tests.proofs.dvc_projects import git, kill_below, start_dvc, wait_for
 from tests.proofs.tiny_projects import differences, found_below, listing, outs_of
 from tests.stages.tiny_pipeline import change, read_yaml, start, write_yaml
@@ -94,7 +94,8 @@ class Commits:
         for attempt in range(TRIES):
             process = self.start_anew()
             time.sleep(wait() * 0.6**attempt)  # what else runs here may have made the measured time too long
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.killpg(process.pid, signal.SIGKILL)
             if process.wait() == -signal.SIGKILL and not self.in_lock():
                 break
         else:
@@ -137,12 +138,13 @@ def killed_in_record(project: Path, stage: str, draw: random.Random) -> list[str
     process = start_dvc(project, "repro", "--single-item", stage, output=output)
     wait_for(lambda: lock_file.stat().st_size < len(before) or process.poll() is not None, PATIENCE, "the record")
     time.sleep(draw.uniform(0, 0.05))
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if not is_cut_off(lock_file.read_bytes()):
         return ["DVC had written dvc.lock before it could be killed"]
     mended = subprocess.run(
-        [sys.executable, "-m", "stages.mend_lock"], cwd=project, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "stages.tools.mend_lock"], cwd=project, capture_output=True, text=True, check=False
     )
     said = repro()
     found = [] if "dvc.lock was cut off" in mended.stdout else [f"not mended: {mended}"]

@@ -25,10 +25,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.lib.errors import end_process
-from stages.lib.processes import join_processes
+from stages.lib.command.run import end_process
+from stages.lib.compute.processes import join_processes
+from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_table
 from stages.lib.settings.runtime import read_runtime
-from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
 from tests.proofs.measured_commit import measured_commit
 from tests.proofs.watched_stage import (
     ROLLOUTS,

@@ -79,7 +79,14 @@ def load_libraries(stages: list[str]) -> None:
         importlib.import_module(f"stages.{script(stage)}")
     # What they import only once they need it; DeepSpeed is imported by transformers when it saves a model.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    later = ("stages.prune_scratch", "ruamel.yaml", "datasets", "deepspeed", "pydantic", "transformers.modeling_utils")
+    later = (
+        "stages.tools.prune_scratch",
+        "ruamel.yaml",
+        "datasets",
+        "deepspeed",
+        "pydantic",
+        "transformers.modeling_utils",
+    )
     for name in (
         *later,
         "transformers.models.llama.modeling_llama",
@@ -91,7 +98,7 @@ def load_libraries(stages: list[str]) -> None:
 
 def run_forked(folder: Path, stage: str, at: int | None = None, number: int = 9) -> Ended:
     """Run a stage in a child, hit by signal `number` before its file operation `at` (1-based)."""
-    from stages.lib.errors import run
+    from stages.lib.command.run import run
 
     def main() -> None:
         module = importlib.import_module(f"stages.{script(stage)}")
@@ -102,8 +109,8 @@ def run_forked(folder: Path, stage: str, at: int | None = None, number: int = 9)
 
 
 def prune_forked(folder: Path) -> Ended:
-    from stages.lib.errors import run
-    from stages.prune_scratch import main
+    from stages.lib.command.run import run
+    from stages.tools.prune_scratch import main
 
     def prune() -> None:
         sys.argv = ["prune_scratch"]

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.lib.hashing import dvc_hash
-from stages.lib.run_log import FILE_NAME, read_runs, run_that_made
+from stages.lib.command.hashing import dvc_hash
+from stages.lib.operations.run_log import FILE_NAME, read_runs, run_that_made
 from tests.proofs.forked_stage import kill_points, prune_forked, run_forked
 from tests.proofs.kill_table import Row
 from tests.proofs.tiny_projects import differences, half_written, listing, outs_of, remove_outs, without_outs
@@ -15,7 +15,7 @@ from tests.proofs.told_ends import RESUMED, STOPS, wrong_words
 
 
 def end_differs(folder: Path, stage: str, truth: dict[str, str]) -> list[str]:
-    """What is otherwise than after an undisturbed run: files, the log of runs, what `stages.prune_scratch` leaves."""
+    """What is otherwise than after an undisturbed run: files, the log of runs, what `prune_scratch` leaves."""
     found = differences(listing(folder), truth)
     hashes = {path: dvc_hash(folder / path) for path in outs_of(stage) if (folder / path).exists()}
     scratch = folder / ".scratch"

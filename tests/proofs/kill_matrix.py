@@ -2,7 +2,7 @@
 
 Each trial removes a stage's outs and its training state, starts it, kills it once or several times in a row, and then
 lets it finish. The whole project folder must then be byte for byte that of the undisturbed run, no file more, and
-once dvc.lock holds the result `stages.prune_scratch` must leave no training state. The ways:
+once dvc.lock holds the result `stages.tools.prune_scratch` must leave no training state. The ways:
 
 - each file operation: SIGKILL just before the n-th file operation, for each n that differs from those before: in the
   middle of a checkpoint, between the renames of two outs, after the last one (`tests/proofs/forked_stage.py`);
@@ -160,7 +160,7 @@ def one_round(truth: Path, work: Path, seed: int, options: argparse.Namespace) -
             for row in rows:
                 row.stage = name
         for processes in options.processes if options.real_kills and not settings else []:
-            if processes == 1 or not stage.startswith("tokenize"):  # tokenize is one process, always
+            if processes == 1 or not stage.startswith("tokenize_data"):  # tokenize is one process, always
                 folder = copy_for(truth, work / f"{stage}-{processes}")
                 rows += real_rows(folder, stage, processes, options.real_kills, draw)
         print("\n".join("  ".join(row.cells()) for row in rows), flush=True)

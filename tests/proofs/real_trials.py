@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from stages.lib.token_tables import REFERENCE_SCHEMA, read_table
+from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_table
 from tests.proofs.dvc_projects import kill_below
 from tests.proofs.forked_trials import end_differs
 from tests.proofs.hit_process import operations, place_of

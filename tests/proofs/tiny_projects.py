@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.lib.hashing import dvc_hash, file_hash
+from stages.lib.command.hashing import dvc_hash, file_hash
 from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options, write_yaml
 
 # Those that are killed.
-STAGES = ("tokenize@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
+STAGES = ("tokenize_data@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
 SAVING = STAGES[1:]  # tokenize keeps nothing
 
 
@@ -27,7 +27,8 @@ def outs_of(stage: str) -> list[str]:
 def write_lock(folder: Path) -> None:
     """A dvc.lock that holds the hashes of the outs of `STAGES`, as DVC would after their run."""
     entries = {
-        stage: {"outs": [{"path": path, "md5": dvc_hash(folder / path)} for path in outs_of(stage)]} for stage in STAGES
+        stage: {"cmd": stage, "outs": [{"path": path, "md5": dvc_hash(folder / path)} for path in outs_of(stage)]}
+        for stage in STAGES
     }
     write_yaml(folder / "dvc.lock", {"schema": "2.0", "stages": entries})
 

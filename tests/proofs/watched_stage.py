@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from stages.lib import engine as engine_module
-from stages.lib import pretrained
-from stages.lib.processes import Processes
+from stages.lib.compute.engine import base as engine_module
+from stages.lib.compute.processes import Processes
+from stages.lib.models import pretrained
 from tests.stages.tiny_pipeline import (
     call,
     change,
@@ -127,7 +127,13 @@ def make_project(folder: Path) -> None:
     """The tiny pipeline up to the models that the compared stages start from."""
     folder.mkdir(parents=True)
     new_project(folder)
-    for stage in ("prepare_data", "prepare_base", "tokenize@sft", "tokenize@preference", "tokenize@prompts"):
+    for stage in (
+        "prepare_data",
+        "prepare_base",
+        "tokenize_data@sft",
+        "tokenize_data@preference",
+        "tokenize_data@prompts",
+    ):
         call(folder, stage)
     for stage in (*TRAINING[:2], "ref_logprobs", "train_dpo"):
         call(folder, stage)

@@ -24,7 +24,7 @@ from tests.proofs.dvc_projects import copy_of_project, start_dvc
 from tests.proofs.measured_commit import measured_commit
 from tests.stages.tiny_pipeline import change, read_yaml
 
-SHARED = ("prepare_base", "tokenize")  # and what they need: the data and the model that all runs start from
+SHARED = ("prepare_base", "tokenize_data")  # and what they need: the data and the model that all runs start from
 TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
 EVALUATIONS = ("evaluate@dpo", "evaluate@ppo")
 TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"

@@ -9,11 +9,12 @@ import pytest
 from tests.stages.tiny_pipeline import call, new_project
 
 STAGES = (
+    "code_manifest",
     "prepare_data",
     "prepare_base",
-    "tokenize@sft",
-    "tokenize@preference",
-    "tokenize@prompts",
+    "tokenize_data@sft",
+    "tokenize_data@preference",
+    "tokenize_data@prompts",
     "train_sft",
     "train_rm",
     "ref_logprobs",

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stages import train_dpo, train_rm, train_sft
-from stages.lib.batching import MicroBatching, micro_batching
-from stages.lib.engine import Engine
-from stages.lib.params import read_params
-from stages.lib.processes import Processes
-from stages.lib.scalar_scores import SequenceScores
+from stages.lib.command.params import read_params
+from stages.lib.compute.batching import MicroBatching, micro_batching
+from stages.lib.compute.engine.base import Engine
+from stages.lib.compute.processes import Processes
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
+from stages.lib.models.scalar_scores import SequenceScores
+from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.settings.runtime import read_runtime
-from stages.lib.token_logprobs import TokenLogProbs
-from stages.lib.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
 from tests.stages.test_training import curve, metrics
 from tests.stages.tiny_pipeline import call, change, inside
 from tests.tiny_models import CPU

@@ -17,9 +17,10 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from stages.lib.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, SFT_SCHEMA, read_table, write_table
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA
 from tests.stages.test_training import distance, outs_of
 from tests.stages.tiny_pipeline import PROJECT, call, change, contents, script, stage_options
+from tests.tables import rewrite
 
 Copy = Callable[..., Path]
 BIN = Path(sys.executable).parent
@@ -91,9 +92,7 @@ def output_of(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def first_row_alone(path: Path, schema: object) -> None:
-    columns = {name: values[:1] for name, values in read_table(path, schema)[:].items()}
-    path.unlink()
-    write_table(path, columns, schema)
+    rewrite(path, schema, lambda columns: {name: values[:1] for name, values in columns.items()})
 
 
 @pytest.fixture
@@ -194,7 +193,7 @@ def test_two_processes_evaluate_one_prompt_and_one_pair(copy_of_tiny: Copy) -> N
         folder = copy_of_tiny(name)
         change(folder / "params.yaml", {"evaluate": {"max_prompts": 1}})
         first_row_alone(folder / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
-        first_row_alone(folder / "data/ref_logprobs/eval.arrow", REFERENCE_SCHEMA)
+        call(folder, "ref_logprobs")
         if name == "alone":
             call(folder, "evaluate@ppo")
         else:
@@ -245,7 +244,7 @@ def test_a_slurm_task_without_slurm_is_refused() -> None:
 
 def join(folder: Path, stage: str, launcher: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "stages.join_stage", "--stage", stage],
+        [sys.executable, "-m", "stages.tools.join_stage", "--stage", stage],
         cwd=folder,
         env={**os.environ, "LAUNCH": launcher},
         capture_output=True,
@@ -256,8 +255,8 @@ def join(folder: Path, stage: str, launcher: str) -> subprocess.CompletedProcess
 
 def test_another_machine_takes_part_with_the_command_of_the_first() -> None:
     ended = join(PROJECT, "evaluate@ppo", "echo started")
-    command = shlex.join(["sh", "stages/launch.sh", "evaluate_policy", *stage_options("evaluate@ppo")])
-    started = " ".join(["started stages.evaluate_policy", *stage_options("evaluate@ppo")])
+    command = shlex.join(["sh", "stages/launch.sh", "evaluate", *stage_options("evaluate@ppo")])
+    started = " ".join(["started stages.evaluate", *stage_options("evaluate@ppo")])
     assert ended.stdout.splitlines() == [f"> {command}", started]
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.hashing import dvc_hash
-from stages.lib.lineage import origin
-from stages.show_lineage import main
+from stages.lib.command.hashing import dvc_hash
+from stages.lib.operations.code_closure import MANIFESTS, code_hash
+from stages.tools.lineage import is_manifest, origin
+from stages.tools.show_lineage import main
 from tests.stages.tiny_pipeline import PROJECT, change, inside, lay_over, read_yaml
 
 pytestmark = pytest.mark.slow
-BEHIND_PPO = ["train_ppo", "tokenize@prompts", "train_rm", "train_sft", "prepare_data", "prepare_base"]
-BEHIND_PPO += ["tokenize@preference", "tokenize@sft"]
+BEHIND_PPO = ["train_ppo", "tokenize_data@prompts", "train_rm", "train_sft", "prepare_data", "prepare_base"]
+BEHIND_PPO += ["tokenize_data@preference", "tokenize_data@sft"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dvc(folder, "init", "--no-scm", "--quiet")
     dvc(folder, "config", "core.analytics", "false")
     dvc(folder, "commit", "--force", "--quiet")
-    shutil.rmtree(folder / ".dvc")
+    shutil.rmtree(folder / ".dvc/cache")
     return folder
 
 
@@ -51,7 +52,7 @@ def lineage(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit code, what is printed, errors) of the real command."""
     with inside(folder):
         done = subprocess.run(
-            [sys.executable, "-m", "stages.show_lineage", *arguments], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "stages.tools.show_lineage", *arguments], capture_output=True, text=True, check=False
         )
     return done.returncode, done.stdout, done.stderr
 
@@ -87,14 +88,44 @@ def test_the_chain_goes_back_to_the_data_with_every_hash_of_the_lock(recorded: P
     locked = YAML(typ="safe", pure=True).load((recorded / "dvc.lock").read_text())["stages"]
     for name, stage in record["stages"].items():
         assert stage["params"] == locked[name].get("params", {}).get("params.yaml", {})
-        for part, entries in (("deps", stage["code"] + stage["inputs"]), ("outs", stage["outs"])):
+        for part, entries in (("deps", stage["inputs"]), ("outs", stage["outs"])):
             hashes = {entry["path"]: entry["md5"] for entry in entries}
-            assert hashes == {entry["path"]: entry["md5"] for entry in locked[name][part]}
+            recorded_paths = {entry["path"]: entry["md5"] for entry in locked[name][part]}
+            assert hashes == {path: md5 for path, md5 in recorded_paths.items() if not is_manifest(path)}
             assert all(dvc_hash(recorded / path) == md5 for path, md5 in hashes.items())
         runs = [json.loads(line) for line in (recorded / ".scratch/runs.jsonl").read_text().splitlines()]
         assert stage["run"] == next(run for run in runs if run["stage"] == name)
     makers = {entry["path"]: entry["made_by"] for entry in record["stages"]["prepare_base"]["inputs"]}
-    assert makers == {"data/prepared/sft/train.jsonl": "prepare_data", "data/raw/none": None}
+    assert makers == {
+        "data/prepared/sft/train.jsonl": "prepare_data",
+        "data/raw/none": None,
+        "stages/templates/chat.jinja": None,
+    }
+
+
+def test_the_code_of_a_run_comes_from_the_log_of_runs_or_a_commit_or_is_not_recorded(project: Path) -> None:
+    manifest, log = project / MANIFESTS / "train_rm.txt", project / ".scratch/runs.jsonl"
+    recorded = manifest.read_text()
+    manifest.write_text(recorded.replace("stages/train_rm.py", "stages/other.py"))
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        record["code"] = recorded if record["stage"] == "train_rm" else None
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (project / "stages/lib/objectives/pairwise_loss.py").unlink()
+    older = ["train_rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"]
+    assert of(project, "models/rm")[1]["older"] == older
+    log.unlink()
+    code, record = of(project, "models/rm")
+    assert code == 1
+    assert record["stages"]["train_rm"]["code"] is None
+    assert "the code that train_rm ran is not recorded here" in record["older"][0]
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    now = manifest.read_text()
+    for text, words in (("", ["init", "-q"]), (recorded, ["add", str(MANIFESTS)]), ("", ["commit", "-qm", "a"])):
+        manifest.write_text(text or manifest.read_text())
+        subprocess.run([*git, *words], cwd=project, check=True)
+    manifest.write_text(now)
+    assert of(project, "models/rm")[1]["older"] == older
 
 
 def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
@@ -107,13 +138,13 @@ def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
     of_sft = [again for name, again, _ in titles if name.startswith("train_sft")]
     assert of_sft == ["", *[" (see above)"] * 3]  # below rm, ppo, ref_logprobs and dpo
     for words in (
-        "params      seed 17; train_ppo: ",
+        "params      seed 17; trust_remote_code false; train_ppo: ",
         "iterations 3, ",
         "source      generated film reviews",
         "threads 1, ",
     ):
         assert words in text
-    assert f"train_ppo.py {dvc_hash(recorded / 'stages/train_ppo.py')[:8]}" in text
+    assert f"train_ppo.py {code_hash(recorded / 'stages/train_ppo.py')[:8]}" in text
     assert re.search(r"run +20\d\d-.* s, \d+ MiB, 1 process on cpu\n.*launcher +python -m\n", text)
     assert "MISSING" not in text
     assert text.endswith("All that is here is as recorded.\n")
@@ -166,20 +197,21 @@ OLDER = "older"
             [f"{stage} ran before data/raw/none changed" for stage in ("prepare_base", "prepare_data")],
         ),
         (
-            "stages/lib/pairwise_loss.py",
-            append("#\n"),
+            "stages/lib/objectives/pairwise_loss.py",
+            append("more = 1\n"),
             OLDER,
-            ["train_rm ran before these changed: stages/lib/pairwise_loss.py"],
+            ["train_rm ran before these changed: stages/lib/objectives/pairwise_loss.py"],
         ),
         (
-            "stages/lib/pairwise_loss.py",
+            "stages/lib/objectives/pairwise_loss.py",
             Path.unlink,
             OLDER,
-            ["train_rm ran when these were still there: stages/lib/pairwise_loss.py"],
+            ["train_rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"],
         ),
         ("params.yaml", set_beta, OLDER, ["train_rm was made with train_rm.epochs 1.0, and params.yaml has 2.0"]),
         ("dvc.yaml", declare_more, OLDER, ["the command of train_rm in dvc.yaml is another one"]),
-        ("stages/train_ppo.py", append("#\n"), None, []),
+        ("stages/train_ppo.py", append("more = 1\n"), None, []),
+        ("stages/lib/objectives/pairwise_loss.py", append("# a remark\n"), None, []),
         ("models/dpo/config.json", append("\n"), None, []),
         ("runtime.yaml", append("#\n"), None, []),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from stages.lib.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
 from tests.stages.test_training import (
     TWO_PROCESSES,
     curve,
@@ -139,7 +139,7 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
     """The last phase's scores, after twelve updates of the critic, are those of the model that went in."""
     reward_model = AutoModelForSequenceClassification.from_pretrained(tiny / "models/rm").eval()
     prompts = {}
-    from stages.lib.token_tables import PROMPT_SCHEMA
+    from stages.lib.data.token_tables import PROMPT_SCHEMA
 
     for row in read_table(tiny / "data/tokens/prompts/train.arrow", PROMPT_SCHEMA):
         prompts[row["row"]] = row["prompt_ids"]
@@ -150,8 +150,8 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
 
 
 def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
-    from stages.lib.params import read_params
-    from stages.lib.processes import Processes
+    from stages.lib.command.params import read_params
+    from stages.lib.compute.processes import Processes
     from stages.lib.settings.runtime import read_runtime
     from stages.lib.settings.train_ppo import TrainPpo
     from stages.train_ppo import Ppo
@@ -159,7 +159,15 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
     alone = Processes(0, 1, torch.device("cpu"))
     with inside(adapted):
         settings = read_params("train_ppo", TrainPpo)
-        ppo = Ppo(settings, 17, read_runtime("train_ppo"), alone, Path("models/ppo"), Path("models/rm"))
+        ppo = Ppo(
+            settings,
+            17,
+            read_runtime("train_ppo"),
+            alone,
+            Path("models/ppo"),
+            Path("models/rm"),
+            trust_remote_code=False,
+        )
     trained = {id(weight) for engine in (ppo.policy, ppo.critic) for weight in engine.module.parameters()}
     frozen = [
         weight for module in (ppo.reference.module.module, ppo.reward_model.module) for weight in module.parameters()

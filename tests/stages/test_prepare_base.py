@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,9 +27,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stages.lib.chat import decode_completion, encode_completion, encode_prompt
-from stages.lib.errors import StageError
-from stages.lib.hashing import dvc_hash
+from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import dvc_hash
+from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt
 from stages.prepare_base import MARKER_NOISE, NO_FILE, main
 from tests.hub_server import HubServer, repository_of_folder
 from tests.real_files import PROJECT, real_file
@@ -67,22 +70,21 @@ PROMPT = [{"role": "user", "content": "Once upon a time"}]
 REPLY = {"role": "assistant", "content": "there was a film"}
 
 
-def arguments(folder, changes, seed):
-    """Write corpus and settings below `folder`; returns the script's options."""
+def write_settings(folder, changes, seed, *, trust=False):
+    """Write corpus and settings below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     row = {"messages": [{"role": "user", "content": "a film of note"}, {"role": "assistant", "content": "a fine film"}]}
     (folder / "sft.jsonl").write_text((json.dumps(row) + "\n") * 20)
-    section = SECTION | changes
-    (folder / "params.yaml").write_text(json.dumps({"seed": seed, "prepare_base": section}))
-    return {"source": section["path"], "corpus": section["corpus"], "chat_template": section["chat_template"]}
+    settings = {"seed": seed, "trust_remote_code": trust, "prepare_base": SECTION | changes}
+    (folder / "params.yaml").write_text(json.dumps(settings))
 
 
-def run_script(folder, seed=17, env=None, **changes):
-    options = arguments(folder, changes, seed) | {"out": "models/base"}
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+def run_script(folder, seed=17, env=None, *, trust=False, **changes):
+    write_settings(folder, changes, seed, trust=trust)
     return subprocess.run(
-        [sys.executable, "-m", "stages.prepare_base", *words],
+        [sys.executable, "-m", "stages.prepare_base", "--out", "models/base"],
         cwd=folder,
+        stdin=subprocess.DEVNULL,  # whoever asks gets no answer
         env={**(env or os.environ), "PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
@@ -90,11 +92,11 @@ def run_script(folder, seed=17, env=None, **changes):
     )
 
 
-def prepare(folder, seed=17, **changes):
+def prepare(folder, seed=17, *, trust=False, **changes):
     """The stage in this process, without the seconds that a script takes to start; returns the base model's folder."""
-    options = {name: Path(value) for name, value in arguments(folder, changes, seed).items()}
+    write_settings(folder, changes, seed, trust=trust)
     with contextlib.chdir(folder):
-        main(**options, out=Path("models/base"))
+        main(out=Path("models/base"))
     return folder / "models/base"
 
 
@@ -274,11 +276,15 @@ def copy_of_scratch(scratch_runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("removed", "what"),
-    [("config.json", "config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
+    [
+        ("config.json", "is not a model folder: config.json is missing"),
+        ("model.safetensors", "has no weights: expected model.safetensors or model.safetensors.index.json"),
+        ("tokenizer.json", "has no tokenizer: expected tokenizer.json or"),
+    ],
 )
 def test_a_folder_that_is_no_model(copy_of_scratch, tmp_path, removed, what):
     (copy_of_scratch / removed).unlink()
-    with pytest.raises(StageError, match=f"source is no model directory: {what} missing"):
+    with pytest.raises(StageError, match=f"source {what}"):
         prepare(tmp_path, **local(copy_of_scratch))
     assert not (tmp_path / "models/base").exists()
 
@@ -327,7 +333,7 @@ def test_no_template_at_all(copy_of_scratch, tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}", "does not render a prompt as a beginning"),
+        ("{{ messages | length }}", "leaves out a message of the user or changes it"),
         ("{{ raise_exception('never') }}", "the chat template refuses these messages: never"),
         ("{% for m in messages %}", "the chat template refuses these messages"),
         ("{{ messages[0]['content'] }}", "leaves out a reply"),
@@ -366,9 +372,7 @@ def test_settings_that_contradict(tmp_path, changes, message):
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path):
     process = run_script(tmp_path, **local("nowhere"))
     assert process.returncode == 2
-    assert process.stderr.splitlines() == [
-        "error: nowhere is no model directory: config.json missing (expected config.json)"
-    ]
+    assert process.stderr.splitlines() == ["error: nowhere is not a model folder: there is no such folder"]
     assert not (tmp_path / "models/base").exists()
 
 
@@ -376,6 +380,202 @@ def test_a_corpus_row_without_messages_is_named(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"messages": []}\n{"prompt": []}\n')
     with pytest.raises(StageError, match=r"other\.jsonl, line 2: 'messages' is missing \(the row has prompt\)"):
         prepare(tmp_path, corpus="other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[]", r"config\.json: expected a JSON object, found list"),
+        ("config.json", b"\xff", r"config\.json: not UTF-8 text"),
+        ("config.json", b"[" * 100_000, "brackets nested too deeply"),
+        ("config.json", {"vocab_size": "x"}, "expected a whole number as 'vocab_size', found 'x'"),
+        ("config.json", {"vocab_size": 10**400}, "a number of more than 100 digits"),
+        ("config.json", {"num_hidden_layers": 10**9}, "expected a whole number from 1 to 10000"),
+        ("config.json", {"rope_parameters": "linear"}, "expected an object as 'rope_parameters'"),
+        ("config.json", {"text_config": [1]}, "expected an object as 'text_config'"),
+        ("config.json", {"hidden_size": "x"}, "cannot be loaded as a causal language model: "),
+        ("config.json", {"num_attention_heads": 3}, "cannot be loaded as|cannot be trained here|of another shape"),
+        ("config.json", {"model_type": "never"}, "cannot be loaded as a causal language model: .* `never`"),
+        ("config.json", {"transformers_weights": "../other.safetensors"}, "rename the file to model.safetensors"),
+        ("generation_config.json", b"[1]", r"generation_config\.json: expected a JSON object"),
+        ("tokenizer_config.json", b'"x"', r"tokenizer_config\.json: expected a JSON object, found str"),
+        ("tokenizer_config.json", {"eos_token": 5}, "source"),
+        ("tokenizer.json", b"{}", "cannot be loaded as a causal language model: "),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}, "cannot be loaded as"),
+        ("model.safetensors", b"", "cannot be loaded as a causal language model: "),
+        ("model.safetensors", (2**62).to_bytes(8, "little") + b"{}", "cannot be loaded as a causal language model: "),
+        (
+            "model.safetensors",
+            (9).to_bytes(8, "little") + b"[[[[[[[[[",
+            "cannot be loaded as a causal language model: ",
+        ),
+        ("adapter_config.json", b"{}", r"holds an adapter \(adapter_config\.json\), not a whole model: merge it"),
+    ],
+)
+def test_a_file_of_a_model_that_makes_no_sense(copy_of_scratch, tmp_path, name, content, message):
+    file = copy_of_scratch / name
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content).encode()
+    file.write_bytes(content)
+    with pytest.raises(StageError, match=message):
+        prepare(tmp_path, **local(copy_of_scratch))
+    assert not (tmp_path / "models/base").exists()
+
+
+def test_weights_that_are_not_numbers_are_named(copy_of_scratch, tmp_path):
+    file = copy_of_scratch / "model.safetensors"
+    weights = load_file(file)
+    for value in (float("nan"), float("-inf")):
+        weights["model.embed_tokens.weight"][-1, 3] = value  # of an id that no trial would look at
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(StageError, match=r"its weight model\.embed_tokens\.weight holds NaN or infinite numbers"):
+            prepare(tmp_path, **local(copy_of_scratch))
+
+
+class Dangerous:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "consolidated.00.pth"])
+def test_a_pickle_is_never_read(copy_of_scratch, tmp_path, name):
+    (copy_of_scratch / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Dangerous(tmp_path / "mark")}, copy_of_scratch / name)
+    if "of" in name:
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (copy_of_scratch / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(StageError) as refused:
+        prepare(tmp_path, **local(copy_of_scratch))
+    message = str(refused.value)
+    assert "has its weights as a pickle alone" in message
+    assert "save_pretrained(FOLDER)` writes model.safetensors" in message
+    assert "huggingface.co/spaces/safetensors/convert" in message
+    # Nor where an index of safetensors names it.
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (copy_of_scratch / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(StageError, match=r"names '.*': expected a \.safetensors file of the same folder"):
+        prepare(tmp_path, **local(copy_of_scratch))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ({"a": "../../other.safetensors"}, "names '../../other.safetensors': expected a .safetensors file of the same"),
+        ({"a": "/etc/other.safetensors"}, "names '/etc/other.safetensors': expected a .safetensors file of the same"),
+        ({"a": "gone.safetensors"}, "names gone.safetensors, which is missing"),
+        ({"a": 7}, "expected 'weight_map' with the file of each weight"),
+        ([], "expected 'weight_map' with the file of each weight"),
+        (None, "expected 'weight_map' with the file of each weight"),
+    ],
+)
+def test_an_index_of_weights_that_cannot_be(copy_of_scratch, tmp_path, shards, message):
+    (copy_of_scratch / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (copy_of_scratch / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(StageError, match=re.escape(message)):
+        prepare(tmp_path, **local(copy_of_scratch))
+
+
+def test_a_model_in_shards(copy_of_scratch, scratch_runs, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(copy_of_scratch)
+    (copy_of_scratch / "model.safetensors").unlink()
+    model.save_pretrained(copy_of_scratch, max_shard_size="10KB")
+    assert len(list(copy_of_scratch.glob("model-*.safetensors"))) > 1
+    assert without_card(prepare(tmp_path, **local(copy_of_scratch))) == without_card(scratch_runs[0])
+
+
+def test_a_model_folder_that_is_a_file(tmp_path):
+    (tmp_path / "model").write_text("x")
+    with pytest.raises(StageError, match="model is not a model folder: there is no such folder"):
+        prepare(tmp_path, **local("model"))
+
+
+def test_an_architecture_without_a_classifier_is_a_warning(copy_of_scratch, tmp_path, capsys):
+    rows = json.loads((copy_of_scratch / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    CohereForCausalLM(CohereConfig(vocab_size=rows, logit_scale=1.0, **sizes)).save_pretrained(copy_of_scratch)
+    assert (prepare(tmp_path, **local(copy_of_scratch)) / "model.safetensors").is_file()
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "transformers has no sequence classifier for models of type cohere: train_rm" in warning
+
+
+# Code that a model brings.
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({mark!r}).write_text("run")
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN_MODEL = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+OWN_TOKENIZER = {"AutoTokenizer": ["modeling_own.OwnTokenizer", "modeling_own.OwnTokenizer"]}
+
+
+def add(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def with_own_code(folder, mark, *, model=True, tokenizer=True, model_type="own_llama"):
+    (folder / "modeling_own.py").write_text(CODE.format(mark=str(mark)))
+    if model:
+        add(folder / "config.json", model_type=model_type, architectures=["OwnForCausalLM"], auto_map=OWN_MODEL)
+    if tokenizer:
+        add(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=OWN_TOKENIZER)
+    return folder
+
+
+@pytest.mark.parametrize("parts", [{"tokenizer": False}, {"model": False}, {}])
+def test_code_of_a_model_is_not_run_unasked(copy_of_scratch, tmp_path, parts):
+    mark = tmp_path / "mark"
+    process = run_script(tmp_path, **local(with_own_code(copy_of_scratch, mark, **parts)))
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "it brings Python code of its own (auto_map), which is not run; if you trust" in line
+    assert line.endswith("set trust_remote_code: true in params.yaml")
+    assert "[y/N]" not in process.stdout
+    assert not mark.exists()
+
+
+def test_a_known_architecture_is_the_librarys_whatever_code_it_brings(copy_of_scratch, scratch_runs, tmp_path):
+    mark = tmp_path / "mark"
+    source = with_own_code(copy_of_scratch, mark, tokenizer=False, model_type="llama")
+    add(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", auto_map=OWN_TOKENIZER)
+    base = prepare(tmp_path, **local(source))
+    assert without_card(base) == without_card(scratch_runs[0])  # it is forgotten that there was code
+    assert not mark.exists()
+
+
+def test_a_kernel_that_a_configuration_names_is_not_used(copy_of_scratch, scratch_runs, tmp_path):
+    add(copy_of_scratch / "config.json", attn_implementation="some/kernel")  # of the Hub: code
+    assert without_card(prepare(tmp_path, **local(copy_of_scratch))) == without_card(scratch_runs[0])
+
+
+def test_code_that_is_trusted_is_run_and_goes_with_the_model(copy_of_scratch, scratch_runs, tmp_path):
+    mark = tmp_path / "mark"
+    source = with_own_code(copy_of_scratch, mark)
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    process = run_script(tmp_path, env=env, trust=True, **local(source))
+    assert process.returncode == 0, process.stderr
+    assert mark.read_text() == "run"
+    base = tmp_path / "models/base"
+    assert '"trust_remote_code": true' in (base / "README.md").read_text()
+    assert (base / "model.safetensors").read_bytes() == (scratch_runs[0] / "model.safetensors").read_bytes()
+    config = json.loads((base / "config.json").read_text())
+    assert (config["model_type"], config["auto_map"]) == ("own_llama", OWN_MODEL)
+    assert (base / "modeling_own.py").read_text() == (source / "modeling_own.py").read_text()
+    # The tokenizer needs no code from here on.
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (base / name).read_bytes() == (scratch_runs[0] / name).read_bytes(), name
 
 
 # From the Hub.

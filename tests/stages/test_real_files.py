@@ -11,7 +11,7 @@ from tests.stages.tiny_pipeline import call, change, lay_over, new_project, read
 
 SHORT = {
     "prepare_data": {"max_rows": 240, "eval_fraction": 0.2},
-    "tokenize": {"max_length": 256, "max_prompt_length": 160},
+    "tokenize_data": {"max_length": 256, "max_prompt_length": 160},
     "train_sft": {"epochs": 1.0, "batch_size": 16, "eval_every": 100},
     "train_rm": {"epochs": 1.0, "batch_size": 16, "eval_every": 100},
     "train_dpo": {"epochs": 1.0, "batch_size": 16, "eval_every": 100},
@@ -32,10 +32,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     (folder / "models/pretrained").symlink_to(model)
     (folder / "data/raw/hh-rlhf").symlink_to(transcripts)
-    call(folder, "prepare_data", raw="data/raw/hh-rlhf")
-    call(folder, "prepare_base", source="models/pretrained", corpus="data/raw/none")
+    call(folder, "prepare_data")
+    call(folder, "prepare_base")
     for kind in ("sft", "preference", "prompts"):
-        call(folder, f"tokenize@{kind}")
+        call(folder, f"tokenize_data@{kind}")
     for stage in (*STAGES, "evaluate@ppo", "report"):
         call(folder, stage)
     return folder

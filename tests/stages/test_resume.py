@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.lib.errors import StageError
-from stages.lib.hashing import file_hash
-from stages.lib.partial_results import PartialResults
-from stages.lib.stage_run import StageRun
-from stages.lib.training_run import TrainingRun
+from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import file_hash
+from stages.lib.runs.partial_results import PartialResults
+from stages.lib.runs.stage_run import StageRun
+from stages.lib.runs.training_run import TrainingRun
 from tests.proofs.tiny_projects import outs_of, remove_outs
 from tests.stages.tiny_pipeline import call, change, contents, start
 
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     cut_short(folder, "train_rm", monkeypatch, after=4)
-    (state,) = folder.glob(".scratch/train_rm-*/*/checkpoint-00000004/state.pt")
+    (state,) = folder.glob(".scratch/train_rm-*/*/checkpoint-00000004/state.json")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
@@ -168,24 +168,46 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(
     assert outs(folder, "train_rm") == outs(tiny, "train_rm")
 
 
-@pytest.mark.parametrize("what", ["parts", "tensors"])
+CHANGES: dict[str, Callable[[dict], object]] = {
+    "parts": lambda parts: parts.update(another=parts.pop("engine")),
+    "keys": lambda parts: parts["best"].pop("step"),
+    "values": lambda parts: parts["engine"].update(steps_taken="2"),
+    "lists": lambda parts: parts.update(engine=[]),
+    "numbers": lambda parts: parts["best"].update(results=3),
+}
+SAYS = {
+    "parts": r"is of code that saved other things \(another, engine\)",
+    "keys": r"other things \(best\.step\)",
+    "values": r"other things \(engine\.steps_taken\)",
+    "lists": r"other things \(engine\)",
+    "numbers": r"other things \(best\.results\)",
+    "tensors": r"is of code that saved other tensors \(it lacks engine/",
+    "shapes": r"holds classifier\.score\.weight in shape \(1,\), the model has \(1, 32\)",
+}
+
+
+@pytest.mark.parametrize("what", list(SAYS))
 def test_a_checkpoint_of_code_that_saved_other_things_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     cut_short(folder, "train_rm", monkeypatch, after=2)
     checkpoint = sorted(folder.glob(".scratch/*/code-*/checkpoint-*"))[-1]
-    file = checkpoint / ("state.pt" if what == "parts" else "tensors-00000.safetensors")
-    if what == "parts":
-        state = torch.load(file, weights_only=False)
-        state["parts"]["another"] = state["parts"].pop("engine")
-        torch.save(state, file)
+    file = checkpoint / ("tensors-00000.safetensors" if what in ("tensors", "shapes") else "state.json")
+    if file.suffix == ".json":
+        state = json.loads(file.read_text())
+        CHANGES[what](state["parts"])
+        file.write_text(json.dumps(state))
     else:
         tensors = load_file(file)
-        save_file({f"another {name}": tensor for name, tensor in tensors.items()}, file)
+        if what == "tensors":
+            tensors = {f"another {name}": tensor for name, tensor in tensors.items()}
+        else:
+            tensors["engine/classifier.score.weight"] = torch.zeros(1)
+        save_file(tensors, file)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["sha256"][file.name] = file_hash(file)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StageError, match=r"is of code that saved other (things \(another, eng|tensors \(it lac)"):
+    with pytest.raises(StageError, match=SAYS[what]):
         call(folder, "train_rm")
     assert checkpoint.is_dir()
 
@@ -237,10 +259,10 @@ def test_a_checkpoint_above_a_quota_keeps_the_earlier_one(
 
 @pytest.mark.slow
 def test_a_full_disk_ends_tokenize_with_one_line(folder: Path) -> None:
-    remove_outs(folder, "tokenize@preference")
+    remove_outs(folder, "tokenize_data@preference")
     command = f"ulimit -f 4; exec {os.sys.executable} -m"
     (folder / "limited.sh").write_text(f'{command} "$@"\n')
-    process = start(folder, "tokenize@preference", launch="sh limited.sh")
+    process = start(folder, "tokenize_data@preference", launch="sh limited.sh")
     _, errors = process.communicate()
     assert process.returncode == 2, errors
     assert errors.startswith("error: no space left")
@@ -304,7 +326,7 @@ def catches(process: subprocess.Popen, number: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tokenize@sft", "train_ppo"])
+@pytest.mark.parametrize("stage", ["tokenize_data@sft", "train_ppo"])
 def test_a_stage_that_still_loads_libraries_ends_with_one_line(folder: Path, stage: str) -> None:
     process = start(folder, stage)
     deadline = time.monotonic() + 60

@@ -137,7 +137,7 @@ def test_a_run_without_trackers_imports_none(copy_of_tiny: Copy) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.stages.tiny_pipeline import call\n"
         "call(Path(sys.argv[1]), 'train_rm')\n"
-        "print({'wandb', 'tensorboard', 'stages.lib.wandb_tracker'} & set(sys.modules))"
+        "print({'wandb', 'tensorboard', 'stages.lib.operations.wandb_tracker'} & set(sys.modules))"
     )
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(

@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.lib.errors import StageError
-from stages.lib.token_tables import PREFERENCE_SCHEMA, read_table, write_table
-from stages.lib.tokenizer_files import TOKENIZER_FILES
+from stages.lib.command.errors import StageError
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
+from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from tests.stages.tiny_pipeline import call, change, contents, start
+from tests.tables import rewrite
+from tests.tiny_models import batching
 
 Copy = Callable[..., Path]
 TWO_PROCESSES = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_per_node=2 -m"
@@ -89,9 +91,7 @@ def test_models_load_as_they_are_with_the_tokenizer_of_the_base(tiny: Path) -> N
 def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from stages.lib.batching import MicroBatching
-    from stages.lib.processes import Processes
-    from stages.lib.scalar_scores import SequenceScores
+    from stages.lib.models.scalar_scores import SequenceScores
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "models/rm").eval()
     table = read_table(tiny / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
@@ -99,7 +99,7 @@ def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny / "models/rm", padding_side=side)
     padded = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
     pad_id = model.config.pad_token_id
-    (batch,) = MicroBatching(10**6, False, pad_id, Processes(0, 1, torch.device("cpu"))).masked(sequences, sequences)
+    (batch,) = batching(10**6, pad_id=pad_id).masked(sequences, sequences)
     with torch.no_grad():
         theirs = model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits.squeeze(-1)
         alone = [float(model(torch.tensor([sequence])).logits) for sequence in sequences]
@@ -132,7 +132,7 @@ def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) 
 
 
 def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
-    from stages.lib.film_gold import gold_utility
+    from stages.lib.tasks.film_gold import gold_utility
 
     samples = [json.loads(line) for line in (tiny / "data/samples/ppo.jsonl").read_text().splitlines()]
     prompts = [json.loads(line) for line in (tiny / "data/prepared/prompts/eval.jsonl").read_text().splitlines()]
@@ -237,12 +237,12 @@ def test_a_missing_setting_is_named(copy_of_tiny: Copy) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    assert "data/raw is no model folder" in refused(folder, "train_sft", model="data/raw")
+    assert "data/raw is not a model folder" in refused(folder, "train_sft", model="data/raw")
 
 
 def test_a_language_model_is_no_reward_model(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    assert "models/sft is no reward model" in refused(folder, "train_ppo", reward_model="models/sft")
+    assert "models/sft is not a reward model" in refused(folder, "train_ppo", reward_model="models/sft")
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(copy_of_tiny: Copy) -> None:
@@ -257,8 +257,7 @@ def test_a_token_outside_the_vocabulary_is_refused(copy_of_tiny: Copy) -> None:
     path = folder / "data/tokens/preference/train.arrow"
     columns = read_table(path, PREFERENCE_SCHEMA)[:]
     columns["chosen_ids"][3][0] = 913657
-    path.unlink()
-    write_table(path, columns, PREFERENCE_SCHEMA)
+    rewrite(path, PREFERENCE_SCHEMA, lambda _: columns)
     message = refused(folder, "train_rm")
     assert "train.arrow, row 3" in message
     assert "913657" in message
@@ -272,13 +271,13 @@ def test_reference_log_probs_of_other_rows_are_refused(copy_of_tiny: Copy) -> No
 
 def test_a_run_that_diverges_is_stopped(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_sft": {"optimizer": {"learning_rate": 1e30, "schedule": "constant"}}})
+    change(folder / "params.yaml", {"train_sft": {"optimizer": {"learning_rate": 1e9, "schedule": "constant"}}})
     assert "training has diverged" in refused(folder, "train_sft")
     assert (folder / "models/sft/model.safetensors").is_file()
 
 
 def test_a_second_writer_is_refused(copy_of_tiny: Copy) -> None:
-    from stages.lib.scratch import Scratch
+    from stages.lib.runs.scratch import Scratch
     from tests.stages.tiny_pipeline import inside
 
     folder = copy_of_tiny()
@@ -306,7 +305,7 @@ def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
     process = start(folder, "train_sft", launch=TWO_PROCESSES, model="data/raw")
     _, errors = process.communicate()
     assert process.returncode != 0
-    assert errors.count("error: data/raw is no model folder") == 1
+    assert errors.count("error: data/raw is not a model folder") == 1
 
 
 def test_a_kl_above_its_limit_stops_before_the_update(copy_of_tiny: Copy, tiny: Path) -> None:
@@ -339,10 +338,7 @@ def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     for split in ("train", "eval"):
         path = folder / f"data/tokens/preference/{split}.arrow"
-        columns = {**read_table(path, PREFERENCE_SCHEMA)[:]}
-        columns["margin"] = [1.5] * len(columns["row"])
-        path.unlink()
-        write_table(path, columns, PREFERENCE_SCHEMA)
+        rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": [1.5] * len(columns["row"])})
     change(folder / "params.yaml", {"train_rm": {"use_margin": True}})
     call(folder, "train_rm")
     # A new head scores all alike: -ln sigmoid(0 - 1.5) = 1.7014.
@@ -390,13 +386,18 @@ def test_prompts_of_other_rows_are_refused(copy_of_tiny: Copy) -> None:
     assert "was made from other rows than data/prepared/prompts/eval.jsonl" in refused(folder, "evaluate@ppo")
 
 
-def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy) -> None:
+def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
     file = folder / "models/sft/model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     assert "data/tokens/preference/train, row 0: its log-prob is nan" in refused(folder, "ref_logprobs")
+    file.write_bytes((tiny / "models/sft/model.safetensors").read_bytes())
+    file = folder / "models/rm/model.safetensors"
+    tensors = load_file(file)
+    tensors["score.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
     assert "a model is broken" in refused(folder, "evaluate@sft")
 
 

@@ -3,13 +3,17 @@
 import contextlib
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
+
+from stages.lib.command.run import run_or_say_why_not
 
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
@@ -19,7 +23,7 @@ TINY = {
         "scratch": {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
         | {"key_value_heads": 2}
     },
-    "tokenize": {"max_length": 192, "max_prompt_length": 128},
+    "tokenize_data": {"max_length": 192, "max_prompt_length": 128},
     "train_sft": {"epochs": 2.0, "batch_size": 8, "eval_every": 4},
     "train_rm": {"batch_size": 8, "eval_every": 3, "epochs": 1.0, "keep": "best"},
     "train_dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0},
@@ -66,6 +70,7 @@ def new_project(folder: Path) -> Path:
     (folder / "data/raw").mkdir(parents=True)
     (folder / "data/raw/none").write_text("none\n")
     (folder / "stages").symlink_to(PROJECT / "stages")
+    shutil.copytree(PROJECT / "code_manifests", folder / "code_manifests")
     return folder
 
 
@@ -89,17 +94,8 @@ def stage_options(stage: str, **changed: str) -> list[str]:
     return options
 
 
-SCRIPTS = {
-    "tokenize": "tokenize_and_cache",
-    "ref_logprobs": "precompute_ref_logprobs",
-    "evaluate": "evaluate_policy",
-    "report": "write_report",
-}
-
-
 def script(stage: str) -> str:
-    name = stage.partition("@")[0]
-    return SCRIPTS.get(name, name)
+    return stage.partition("@")[0]
 
 
 @contextlib.contextmanager
@@ -129,6 +125,23 @@ def call(folder: Path, stage: str, **changed: str) -> None:
         arguments[name] = module.Kind(value) if name == "kind" and hasattr(module, "Kind") else Path(value)
     with inside(folder):
         module.main(**arguments)
+
+
+def refusal(folder: Path, stage: str, capsys: pytest.CaptureFixture, **changed: str) -> str:
+    """The one line with which a stage's command ends, with exit code 2, in this process."""
+    capsys.readouterr()
+    words = sys.argv
+    sys.argv = [script(stage), *stage_options(stage, **changed)]
+    try:
+        with inside(folder), pytest.raises(SystemExit) as ended:
+            run_or_say_why_not(importlib.import_module(f"stages.{script(stage)}").main)
+    finally:
+        sys.argv = words
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2, lines
+    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
+    assert all(line.startswith("warning: ") for line in lines[:-1]), lines
+    return lines[-1]
 
 
 def start(

@@ -1,21 +1,23 @@
 """Section `evaluate` of params.yaml; the file explains each key."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from stages.lib.settings.bounds import Count, NewTokens, NotNegative
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Section `evaluate` of params.yaml; the file explains each key."""
 
-    max_prompts: int | None
-    max_new_tokens: int
-    temperature: float
+    max_prompts: Count | None
+    max_new_tokens: NewTokens
+    temperature: NotNegative
     precision: Literal["fp32", "bf16"]
-    bootstrap_resamples: int
+    bootstrap_resamples: Annotated[int, Ge(100), Le(1_000_000)]
 
     def __post_init__(self) -> None:
-        if (self.max_prompts is not None and self.max_prompts < 1) or self.max_new_tokens < 1:
-            raise ValueError("max_prompts and max_new_tokens must be at least 1")
-        if self.temperature < 0 or self.bootstrap_resamples < 100:
-            raise ValueError("temperature must not be negative and bootstrap_resamples at least 100")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, found {self.temperature}")

@@ -1,7 +1,11 @@
 """The settings of low-rank adapters: which layers get one, of what size, on what base, and whether they are saved."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from stages.lib.settings.bounds import Count
 
 ALL_LINEAR = "all-linear"
 BaseQuantization = Literal["nf4"] | None
@@ -11,17 +15,14 @@ BaseQuantization = Literal["nf4"] | None
 class LoraSettings:
     """A `lora:` block of `params.yaml`; the file explains each key."""
 
-    rank: int
-    alpha: int
+    rank: Annotated[int, Ge(1), Le(65_536)]
+    alpha: Count
     targets: str | tuple[str, ...]
     rslora: bool
     base_quantization: BaseQuantization
     save_adapter: bool
 
     def __post_init__(self) -> None:
-        for key in ("rank", "alpha"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
         if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
             raise ValueError(f"targets must be {ALL_LINEAR} or a list of layer names, found '{self.targets}'")
         if isinstance(self.targets, tuple) and (not self.targets or len(set(self.targets)) != len(self.targets)):

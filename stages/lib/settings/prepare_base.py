@@ -4,27 +4,28 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.lib.settings.bounds import Count, Layers, Width
+
 NO_FILE = "data/raw/none"
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 BYTES = 256
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 @dataclass(frozen=True)
 class Scratch:
     """Section `prepare_base.scratch`: a Llama of this size."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    max_positions: int
+    vocab_size: Width
+    hidden_size: Width
+    intermediate_size: Width
+    layers: Layers
+    heads: Count
+    key_value_heads: Count
+    max_positions: Count
 
     def __post_init__(self) -> None:
-        if min(vars(self).values()) < 1:
-            raise ValueError("every size must be at least 1")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads}): "
@@ -69,8 +70,8 @@ class PrepareBase:
     def _check_hub(self) -> None:
         if self.source != "hub" and (self.hub_model or self.hub_revision):
             raise ValueError(f"hub_model and hub_revision must be null with source {self.source}")
-        if self.source == "hub" and not self.hub_model:
-            raise ValueError("hub_model must be owner/name with source hub")
+        if self.source == "hub" and not HUB_NAME.fullmatch(self.hub_model or ""):
+            raise ValueError(f"hub_model must be owner/name with source hub, found {self.hub_model}")
         if self.source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.hub_revision or ""):
             raise ValueError(
                 f"hub_revision must be a full commit hash of 40 hexadecimal digits, found {self.hub_revision}: "

@@ -3,12 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from stages.lib.errors import StageError
-from stages.lib.params import build, describe, load_yaml, nearest
+from annotated_types import Ge, Le
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import build, describe, load_yaml, nearest
+from stages.lib.command.strict_yaml import short
+from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
+from stages.lib.settings.bounds import Count, NotNegative, WholeNumber
 
 RUNTIME_FILE = Path("runtime.yaml")
+# The stages that launch.sh starts, each with a section of its own name.
 STAGES = (
     "train_sft",
     "train_rm",
@@ -17,6 +23,7 @@ STAGES = (
     "train_ppo",
     "evaluate",
 )
+FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
 # What params.yaml and the other keys decide.
 OUR_DEEPSPEED_KEYS = {
     "bf16",
@@ -42,7 +49,6 @@ OUR_DEEPSPEED_KEYS = {
 }
 
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
-TRACKED_FOLDERS = ("benchmarks", "data", "metrics", "models", "profiles", "stages", "tests")
 
 
 @dataclass(frozen=True)
@@ -50,27 +56,28 @@ class Runtime:
     """One stage's view of `runtime.yaml`; the file explains each key."""
 
     device: Literal["auto", "cpu", "cuda"]
-    threads: int
+    threads: Annotated[int, Ge(1), Le(4096)]  # each is one of the operating system's
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     gradient_checkpointing: bool
     activation_offload: bool
     packing: bool
-    micro_batch_tokens: int
-    logits_chunk_tokens: int
-    generation_batch_size: int
+    micro_batch_tokens: Count
+    logits_chunk_tokens: Count
+    generation_batch_size: Count
+    on_out_of_memory: Literal["stop", "retry"]
     engine: Literal["auto", "torch", "deepspeed"]
-    zero_stage: int
+    zero_stage: Literal[0, 1, 2, 3]
     offload_optimizer: bool
     offload_parameters: bool
-    frozen_zero_stage: int
+    frozen_zero_stage: Literal[0, 3]
     frozen_offload_parameters: bool
     deepspeed: dict[str, Any]
-    checkpoint_seconds: float
-    stop_seconds: float
-    rows_per_partial_result: int
-    log_seconds: float
-    shown_samples: int
-    kept_checkpoints: int
+    checkpoint_seconds: NotNegative
+    stop_seconds: NotNegative
+    rows_per_partial_result: Count
+    log_seconds: NotNegative
+    shown_samples: WholeNumber
+    kept_checkpoints: Count
     resume_across_code_change: bool
     trackers: tuple[Literal["tensorboard", "wandb"], ...]
     tracker_folder: str
@@ -80,23 +87,13 @@ class Runtime:
     wandb_mode: Literal["offline", "online", "disabled"]
 
     def __post_init__(self) -> None:
-        at_least_1 = ("threads", "micro_batch_tokens", "logits_chunk_tokens", "generation_batch_size")
-        for key in (*at_least_1, "rows_per_partial_result", "kept_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
-        for key in ("checkpoint_seconds", "stop_seconds", "log_seconds", "shown_samples"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
         if self.activation_offload and self.device == "cpu":
             raise ValueError("activation_offload needs a GPU, and device is cpu: set it to false")
         self._check_zero()
+        self._check_retry()
         self._check_trackers()
 
     def _check_zero(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}")
-        if self.frozen_zero_stage not in (0, 3):
-            raise ValueError(f"frozen_zero_stage must be 0 or 3, found {self.frozen_zero_stage}")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
@@ -123,6 +120,14 @@ class Runtime:
                     "offload_optimizer and offload_parameters offload to the CPU's memory"
                 )
 
+    def _check_retry(self) -> None:
+        """A pass that was broken off leaves no trace in plain torch; in ZeRO it leaves weights gathered."""
+        if self.on_out_of_memory == "retry" and (self.uses_deepspeed(1) or self.frozen_zero_stage):
+            raise ValueError(
+                "on_out_of_memory: retry needs plain torch: set engine: auto, zero_stage: 0, frozen_zero_stage: 0 and "
+                "deepspeed: {}, or on_out_of_memory: stop"
+            )
+
     def uses_deepspeed(self, world_size: int) -> bool:
         """True if a launch of so many processes trains with DeepSpeed."""
         wanted = world_size > 1 or self.zero_stage > 0 or bool(self.deepspeed)
@@ -138,21 +143,28 @@ class Runtime:
         for tag in self.tracker_tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"tracker_tags must have 1 to 64 characters each, found {tag!r}")
-        folder = Path(self.tracker_folder).resolve()
-        if folder == Path.cwd():
-            raise ValueError(f"tracker_folder must be a folder of its own, found {self.tracker_folder!r}")
-        for name in TRACKED_FOLDERS:
-            if folder.is_relative_to(Path(name).resolve()):
-                raise ValueError(f"tracker_folder must not lie in {name}/, which DVC or Git tracks; runs/ is untracked")
+        require_folder_of_its_own(Path(self.tracker_folder), "runtime.yaml: tracker_folder", (".scratch",))
+        require_within_project(Path(self.tracker_folder), "runtime.yaml: tracker_folder")
 
 
 def read_runtime(stage: str, path: Path = RUNTIME_FILE) -> Runtime:
     """Read the `default` section with the overrides of `stage`. Raises StageError for an unknown section or key."""
+    return runtime_of(stage, load_yaml(path), path)
+
+
+def read_runtimes(path: Path = RUNTIME_FILE) -> dict[str, Runtime]:
+    """The same for every stage that has a section, by its name."""
     document = load_yaml(path)
+    return {stage: runtime_of(stage, document, path) for stage in STAGES}
+
+
+def runtime_of(stage: str, document: dict[str, Any], path: Path) -> Runtime:
     for section in document:
         if section not in ("default", *STAGES):
-            raise StageError(f"{path}: no stage is named '{section}'{nearest(section, STAGES)}")
-    sections = [document.get(section) or {} for section in ("default", stage)]
+            name = FORMER_NAMES.get(section)
+            hint = f"; it is called {name} now, as the stage is" if name else nearest(section, STAGES)
+            raise StageError(f"{path}: no stage is named '{short(section)}'{hint}")
+    sections = [{} if document.get(name) is None else document[name] for name in ("default", stage)]
     for section, values in zip(("default", stage), sections, strict=True):
         if not isinstance(values, dict):
             raise StageError(f"{path}: {section}: expected keys, found {describe(values)}")

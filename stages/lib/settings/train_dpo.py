@@ -1,8 +1,11 @@
 """Section `train_dpo` of params.yaml; the file explains each key."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Lt
+
+from stages.lib.settings.bounds import Positive
 from stages.lib.settings.epochs import EpochSettings
 
 
@@ -11,14 +14,9 @@ class TrainDpo(EpochSettings):
     """Section `train_dpo` of params.yaml; the file explains each key."""
 
     loss_type: Literal["sigmoid", "ipo"]
-    beta: float
-    label_smoothing: float
+    beta: Positive
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, found {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, found {self.label_smoothing}")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing has no meaning with loss_type: ipo; set it to 0")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Share, Temperature, WholeNumber
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 
@@ -11,28 +12,28 @@ from stages.lib.settings.optimizer import OptimizerSettings
 class TrainPpo:
     """Section `train_ppo` of params.yaml; the file explains each key."""
 
-    iterations: int
-    rollout_batch_size: int
-    max_new_tokens: int
-    temperature: float
-    epochs: int
-    minibatch_size: int
-    gamma: float
-    lam: float
-    clip_range: float
-    value_clip_range: float
+    iterations: Count
+    rollout_batch_size: Count
+    max_new_tokens: NewTokens
+    temperature: Temperature
+    epochs: Count
+    minibatch_size: Count
+    gamma: Share
+    lam: Share
+    clip_range: Positive
+    value_clip_range: Positive
     whiten_advantages: bool
     kl_estimator: Literal["k1", "k2", "k3"]
     kl_controller: Literal["fixed", "adaptive"]
-    kl_coef: float
-    kl_target: float | None
-    kl_horizon: float | None
-    max_kl: float | None
-    max_policy_kl: float | None
-    score_clip: float | None
+    kl_coef: NotNegative
+    kl_target: Positive | None
+    kl_horizon: Positive | None
+    max_kl: Positive | None
+    max_policy_kl: Positive | None
+    score_clip: Positive | None
     normalise_scores: bool
-    missing_eos_penalty: float
-    critic_warmup_iterations: int
+    missing_eos_penalty: NotNegative
+    critic_warmup_iterations: WholeNumber
     precision: Literal["fp32", "bf16"]
     save_dtype: Literal["float32", "bfloat16"]
     lora: LoraSettings | None
@@ -40,21 +41,10 @@ class TrainPpo:
     critic_optimizer: OptimizerSettings
 
     def __post_init__(self) -> None:
-        for key in ("iterations", "rollout_batch_size", "max_new_tokens", "epochs", "minibatch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, found {getattr(self, key)}")
-        for key in ("temperature", "clip_range", "value_clip_range", "max_kl", "max_policy_kl", "score_clip"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be above 0, found {getattr(self, key)}")
-        for key in ("kl_coef", "missing_eos_penalty", "critic_warmup_iterations"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, found {getattr(self, key)}")
-        for key in ("gamma", "lam"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} must be between 0 and 1, found {getattr(self, key)}")
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is no multiple of minibatch_size {self.minibatch_size}"
+                f"rollout_batch_size ({self.rollout_batch_size}) must be a multiple of minibatch_size "
+                f"({self.minibatch_size})"
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
@@ -66,8 +56,8 @@ class TrainPpo:
         adaptive = self.kl_controller == "adaptive"
         if (self.kl_target is not None, self.kl_horizon is not None) != (adaptive, adaptive):
             raise ValueError("kl_target and kl_horizon belong to kl_controller: adaptive, which needs both")
-        if adaptive and (self.kl_coef <= 0 or self.kl_target <= 0 or self.kl_horizon <= 0):
-            raise ValueError("kl_coef, kl_target and kl_horizon must be above 0 with kl_controller: adaptive")
+        if adaptive and self.kl_coef == 0:
+            raise ValueError("kl_coef must be above 0 with kl_controller: adaptive, which multiplies it")
         if adaptive and self.rollout_batch_size >= 5 * self.kl_horizon:
             raise ValueError("kl_horizon must be more than a fifth of rollout_batch_size")
 

@@ -1,6 +1,7 @@
 """Section `train_rm` of params.yaml; the file explains each key."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stages.lib.settings.epochs import EpochSettings
 
@@ -9,5 +10,5 @@ from stages.lib.settings.epochs import EpochSettings
 class TrainRm(EpochSettings):
     """Section `train_rm` of params.yaml; the file explains each key."""
 
-    init_from: str
+    init_from: Literal["models/sft", "models/base"]
     use_margin: bool

@@ -2,8 +2,8 @@
 
 import pytest
 
-from stages.lib.errors import StageError
-from stages.lib.params import build, load_yaml
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import build, load_yaml
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_rm import TrainRm

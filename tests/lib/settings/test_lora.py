@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from stages.lib.errors import StageError
-from stages.lib.params import build, convert
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import build, convert
 from stages.lib.settings.lora import LoraSettings, quantization_of_base
 
 BLOCK = {
@@ -26,8 +26,8 @@ def test_a_block_is_read_with_a_word_or_a_list_of_targets() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rank": 0}, "lora: rank must be at least 1, found 0"),
-        ({"alpha": -1}, "lora: alpha must be at least 1, found -1"),
+        ({"rank": 0}, "lora.rank must be at least 1 and at most 65536, found 0"),
+        ({"alpha": -1}, "lora.alpha must be at least 1, found -1"),
         ({"targets": "all"}, "lora: targets must be all-linear or a list of layer names, found 'all'"),
         ({"targets": []}, r"targets must name at least one layer, and each once, found \[\]"),
         ({"targets": ["q_proj", "q_proj"]}, "each once"),

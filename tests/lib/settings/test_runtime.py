@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.errors import StageError
-from stages.lib.params import load_yaml
-from stages.lib.settings.runtime import STAGES, read_runtime
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import load_yaml
+from stages.lib.settings.runtime import STAGES, read_runtime, read_runtimes
 from tests.real_files import PROJECT
 
 TEXT = (PROJECT / "runtime.yaml").read_text()
@@ -36,16 +36,18 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        ("precompute_ref_logprobs: {}\n", "no stage is named 'precompute_ref_logprobs'; it is called ref_logprobs now"),
+        ("evaluate_policy: {}\n", "no stage is named 'evaluate_policy'; it is called evaluate now"),
         ("train_pppo: {}\n", "no stage is named 'train_pppo'; did you mean 'train_ppo'?"),
         ("train_rm: {thread: 1}\n", "train_rm.thread is not a known key; did you mean 'threads'?"),
         ("train_rm: 3\n", "train_rm: expected keys, found 3 (int)"),
-        ("train_rm: {threads: 0}\n", "threads must be at least 1, found 0"),
+        ("train_rm: {threads: 0}\n", "threads must be at least 1 and at most 4096, found 0"),
         ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
         ("train_rm: {device: cpu, activation_offload: true}\n", "activation_offload needs a GPU, and device is cpu"),
         ("train_rm: {kept_checkpoints: 0}\n", "kept_checkpoints must be at least 1, found 0"),
-        ("train_rm: {shown_samples: -1}\n", "shown_samples must not be negative, found -1"),
-        ("train_rm: {checkpoint_seconds: -0.5}\n", "checkpoint_seconds must not be negative, found -0.5"),
-        ("train_rm: {log_seconds: -1}\n", "log_seconds must not be negative, found -1"),
+        ("train_rm: {shown_samples: -1}\n", "shown_samples must be at least 0, found -1"),
+        ("train_rm: {checkpoint_seconds: -0.5}\n", "checkpoint_seconds must be at least 0, found -0.5"),
+        ("train_rm: {log_seconds: -1}\n", "log_seconds must be at least 0, found -1"),
         ("train_rm: {deepspeed: {optimizer: {}}}\n", "deepspeed.optimizer is set by the pipeline"),
         (
             "train_rm: {deepspeed: {zero_optimization: {stage: 3}}}\n",
@@ -68,12 +70,21 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ("train_rm: {trackers: wandb}\n", "train_rm.trackers: expected a list, found 'wandb' (str)"),
         ("train_rm: {trackers: [wandb, wandb]}\n", "trackers must name each tracker once, found wandb, wandb"),
         ("train_rm: {tracker_run: a/b}\n", "tracker_run must be up to 100 letters, digits, spaces, dots, - and _"),
-        ("train_rm: {tracker_project: ''}\n", "tracker_project must be up to 100 letters"),
+        ("train_rm: {tracker_project: a?}\n", "tracker_project must be up to 100 letters"),
         ("train_rm: {tracker_tags: [3]}\n", "tracker_tags[0]: expected text, found 3 (int)"),
-        ("train_rm: {tracker_tags: ['']}\n", "tracker_tags must have 1 to 64 characters each, found ''"),
-        ("train_rm: {tracker_folder: models/sft/runs}\n", "tracker_folder must not lie in models/, which DVC or Git"),
+        ("train_rm: {tracker_tags: ['']}\n", "tracker_tags[0]: expected a text of 1 to 4096 characters, found ''"),
+        ("train_rm: {tracker_folder: models/sft/runs}\n", "tracker_folder must not lie in models/"),
         ("train_rm: {tracker_folder: runs/../metrics}\n", "tracker_folder must not lie in metrics/"),
-        ("train_rm: {tracker_folder: ''}\n", "tracker_folder must be a folder of its own, found ''"),
+        ("train_rm: {tracker_folder: .}\n", "tracker_folder must be a folder of its own, and '.' is the project"),
+        (
+            "train_rm: {tracker_folder: /etc}\n",
+            "tracker_folder must lie in the project, and '/etc' does not; to keep it",
+        ),
+        ("train_rm: {tracker_folder: ../../x}\n", "tracker_folder must lie in the project, and '../../x' does not"),
+        ("train_rm: {tracker_folder: .git}\n", "tracker_folder must not lie in .git/"),
+        ("train_rm: {tracker_folder: x/../.dvc/cache}\n", "tracker_folder must not lie in .dvc/"),
+        ("train_rm: {tracker_folder: .venv}\n", "tracker_folder must not lie in .venv/"),
+        ("train_rm: {tracker_folder: .scratch/runs}\n", "tracker_folder must not lie in .scratch/"),
         ("train_rm: {tracker_folder: tests/runs}\n", "tracker_folder must not lie in tests/"),
         ("train_rm: {wandb_mode: off}\n", "'off' (str) is not one of: offline, online, disabled"),
     ],
@@ -82,6 +93,19 @@ def test_a_wrong_key_is_named(tmp_path: Path, extra: str, message: str) -> None:
     with pytest.raises(StageError) as error:
         read_runtime("train_rm", write(tmp_path, extra))
     assert message in str(error.value)
+
+
+def test_the_stages_are_those_that_the_launcher_starts() -> None:
+    graph = load_yaml(PROJECT / "dvc.yaml")["stages"]
+    assert list(STAGES) == [name for name, stage in graph.items() if stage["cmd"].startswith("sh stages/launch.sh ")]
+
+
+def test_every_stage_has_a_section_of_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "".join(f"{stage}: {{threads: {number}}}\n" for number, stage in enumerate(STAGES, 5)))
+    assert [read_runtime(stage, path).threads for stage in STAGES] == list(range(5, 5 + len(STAGES)))
+    assert {stage: runtime.threads for stage, runtime in read_runtimes(path).items()} == dict(
+        zip(STAGES, range(5, 11), strict=True)
+    )
 
 
 def test_git_and_dvc_leave_the_folder_of_the_trackers_alone() -> None:

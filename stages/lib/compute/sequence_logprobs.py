@@ -1,0 +1,40 @@
+"""Per-sequence log-probabilities ℓ(y|x) = Σ_t log π(y_t | x, y_<t) over completion tokens, the EOS included."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from stages.lib.compute.batching import MicroBatching, SequenceBatch
+
+
+class PairLogProbs(NamedTuple):
+    """Sums over completion tokens, in nats. Shapes: (pairs,)."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+
+def pair_logps(module: Any, batch: SequenceBatch) -> PairLogProbs:
+    """ℓ of the chosen and rejected completions of one forward pass over pairs. Shapes: (b,), (b,)."""
+    logps, _ = module(*batch.inputs, batch.completion_mask)
+    chosen, rejected = batch.on_completions(logps).sum(dim=-1).tensor_split(2)
+    return PairLogProbs(chosen, rejected)
+
+
+@torch.no_grad()
+def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching) -> PairLogProbs:
+    """ℓ of every pair, in the order given, on the CPU in float32, in all processes.
+
+    Args:
+        pairs: columns of the preference token table, the same in all processes.
+    """
+
+    def passes() -> dict[int, tuple[float, float]]:
+        found = {}
+        for batch in batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
+            logps = pair_logps(module, batch)
+            found |= dict(zip(batch.rows, zip(*(part.tolist() for part in logps), strict=True), strict=True))
+        return found
+
+    everything = batching.processes.gather_rows(batching.budget.attempt(passes))
+    return PairLogProbs(*torch.tensor(everything, dtype=torch.float32).reshape(-1, 2).unbind(dim=1))

@@ -1,0 +1,89 @@
+"""Renders chat templates in a process of its own: a template is a stranger's program, and may loop or grow without end.
+
+    template_worker.py SECONDS BYTES
+
+Started by `template_process.py`. It imports nothing of ours and no torch, so it is there in a second. It reads
+requests from stdin and answers on stdout, each a line of JSON:
+
+    {"template": …, "variables": {…}}      what is rendered from now on, and with which variables; no answer
+    [{"messages": […], "add_generation_prompt": …}, …]  → for each a line {"text": …}, {"error": …} or {"excess": …}
+
+The kernel ends it once a rendering takes more than SECONDS of processor time; it gets no more than BYTES of memory
+beyond what the libraries take.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+TEMPLATE_TEXT = 1_000_000  # characters that a template may add to a conversation,
+TIMES_THE_CONVERSATION = 10  # with each character of the messages written so many times
+
+
+def main() -> None:
+    from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # A text must be the same at every run.
+    del DEFAULT_FILTERS["random"], DEFAULT_NAMESPACE["lipsum"]
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    limit_memory(memory)
+    template, variables = "", {}
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if isinstance(request, dict):
+            template, variables = request["template"], request["variables"]
+            continue
+        for conversation in request:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process that does not handle it
+            answer = answered(render_jinja_template, template, variables, conversation)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.stdout.write(answer + "\n")
+            sys.stdout.flush()
+
+
+def answered(render: Any, template: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:
+    try:
+        return json.dumps(rendered(render, template, variables, **conversation))
+    except MemoryError:
+        return json.dumps({"excess": "more memory than it may have"})
+
+
+def limit_memory(more: int) -> None:
+    """Hold this process to the address space that it has now and `more` bytes, where the system can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def rendered(
+    render: Any, template: str, variables: dict[str, Any], messages: list[dict[str, str]], add_generation_prompt: bool
+) -> dict[str, str]:
+    """The answer to a request: a text, or why there is none."""
+    try:
+        texts, _ = render(
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the template raises; its author chose what
+        reason = " ".join(str(error)[:1000].split())
+        name = type(error).__name__
+        return {"error": reason if reason and name in ("TemplateError", "UndefinedError") else f"{name}: {reason}"}
+    longest = TEMPLATE_TEXT + TIMES_THE_CONVERSATION * sum(len(message["content"]) for message in messages)
+    if len(texts[0]) > longest:
+        return {"excess": f"{len(texts[0]):,} characters, more than a template of such messages should give"}
+    return {"text": texts[0]}
+
+
+if __name__ == "__main__":
+    main()

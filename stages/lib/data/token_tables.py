@@ -1,0 +1,239 @@
+"""Token tables: Arrow IPC streams in batches of a fixed size, so the same rows give the same bytes.
+
+They are opened memory mapped, so memory stays flat as rows grow. `row` is the 0-based line of the prepared file that a
+table row came from; rows that were dropped leave gaps. A table is checked whole where it is opened, by column.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.lib.command.errors import StageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from stages.lib.models.model_facts import ModelFacts
+
+BATCH_ROWS = 1000
+TOKENIZER_NOTE = "tokenizer"  # of the schema's metadata: the hash of the tokenizer that made the ids
+OF_DATASETS = b"huggingface"  # of the schema's metadata: what the library datasets would take columns to be
+RUN_AGAIN = "run the stage that writes it again"
+_IDS = pa.list_(pa.int32())
+SFT_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_()))])
+PREFERENCE_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS), ("margin", pa.float32())]
+)
+PROMPT_SCHEMA = pa.schema([("row", pa.int32()), ("prompt_ids", _IDS)])
+REFERENCE_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
+)
+
+
+class TableWriter:
+    """Writes rows to a table as they come, holding one batch of them at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.schema = schema
+        self.rows = 0
+        self._batch: list[Mapping[str, Any]] = []
+        self._file = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._file, schema)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row: a value for each column of the schema."""
+        self._batch.append(row)
+        self.rows += 1
+        if len(self._batch) == BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = [pa.array([row[field.name] for row in self._batch], field.type) for field in self.schema]
+        self._stream.write_batch(pa.record_batch(arrays, schema=self.schema))
+        self._batch.clear()
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._batch:
+            self._flush()
+        self._stream.close()
+        self._file.close()
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> None:
+    """Write a whole table: one sequence of equal length for each column of `schema`."""
+    if set(columns) != set(schema.names):
+        raise ValueError(f"columns {sorted(columns)} are not those of the schema: {schema.names}")
+    with TableWriter(path, schema) as writer:
+        for values in zip(*(columns[name] for name in schema.names), strict=True):
+            writer.append(dict(zip(schema.names, values, strict=True)))
+
+
+def read_table(path: Path, schema: pa.Schema) -> "Dataset":
+    """Open a table memory mapped.
+
+    Returns:
+        A `datasets.Dataset`: `table[i]` is a dict of Python values, `table["prompt_ids"][i]` a list of ints,
+        `table[[3, 1]]` a dict of lists, `len(table)` the number of rows.
+    Raises:
+        StageError: the file is missing, empty, cut short or not an Arrow stream, its columns are not those of
+            `schema`, or a row holds what no stage writes (row and column are named).
+    """
+    from datasets import Dataset
+
+    stream = _schema_of(path)
+    found = stream.remove_metadata()
+    if not found.equals(schema):
+        raise StageError(f"{path}: expected columns {_described(schema)}, found {_described(found)}")
+    if OF_DATASETS in (stream.metadata or {}):
+        raise StageError(f"{path}: its metadata holds a key of the library datasets; {RUN_AGAIN}")
+    with _as_arrow(path):
+        table = Dataset.from_file(str(path))
+        table.data.table.validate(full=True)
+    if len(table) == 0:
+        raise StageError(f"{path} holds no rows")
+    _check_rows(table.data.table, path)
+    return table
+
+
+def read_note(path: Path, name: str) -> str | None:
+    """A note that the writer of a table put into its schema's metadata, or None. Raises StageError as `read_table`."""
+    note = (_schema_of(path).metadata or {}).get(name.encode())
+    try:
+        return None if note is None else note.decode()
+    except UnicodeDecodeError as error:
+        raise StageError(f"{path}: its note '{name}' is not UTF-8 text ({error.reason}); {RUN_AGAIN}") from None
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    if not path.is_file():
+        raise StageError(f"{path} does not exist: expected a token table, as the stage before writes it")
+    with _as_arrow(path), pa.memory_map(str(path)) as source:
+        return pa.ipc.open_stream(source).schema
+
+
+@contextmanager
+def _as_arrow(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise StageError(f"{path} is not an Arrow stream, or is cut short: {error}; {RUN_AGAIN}") from None
+
+
+def _check_rows(table: pa.Table, path: Path) -> None:
+    """Raise a StageError that names the first row and column with a value that no stage writes, if there is one."""
+    before = -1
+    for batch in table.to_batches():
+        rows = batch["row"]
+        previous = pa.concat_arrays([pa.array([before], pa.int32()), rows[:-1]])
+        _refuse(pc.is_null(rows), "row is null", path, "row")
+        _refuse(pc.less_equal(rows, previous), "row numbers must be 0 or more, and grow", path, "row")
+        before = rows[-1].as_py()
+        for name in batch.schema.names:
+            for fault, faulty in COLUMN_CHECKS.get(name, ()):
+                _refuse(faulty(batch[name]), fault, path, name, rows)
+        if "loss_mask" in batch.schema.names:
+            for fault, faulty in MASK_CHECKS:
+                _refuse(faulty(batch["loss_mask"], batch["input_ids"]), fault, path, "loss_mask", rows)
+
+
+def _refuse(faulty: pa.Array, fault: str, path: Path, column: str, rows: pa.Array | None = None) -> None:
+    first = pc.index(faulty, True).as_py()
+    if first >= 0:
+        row = f", row {rows[first].as_py()}" if rows else ""
+        raise StageError(f"{path}{row}, {column}: {fault}; {RUN_AGAIN}")
+
+
+def _holds_null(lists: pa.ListArray) -> pa.Array:
+    """For each list whether it holds a null. The lists themselves are not null."""
+    values = lists.flatten()
+    if not values.null_count:
+        return pa.repeat(False, len(lists))
+    return pc.is_in(_indices(lists), value_set=pc.list_parent_indices(lists).filter(pc.is_null(values)))
+
+
+def _is_all_false(mask: pa.ListArray, _ids: pa.ListArray) -> pa.Array:
+    return pc.invert(pc.is_in(_indices(mask), value_set=pc.list_parent_indices(mask).filter(mask.flatten())))
+
+
+def _indices(lists: pa.ListArray) -> pa.Array:
+    return pa.array(range(len(lists)), pa.int64())
+
+
+Check = Callable[[pa.Array], pa.Array]
+LIST_CHECKS: tuple[tuple[str, Check], ...] = (
+    ("the list is null", pc.is_null),
+    ("the list is empty", lambda lists: pc.equal(pc.list_value_length(lists), 0)),
+    ("the list holds a null", _holds_null),
+)
+LOGP_CHECKS: tuple[tuple[str, Check], ...] = (
+    ("the log-prob is null", pc.is_null),
+    ("the log-prob is not a finite number", lambda logps: pc.invert(pc.is_finite(logps))),
+    ("the log-prob is above 0", lambda logps: pc.greater(logps, 0)),
+)
+MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
+    (
+        "the margin is not a finite number of at least 0",
+        lambda margins: pc.fill_null(pc.or_(pc.invert(pc.is_finite(margins)), pc.less(margins, 0)), False),
+    ),
+)
+# What is wrong with a value of a column → for each row whether it is. A check may take for granted what comes before.
+COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
+    **dict.fromkeys(("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids"), LIST_CHECKS),
+    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    "margin": MARGIN_CHECKS,
+}
+MASK_CHECKS: tuple[tuple[str, Callable[[pa.ListArray, pa.ListArray], pa.Array]], ...] = (
+    (
+        "the mask has another length than input_ids",
+        lambda mask, ids: pc.not_equal(pc.list_value_length(mask), pc.list_value_length(ids)),
+    ),
+    ("the mask is false everywhere: the row has nothing to learn from", _is_all_false),
+    ("the mask is true at the first token, which no token predicts", lambda mask, _ids: pc.list_element(mask, 0)),
+)
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def check_table_fits(table: "Dataset", facts: "ModelFacts", path: Path) -> None:
+    """Raise a StageError that names `path` and row unless a model has every token id of a table, and room for its rows.
+
+    A row takes the positions of its prompt and its longest reply.
+    """
+    id_columns = [name for name in table.column_names if name.endswith("_ids")]
+    vocab_size = facts.vocab_size or 0
+    for name in id_columns:
+        for chunk in table.data.column(name).chunks:
+            extremes = pc.min_max(chunk.flatten()).as_py()
+            if extremes["max"] is not None and (extremes["min"] < 0 or extremes["max"] >= vocab_size):
+                _report_foreign_id(table, name, vocab_size, path)
+    first, *replies = (pc.list_value_length(table.data.column(name)) for name in id_columns)
+    lengths = pc.add(first, pc.max_element_wise(*replies)) if replies else first
+    if facts.positions is not None and pc.max(lengths).as_py() > facts.positions:
+        place = pc.index(pc.greater(lengths, facts.positions), True).as_py()
+        raise StageError(
+            f"{path}, row {table['row'][place]}: {lengths[place]} tokens are more than the model's {facts.positions} "
+            "positions; tokens and model must come from one models/base: run the stage tokenize_data again"
+        )
+
+
+def _report_foreign_id(table: "Dataset", column: str, vocab_size: int, path: Path) -> None:
+    for row, ids in zip(table["row"], table[column], strict=True):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise StageError(
+                    f"{path}, row {row}, {column}: token id {token_id} is outside the vocabulary of {vocab_size}; "
+                    "tokens and model must come from one models/base: run the stage tokenize_data again"
+                )

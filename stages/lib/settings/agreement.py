@@ -1,0 +1,170 @@
+"""What settings must say together: sections of params.yaml with each other, with runtime.yaml, and with the model.
+
+Each check raises a StageError that names the keys, or returns warnings, before the first stage has run.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.lib.command.errors import StageError
+from stages.lib.models.model_facts import ModelFacts
+from stages.lib.operations.own_folders import real
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.prepare_base import NO_FILE, PrepareBase
+from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.runtime import Runtime
+
+PREPARED = Path("data/prepared")
+TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+NEEDED_BY = {
+    "sft": "train_sft and all that starts from its model",
+    "preference": "train_rm, ref_logprobs, train_dpo, train_ppo and evaluate",
+    "prompts": "train_ppo and evaluate",
+}
+
+
+def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> None:
+    """Raise StageError where two sections of params.yaml, or one and runtime.yaml, cannot both be obeyed."""
+    dpo, reference = params["train_dpo"], params["ref_logprobs"]
+    for key, theirs, own in (
+        ("precision", "train_dpo.precision", dpo.precision),
+        ("base_quantization", "train_dpo.lora.base_quantization", quantization_of_base(dpo.lora)),
+    ):
+        if getattr(reference, key) != own:
+            raise StageError(
+                f"params.yaml: ref_logprobs.{key} is {shown(getattr(reference, key))} and {theirs} {shown(own)}: "
+                "the first step's margin would not be 0; give both the same"
+            )
+    if params["train_rm"].use_margin and params["prepare_data"].source == "film_reviews":
+        raise StageError("params.yaml: train_rm.use_margin: prepare_data.source film_reviews gives its pairs no margin")
+    for stage, runtime in runtimes.items():
+        where = f"runtime.yaml: {stage}"
+        require_kernel(runtime, params[stage].precision, where)
+        if stage in TRAINED:
+            require_engine(runtime, params[stage].precision, where)
+        require_unsharded_quantization(stage, params[stage], runtime, where)
+
+
+def shown(value: str | None) -> str:
+    return "null" if value is None else value
+
+
+def require_kernel(runtime: Runtime, precision: str, where: str) -> None:
+    if runtime.attention == "flash_attention_2" and runtime.device == "cpu":
+        raise StageError(f"{where}: attention: flash_attention_2 needs a GPU; set device: cuda, or attention: sdpa")
+    if runtime.attention == "flash_attention_2" and precision != "bf16":
+        raise StageError(
+            f"{where}: attention: flash_attention_2 computes in bf16, not in {precision}; set the stage's precision in "
+            "params.yaml to bf16, or attention to sdpa"
+        )
+
+
+def require_engine(runtime: Runtime, precision: str, where: str) -> None:
+    """DeepSpeed without ZeRO does not add up bf16 gradients in float32."""
+    if precision != "bf16" or runtime.zero_stage > 0:
+        return
+    if runtime.engine == "deepspeed":
+        raise StageError(f"{where}: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3")
+    if runtime.deepspeed and runtime.frozen_zero_stage != 3:
+        raise StageError(f"{where}: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3")
+
+
+def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, where: str) -> None:
+    own = getattr(settings, "base_quantization", None) or quantization_of_base(getattr(settings, "lora", None))
+    zero = "zero_stage" if stage in TRAINED else "frozen_zero_stage"
+    if own and getattr(runtime, zero) == 3:
+        raise StageError(f"{where}: {zero}: 3 cannot shard a base of base_quantization: {own}; use 0, 1 or 2")
+
+
+def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
+    """Raise StageError where a path of params.yaml is not there, or is what a stage writes.
+
+    Args:
+        outs: paths of dvc.yaml's outs, a matrix's cut off before its item.
+    """
+    own = [Path(out) for out in outs]
+    for key, path in (
+        ("prepare_data.path", data.path),
+        ("prepare_base.path", base.path),
+        ("prepare_base.corpus", base.corpus),
+        ("prepare_base.chat_template", base.chat_template),
+    ):
+        if path == NO_FILE:
+            continue
+        made_before = key == "prepare_base.corpus" and Path(os.path.normpath(path)).is_relative_to(PREPARED)
+        if not made_before:
+            refuse_what_a_stage_writes(path, own, key)
+            require_there(path, key)
+    if base.chat_template != NO_FILE and is_there(base.chat_template) and not Path(base.chat_template).is_file():
+        raise StageError(f"params.yaml: prepare_base.chat_template: {base.chat_template} is not a file")
+    if base.source == "scratch" and Path(base.corpus).is_relative_to(PREPARED / "sft") and "sft" not in data.kinds:
+        raise StageError(
+            f"params.yaml: prepare_base.corpus: {base.corpus} is empty without sft among prepare_data.kinds; add it, "
+            "or name another file of messages"
+        )
+
+
+def refuse_what_a_stage_writes(path: str, outs: list[Path], key: str) -> None:
+    top = Path.cwd()
+    for found in (Path(os.path.normpath(top / path)), real(Path(path))):
+        for out in outs:
+            if found.is_relative_to(top / out) or (top / out).is_relative_to(found):
+                raise StageError(
+                    f"params.yaml: {key}: {path} is, holds or lies in what a stage writes ({out}); keep it elsewhere"
+                )
+
+
+def require_there(path: str, key: str) -> None:
+    """Raise StageError unless a path is there, or DVC can bring it (a .dvc file of it, or of a folder above it)."""
+    if not is_there(path) and not any(is_there(f"{folder}.dvc") for folder in (path, *Path(path).parents)):
+        raise StageError(f"params.yaml: {key}: {path} does not exist")
+
+
+def is_there(path: str) -> bool:
+    """False also for a name that no file can have."""
+    return os.path.lexists(real(Path(path)))
+
+
+def warn_of_kinds(data: PrepareData) -> list[str]:
+    return [
+        f"params.yaml: prepare_data.kinds lacks {kind}, without which these refuse to run: {stages}"
+        for kind, stages in NEEDED_BY.items()
+        if kind not in data.kinds
+    ]
+
+
+def require_model_fits(
+    facts: ModelFacts, name: str, params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
+) -> list[str]:
+    """Raise StageError where a model cannot be trained with these settings. Returns warnings."""
+    if facts.positions is not None:
+        require_positions(facts.positions, name, params)
+    for stage, runtime in runtimes.items():
+        if runtime.attention not in facts.attention_kernels:
+            known = " or ".join(sorted(facts.attention_kernels))
+            raise StageError(
+                f"runtime.yaml: {stage}: attention: {runtime.attention} is not there for models of type "
+                f"{facts.model_type}, as {name} is; set it to {known}"
+            )
+    return [] if facts.has_classifier else [no_classifier(facts, name)]
+
+
+def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> None:
+    limits = params["tokenize_data"]
+    needed = {"tokenize_data.max_length": limits.max_length} | {
+        f"tokenize_data.max_prompt_length + {stage}.max_new_tokens": limits.max_prompt_length
+        + params[stage].max_new_tokens
+        for stage in ("train_ppo", "evaluate")
+    }
+    for keys, tokens in needed.items():
+        if tokens > positions:
+            raise StageError(f"params.yaml: {keys} is {tokens}, but {name} has {positions} positions; lower it")
+
+
+def no_classifier(facts: ModelFacts, name: str) -> str:
+    return (
+        f"models of type {facts.model_type}, as {name} is, have no sequence classifier in transformers: SFT and DPO "
+        "work, but train_rm, train_ppo and evaluate need a reward model and cannot run"
+    )

@@ -1,0 +1,108 @@
+"""Reference log-probs of preference pairs: Σ_t log π_ref(y_t | x, y_<t) for each completion, once and for all.
+
+DPO then trains without a reference model in memory. The content of tokens and weights is the cache key (DVC's deps).
+
+    python -m stages.ref_logprobs --tokens data/tokens/preference --model models/sft --out data/ref_logprobs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import read_params, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.tokenizer_files import require_tokens_of
+from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.runtime import read_runtime
+
+if not asks_for_help():
+    from stages.lib.command.hashing import dvc_hash
+    from stages.lib.compute.batching import MicroBatching, micro_batching
+    from stages.lib.compute.frozen_model import frozen
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.compute.sequence_logprobs import all_pair_logps
+    from stages.lib.data.token_tables import (
+        PREFERENCE_SCHEMA,
+        REFERENCE_SCHEMA,
+        check_table_fits,
+        read_table,
+        write_table,
+    )
+    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_language_model
+    from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.objectives.reference_logprobs import LOG_PROBS, VALUES, values_digest
+    from stages.lib.operations.progress import Progress
+    from stages.lib.runs.partial_results import NUMBER, PartialResults
+
+
+def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
+    """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
+    settings = read_params("ref_logprobs", RefLogprobs)
+    trust_remote_code = read_value("trust_remote_code", bool)
+    runtime = read_runtime("ref_logprobs")
+    processes = join_processes(runtime)
+    tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
+    require_tokens_of(tokens, model)
+    declared = {"ref_logprobs": settings, "trust_remote_code": trust_remote_code}
+    with PartialResults("ref_logprobs", declared, [tokens, model], {"logps": out}, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        where = (settings.precision, runtime, processes.device, settings.base_quantization)
+        language_model = load_language_model(model, *where, frozen=True, trust_remote_code=trust_remote_code)
+        module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        hashes = processes.in_main(lambda: {split: dvc_hash(tokens / f"{split}.arrow") for split in tables})
+        columns = {}
+        for split, table in tables.items():
+            check_table_fits(table, facts_of(language_model), tokens / f"{split}.arrow")
+            progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
+            chosen, rejected = [], []
+            for rows in this_run.chunks(len(table)):
+                compute = partial(all_logps, module, table, rows, tokens / split, batching)
+                name = f"{split}-{rows.start}-{rows.stop}"
+                both = this_run.keep(name, len(rows), {"chosen": NUMBER, "rejected": NUMBER}, compute)
+                chosen += both["chosen"]
+                rejected += both["rejected"]
+                if processes.is_main:
+                    progress.update(rows.stop, len(rows), {})
+            columns[split] = {
+                "row": table["row"][:],
+                "reference_chosen_logps": chosen,
+                "reference_rejected_logps": rejected,
+            }
+
+        def build(staged: dict[str, Path]) -> None:
+            staged["logps"].mkdir()
+            notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
+            notes |= {"model": this_run.scratch.input_hashes[str(model)]}
+            for split, values in columns.items():
+                of_split = {"tokens": hashes[split], VALUES: values_digest(*(values[name] for name in LOG_PROBS))}
+                schema = REFERENCE_SCHEMA.with_metadata(notes | of_split)
+                write_table(staged["logps"] / f"{split}.arrow", values, schema)
+
+        this_run.publish(build)
+    processes.leave()
+
+
+def all_logps(module: Callable, table: Any, rows: range, where: Path, batching: MicroBatching) -> dict[str, list]:
+    """The log-probs of the `chosen` and of the `rejected` replies of some rows, computed by all processes together."""
+    logps = all_pair_logps(module, table[rows], batching)
+    both = {name: values.tolist() for name, values in logps._asdict().items()}
+    require_numbers(both["chosen"] + both["rejected"], table["row"][rows.start : rows.stop], where)
+    return both
+
+
+def require_numbers(logps: list[float], rows: list[int], where: Path) -> None:
+    """Raise a StageError that names the row if one is no log-prob. `logps`: of all chosen, then of all rejected."""
+    for place, value in enumerate(logps):
+        if not -math.inf < value <= 0:
+            raise StageError(f"{where}, row {rows[place % len(rows)]}: its log-prob is {value}; the model is broken")
+
+
+if __name__ == "__main__":
+    run(main)

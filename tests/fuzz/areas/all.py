@@ -1,0 +1,17 @@
+"""The areas by name."""
+
+from tests.fuzz.areas import checkpoints, files, models, params, reference, report, rows, runtime, tables, templates
+from tests.fuzz.case import Area
+
+AREAS: dict[str, Area] = {
+    "rows": rows.AREA,
+    "params": params.AREA,
+    "runtime": runtime.AREA,
+    "templates": templates.AREA,
+    "tables": tables.AREA,
+    "reference": reference.AREA,
+    "models": models.AREA,
+    "checkpoints": checkpoints.AREA,
+    "report": report.AREA,
+    "files": files.AREA,
+}

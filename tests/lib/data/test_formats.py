@@ -1,0 +1,349 @@
+import json
+import struct
+
+import pytest
+
+from stages.lib.command.errors import StageError
+from stages.lib.data.conversations import MalformedRowError, UnusableRowError
+from stages.lib.data.formats import READERS, FormatOfRows, detect_format, read_example
+from tests.real_files import real_file
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def hh(*turns):
+    return "".join(f"\n\n{role}: {text}" for role, text in zip(["Human", "Assistant"] * 9, turns, strict=False))
+
+
+# One row of each format that says the same: after "hello" and "hi", "tea" is asked for; the reply is "yes", not "no".
+PROMPT = [user("hello"), bot("hi"), user("tea")]
+SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}, {"from": "human", "value": "tea"}]
+PAIRS = {
+    "hh": {"chosen": hh("hello", "hi", "tea", "yes"), "rejected": hh("hello", "hi", "tea", "no")},
+    "preference": {"prompt": PROMPT, "chosen": [bot("yes")], "rejected": [bot("no")]},
+    "preference_implicit": {"chosen": [*PROMPT, bot("yes")], "rejected": [*PROMPT, bot("no")]},
+    "sharegpt_preference": {
+        "conversations": SHAREGPT,
+        "chosen": {"from": "gpt", "value": "yes"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+}
+REPLIES = {
+    "alpaca": {"instruction": "tea", "output": "yes", "history": [["hello", "hi"]]},
+    "messages": {"messages": [*PROMPT, bot("yes")]},
+    "prompt_completion": {"prompt": PROMPT, "completion": [bot("yes")]},
+    "sharegpt": {"conversations": [*SHAREGPT, {"from": "gpt", "value": "yes"}]},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_format_is_detected_and_read_alike(name):
+    row = (PAIRS | REPLIES)[name]
+    assert detect_format(row, "here") == name
+    example = read_example(row, name, "here")
+    assert example.prompt == PROMPT
+    assert example.reply == "yes"
+    assert example.rejected == ("no" if name in PAIRS else None)
+    assert example.margin is None
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_margin_is_kept_beside_every_kind_of_pair(name):
+    assert read_example(PAIRS[name] | {"margin": 2}, name, "here").margin == 2.0
+    assert read_example(PAIRS[name] | {"margin": "0.5"}, name, "here").margin == 0.5
+    assert read_example(PAIRS[name] | {"margin": ""}, name, "here").margin is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [True, "much", float("nan"), float("inf"), [1], -1, "-0.1", 3.5e38, 1e39, "1e39", int("9" * 401)]
+)
+def test_a_margin_is_a_finite_number_of_at_least_0_that_float32_holds(wrong):
+    with pytest.raises(MalformedRowError, match=r"here, 'margin': expected a finite number of at least 0") as caught:
+        read_example(PAIRS["preference"] | {"margin": wrong}, "preference", "here")
+    assert caught.value.reason == "bad_margin"
+
+
+def test_the_largest_margin_is_that_of_float32():
+    margin = read_example(PAIRS["hh"] | {"margin": 3.4028234663852886e38}, "hh", "here").margin
+    assert margin == struct.unpack("<f", struct.pack("<f", margin))[0]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_system_column_is_the_first_message_in_every_format(name):
+    row = (PAIRS | REPLIES)[name] | {"system": "Be brief."}
+    assert detect_format(row, "here") == name
+    assert read_example(row, name, "here").prompt == [system("Be brief."), *PROMPT]
+    assert read_example(row | {"system": " "}, name, "here").prompt == PROMPT
+    with pytest.raises(MalformedRowError, match=r"here, 'system': expected text, found int"):
+        read_example(row | {"system": 5}, name, "here")
+
+
+def test_a_system_message_said_twice_is_one_and_two_are_refused():
+    row = {"messages": [system("Be brief."), user("tea"), bot("yes")], "system": "Be brief."}
+    assert read_example(row, "messages", "here").prompt == [system("Be brief."), user("tea")]
+    with pytest.raises(MalformedRowError, match="the column 'system' says something else") as caught:
+        read_example(row | {"system": "Be kind."}, "messages", "here")
+    assert caught.value.reason == "two_system_messages"
+
+
+TEXTS = {
+    "preference": {"prompt": "tea", "chosen": "yes", "rejected": "no"},
+    "preference_implicit": {"chosen": "tea yes", "rejected": "tea no"},
+    "prompt_completion": {"prompt": "tea", "completion": "yes"},
+    "alpaca": {"instruction": "tea", "output": "yes"},
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_history_comes_before_a_prompt_of_text(name):
+    row = TEXTS[name] | {"history": [["hello", "hi"]]}
+    example = read_example(row, name, "here")
+    assert (example.prompt, example.reply) == (PROMPT, "yes")
+    with_system = read_example(row | {"system": "Be brief."}, name, "here")
+    assert with_system.prompt == [system("Be brief."), *PROMPT]
+
+
+@pytest.mark.parametrize("name", ["preference", "prompt_completion", "alpaca"])
+def test_an_input_follows_the_text_of_a_prompt(name):
+    assert read_example(TEXTS[name] | {"input": "with milk"}, name, "here").prompt == [user("tea\n\nwith milk")]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column"),
+    [
+        ("preference", PAIRS["preference"] | {"history": [["a", "b"]]}, "history"),
+        ("preference", PAIRS["preference"] | {"input": "a"}, "input"),
+        ("preference", {"prompt": hh("a"), "chosen": "b", "rejected": "c", "input": "d"}, "input"),
+        ("preference_implicit", PAIRS["preference_implicit"] | {"history": [["a", "b"]]}, "history"),
+        ("prompt_completion", REPLIES["prompt_completion"] | {"history": [["a", "b"]]}, "history"),
+    ],
+)
+def test_what_goes_with_a_prompt_of_text_alone_is_refused_beside_another(name, row, column):
+    with pytest.raises(StageError, match=f"here: the column '{column}' beside .* prepare_data.ignore_columns"):
+        read_example(row, name, "here")
+    assert read_example(row | {column: None}, name, "here")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        hh("hello", "hi", "tea", ""),
+        hh("hello", "hi", "tea"),
+        hh("hello", "hi", "tea", "").strip(),
+    ],
+)
+def test_a_transcript_in_the_prompt_is_read_as_its_turns(prompt):
+    pair = {"prompt": prompt, "chosen": " yes", "rejected": " no"}
+    assert detect_format(pair, "here") == "preference"
+    example = read_example(pair, "preference", "here")
+    assert (example.prompt, example.reply, example.rejected) == (PROMPT, "yes", "no")
+    single = read_example({"prompt": prompt, "completion": " yes"}, "prompt_completion", "here")
+    assert (single.prompt, single.reply) == (PROMPT, "yes")
+    with pytest.raises(UnusableRowError, match="prompt_mismatch"):
+        read_example(pair | {"chosen": " yes\n\nHuman: more\n\nAssistant: no"}, "preference", "here")
+
+
+def test_transcripts_are_read_as_turns_wherever_they_stand():
+    whole = {"prompt": "tea", "chosen": hh("tea", "yes"), "rejected": hh("tea", "no")}
+    example = read_example(whole, "preference", "here")
+    assert (example.prompt, example.reply, example.rejected) == ([user("tea")], "yes", "no")
+    assert read_example(PAIRS["hh"], "preference_implicit", "here") == read_example(PAIRS["hh"], "hh", "here")
+    headed = {"prompt": "Be brief.\n\nHuman: tea\n\nAssistant:", "completion": "yes"}
+    with pytest.raises(MalformedRowError, match="expected a transcript that begins with 'Human:'"):
+        read_example(headed, "prompt_completion", "here")
+
+
+def test_a_text_that_speaks_of_markers_is_one_message():
+    text = "Human: or\n\nAssistant – which?"
+    assert read_example({"prompt": text, "completion": "yes"}, "prompt_completion", "here").prompt == [user(text)]
+
+
+def test_hh_turns_begin_after_an_empty_line_only():
+    row = {
+        "chosen": hh("He said Human: hi.\nAssistant: what?", " yes \n\nreally "),
+        "rejected": hh("He said Human: hi.\nAssistant: what?", "no"),
+    }
+    example = read_example(row, "hh", "here")
+    assert example.prompt == [user("He said Human: hi.\nAssistant: what?")]
+    assert example.reply == "yes \n\nreally"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (hh("a", ""), hh("a", "no"), "empty_reply"),
+        (hh("a", "yes"), hh("a", " "), "empty_reply"),
+        (hh("a"), hh("a", "no"), "ends_with_user"),
+        (hh("a", "yes"), hh("b", "no"), "prompt_mismatch"),
+        (hh("a", "b", "c", "yes"), hh("a", "no"), "prompt_mismatch"),
+        (hh("a", "yes"), hh("a", "yes "), "equal_replies"),
+        (hh("a", "", "c", "yes"), hh("a", "", "c", "no"), "empty_message"),
+        (hh("a") + hh("b", "yes"), hh("a") + hh("b", "no"), "not_alternating"),
+        (hh("a", "b") + "\n\nAssistant: yes", hh("a", "b") + "\n\nAssistant: no", "not_alternating"),
+        ("\n\nAssistant: yes", "\n\nAssistant: no", "empty_prompt"),
+        ("Human: a", hh("a", "no"), "not_a_transcript"),
+        (hh("a", "half \ud83d"), hh("a", "no"), "invalid_unicode"),
+    ],
+)
+def test_unusable_hh_rows_have_a_reason(chosen, rejected, reason):
+    with pytest.raises(UnusableRowError, match=f"^{reason}$"):
+        read_example({"chosen": chosen, "rejected": rejected}, "hh", "here")
+
+
+def test_preference_takes_texts_and_a_prompt_said_twice():
+    texts = read_example({"prompt": "tea", "chosen": "yes", "rejected": "no"}, "preference", "here")
+    twice = {"prompt": "tea", "chosen": [user("tea"), bot("yes")], "rejected": [user("tea"), bot("no")]}
+    assert texts == read_example(twice, "preference", "here")
+    assert (texts.prompt, texts.reply, texts.rejected) == ([user("tea")], "yes", "no")
+    other = twice | {"chosen": [user("milk"), bot("yes")]}
+    with pytest.raises(UnusableRowError, match="prompt_mismatch"):
+        read_example(other, "preference", "here")
+
+
+def test_implicit_prompt_of_texts_ends_with_a_whole_word():
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+    assert detect_format(row, "here") == "preference_implicit"
+    example = read_example(row, "preference_implicit", "here")
+    assert (example.prompt, example.reply, example.rejected) == ([user("The sky is")], "blue.", "black.")
+    with pytest.raises(UnusableRowError, match="empty_prompt"):
+        read_example({"chosen": "yes", "rejected": "no"}, "preference_implicit", "here")
+
+
+def test_alpaca_joins_instruction_and_input_and_takes_a_system_message():
+    row = {"instruction": "Translate.", "input": "tea", "output": "thé", "system": "Be brief."}
+    assert read_example(row, "alpaca", "here").prompt == [system("Be brief."), user("Translate.\n\ntea")]
+    assert read_example(row | {"input": None, "system": ""}, "alpaca", "here").prompt == [user("Translate.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"prompt": "a", "chosen": hh("a", "yes"), "rejected": hh("a", "no")}, ("hh", "preference")),
+        ({"question": "a", "chosen": "yes", "rejected": "no"}, ("preference_implicit", "preference")),
+        (PAIRS["preference"] | {"messages": []}, ("preference", "messages")),
+        ({"text": "a"}, ("hh", "sharegpt", "instruction")),
+    ],
+)
+def test_uncertain_detection_lists_the_candidates(row, names):
+    with pytest.raises(StageError) as caught:
+        detect_format(row, "a.jsonl, line 1")
+    message = str(caught.value)
+    assert message.startswith("a.jsonl, line 1: columns ")
+    assert all(name in message for name in names)
+
+
+def test_unpaired_preferences_are_refused():
+    with pytest.raises(StageError, match="unpaired"):
+        detect_format({"messages": [user("a"), bot("b")], "label": True}, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("hh", {"chosen": "x"}, "here: format 'hh' needs the column 'rejected', found chosen"),
+        ("hh", {"chosen": 3, "rejected": "x"}, "here, 'chosen': expected text, found int"),
+        ("preference", {"prompt": {}, "chosen": "a", "rejected": "b"}, "here, 'prompt': expected text, found dict"),
+        ("messages", {"messages": "a"}, "here, 'messages': expected a list of messages, found str"),
+        ("messages", {"messages": [user("a"), {"role": "tool", "content": "b"}]}, "message 2: unknown role 'tool'"),
+        ("messages", {"messages": [{"from": "human"}]}, "message 1: expected a message with 'role' and 'content'"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [1]}]},
+            "message 1, 'content': expected text, found list",
+        ),
+        ("alpaca", {"instruction": "a", "output": "b", "history": ["c"]}, "here, 'history': expected a list of pairs"),
+    ],
+)
+def test_a_malformed_row_is_an_error_that_says_where(name, row, message):
+    with pytest.raises(StageError) as caught:
+        read_example(row, name, "here")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("messages", {"messages": [user("a"), {"role": "tool", "content": "b"}]}, "unsupported_role"),
+        ("messages", {"messages": [{"role": ["user"], "content": "a"}, bot("b")]}, "unsupported_role"),
+        ("messages", {"messages": [{"role": None, "content": "a"}, bot("b")]}, "unsupported_role"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content_not_text"),
+        ("messages", {"messages": "a"}, "not_messages"),
+        ("messages", {"messages": [5]}, "not_messages"),
+        ("prompt_completion", {"prompt": True, "completion": "a"}, "content_not_text"),
+        ("prompt_completion", {"prompt": "a", "completion": 5}, "content_not_text"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]]}, "bad_history"),
+        ("alpaca", {"instruction": "a"}, "missing_column"),
+    ],
+)
+def test_a_malformed_row_has_a_reason_to_be_counted_by(name, row, reason):
+    with pytest.raises(MalformedRowError) as caught:
+        read_example(row, name, "here")
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "empty_reply"),
+        ([user("a")], "ends_with_user"),
+        ([user("a"), bot("")], "empty_reply"),
+        ([user("a"), bot("b"), system("c")], "ends_with_system"),
+    ],
+)
+def test_a_conversation_without_a_reply_says_why(messages, reason):
+    with pytest.raises(UnusableRowError, match=f"^{reason}$"):
+        read_example({"messages": messages}, "messages", "here")
+    with pytest.raises(UnusableRowError, match=f"^{reason}$"):
+        read_example({"prompt": "a", "completion": messages}, "prompt_completion", "here")
+
+
+def test_all_rows_are_of_the_format_of_the_first():
+    formats = FormatOfRows("auto")
+    assert formats.of(PAIRS["preference"], "a.jsonl, line 1") == "preference"
+    assert formats.of(PAIRS["preference"] | {"margin": 1}, "b.jsonl, line 1") == "preference"
+    assert formats.of({"prompt": "a"}, "b.jsonl, line 2") == "preference"  # read_example says what it lacks
+    formats = FormatOfRows("auto")
+    assert formats.of({"chosen": "tea yes", "rejected": "tea no"}, "a.jsonl, line 1") == "preference_implicit"
+    with pytest.raises(StageError, match=r"b.jsonl, line 1: .* 'preference', and a.jsonl, line 1 of 'preference_impl"):
+        formats.of(TEXTS["preference"], "b.jsonl, line 1")
+    with pytest.raises(StageError, match=r"a.jsonl, line 2: .* 'preference', and a.jsonl, line 1 of 'preference_impl"):
+        formats.of(TEXTS["preference"], "a.jsonl, line 2")
+    with pytest.raises(StageError, match=r"b.jsonl, line 1: .* 'hh', and a.jsonl, line 1 of 'preference_implicit'"):
+        formats.of(PAIRS["hh"], "b.jsonl, line 1")
+    assert FormatOfRows("preference_implicit").of(TEXTS["preference"], "b.jsonl, line 1") == "preference_implicit"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("data/demo/dpo_en_demo.json", "sharegpt_preference"), ("data/demo/alpaca_en_demo.json", "alpaca")],
+)
+def test_real_demonstration_files_are_read_whole(file, name):
+    rows = json.loads(real_file(file).read_text(encoding="utf-8"))
+    assert {detect_format(row, "here") for row in rows} == {name}
+    for row in rows:
+        example = read_example(row, name, "here")
+        if name == "alpaca":
+            assert example.reply == row["output"]
+            assert row["instruction"] in example.prompt[-1]["content"]
+        else:
+            assert [turn["content"] for turn in example.prompt] == [turn["value"] for turn in row["conversations"]]
+            assert (example.reply, example.rejected) == (row["chosen"]["value"], row["rejected"]["value"])
+
+
+def test_real_unpaired_and_tool_files_are_refused():
+    unpaired = json.loads(real_file("data/demo/kto_en_demo.json").read_text(encoding="utf-8"))[0]
+    with pytest.raises(StageError, match="unpaired"):
+        detect_format(unpaired, "here")
+    tools = json.loads(real_file("data/demo/glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))[0]
+    with pytest.raises(StageError, match="unknown role 'function_call'"):
+        read_example(tools, detect_format(tools, "here"), "here")

@@ -1,0 +1,106 @@
+"""Columns of raw rows: renamed, ignored by name, read, and what nothing reads is told."""
+
+import pytest
+
+from stages.lib.command.errors import StageError
+from stages.lib.data.conversations import MalformedRowError
+from stages.lib.data.raw_columns import MEANINGFUL_COLUMNS, MEANINGFUL_KEYS, RawColumns, refuse_unknown_targets
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def test_columns_are_renamed_and_may_change_places():
+    row = {"chosen": "worse", "rejected": "better", "query": "a", "id": 5}
+    columns = RawColumns({"chosen": "rejected", "rejected": "chosen", "query": "prompt"}, ("id",))
+    assert columns.take(row, "here") == {"chosen": "better", "rejected": "worse", "prompt": "a"}
+
+
+def test_a_column_to_rename_must_be_there_unless_rows_may_lack_it():
+    columns = RawColumns({"query": "prompt", "strength": "margin"}, ())
+    assert columns.take({"query": "a"}, "here") == {"prompt": "a"}
+    with pytest.raises(MalformedRowError, match="here: no column 'query' to rename, found question") as caught:
+        columns.take({"question": "a"}, "here")
+    assert caught.value.reason == "missing_column"
+
+
+def test_no_column_takes_the_place_of_another():
+    row = {"query": "new", "prompt": "old"}
+    with pytest.raises(StageError, match=r"here: by prepare_data.columns two columns are named 'prompt'"):
+        RawColumns({"query": "prompt"}, ()).take(row, "here")
+    assert RawColumns({"query": "prompt"}, ("prompt",)).take(row, "here") == {"prompt": "new"}
+
+
+@pytest.mark.parametrize("column", sorted(MEANINGFUL_COLUMNS - {"input", "system", "history", "margin"}))
+def test_a_column_with_a_meaning_that_nothing_reads_is_refused_until_it_is_ignored(column):
+    row = PAIR | {column: [1]}
+    with pytest.raises(StageError, match=f"here: the column '{column}' .*prepare_data.ignore_columns"):
+        RawColumns({}, ()).refuse_unread(row, "preference", "here")
+    for nothing in (None, "", " ", [], {}):
+        RawColumns({}, ()).refuse_unread(PAIR | {column: nothing}, "preference", "here")
+    assert RawColumns({}, (column,)).take(row, "here") == PAIR
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("hh", "history"),
+        ("hh", "input"),
+        ("messages", "history"),
+        ("messages", "margin"),
+        ("alpaca", "margin"),
+        ("sharegpt", "input"),
+        ("sharegpt_preference", "history"),
+        ("preference_implicit", "input"),
+    ],
+)
+def test_a_column_that_another_format_reads_is_refused_in_one_that_does_not(name, column):
+    with pytest.raises(StageError, match=f"here: the column '{column}' \\(format '{name}'\\)"):
+        RawColumns({}, ()).refuse_unread({column: 0}, name, "here")
+
+
+@pytest.mark.parametrize("key", sorted(MEANINGFUL_KEYS))
+def test_a_key_of_a_message_that_nothing_reads_is_refused_until_it_is_ignored(key):
+    message = {"role": "user", "content": "a", key: 0}
+    for row, name in (({"messages": [{}, message]}, "messages"), (PAIR | {"chosen": [{}, message]}, "preference")):
+        with pytest.raises(StageError, match=f"message 2: the key '{key}' .*prepare_data.ignore_columns"):
+            RawColumns({}, ()).refuse_unread(row, name, "here")
+        RawColumns({}, (key,)).refuse_unread(row, name, "here")
+    RawColumns({}, ()).refuse_unread({"messages": [message | {key: None}]}, "messages", "here")
+    single = {"conversations": [], "chosen": {"from": "gpt", "value": "a", key: "b"}, "rejected": {}}
+    with pytest.raises(StageError, match=f"here, 'chosen', message 1: the key '{key}'"):
+        RawColumns({}, ()).refuse_unread(single, "sharegpt_preference", "here")
+
+
+@pytest.mark.parametrize(
+    ("renames", "ignored", "message"),
+    [
+        ({}, ("scores",), "prepare_data.ignore_columns names 'scores', which no row has; did you mean 'score'"),
+        ({}, ("wheight",), "prepare_data.ignore_columns names 'wheight', which no row has; did you mean 'weight'"),
+        ({"sytem": "system"}, (), "prepare_data.columns names 'sytem', which no row has; did you mean 'system'"),
+    ],
+)
+def test_a_name_that_no_row_has_is_an_error(renames, ignored, message):
+    columns = RawColumns(renames, ignored)
+    row = {"messages": [{"role": "user", "content": "a", "weight": None}], "score": 1, "system": "b"}
+    columns.refuse_unread(columns.take(row, "here") | {"score": None}, "messages", "here")
+    with pytest.raises(StageError) as caught:
+        columns.refuse_unseen()
+    assert message in str(caught.value)
+
+
+def test_what_is_read_and_what_is_not_is_told_in_one_line():
+    columns = RawColumns({"query": "prompt"}, ("score", "weight"))
+    message = {"role": "assistant", "content": "a", "weight": 1, "id": 2}
+    row = {"query": "a", "chosen": [message], "rejected": "c", "score": 1, "at\nnight": 5, "half \ud83d": 1}
+    columns.refuse_unread(columns.take(row, "here"), "preference", "here")
+    columns.refuse_unseen()
+    assert columns.summary("preference") == (
+        "format preference; columns read: chosen, prompt, rejected; not read: at\\nnight, half \\ud83d; "
+        "ignored by name: score, weight; keys of messages not read: id"
+    )
+
+
+@pytest.mark.parametrize("target", ["promt", "", "label", "role"])
+def test_a_column_can_only_get_a_name_that_a_format_reads(target):
+    with pytest.raises(ValueError, match=f"columns gives 'x' the name '{target}', which no format reads"):
+        refuse_unknown_targets({"x": target})

@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+
+from stages.lib.rl.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+
+NAN = math.nan
+
+
+def episodes(lengths: list[int], width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random rewards and values, NaN beyond each length, and the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    rewards, values = (torch.randn(len(lengths), width, dtype=torch.float64, generator=generator) for _ in range(2))
+    return torch.where(mask, rewards, NAN), torch.where(mask, values, NAN), mask
+
+
+def test_token_rewards_by_hand():
+    # row 0: -0.5 * (0.1, 0.2, 0.3) + (0, 0, 2);  row 1, two tokens: -0.5 * (0.5, 0.6) + (0, -1), padding 0
+    rewards = token_rewards(
+        torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.6, NAN]]),
+        torch.tensor([2.0, -1.0]),
+        torch.tensor([[True, True, True], [True, True, False]]),
+        kl_coef=0.5,
+    )
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, -0.1, 1.85], [-0.25, -1.3, 0.0]]))
+
+
+def test_the_score_is_paid_at_the_last_real_token_wherever_padding_is():
+    mask = torch.tensor([[False, True, True, False], [True, False, True, False], [False, False, False, True]])
+    rewards = token_rewards(torch.zeros(3, 4), torch.tensor([1.0, 2.0, 3.0]), mask, kl_coef=0.5)
+    assert rewards.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 3.0]]
+
+
+def test_an_episode_pays_its_score_once_and_its_kl_once():
+    generator = torch.Generator().manual_seed(1)
+    kl, scores = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
+    mask = torch.arange(6) < torch.tensor([[1], [6], [3], [0]])
+    rewards = token_rewards(kl, scores, mask, kl_coef=0.3)
+    expected = [scores[row].item() - 0.3 * kl[row, :length].sum().item() for row, length in enumerate([1, 6, 3])]
+    # A response without tokens has nothing to be paid for.
+    torch.testing.assert_close(rewards.sum(1), torch.tensor([*expected, 0.0]))
+
+
+def test_generalized_advantages_by_hand():
+    # gamma 0.9, lambda 0.8, rewards (1, 0, 2), values (0.5, 1, 1.5):
+    # delta_2 = 2 - 1.5 = 0.5;  delta_1 = 0 + 0.9 * 1.5 - 1 = 0.35;  delta_0 = 1 + 0.9 * 1 - 0.5 = 1.4
+    # A_2 = 0.5;  A_1 = 0.35 + 0.72 * 0.5 = 0.71;  A_0 = 1.4 + 0.72 * 0.71 = 1.9112;  G = A + V
+    # The 9 after the end must not be bootstrapped from: delta_2 would be 0.5 + 0.9 * 9.
+    advantages, returns = generalized_advantages(
+        torch.tensor([[1.0, 0.0, 2.0, 7.0]]),
+        torch.tensor([[0.5, 1.0, 1.5, 9.0]]),
+        torch.tensor([[True, True, True, False]]),
+        gamma=0.9,
+        lam=0.8,
+    )
+    torch.testing.assert_close(advantages, torch.tensor([[1.9112, 0.71, 0.5, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.4112, 1.71, 2.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.97, 0.9), (1.0, 0.95), (0.5, 0.0), (0.0, 1.0)])
+def test_generalized_advantages_equal_the_sum_of_discounted_deltas(gamma, lam):
+    lengths = [5, 1, 3]
+    rewards, values, mask = episodes(lengths, 5)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma, lam)
+    for row, length in enumerate(lengths):
+        r, v = rewards[row, :length].tolist(), [*values[row, :length].tolist(), 0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            expected = sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t))
+            assert advantages[row, t].item() == pytest.approx(expected, rel=1e-12)
+            assert returns[row, t].item() == pytest.approx(expected + v[t], rel=1e-12)
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
+
+
+def test_with_gamma_and_lambda_1_returns_are_the_rewards_to_go_whatever_the_critic_says():
+    rewards, values, mask = episodes([4, 2], 4)
+    _, returns = generalized_advantages(rewards, values, mask, 1.0, 1.0)
+    to_go = torch.where(mask, rewards, 0.0).flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(returns, torch.where(mask, to_go, 0.0))
+
+
+def test_masked_positions_anywhere_are_as_if_absent():
+    rewards, values, mask = episodes([4, 4], 4)
+    expected = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    where = [1, 2, 4, 6]  # padding on the left, in the middle and on the right
+    spread = [torch.full((2, 8), NAN, dtype=torch.float64) for _ in range(2)]
+    spread_mask = torch.zeros(2, 8, dtype=torch.bool)
+    spread[0][:, where], spread[1][:, where], spread_mask[:, where] = rewards, values, True
+    for found, wanted in zip(generalized_advantages(*spread, spread_mask, 0.9, 0.8), expected, strict=True):
+        torch.testing.assert_close(found[:, where], wanted)
+        assert not found[~spread_mask].any()
+
+
+def test_half_precision_values_do_not_round_the_advantages():
+    # 1000 + 0.5 has no bfloat16; 0.5 - 0.25 + 1000 + 0.25 = 1000.5
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    _, returns = generalized_advantages(
+        torch.tensor([[1000.0, 0.5]]), torch.tensor([[0.25, 0.25]]).bfloat16(), mask, 1.0, 1.0
+    )
+    assert returns.tolist() == [[1000.5, 0.5]]
+
+
+def test_moments_by_hand():
+    # unmasked: 1, 2, -4: sum -1, squares 1 + 4 + 16 = 21, count 3
+    total, squares, count = masked_moments(
+        torch.tensor([[1.0, 2.0, NAN], [-4.0, 100.0, 100.0]]),
+        torch.tensor([[True, True, False], [True, False, False]]),
+    )
+    assert (total.item(), squares.item(), count.item()) == (-1.0, 21.0, 3.0)
+    assert {total.dtype, squares.dtype, count.dtype} == {torch.float64}
+
+
+def test_whiten_by_hand():
+    # 1, 3 and 5 have mean 3 and population variance (4 + 0 + 4) / 3 = 8/3: ±2 / sqrt(8/3) = ±1.224745
+    whitened = whiten(
+        torch.tensor([[1.0, 3.0, 5.0, NAN]]), torch.tensor([[True, True, True, False]]), 3.0, torch.tensor(8 / 3)
+    )
+    torch.testing.assert_close(whitened, torch.tensor([[-1.224745, 0.0, 1.224745, 0.0]]), atol=1e-6, rtol=0)
+
+
+def whitened_by_own_moments(advantages: torch.Tensor, mask: torch.Tensor, shards: int) -> torch.Tensor:
+    """As a run on `shards` processes does it: moments summed over shards, then each shard whitened."""
+    pieces = list(zip(advantages.chunk(shards), mask.chunk(shards), strict=True))
+    total, squares, count = (sum(parts) for parts in zip(*(masked_moments(*piece) for piece in pieces), strict=True))
+    mean = total / count
+    return torch.cat([whiten(*piece, mean, squares / count - mean**2) for piece in pieces])
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_all_shards():
+    _, advantages, mask = episodes([5, 1, 3, 4], 5)
+    whole = whitened_by_own_moments(5 + 3 * advantages.float(), mask, shards=1)
+    kept = whole[mask].double()
+    assert kept.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert kept.var(unbiased=False).item() == pytest.approx(1.0, abs=1e-6)
+    assert not whole[~mask].any()
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whitened_by_own_moments(5 + 3 * advantages.float(), mask, shards=2), whole)
+
+
+def test_more_padding_changes_no_moment_and_no_whitened_value():
+    _, advantages, mask = episodes([3, 2], 3)
+    wider = torch.cat([advantages, torch.full((2, 4), 1e30, dtype=torch.float64)], dim=1)
+    wider_mask = torch.cat([mask, torch.zeros(2, 4, dtype=torch.bool)], dim=1)
+    assert masked_moments(wider, wider_mask) == masked_moments(advantages, mask)
+    whitened = whitened_by_own_moments(wider, wider_mask, 1)
+    assert torch.equal(whitened[:, :3], whitened_by_own_moments(advantages, mask, 1))
+    assert not whitened[:, 3:].any()
+
+
+@pytest.mark.parametrize("value", [1.0, 1e5 / 3])
+def test_equal_advantages_whiten_to_about_0_not_to_nan(value):
+    # 33333.3: the sum of squares minus the squared mean may come out a little below 0.
+    advantages = torch.full((3, 7), value)
+    assert whitened_by_own_moments(advantages, torch.ones(3, 7, dtype=torch.bool), 1).abs().max() < 1e-3
+    torch.testing.assert_close(whiten(torch.ones(1, 1), torch.ones(1, 1).bool(), 1.0, -1e-6), torch.zeros(1, 1))
+
+
+def test_float32_moments_of_a_small_spread_around_a_large_mean_keep_their_digits():
+    # 1000 ± 0.125 (exact in float32): variance 1/64. A float32 sum of squares around 1e6 has lost it.
+    values = torch.tensor([[1000.125, 999.875]]).repeat(50, 10)
+    total, squares, count = masked_moments(values, torch.ones_like(values).bool())
+    assert (squares / count - (total / count) ** 2).item() == pytest.approx(1 / 64, rel=1e-6)
+
+
+def test_targets_carry_no_gradient():
+    values = torch.randn(1, 3, requires_grad=True)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for result in (*generalized_advantages(values, values, mask, 1.0, 1.0), whiten(values, mask, 0.0, 1.0)):
+        assert not result.requires_grad

@@ -1,0 +1,58 @@
+"""What is written of rollouts, and what it adds up to."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from stages.lib.rl.rollout_log import RolloutLog
+from stages.lib.rl.rollouts import Rollouts
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    words = Tokenizer(models.WordLevel({"<end>": 0, "good": 1, "film": 2}, unk_token="<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
+    tokenizer.chat_template = "none"
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def phase(scores: list[float]) -> Rollouts:
+    """Two responses, of which the first ends; their KL sums to 0.5 and -0.25."""
+    numbers = torch.zeros(2, 3)
+    kl = torch.tensor([[0.25, 0.25, 0.0], [-0.5, 0.125, 0.125]])
+    ended = torch.tensor([True, False])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    responses = [[1, 0], [2, 1, 2]]
+    return Rollouts([[1], [2]], responses, mask, numbers, kl, numbers, numbers, torch.tensor(scores), ended)
+
+
+def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_folder: Path, tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "rollouts.jsonl", model_folder)
+    for iteration, scores in enumerate(([1.0, 2.0], [8.0, 9.0], [-1.0, 0.0])):
+        log.append(iteration, [7, 4], phase(scores))
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["row"], line["score"]) for line in lines[:3]] == [(1, 7, 1), (1, 4, 2), (2, 7, 8)]
+    assert lines[0]["response_ids"] == [1, 0]
+    assert lines[0]["response"] == "good <end>"
+    assert [line["kl"] for line in lines[:2]] == [0.5, -0.25]
+    assert log.results() == {
+        "rollouts": 6,
+        "first_score_mean": 1.5,
+        "first_kl_mean": 0.125,
+        "first_ended_mean": 0.5,
+        "last_score_mean": -0.5,
+        "last_kl_mean": 0.125,
+        "last_ended_mean": 0.5,
+    }
+    assert log.samples(phase([1.0, 2.0]), 1) == ["    score +1.00  kl +0.50  'good <end>'"]
+
+
+def test_a_process_without_a_file_writes_nothing(model_folder: Path) -> None:
+    log = RolloutLog(None, model_folder)
+    log.append(0, [7, 4], phase([1.0, 2.0]))
+    assert log.results() == {}

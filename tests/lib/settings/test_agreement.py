@@ -1,0 +1,284 @@
+"""Sections that contradict each other, runtime.yaml or the model are refused by the names of their keys."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import build
+from stages.lib.command.strict_yaml import load_yaml
+from stages.lib.models.model_facts import ModelFacts, read_model_facts
+from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths, warn_of_kinds
+from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
+from stages.lib.settings.sections import SECTIONS
+from tests.real_files import PROJECT
+
+LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
+NF4 = LORA | {"base_quantization": "nf4"}
+WHOLE = LORA | {"base_quantization": None}
+BF16 = {section: {"precision": "bf16"} for section in STAGES}
+OUTS = (
+    "data/prepared/sft",
+    "data/prepared/preference",
+    "data/tokens",
+    "models/base",
+    "models/sft",
+    "metrics/report.html",
+)
+
+
+def params(**changed: dict[str, Any]) -> dict[str, Any]:
+    values = load_yaml(PROJECT / "profiles/default.yaml")
+    return {key: build(kind, values[key] | changed.get(key, {}), key) for key, kind in SECTIONS.items()}
+
+
+def runtimes(default: dict[str, Any] | None = None, **stages: dict[str, Any]) -> dict[str, Runtime]:
+    document = deepcopy(load_yaml(PROJECT / "runtime.yaml"))
+    document["default"] |= default or {}
+    return {stage: runtime_of(stage, document | stages, Path("runtime.yaml")) for stage in STAGES}
+
+
+def test_the_default_settings_agree() -> None:
+    require_agreement(params(), runtimes())
+    require_agreement(params(**BF16), runtimes({"zero_stage": 2, "engine": "deepspeed"}))
+    require_agreement(params(**BF16), runtimes({"attention": "flash_attention_2", "packing": True}))
+    require_agreement(params(train_dpo={"lora": NF4}, ref_logprobs={"base_quantization": "nf4"}), runtimes())
+    require_agreement(params(train_sft={"lora": NF4}), runtimes(train_rm={"zero_stage": 3}))
+    require_agreement(params(**BF16), runtimes({"deepspeed": {"comms_logger": {}}, "frozen_zero_stage": 3}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "message"),
+    [
+        (
+            {"train_dpo": {"precision": "bf16"}},
+            {},
+            "params.yaml: ref_logprobs.precision is fp32 and train_dpo.precision bf16",
+        ),
+        (
+            {"ref_logprobs": {"base_quantization": "nf4"}},
+            {},
+            "ref_logprobs.base_quantization is nf4 and train_dpo.lora.base_quantization null",
+        ),
+        (
+            {"train_dpo": {"lora": NF4}},
+            {},
+            "ref_logprobs.base_quantization is null and train_dpo.lora.base_quantization nf4",
+        ),
+        (
+            {"train_rm": {"use_margin": True}},
+            {},
+            "train_rm.use_margin: prepare_data.source film_reviews gives its pairs no",
+        ),
+        (
+            {"train_sft": {"precision": "bf16"}},
+            {"default": {"attention": "flash_attention_2"}},
+            "runtime.yaml: train_rm: attention: flash_attention_2 computes in bf16, not in fp32",
+        ),
+        (
+            BF16,
+            {"evaluate": {"attention": "flash_attention_2", "device": "cpu"}},
+            "runtime.yaml: evaluate: attention: flash_attention_2 needs a GPU",
+        ),
+        (
+            BF16,
+            {"train_ppo": {"engine": "deepspeed"}},
+            "runtime.yaml: train_ppo: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3",
+        ),
+        (
+            BF16,
+            {"train_sft": {"deepspeed": {"comms_logger": {}}}},
+            "runtime.yaml: train_sft: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3",
+        ),
+        (
+            {"train_sft": {"lora": NF4}},
+            {"default": {"zero_stage": 3}},
+            "runtime.yaml: train_sft: zero_stage: 3 cannot shard a base of base_quantization: nf4; use 0, 1 or 2",
+        ),
+        (
+            {"train_dpo": {"lora": NF4}, "ref_logprobs": {"base_quantization": "nf4"}},
+            {"ref_logprobs": {"frozen_zero_stage": 3}},
+            "runtime.yaml: ref_logprobs: frozen_zero_stage: 3 cannot shard a base",
+        ),
+    ],
+)
+def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, message: str) -> None:
+    with pytest.raises(StageError) as caught:
+        require_agreement(params(**settings), runtimes(**how))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "message"),
+    [
+        ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
+        (
+            "train_dpo",
+            {"loss_type": "ipoo"},
+            "train_dpo.loss_type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+        ),
+        (
+            "train_dpo",
+            {"loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing has no meaning with loss_type: ipo",
+        ),
+        ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),
+        (
+            "train_rm",
+            {"lora": NF4 | {"base_quantization": "nf5"}},
+            "train_rm.lora.base_quantization: 'nf5' (str) is not one",
+        ),
+    ],
+)
+def test_a_later_section_is_built_too(section: str, changed: dict, message: str) -> None:
+    with pytest.raises(StageError) as caught:
+        params(**{section: changed})
+    assert message in str(caught.value)
+
+
+def test_kinds_that_are_left_out_are_warned_of() -> None:
+    assert warn_of_kinds(params()["prepare_data"]) == []
+    (said,) = warn_of_kinds(params(prepare_data={"kinds": ["sft", "preference"]})["prepare_data"])
+    assert said == (
+        "params.yaml: prepare_data.kinds lacks prompts, without which these refuse to run: train_ppo and evaluate"
+    )
+
+
+def facts(**changed: Any) -> ModelFacts:
+    config = {"model_type": "llama", "vocab_size": 1024, "max_position_embeddings": 192} | changed
+    return read_model_facts(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tokenize_data": {"max_length": 193}},
+            "params.yaml: tokenize_data.max_length is 193, but m has 192 positions; lower it",
+        ),
+        (
+            {"train_ppo": {"max_new_tokens": 97}},
+            "tokenize_data.max_prompt_length + train_ppo.max_new_tokens is 193, but m has",
+        ),
+        (
+            {"evaluate": {"max_new_tokens": 4000}},
+            "tokenize_data.max_prompt_length + evaluate.max_new_tokens is 4096, but m has",
+        ),
+    ],
+)
+def test_lengths_keep_to_the_models_positions(settings: dict, message: str) -> None:
+    assert require_model_fits(facts(), "m", params(), runtimes()) == []
+    with pytest.raises(StageError) as caught:
+        require_model_fits(facts(), "m", params(**settings), runtimes())
+    assert message in str(caught.value)
+    assert require_model_fits(facts(max_position_embeddings=None), "m", params(**settings), runtimes()) == []
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "gptj", "gpt_neo", "bloom"])
+def test_a_kernel_that_an_architecture_lacks_is_refused_by_our_key(model_type: str) -> None:
+    model = facts(model_type=model_type)
+    with pytest.raises(StageError) as caught:
+        require_model_fits(model, "models/own", params(), runtimes(train_rm={"attention": "eager"}))
+    assert str(caught.value).startswith(
+        f"runtime.yaml: train_sft: attention: sdpa is not there for models of type {model_type}"
+    )
+    assert str(caught.value).split("set it to ")[1].split(" or ")[0] == "eager"
+    require_model_fits(model, "models/own", params(), runtimes({"attention": "eager"}))
+
+
+def test_an_architecture_without_a_classifier_is_a_warning() -> None:
+    (said,) = require_model_fits(facts(model_type="granite"), "models/own", params(), runtimes({"attention": "eager"}))
+    assert said.startswith("models of type granite, as models/own is, have no sequence classifier in transformers")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for file in ("data/raw/rows.jsonl", "data/raw/none", "models/own/config.json", "models/base/x", "t/chat.jinja"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "data/raw/tracked.dvc").touch()
+    (tmp_path / "link").symlink_to("models/base")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checked(data: dict[str, Any], base: dict[str, Any]) -> None:
+    base = {"chat_template": "t/chat.jinja"} | base
+    own = params(prepare_data=data, prepare_base=base)
+    require_paths(own["prepare_data"], own["prepare_base"], OUTS)
+
+
+def local(path: str) -> dict[str, str]:
+    return {"source": "local", "path": path}
+
+
+OWN_MODEL = {"corpus": "data/raw/none"}
+
+
+@pytest.mark.parametrize(
+    ("data", "base"),
+    [
+        ({}, {}),
+        (local("data/raw/rows.jsonl"), local("models/own") | OWN_MODEL),
+        (local("data/raw/tracked/deeper"), {"corpus": "data/raw/rows.jsonl"}),
+        ({}, {"corpus": "data/prepared/preference/train.jsonl"}),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_paths_that_are_there_or_will_be_are_taken(data: dict, base: dict) -> None:
+    checked(data, base)
+
+
+@pytest.mark.parametrize(
+    ("data", "base", "message"),
+    [
+        (local("data/raw/gone.jsonl"), {}, "prepare_data.path: data/raw/gone.jsonl does not exist"),
+        (local("dangling"), {}, "prepare_data.path: dangling does not exist"),
+        (local("x" * 4000), {}, "xxx does not exist"),
+        (
+            local("data/prepared/sft"),
+            {},
+            "prepare_data.path: data/prepared/sft is, holds or lies in what a stage writes",
+        ),
+        (local("data"), {}, "prepare_data.path: data is, holds or lies in what a stage writes (data/prepared/sft)"),
+        (local("."), {}, "is, holds or lies in what a stage writes"),
+        (local("./models"), {}, "is, holds or lies in what a stage writes (models/base)"),
+        (
+            {},
+            local("models/base") | OWN_MODEL,
+            "prepare_base.path: models/base is, holds or lies in what a stage writes",
+        ),
+        (
+            {},
+            local("link") | OWN_MODEL,
+            "prepare_base.path: link is, holds or lies in what a stage writes (models/base)",
+        ),
+        ({}, local("models/gone") | OWN_MODEL, "prepare_base.path: models/gone does not exist"),
+        (
+            {},
+            {"corpus": "models/base/x"},
+            "prepare_base.corpus: models/base/x is, holds or lies in what a stage writes",
+        ),
+        ({}, {"corpus": "data/raw/gone"}, "prepare_base.corpus: data/raw/gone does not exist"),
+        (
+            {"kinds": ["prompts"]},
+            {"corpus": "data/prepared/sft/train.jsonl"},
+            "is empty without sft among prepare_data.kinds",
+        ),
+        ({}, {"chat_template": "t/chat.jinj"}, "prepare_base.chat_template: t/chat.jinj does not exist"),
+        ({}, {"chat_template": "t"}, "prepare_base.chat_template: t is not a file"),
+        (
+            {},
+            {"chat_template": "metrics/report.html"},
+            "prepare_base.chat_template: metrics/report.html is, holds or lies in",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_a_path_that_cannot_be_right_is_named(data: dict, base: dict, message: str) -> None:
+    with pytest.raises(StageError, match=r"^params.yaml: prepare_") as caught:
+        checked(data, base)
+    assert message in str(caught.value)

@@ -1,0 +1,572 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from stages.lib.command.errors import LONGEST_MESSAGE, StageError
+from stages.lib.report.report_inputs import SHOWN_SAMPLES, read_inputs
+from stages.report import page_of
+from tests.real_files import PROJECT
+
+HOSTILE = '<script>alert(1)</script> {{ 7 * 7 }} {% raw %} "quoted" & </div> half of a pair: \ud83d'
+CURVE = "step,loss,grad_norm,eval/loss\n1,0.9,2.0,\n2,0.5,1.0,0.6\n"
+ARGUMENTS = ("--metrics", "metrics", "--samples", "data/samples", "--out", "metrics/report.html")
+GAINS = {"sft": 0.0, "dpo": 0.425, "ppo": 0.625}
+ROWS = 16
+
+
+def evaluation(policy, gold):
+    gain = GAINS[policy]
+    metrics = {"kl_to_sft_mean": 20 * gain, "kl_to_sft_ci_low": 18 * gain, "kl_to_sft_ci_high": 22 * gain}
+    metrics |= {"eos_rate": 1 - 1 / ROWS, "length_mean": 31.625, "prompts": ROWS}
+    metrics |= {"distinct_1": 0.0712, "distinct_2": 0.2931, "rm_calibration_error": 0.0312}
+    metrics |= interval("preference_accuracy", 0.74, 0.70, 0.78)
+    for measure in ("reward", "gold") if gold else ("reward",):
+        metrics[f"{measure}_mean"] = 0.1 + gain
+        metrics |= {f"{measure}_minus_sft_mean": gain}
+        metrics |= {f"{measure}_minus_sft_ci_{end}": gain + off for end, off in (("low", -0.125), ("high", 0.125))}
+        metrics |= interval(f"{measure}_win_rate_vs_sft", 0.5 + gain / 2, 0.45 + gain / 2, 0.55 + gain / 2)
+    return metrics
+
+
+def interval(name, value, low, high):
+    return {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+def sample(policy, row, gold):
+    found = {
+        "row": row,
+        "prompt": [{"role": "user", "content": f"question {row} {HOSTILE}"}],
+        "response": f"answer of {policy} to {row} {HOSTILE}",
+        "reward": 0.1 + GAINS[policy] + (0.5 if row % 2 else -0.5),
+        "kl": 20 * GAINS[policy],
+        "length": 31 if row < 6 else 32,
+        "ended": row != 1,
+        "sft_response": f"own answer of sft to {row}",
+        "sft_reward": 0.5,
+    }
+    return found | ({"gold": 0.1 + GAINS[policy], "sft_gold": 0.1} if gold else {})
+
+
+def write(folder, name, values):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+
+
+def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True):
+    """All files of a finished run that the report reads."""
+    rows = {f"{kind}/{split}_rows": 400 for kind in ("sft", "preference", "prompts") for split in ("train", "eval")}
+    of_data = (
+        {"bayes_accuracy": 0.803} if gold else {"raw_rows": 2312, "dropped/empty_reply": 4, "dropped/duplicate": 0}
+    )
+    write(folder, "metrics/prepare_data.json", rows | of_data)
+    for kind in ("sft", "preference", "prompts"):
+        counts = {"train_rows": 1388, "eval_rows": 399, "train_tokens": 412345, "eval_tokens": 41234}
+        write(folder, f"metrics/tokenize_data/{kind}.json", counts | {"dropped/too_long": 12 if kind == "sft" else 0})
+    for stage in ("train_sft", "train_rm", *(f"train_{policy}" for policy in policies if policy != "sft")):
+        write(folder, f"metrics/{stage}.json", training(stage))
+        write(folder, f"metrics/curves/{stage}.csv", CURVE)
+    for policy in policies:
+        write(folder, f"metrics/evaluate/{policy}.json", evaluation(policy, gold))
+        write_samples(folder, policy, [sample(policy, row, gold) for row in range(ROWS)])
+    return folder
+
+
+def training(stage):
+    if stage == "train_ppo":
+        return {"iterations": 2, "stopped_early": 0}
+    return {"eval_loss": 0.6 + 2e-8, "steps": 2, "kept_step": 2, **interval("eval_accuracy", 0.78, 0.74, 0.82)}
+
+
+def write_samples(folder, policy, rows):
+    write(folder, f"data/samples/{policy}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def page_in(folder):
+    return page_of(read_inputs(folder / "metrics", folder / "data/samples"))
+
+
+def report(folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "stages.report", *ARGUMENTS],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and the texts of table cells, figures and classes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.tables, self.texts, self.open = [], [], {}, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        self.open.append((tag, attributes.get("class", "")))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append([])
+        if attributes.get("class"):
+            self.texts.setdefault(attributes["class"], []).append("")
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
+        if any(tag in ("th", "td") for tag, _ in self.open):
+            self.tables[-1][-1][-1].append(data)
+        for _, name in self.open:
+            if name:
+                self.texts[name][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    return page_in(run_folder)
+
+
+@pytest.fixture(scope="module")
+def parsed(page):
+    return Page(page)
+
+
+def test_two_runs_write_the_same_bytes(run_folder):
+    written = []
+    for seed in ("1", "2"):
+        process = report(run_folder, PYTHONHASHSEED=seed)
+        assert process.returncode == 0, process.stderr
+        written.append((run_folder / "metrics/report.html").read_bytes())
+    assert written[0] == written[1]
+    assert not list(run_folder.rglob("*.partial"))
+
+
+def test_table_of_policies(parsed):
+    head, *rows = parsed.tables[0]
+    assert [cell[0] for cell in head[1:]] == [
+        *("reward", "gold utility", "win rate by gold", "KL from SFT, nats", "ends with EOS", "length, tokens"),
+        *("distinct-1", "distinct-2", "preference accuracy"),
+    ]
+    assert rows[0] == [
+        *(["SFT"], ["0.10"], ["0.10"], ["–"], ["0.00"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"])
+    ]
+    assert rows[1] == [
+        ["DPO"],
+        *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["71.2 %", "66.2 % to 76.2 %"]),
+        *(["8.50", "7.65 to 9.35"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["74.0 %", "70.0 % to 78.0 %"]),
+    ]
+    assert rows[2][0] == ["PPO"]
+
+
+def test_tables_of_reward_model_and_data(parsed):
+    assert parsed.tables[1][1] == [
+        *(["Reward model"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["0.6000"], ["0.031"]),
+    ]
+    assert parsed.tables[2][1] == [["sft"], ["400"], ["400"], ["1,388"], ["399"], ["412,345"], ["41,234"]]
+    assert parsed.tables[3][1:] == [[["tokenize_data sft: too long"], ["12"]]]
+
+
+def test_outcome_is_three_sentences(parsed):
+    assert parsed.texts["outcome"][0].count("On 16 held-out prompts, DPO beats SFT in mean gold utility (+0.42") == 1
+    after = next(index for index, (_, found) in enumerate(parsed.elements) if found.get("class") == "outcome")
+    assert [tag for tag, _ in parsed.elements[after + 1 : after + 5]] == ["p", "p", "p", "h2"]
+
+
+def test_every_stage_has_its_curves_with_the_held_out_line(parsed):
+    labels = [found["aria-label"] for tag, found in parsed.elements if tag == "svg" and "aria-label" in found]
+    for stage in ("train_sft", "train_rm", "train_dpo", "train_ppo"):
+        assert (
+            f"{stage} loss: training from 0.9 at step 1 to 0.5 at step 2; held-out from 0.6 at step 2 to 0.6 at step 2"
+            in (labels)
+        )
+        assert f"{stage} grad_norm: training from 2 at step 1 to 1 at step 2" in labels
+    assert len(labels) == 8
+
+
+def test_what_models_and_data_say_is_text_and_nothing_else(page, parsed):
+    assert {tag for tag, _ in parsed.elements} <= {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "span", "i", "code", "small"),
+        *("table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "g", "path", "defs", "use"),
+        *("clippath", "rect", "details", "summary", "section", "strong"),
+    }
+    assert "{{ 7 * 7 }}" in page
+    shown = HOSTILE.encode("utf-8", "xmlcharrefreplace").decode()
+    assert "&#55357;" in shown
+    first = parsed.texts["response"][0]
+    assert 'answer of sft to 0 <script>alert(1)</script> {{ 7 * 7 }} {% raw %} "quoted" & </div>' in first
+
+
+def test_half_a_surrogate_pair_is_written_as_a_reference(run_folder):
+    assert report(run_folder).returncode == 0
+    assert "half of a pair: &#55357;" in (run_folder / "metrics/report.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_fetched_and_ids_are_unique(page, parsed):
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "url(" not in page.replace("url(#", "")
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 0
+    for _, attributes in parsed.elements:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#")
+
+
+def test_samples_stand_side_by_side(parsed):
+    responses = parsed.texts["response"]
+    assert len(responses) == 3 * SHOWN_SAMPLES
+    for row in range(SHOWN_SAMPLES):
+        for policy, text in zip(("sft", "dpo", "ppo"), responses[3 * row : 3 * row + 3], strict=True):
+            assert f"answer of {policy} to {row} " in text
+            assert ("cut off before EOS" in text) == (row == 1)
+    assert "reward −0.40, gold 0.10, 31 tokens" in responses[0]
+    assert "reward 0.03, gold 0.53, KL 8.50, 31 tokens" in responses[1]
+    assert len(parsed.texts["prompt"]) == SHOWN_SAMPLES
+
+
+def test_real_data_without_gold_and_with_one_policy(tmp_path):
+    parsed = Page(page_in(write_run(tmp_path, policies=("dpo",), gold=False)))
+    head, row = parsed.tables[0]
+    assert [cell[0] for cell in head[1:4]] == ["reward", "win rate by reward", "KL from SFT, nats"]
+    assert row[0] == ["DPO"]
+    assert parsed.tables[1][1][2] == ["–", "not known"]
+    assert parsed.tables[3][1:] == [[["prepare_data: empty reply"], ["4"]], [["tokenize_data sft: too long"], ["12"]]]
+    assert "no gold utility to check it against" in parsed.texts["outcome"][0]
+    assert any("Not evaluated, so not here: SFT, PPO." in note for note in parsed.texts["note"])
+    assert any("Made from 2,312 raw rows." in note for note in parsed.texts["note"])
+    # SFT's answer to the same prompt comes with the policy's own.
+    assert "own answer of sft to 0" in parsed.texts["response"][0]
+    assert "answer of dpo to 0" in parsed.texts["response"][1]
+    assert "gold" not in "".join(parsed.texts["response"])
+
+
+def test_sft_alone(tmp_path):
+    parsed = Page(page_in(write_run(tmp_path, policies=("sft",))))
+    assert "nothing to compare it with" in parsed.texts["outcome"][0]
+    assert [row[0] for row in parsed.tables[0][1:]] == [["SFT"]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "metrics/prepare_data.json",
+            "metrics/tokenize_data/prompts.json",
+            "metrics/train_rm.json",
+            "metrics/train_dpo.json",
+        ),
+        *("metrics/curves/train_sft.csv", "metrics/curves/train_ppo.csv", "data/samples/ppo.jsonl"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, name):
+    (write_run(tmp_path) / name).unlink()
+    with pytest.raises(StageError) as caught:
+        page_in(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics/train_rm.json", "{", "not valid JSON"),
+        ("metrics/train_rm.json", "[1]", "expected a JSON object of numbers, found list"),
+        ("metrics/train_rm.json", '{"eval_loss": NaN}', "not usable JSON (NaN is not a JSON number"),
+        ("metrics/train_rm.json", '{"eval_loss": "low"}', "'eval_loss' is 'low', expected a finite number"),
+        ("metrics/train_rm.json", '{"eval_loss": true}', "'eval_loss' is True, expected a finite number"),
+        ("metrics/train_rm.json", '{"eval_loss": 0.6, "steps": 2}', "'eval_accuracy' is missing"),
+        ("metrics/train_rm.json", '{"eval_loss": 0.6}', "'steps' is missing"),
+        ("metrics/evaluate/dpo.json", '{"reward_mean": 0.5}', "is missing; run evaluate@dpo again"),
+        ("metrics/curves/train_rm.csv", "step,loss\n1,low\n", "column 'loss' holds 'low'"),
+        ("data/samples/dpo.jsonl", "", "is empty"),
+        ("data/samples/dpo.jsonl", '{"row": 0}\n', "line 1: 'prompt' is missing, expected a list of messages"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, text, message):
+    write(write_run(tmp_path), name, text)
+    with pytest.raises(StageError) as caught:
+        page_in(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_samples_of_other_prompts_are_refused(tmp_path):
+    write_run(tmp_path)
+    rows = [sample("ppo", row, gold=True) for row in range(ROWS)]
+    rows[-1]["prompt"][0]["content"] += "?"  # beyond those that are shown
+    write_samples(tmp_path, "ppo", rows)
+    with pytest.raises(StageError, match=r"ppo\.jsonl is of other prompts than .*sft\.jsonl.*evaluate@ppo"):
+        page_in(tmp_path)
+
+
+BIG = "1" + 400 * "0"  # an integer beyond every float
+DEEP = 5000 * "[" + 5000 * "]"
+BROKEN_METRICS = [
+    ('{"eval_loss": ' + BIG + "}", "'eval_loss' is 1000", "expected a finite number of at most 1e+100"),
+    ('{"eval_loss": %s}' % (12 * BIG), "train_rm.json", "not usable JSON"),
+    ('{"eval_loss": 1e400}', "'eval_loss' is inf", "expected a finite number"),
+    ('{"eval_loss": 1e308}', "'eval_loss' is 1e+308", "expected a finite number"),
+    ('{"eval_loss": null}', "'eval_loss' is None", "run train_rm again"),
+    ('{"eval_loss": [0.5]}', "'eval_loss' is [0.5]", "run train_rm again"),
+    ('{"eval_loss": {"a": %s}}' % (900 * "[" + 900 * "]"), "'eval_loss' is {'a': [[[[", "run train_rm again"),
+    ('{"eval_loss": ' + DEEP + "}", "train_rm.json", "brackets nested too deeply"),
+    ('{"%s": "x"}' % (100_000 * "k"), "kkk", "run train_rm again"),
+    ('{"a\\nb": "x"}', "'a\nb' is 'x'", "run train_rm again"),
+    ('{"eval_accuracy": 1.5}', "'eval_accuracy' is 1.5", "expected a share from 0 to 1"),
+    ('{"eval_accuracy_ci_low": -0.5}', "'eval_accuracy_ci_low' is -0.5", "expected a share from 0 to 1"),
+    ('{"steps": -3}', "'steps' is -3", "expected a whole number, at least 0"),
+    ('{"steps": 2.5}', "'steps' is 2.5", "expected a whole number, at least 0"),
+    ("", "train_rm.json", "not valid JSON"),
+    ("null", "train_rm.json", "found NoneType"),
+    (b'{"eval_l\xffss": 1}', "train_rm.json", "not UTF-8"),
+]
+BROKEN_SAMPLES = [
+    ({"prompt": [5]}, "'prompt' is [5]"),
+    ({"prompt": "text"}, "'prompt' is 'text'"),
+    ({"prompt": [{"role": "user"}]}, "'prompt' is [{'role': 'user'}]"),
+    ({"prompt": [{"role": ["user"], "content": "x"}]}, "'prompt' is [{"),
+    ({"prompt": [{"role": "user", "content": None}]}, "'prompt' is [{"),
+    ({"prompt": {"role": "user", "content": "x"}}, "'prompt' is {"),
+    ({"gold": "x"}, "'gold' is 'x'"),
+    ({"gold": None}, "'gold' is None"),
+    ({"sft_gold": True}, "'sft_gold' is True"),
+    ({"length": -1}, "'length' is -1"),
+    ({"length": 2.5}, "'length' is 2.5"),
+    ({"reward": 10**401}, "'reward' is 1000"),
+    ({"reward": 1e308}, "'reward' is 1e+308"),
+    ({"sft_reward": None}, "'sft_reward' is None"),
+    ({"kl": [1]}, "'kl' is [1]"),
+    ({"row": True}, "'row' is True"),
+    ({"row": -1}, "'row' is -1"),
+    ({"ended": 1}, "'ended' is 1"),
+    ({"response": 5}, "'response' is 5"),
+    ({"response": None}, "'response' is None"),
+    ({"sft_response": ["a"]}, "'sft_response' is ['a']"),
+]
+
+
+def refusal(folder):
+    """The one message, at its end the command's, that the report is refused with."""
+    with pytest.raises(StageError) as caught:
+        page_in(folder)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("broken"))
+
+
+@pytest.mark.parametrize(("content", "where", "what"), BROKEN_METRICS, ids=range(len(BROKEN_METRICS)))
+def test_metrics_that_are_not_usable_are_named(broken_run, content, where, what):
+    path = broken_run / "metrics/train_rm.json"
+    good = path.read_bytes()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refusal(broken_run)
+    path.write_bytes(good)
+    assert str(path) in message
+    assert where in message
+    assert what in message
+
+
+@pytest.mark.parametrize(("change", "what"), BROKEN_SAMPLES, ids=[what for _, what in BROKEN_SAMPLES])
+def test_samples_that_are_not_usable_are_named_beyond_those_shown_too(broken_run, change, what):
+    rows = [sample("dpo", row, gold=True) for row in range(ROWS)]
+    write_samples(broken_run, "dpo", [*rows[:-1], rows[-1] | change])
+    message = refusal(broken_run)
+    write_samples(broken_run, "dpo", rows)
+    assert f"dpo.jsonl, line {ROWS}: {what}" in message
+    assert message.endswith("run evaluate@dpo again")
+
+
+@pytest.mark.parametrize("key", ["row", "prompt", "response", "reward", "kl", "length", "ended", "sft_response"])
+def test_a_sample_without_a_key_is_named(broken_run, key):
+    rows = [sample("dpo", row, gold=True) for row in range(ROWS)]
+    write_samples(broken_run, "dpo", [{name: value for name, value in rows[0].items() if name != key}, *rows[1:]])
+    message = refusal(broken_run)
+    write_samples(broken_run, "dpo", rows)
+    assert f"dpo.jsonl, line 1: '{key}' is missing" in message
+
+
+def test_the_command_says_it_in_one_line_with_code_2(tmp_path):
+    write(write_run(tmp_path), "metrics/train_rm.json", '{"a\\nb%s": "x"}' % (5000 * "\\ud83d"))
+    process = report(tmp_path)
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: metrics/train_rm.json: 'a\\nb\\ud83d")
+    assert len(line) < LONGEST_MESSAGE + 20
+
+
+def test_samples_of_another_evaluation_are_refused(tmp_path):
+    def refused(rows):
+        write_samples(tmp_path, "dpo", rows)
+        message = refusal(tmp_path)
+        assert "dpo.jsonl" in message
+        assert "evaluate/dpo.json" in message
+        assert message.endswith("so they are of two evaluations; run evaluate@dpo again")
+        return message
+
+    write_run(tmp_path)
+    rows = [sample("dpo", row, gold=True) for row in range(ROWS)]
+    assert "has 15 rows" in refused(rows[:-1])
+    assert "mean reward 0.5250125, and" in refused([rows[0] | {"reward": rows[0]["reward"] + 2e-4}, *rows[1:]])
+    assert "mean kl" in refused([*rows[:-1], rows[-1] | {"kl": 0.0}])
+    assert "mean length" in refused([*rows[:-1], rows[-1] | {"length": 33}])
+    assert "mean ended" in refused([*rows[:-1], rows[-1] | {"ended": False}])
+    assert "mean gold" in refused([*rows[:-1], rows[-1] | {"gold": 9.0}])
+    assert "gold utilities" in refused([sample("dpo", row, gold=False) for row in range(ROWS)])
+    assert "mean reward" in refused([sample("ppo", row, gold=True) for row in range(ROWS)])
+    # Samples are rounded to six decimals.
+    write_samples(tmp_path, "dpo", [row | {"reward": row["reward"] + 4e-7} for row in rows])
+    page_in(tmp_path)
+
+
+def test_gold_in_the_samples_alone_is_refused(tmp_path):
+    write_run(tmp_path, gold=False)
+    write_samples(tmp_path, "dpo", [sample("dpo", row, gold=True) for row in range(ROWS)])
+    assert "gold utilities" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "curve", "what"),
+    [
+        ("train_rm", "step,loss\n1,0.5\n", "train_rm.csv ends at step 1, and"),
+        ("train_ppo", CURVE + "3,0.4,1.0,0.5\n", "train_ppo.csv ends at step 3, and"),
+        ("train_dpo", CURVE.replace("0.6", "0.61"), "train_dpo.csv has held-out loss 0.61 at step 2"),
+        ("train_sft", "step,loss,eval/loss\n1,0.5,0.6\n2,0.5,\n", "train_sft.csv has held-out loss nothing at step 2"),
+    ],
+)
+def test_a_curve_of_another_run_is_refused(tmp_path, stage, curve, what):
+    write(write_run(tmp_path), f"metrics/curves/{stage}.csv", curve)
+    message = refusal(tmp_path)
+    assert what in message
+    assert f"metrics/{stage}.json says" in message
+    assert message.endswith(f"so they are of two runs; run {stage} again")
+
+
+def test_the_kept_step_may_come_before_the_last(tmp_path):
+    metrics = training("train_rm") | {"eval_loss": 0.3, "steps": 3, "kept_step": 1}
+    write(write_run(tmp_path), "metrics/train_rm.json", metrics)
+    write(tmp_path, "metrics/curves/train_rm.csv", "step,loss,eval/loss\n1,0.5,0.3\n2,0.5,0.4\n3,0.5,0.5\n")
+    page_in(tmp_path)
+
+
+HOSTILE_COLUMNS = [
+    "url(#x",
+    'href="#x',
+    "</script><b>",
+    "line\nbreak",
+    "x" * 5000,
+    ' d="',
+    "#010203",
+    "a\x00b",
+    "$x^2$",
+]
+
+
+def test_columns_of_any_name_are_drawn_and_ids_stay_unique(tmp_path):
+    names = ["step", *(f'"{name}"'.replace('="', '=""') for name in HOSTILE_COLUMNS)]
+    lines = [names, *([step] + [step] * len(HOSTILE_COLUMNS) for step in (1, 2))]
+    write(write_run(tmp_path), "metrics/curves/train_ppo.csv", "\n".join(",".join(map(str, line)) for line in lines))
+    page = page_in(tmp_path)
+    parsed = Page(page)
+    labels = [found["aria-label"] for tag, found in parsed.elements if tag == "svg" and "aria-label" in found]
+    for name in HOSTILE_COLUMNS:
+        assert f"train_ppo {name}: training from 1 at step 1 to 2 at step 2" in labels
+    assert {tag for tag, _ in parsed.elements}.isdisjoint({"script", "b"})
+    ids = [found["id"] for _, found in parsed.elements if "id" in found]
+    assert len(ids) == len(set(ids))
+    referred = re.findall(r'(?:href="#|: url\(#|"url\(#)([\w-]+)', page)
+    assert set(referred) == set(ids)
+
+
+def test_large_and_infinite_values_are_drawn_or_said_to_be_missing(tmp_path):
+    write(write_run(tmp_path), "metrics/curves/train_ppo.csv", "step,a,b,c\n1,1e99,-inf,inf\n2,-1e100,3e38,inf\n")
+    page = page_in(tmp_path)
+    assert "train_ppo a: training from 1e+99 at step 1 to -1e+100 at step 2" in page
+    assert "train_ppo b: training from 3e+38 at step 2 to 3e+38 at step 2" in page
+    assert "<code>b</code> <small>1 infinite value not drawn</small>" in page
+    assert "train_ppo c: no values" in page
+    assert "<code>c</code> <small>2 infinite values not drawn</small>" in page
+    assert "nan" not in page.lower().split("<h3><code>train_ppo")[1].split("<h2>")[0]
+
+
+def test_folders_and_links_in_the_place_of_files_are_named(tmp_path):
+    write_run(tmp_path)
+    dpo, sft = (tmp_path / f"metrics/evaluate/{policy}.json" for policy in ("dpo", "sft"))
+    dpo.unlink()
+    dpo.symlink_to("nowhere")
+    assert f"{dpo} is not a file" in refusal(tmp_path)
+    dpo.unlink()
+    dpo.mkdir()
+    assert f"{dpo} is not a file" in refusal(tmp_path)
+    dpo.rmdir()
+    sft.rename(tmp_path / "elsewhere.json")
+    sft.symlink_to(tmp_path / "elsewhere.json")
+    page_in(tmp_path)
+    curve = tmp_path / "metrics/curves/train_rm.csv"
+    curve.unlink()
+    os.mkfifo(curve)
+    assert f"{curve} is not a file" in refusal(tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_message(tmp_path):
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "metrics/evaluate")
+    write(tmp_path, "metrics/evaluate", "x")
+    assert "metrics/evaluate is not a folder" in refusal(tmp_path)
+    shutil.rmtree(tmp_path / "metrics")
+    write(tmp_path, "metrics", "x")
+    process = report(tmp_path)
+    assert (process.returncode, process.stderr) == (
+        2,
+        "error: metrics is not a folder; move it away and run the stage evaluate\n",
+    )
+
+
+def test_a_folder_in_the_place_of_the_page_stays(tmp_path):
+    write(write_run(tmp_path), "metrics/report.html/kept", "x")
+    process = report(tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: metrics/report.html is a folder, expected an HTML file to write")
+    assert (tmp_path / "metrics/report.html/kept").exists()
+
+
+def test_no_evaluation_at_all_is_an_error_with_code_2_that_keeps_the_old_page(tmp_path):
+    write_run(tmp_path, policies=())
+    write(tmp_path, "metrics/report.html", "old")
+    process = report(tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == ["error: metrics/evaluate holds the evaluation of no policy: sft, dpo, ppo"]
+    assert (tmp_path / "metrics/report.html").read_text(encoding="utf-8") == "old"
+
+
+def test_help_waits_for_no_drawing_library():
+    code = (
+        "import sys, stages.report, stages.tools.plot_curves; print([name for name in sys.modules if '.' not in name])"
+    )
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    for heavy in ("matplotlib", "pandas", "numpy", "jinja2", "torch"):
+        assert f"'{heavy}'" not in modules

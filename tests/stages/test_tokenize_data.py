@@ -1,0 +1,346 @@
+"""The tokenize stage as the pipeline runs it, on a tokenizer small enough to work ids out by hand."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import dvc_hash
+from stages.lib.data import template_process
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
+from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.tokenize_data import Kind, main
+from tests.lib.data.test_chat import (
+    ASSISTANT,
+    EOS,
+    HO,
+    ID_H,
+    ID_I,
+    ID_O,
+    MARKED,
+    NEWLINE,
+    SPACE,
+    TINY_VOCABULARY,
+    USER,
+    assistant,
+    tiny,
+    user,
+)
+from tests.real_files import PROJECT
+
+SECTION = {"max_length": 10, "max_prompt_length": 6, "overlong": "error", "on_unusable_row": "error"}
+CONFIG = {"model_type": "llama", "vocab_size": len(TINY_VOCABULARY), "max_position_embeddings": 12}
+NO_SYSTEM_ROLE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+SFT = {"messages": [user("hi"), assistant("ho")]}
+PAIR = {"prompt": [user("hi")], "chosen": [assistant("ho")], "rejected": [assistant("o")]}
+PROMPT = {"prompt": [user("hi")]}
+GOOD = {"sft": SFT, "preference": PAIR, "prompts": PROMPT}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny(NO_SYSTEM_ROLE + MARKED).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def arguments(folder, base, kind, train, held_out, changes):
+    """Write rows (or the raw text of a file) and settings; the eval split is one good row unless given."""
+    rows = folder / f"data/prepared/{kind}"
+    rows.mkdir(parents=True, exist_ok=True)
+    for split, content in (("train", train), ("eval", [GOOD[kind]] if held_out is None else held_out)):
+        text = content if isinstance(content, str) else lines(content)
+        (rows / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "params.yaml").write_text(json.dumps({"tokenize_data": SECTION | changes}))
+    return {
+        "kind": kind,
+        "rows": f"data/prepared/{kind}",
+        "tokenizer": str(base),
+        "out": f"data/tokens/{kind}",
+        "metrics": f"metrics/tokenize_data/{kind}.json",
+    }
+
+
+def tokenize(folder, base, kind, train, held_out=None, **changes):
+    """Run the stage as a script; returns the finished process."""
+    options = arguments(folder, base, kind, train, held_out, changes)
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return subprocess.run(
+        [sys.executable, "-m", "stages.tokenize_data", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def tokenize_here(folder, base, kind, train, held_out=None, **changes):
+    """The same in this process, without the seconds that a script takes to start. Returns the metrics."""
+    options = arguments(folder, base, kind, train, held_out, changes)
+    paths = {name: Path(value) for name, value in options.items() if name != "kind"}
+    with contextlib.chdir(folder):
+        main(kind=Kind(kind), **paths)
+    return json.loads((folder / options["metrics"]).read_text())
+
+
+def refusal(folder, base, kind, train, held_out=None, **changes):
+    """The message with which the stage refuses its input, having written nothing."""
+    with pytest.raises(StageError) as refused:
+        tokenize_here(folder, base, kind, train, held_out, **changes)
+    assert_nothing_written(folder)
+    return str(refused.value)
+
+
+def assert_nothing_written(folder):
+    written = [path for path in (folder / "data/tokens", folder / "metrics") if path.exists()]
+    assert [file for path in written for file in path.rglob("*") if file.is_file()] == []
+
+
+def metrics_of(process, folder, kind):
+    assert process.returncode == 0, process.stderr
+    return json.loads((folder / f"metrics/tokenize_data/{kind}.json").read_text())
+
+
+def test_sft_by_hand(tmp_path, base):
+    rows = [
+        SFT,
+        {"messages": [user("h<eos>"), assistant("o")]},
+        {"messages": [user("h"), assistant("z")]},
+        {"messages": [user("h"), assistant("i"), user("o"), assistant(" o\n")]},
+        {"messages": [user("hihihih"), assistant("o")]},
+        {"messages": [user("h"), assistant("o" * 9)]},
+    ]
+    process = tokenize(tmp_path, base, "sft", rows, overlong="drop", max_length=12, max_prompt_length=8)
+    assert metrics_of(process, tmp_path, "sft") == {
+        "train_rows": 2,
+        "eval_rows": 1,
+        "train_tokens": 6 + 12,
+        "eval_tokens": 6,
+        "max_prompt_tokens": 8,
+        "max_tokens": 12,
+        "dropped/not_reversible": 1,
+        "dropped/prompt_too_long": 1,
+        "dropped/special_token_in_text": 1,
+        "dropped/too_long": 1,
+    }
+    two_turns = [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT, SPACE, ID_O, NEWLINE, EOS]
+    assert list(read_table(tmp_path / "data/tokens/sft/train.arrow", SFT_SCHEMA)) == [
+        {
+            "row": 0,
+            "input_ids": [USER, ID_H, ID_I, ASSISTANT, HO, EOS],
+            "loss_mask": [False] * 4 + [True] * 2,
+        },
+        {"row": 3, "input_ids": two_turns, "loss_mask": [False] * 8 + [True] * 4},
+    ]
+
+
+def test_preference_by_hand(tmp_path, base):
+    rows = [PAIR, {**PAIR, "chosen": [assistant("<u>")]}, {**PAIR, "margin": 0.5}]
+    metrics = tokenize_here(tmp_path, base, "preference", rows)
+    ids = {"prompt_ids": [USER, ID_H, ID_I, ASSISTANT], "chosen_ids": [HO, EOS], "rejected_ids": [ID_O, EOS]}
+    table = read_table(tmp_path / "data/tokens/preference/train.arrow", PREFERENCE_SCHEMA)
+    assert list(table) == [{"row": 0, **ids, "margin": None}, {"row": 2, **ids, "margin": 0.5}]
+    assert metrics["train_tokens"] == 16
+    assert metrics["max_tokens"] == 6
+    assert metrics["dropped/special_token_in_text"] == 1
+
+
+def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
+    rows = [{**PROMPT, "gold": {"anything": 1}}, {"prompt": [user("h"), assistant("i"), user("o")]}] * 600
+    metrics = [
+        metrics_of(tokenize(tmp_path / run, base, "prompts", rows, max_prompt_length=8), tmp_path / run, "prompts")
+        for run in ("one", "two")
+    ]
+    table = read_table(tmp_path / "one/data/tokens/prompts/train.arrow", PROMPT_SCHEMA)
+    assert table[1199] == {"row": 1199, "prompt_ids": [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]}
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["train_tokens"] == 600 * (4 + 8)
+    assert dvc_hash(tmp_path / "one/data/tokens") == dvc_hash(tmp_path / "two/data/tokens")
+
+
+def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
+    process = tokenize(tmp_path, base, "prompts", [PROMPT, {"prompt": [user("hihih")]}])
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
+        "error: data/prepared/prompts/train.jsonl, line 2: prompt has 7 tokens, budget is 6; "
+        "raise tokenize_data.max_prompt_length or set tokenize_data.overlong: drop"
+    ]
+    assert_nothing_written(tmp_path)
+
+
+def test_a_reply_over_the_budget(tmp_path, base):
+    rows = [PAIR, {**PAIR, "rejected": [assistant("o" * 6)]}]
+    assert refusal(tmp_path, base, "preference", [PAIR], rows) == (
+        "data/prepared/preference/eval.jsonl, line 2: prompt and reply have 11 tokens, budget is 10; "
+        "raise tokenize_data.max_length or set tokenize_data.overlong: drop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "message"),
+    [
+        ("sft", "", "train.jsonl is empty"),
+        ("sft", lines([SFT]) + "{no", "train.jsonl, line 2: not valid JSON"),
+        ("sft", [SFT, PAIR], "train.jsonl, line 2: 'messages' is missing (the row has prompt, chosen, rejected)"),
+        ("sft", [{"messages": [user("h")]}], "train.jsonl, line 1: 'messages' must hold a prompt and end with"),
+        ("sft", [{"messages": [user("h"), assistant(" ")]}], "train.jsonl, line 1: the reply is empty"),
+        ("preference", [PAIR, {**PAIR, "chosen": []}], "line 2: 'chosen' must hold exactly one message"),
+        (
+            "preference",
+            [{**PAIR, "margin": "big"}],
+            "line 1, 'margin': expected a finite number of at least 0 that float32 holds, found 'big'",
+        ),
+        (
+            "preference",
+            [{**PAIR, "rejected": [assistant(7)]}],
+            "line 1, 'rejected', message 1, 'content': expected text",
+        ),
+        ("prompts", [{"prompt": [assistant("h")]}], "line 1: 'prompt' must hold messages and not end with"),
+        ("prompts", [{"prompt": [user("<u>")]}], "train.jsonl: no row is left (1 special_token_in_text)"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, base, kind, train, message):
+    assert message in refusal(tmp_path, base, kind, train)
+
+
+def test_what_the_template_refuses_is_named_with_its_row(tmp_path, base):
+    message = refusal(tmp_path, base, "prompts", [PROMPT, {"prompt": [{"role": "system", "content": "h"}]}])
+    place = "data/prepared/prompts/train.jsonl, line 2"
+    assert message == (
+        f"{place}: the chat template refuses these messages: no system role; or set tokenize_data.on_unusable_row: drop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "section", "message"),
+    [
+        ({"max_position_embeddings": 9}, {}, "tokenize_data.max_length is 10, but the model of {base} has 9 positions"),
+        ({"vocab_size": 10}, {}, "eval.jsonl, row 0, chosen_ids: token id 10 is outside the vocabulary of 10"),
+        ({}, {"max_prompt_length": 10}, "params.yaml: tokenize_data: max_prompt_length (10) must be below"),
+        ({}, {"overlong": "cut"}, "params.yaml: tokenize_data.overlong: 'cut' (str) is not one of: error, drop"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, config, section, message):
+    base = tmp_path / "base"
+    tiny().save_pretrained(base)
+    (base / "config.json").write_text(json.dumps(CONFIG | config))
+    no_ho = {**PAIR, "chosen": [assistant("i")]}
+    assert message.format(base=base) in refusal(tmp_path, base, "preference", [no_ho], [PAIR], **section)
+
+
+def test_outs_of_an_earlier_run_stay_when_a_run_fails(tmp_path, base):
+    tokenize_here(tmp_path, base, "prompts", [PROMPT])
+    before = dvc_hash(tmp_path / "data/tokens"), dvc_hash(tmp_path / "metrics")
+    with pytest.raises(StageError):
+        tokenize_here(tmp_path, base, "prompts", [PROMPT, {}])
+    assert (dvc_hash(tmp_path / "data/tokens"), dvc_hash(tmp_path / "metrics")) == before
+
+
+STRIPS = MARKED.replace("~ m['content']", "~ m['content'] | trim")
+DIVIDES = "<u>{% set _ = 1 / (messages[0]['content'] != 'o') %}{{ messages[0]['content'] }}"
+CUTS_THOUGHTS = (
+    "{% for m in messages %}<u>{{ m['content'].split('i')[-1] if m['role'] == 'assistant' else m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<u>{% endif %}"
+)
+ASKS = MARKED + "{% if add_generation_prompt and messages[0]['content'] == 'o' %}o{% endif %}"  # nothing goes on so
+LOOPS = (
+    "{% if messages[0]['content'] == 'o' %}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endif %}"
+)
+
+
+def base_with(folder, template):
+    tiny(template).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason", "message"),
+    [
+        (NO_SYSTEM_ROLE + MARKED, {"role": "system", "content": "h"}, "template_refuses", "refuses these messages: no"),
+        (DIVIDES, user("o"), "template_refuses", "ZeroDivisionError"),
+        (
+            "{{ messages[0]['content'] if messages[0]['content'] != 'o' }}",
+            user("o"),
+            "template_refuses",
+            "gives no text for these",
+        ),
+    ],
+)
+def test_a_prompt_that_the_template_refuses(tmp_path, template, row, reason, message):
+    base = base_with(tmp_path / "base", template)
+    rows = [PROMPT, {"prompt": [row, *([user("h")] if row["role"] == "system" else [])]}, PROMPT]
+    refused = refusal(tmp_path, base, "prompts", rows)
+    assert refused.startswith("data/prepared/prompts/train.jsonl, line 2: the chat template ")
+    assert message in refused
+    assert refused.endswith("; or set tokenize_data.on_unusable_row: drop")
+    metrics = tokenize_here(tmp_path, base, "prompts", rows, on_unusable_row="drop")
+    assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (2, 1)
+    assert read_table(tmp_path / "data/tokens/prompts/train.arrow", PROMPT_SCHEMA)["row"][:] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "reason", "message"),
+    [
+        (CUTS_THOUGHTS, "oiho", "reply_changed", "leaves out a reply or changes it: 'oiho' gives 'ho'"),
+        (ASKS, "ho", "prompt_not_a_beginning", "does not render a prompt as a beginning"),
+    ],
+)
+def test_a_reply_that_the_template_changes(tmp_path, template, reply, reason, message):
+    base = base_with(tmp_path / "base", template)
+    rows = [SFT, {"messages": [user("o"), assistant(reply)]}]
+    refused = refusal(tmp_path, base, "sft", rows)
+    assert refused.startswith("data/prepared/sft/train.jsonl, line 2: the chat template ")
+    assert message in refused
+    metrics = tokenize_here(tmp_path, base, "sft", rows, on_unusable_row="drop")
+    assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (1, 1)
+
+
+def test_a_pair_that_the_template_makes_identical_is_dropped(tmp_path):
+    base = base_with(tmp_path / "base", STRIPS)
+    rows = [PAIR, {**PAIR, "chosen": [assistant("ho")], "rejected": [assistant("ho\n")]}]
+    metrics = tokenize_here(tmp_path, base, "preference", rows)
+    assert (metrics["train_rows"], metrics["dropped/equal_replies"]) == (1, 1)
+
+
+def test_a_template_without_end_names_the_row_whatever_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 0.5)
+    template_process._process_of.cache_clear()
+    base = base_with(tmp_path / "base", LOOPS + MARKED)
+    refused = refusal(tmp_path, base, "prompts", [PROMPT, PROMPT, {"prompt": [user("o")]}], on_unusable_row="drop")
+    place = "data/prepared/prompts/train.jsonl, line 3"
+    assert refused == f"{place}: the chat template was stopped: rendering these messages took more than 0.5 s"
+
+
+def test_faults_are_named_in_the_order_of_rows(tmp_path, base):
+    rows = [PROMPT, {"prompt": [user("hihihihih")]}, {}]
+    assert "line 2: prompt has" in refusal(tmp_path, base, "prompts", rows)
+    assert "line 3: 'prompt' is missing" in refusal(tmp_path, base, "prompts", rows, overlong="drop")
+
+
+def test_a_table_names_its_tokenizer(tmp_path, base):
+    tokenize_here(tmp_path, base, "prompts", [PROMPT])
+    for split in ("train", "eval"):
+        assert read_note(tmp_path / f"data/tokens/prompts/{split}.arrow", "tokenizer") == tokenizer_hash(base)
+
+
+@pytest.mark.parametrize("margin", [1e39, float("inf"), float("nan"), True, 10**400, -1])
+def test_a_margin_that_no_float32_holds(tmp_path, base, margin):
+    with pytest.raises(
+        StageError,
+        match=r"line 1(, 'margin': expected a finite number of at least 0 that float32 holds, found|: not usable JSON)",
+    ):
+        tokenize_here(tmp_path, base, "preference", [{**PAIR, "margin": margin}])

@@ -1,0 +1,22 @@
+"""Token tables that a test changes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from stages.lib.data.token_tables import read_table, write_table
+from stages.lib.objectives.reference_logprobs import LOG_PROBS, VALUES, values_digest
+
+Columns = dict[str, list]
+
+
+def rewrite(path: Path, schema: pa.Schema, changed: Callable[[Columns], Columns], *, keep_digest: bool = False) -> None:
+    """Change the columns of a table and leave its notes as they are, but for the digest of values where that fits."""
+    with pa.memory_map(str(path)) as source:
+        notes = pa.ipc.open_stream(source).schema.metadata
+    columns = changed(read_table(path, schema)[:])
+    if VALUES.encode() in (notes or {}) and not keep_digest:
+        notes = {**notes, VALUES.encode(): values_digest(*(columns[name] for name in LOG_PROBS)).encode()}
+    path.unlink()
+    write_table(path, columns, schema.with_metadata(notes))
