@@ -69,7 +69,7 @@ class Area(NamedTuple):
 
 
 def put(path: Path, content: str | bytes) -> None:
-    """Write a file anew: what stands there may be a hard link to the base project's."""
+    """Write a new file: what stands there may be a hard link to the base project's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or path.exists():
         path.unlink()
