@@ -1,4 +1,4 @@
-"""One configuration, timed: the loss classes and engines of the stages on random tokens. Started by train_throughput.
+"""One configuration, timed: the objectives and engines of the stages on random tokens. Started by train_throughput.
 
     python -m benchmarks.timed_steps WORKLOAD CONFIGURATION MODELS RESULT
 
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.model_flops import forward_flops, peak_flops, training_flops
 from benchmarks.workloads import LORA_RANK, Configuration, Workload
-from stages import train_dpo, train_ppo, train_rm, train_sft
+from stages import train_ppo
 from stages.lib.command.params import read_params
 from stages.lib.compute.batching import micro_batching
 from stages.lib.compute.engine.base import Engine, require_finite
@@ -32,8 +32,16 @@ from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model, new_classifier
 from stages.lib.models.scalar_scores import SequenceScores
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.objectives.fit import global_means
+from stages.lib.objectives.objective import Objective
+from stages.lib.objectives.preference import PreferenceObjective
+from stages.lib.objectives.reward import RewardObjective
+from stages.lib.objectives.sft import SftObjective
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 from stages.lib.settings.runtime import Runtime, read_runtime
+from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.train_rm import TrainRm
+from stages.lib.settings.train_sft import TrainSft
 
 SETTINGS = Path("profiles/default.yaml")  # of the stages: loss, optimizer, and all that has no bearing on speed
 SEED = 0
@@ -96,9 +104,9 @@ class Setup(NamedTuple):
 
 def sft(setup: Setup) -> dict[str, Part]:
     """Cross-entropy at every token but the first."""
-    settings = setup.settings("train_sft", train_sft.TrainSft)
+    settings = setup.settings("train_sft", TrainSft)
     module = TokenLogProbs(setup.language_model(), chunk_tokens=setup.runtime.logits_chunk_tokens)
-    engine, loss = setup.engine(module, settings), train_sft.TokenLoss(setup.batching())
+    engine, objective = setup.engine(module, settings), SftObjective(setup.batching())
     lengths = sequence_lengths(setup)
     sequences = random_sequences(setup.workload, lengths)
     rows = {"input_ids": sequences, "loss_mask": [[False] + [True] * (length - 1) for length in lengths]}
@@ -106,7 +114,7 @@ def sft(setup: Setup) -> dict[str, Part]:
     cost = Cost(sum(lengths), training_flops(setup.workload.architecture, lengths, logit_tokens, setup.rank))
 
     def step() -> Cost:
-        require_finite(loss(engine, rows, train=True)[0], "loss", engine.steps_taken)
+        require_finite(global_means(objective, engine, rows, train=True)["loss"], "loss", engine.steps_taken)
         engine.step()
         return cost
 
@@ -115,23 +123,23 @@ def sft(setup: Setup) -> dict[str, Part]:
 
 def rm(setup: Setup) -> dict[str, Part]:
     """Pairs of whole sequences, each read at its end."""
-    settings = setup.settings("train_rm", train_rm.TrainRm, use_margin=False)
+    settings = setup.settings("train_rm", TrainRm)
     path = setup.models / "policy"
     classifier = new_classifier(path, setup.loading(), SEED)
     Lora(classifier, setup.lora, SEED, path)
     engine = setup.engine(SequenceScores(classifier), settings)
-    return pair_step(setup, engine, train_rm.PairLoss(settings, setup.batching()), needs_logits=False)
+    return pair_step(setup, engine, RewardObjective(setup.batching(), use_margin=False), needs_logits=False)
 
 
 def dpo(setup: Setup) -> dict[str, Part]:
     """The same pairs, with log-probs of the second half of each sequence; those of the reference are given."""
-    settings = setup.settings("train_dpo", train_dpo.TrainDpo)
+    settings = setup.settings("train_dpo", TrainDpo)
     module = TokenLogProbs(setup.language_model(), chunk_tokens=setup.runtime.logits_chunk_tokens)
     engine = setup.engine(module, settings)
-    return pair_step(setup, engine, train_dpo.PairLoss(settings, setup.batching()), needs_logits=True)
+    return pair_step(setup, engine, PreferenceObjective(setup.batching(), settings), needs_logits=True)
 
 
-def pair_step(setup: Setup, engine: Engine, loss: Any, *, needs_logits: bool) -> dict[str, Part]:
+def pair_step(setup: Setup, engine: Engine, objective: Objective, *, needs_logits: bool) -> dict[str, Part]:
     """A step of a pair loss. The two sequences of a pair share the first half."""
     lengths = sequence_lengths(setup)[::2]
     prompts = random_sequences(setup.workload, [length // 2 for length in lengths])
@@ -145,7 +153,7 @@ def pair_step(setup: Setup, engine: Engine, loss: Any, *, needs_logits: bool) ->
     cost = Cost(2 * sum(lengths), flops)
 
     def step() -> Cost:
-        require_finite(loss(engine, pairs, train=True)["loss"], "loss", engine.steps_taken)
+        require_finite(global_means(objective, engine, pairs, train=True)["loss"], "loss", engine.steps_taken)
         engine.step()
         return cost
 

@@ -38,17 +38,12 @@ if not asks_for_help():
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.compute.sequence_logprobs import all_pair_logps
-    from stages.lib.data.token_tables import (
-        PREFERENCE_SCHEMA,
-        PROMPT_SCHEMA,
-        check_table_fits,
-        read_note,
-        read_table,
-    )
+    from stages.lib.data.reference_tables import read_reference, require_made_from
+    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.models.token_logprobs import TokenLogProbs
-    from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
+    from stages.lib.objectives.reference_start import require_start
     from stages.lib.rl.sampling import require_room, sample_responses
     from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
 

@@ -26,6 +26,7 @@ if not asks_for_help():
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import join_processes
     from stages.lib.compute.sequence_logprobs import all_pair_logps
+    from stages.lib.data.reference_tables import LOG_PROBS, VALUES, values_digest
     from stages.lib.data.token_tables import (
         PREFERENCE_SCHEMA,
         REFERENCE_SCHEMA,
@@ -35,7 +36,6 @@ if not asks_for_help():
     )
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
-    from stages.lib.objectives.reference_logprobs import LOG_PROBS, VALUES, values_digest
     from stages.lib.operations.progress import Progress
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 

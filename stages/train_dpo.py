@@ -25,89 +25,25 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
 
 if not asks_for_help():
-    import torch
-
     from stages.lib.command.hashing import dvc_hash
-    from stages.lib.compute.batching import (
-        MicroBatching,
-        is_due,
-        micro_batching,
-        rows_of_step,
-        steps_in,
-        tokens_in_pairs,
-    )
-    from stages.lib.compute.engine.base import Engine, require_finite
+    from stages.lib.compute.batching import micro_batching, rows_of_step, steps_in
     from stages.lib.compute.engine.choice import new_engine
     from stages.lib.compute.processes import join_processes
-    from stages.lib.compute.sequence_logprobs import pair_logps
+    from stages.lib.data.reference_tables import read_reference, require_made_from
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
-    from stages.lib.objectives.dpo_loss import preference_losses
-    from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
-    from stages.lib.runs.best_weights import BestWeights
+    from stages.lib.objectives.fit import fit
+    from stages.lib.objectives.preference import PreferenceObjective
+    from stages.lib.objectives.reference_start import require_start
+    from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for name in PAIR_METRICS))
-
-
-class PairLoss:
-    """The loss and metrics of pairs, each process running its part of the micro-batches."""
-
-    def __init__(self, settings: TrainDpo, batching: MicroBatching) -> None:
-        self.settings = settings
-        self.batching = batching
-
-    def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
-        """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
-        sums = self.batching.budget.attempt(lambda: self._own_passes(engine, pairs, train), engine)
-        means = [total / len(pairs["prompt_ids"]) for total in self.batching.processes.sum(sums.tolist())]
-        return dict(zip(PAIR_METRICS, means, strict=True))
-
-    def _own_passes(self, engine: Engine, pairs: dict[str, list], train: bool) -> torch.Tensor:
-        """The sums of PAIR_METRICS over this process's passes."""
-        count = len(pairs["prompt_ids"])
-        sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
-        for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
-            with torch.set_grad_enabled(train):
-                logps = pair_logps(engine, batch)
-                result = self._losses(logps.chosen, logps.rejected, pairs, batch.rows)
-                if train:
-                    engine.backward(result.losses.sum() / count)
-            margins = result.chosen_rewards - result.rejected_rewards
-            accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
-            parts = (result.losses, result.chosen_rewards, result.rejected_rewards, margins, accuracies, *logps)
-            sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        return sums
-
-    def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor, pairs: dict[str, list], rows: list[int]) -> Any:
-        def column(name: str) -> torch.Tensor:
-            return torch.tensor([pairs[name][row] for row in rows], device=chosen.device)
-
-        def lengths(name: str) -> torch.Tensor:
-            return torch.tensor([len(pairs[name][row]) for row in rows], device=chosen.device)
-
-        return preference_losses(
-            chosen,
-            rejected,
-            column("reference_chosen_logps"),
-            column("reference_rejected_logps"),
-            loss_type=self.settings.loss_type,
-            beta=self.settings.beta,
-            label_smoothing=self.settings.label_smoothing,
-            chosen_lengths=lengths("chosen_ids"),
-            rejected_lengths=lengths("rejected_ids"),
-        )
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+METRICS = ("loss", *REWARDS, "logps/chosen", "logps/rejected")
+COLUMNS = (*METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for name in METRICS))
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "eval/loss")
 
 
 class Pairs:
@@ -179,39 +115,26 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
-        best = BestWeights(settings.keep, is_main=processes.is_main)
-        pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
-        for step in this_run.steps(total, engine=engine, best=best, budget=pair_loss.batching.budget):
-            rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
-            batch = train[rows]
-            if step == 0:
-                for pairs, path in ((batch, train.path), (held_out[: settings.batch_size], held_out.path)):
-                    require_start(engine, pairs, pair_loss.batching, path, settings.precision)
-            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}
-            require_finite(row["loss"], "loss", step)
-            row["grad_norm"] = engine.step()
-            if is_due(step + 1, settings.eval_every, total):
-                with engine.averaged():
-                    results = pair_loss(engine, held_out[:], train=False)
-                    require_finite(results["loss"], "held-out loss", step)
-                    best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(language_model)))
-                row |= {f"eval/{name}": value for name, value in results.items()}
-            shown = ("loss", "rewards/margins", "rewards/accuracies", "eval/loss")
-            this_run.record(step, tokens_in_pairs(batch), row, shown)
-        with engine.averaged():
-            weights = engine.master_weights(language_model)
-            kept = best.choose(lambda: lora.trained(weights))
-            results = {f"eval_{name.replace('/', '_')}": value for name, value in kept.results.items()}
-            results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total, "kept_step": kept.step}
-            this_run.publish_model(
-                language_model,
-                processes.in_main(lambda: lora.merged(weights | kept.weights)),
-                results | lora.counts(),
-                save_dtype=settings.save_dtype,
-                tokenizer_from=model,
-                build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
-            )
+        # Before `fit` goes on from a checkpoint: this is the policy that the reference was computed from.
+        first_rows = rows_of_step(0, len(train), settings.batch_size, settings.epochs, seed)
+        for pairs, rows in ((train, first_rows), (held_out, slice(settings.batch_size))):
+            require_start(engine, pairs[rows], batching, pairs.path, settings.precision)
+        best = fit(
+            this_run,
+            engine,
+            PreferenceObjective(batching, settings),
+            train,
+            held_out,
+            settings,
+            seed,
+            weights=lambda: lora.trained(engine.master_weights(language_model)),
+            shown=SHOWN,
+        )
+        results = {f"eval_{name.replace('/', '_')}": value for name, value in best.results.items()}
+        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total}
+        publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 
 

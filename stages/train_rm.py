@@ -26,59 +26,21 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_rm import TrainRm
 
 if not asks_for_help():
-    import torch
-
-    from stages.lib.compute.batching import (
-        MicroBatching,
-        is_due,
-        micro_batching,
-        rows_of_step,
-        steps_in,
-        tokens_in_pairs,
-    )
-    from stages.lib.compute.engine.base import Engine, require_finite
+    from stages.lib.compute.batching import micro_batching, steps_in
     from stages.lib.compute.engine.choice import new_engine
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, new_classifier
     from stages.lib.models.scalar_scores import SequenceScores
-    from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
-    from stages.lib.runs.best_weights import BestWeights
+    from stages.lib.objectives.fit import fit
+    from stages.lib.objectives.reward import RewardObjective
+    from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
-PAIR_METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
-COLUMNS = (*PAIR_METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
-
-
-class PairLoss:
-    """The loss and metrics of pairs, each process running its part of the micro-batches."""
-
-    def __init__(self, settings: TrainRm, batching: MicroBatching) -> None:
-        self.use_margin = settings.use_margin
-        self.batching = batching
-
-    def __call__(self, engine: Engine, pairs: dict[str, list], *, train: bool) -> dict[str, float]:
-        """Add the gradient of the mean loss (if `train`). Returns the means of PAIR_METRICS over all processes."""
-        sums = self.batching.budget.attempt(lambda: self._own_passes(engine, pairs, train), engine)
-        means = [total / len(pairs["prompt_ids"]) for total in self.batching.processes.sum(sums.tolist())]
-        return dict(zip(PAIR_METRICS, means, strict=True))
-
-    def _own_passes(self, engine: Engine, pairs: dict[str, list], train: bool) -> torch.Tensor:
-        """The sums of PAIR_METRICS over this process's passes."""
-        count = len(pairs["prompt_ids"])
-        sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64)
-        for batch in self.batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
-            with torch.set_grad_enabled(train):
-                chosen, rejected = engine(*batch.inputs, batch.end_mask).tensor_split(2)
-                margins = [pairs["margin"][row] if self.use_margin else 0.0 for row in batch.rows]
-                losses = pairwise_logistic_losses(chosen, rejected, torch.tensor(margins, device=chosen.device))
-                if train:
-                    engine.backward(losses.sum() / count)
-            correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-            parts = (losses, correct, chosen, rejected, chosen - rejected)
-            sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
-        return sums
+METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+COLUMNS = (*METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
+SHOWN = ("loss", "accuracy", "rewards/margins", "eval/accuracy")
 
 
 def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
@@ -108,35 +70,21 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOp
                 require_margins(table, tokens / f"{split}.arrow")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
-        best = BestWeights(settings.keep, is_main=processes.is_main)
-        pair_loss = PairLoss(settings, micro_batching(runtime, end_and_pad_ids(model)[1], processes))
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
-        for step in this_run.steps(total, engine=engine, best=best, budget=pair_loss.batching.budget):
-            rows = rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)
-            batch = train[rows]
-            row = {"learning_rate": engine.learning_rate, **pair_loss(engine, batch, train=True)}
-            require_finite(row["loss"], "loss", step)
-            row["grad_norm"] = engine.step()
-            if is_due(step + 1, settings.eval_every, total):
-                with engine.averaged():
-                    results = pair_loss(engine, held_out[:], train=False)
-                    require_finite(results["loss"], "held-out loss", step)
-                    best.offer(results, step + 1, lambda: lora.trained(engine.master_weights(classifier)))
-                row |= {f"eval/{name}": results[name] for name in ("loss", "accuracy", "rewards/margins")}
-            this_run.record(step, tokens_in_pairs(batch), row, ("loss", "accuracy", "rewards/margins", "eval/accuracy"))
-        with engine.averaged():
-            weights = engine.master_weights(classifier)
-            kept = best.choose(lambda: lora.trained(weights))
-            results = summarise(kept.results, len(held_out))
-            results |= {"train_rows": len(train), "steps": total, "kept_step": kept.step, **lora.counts()}
-            this_run.publish_model(
-                classifier,
-                processes.in_main(lambda: lora.merged(weights | kept.weights)),
-                results,
-                save_dtype=settings.save_dtype,
-                tokenizer_from=model,
-                build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),
-            )
+        best = fit(
+            this_run,
+            engine,
+            RewardObjective(batching, settings.use_margin),
+            train,
+            held_out,
+            settings,
+            seed,
+            weights=lambda: lora.trained(engine.master_weights(classifier)),
+            shown=SHOWN,
+        )
+        results = summarise(best.results, len(held_out)) | {"train_rows": len(train), "steps": total}
+        publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from stages.lib.data.reference_tables import LOG_PROBS, VALUES, values_digest
 from stages.lib.data.token_tables import read_table, write_table
-from stages.lib.objectives.reference_logprobs import LOG_PROBS, VALUES, values_digest
 
 Columns = dict[str, list]
 

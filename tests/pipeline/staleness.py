@@ -30,7 +30,7 @@ RAW_DATA = "data/raw/none"
 # What no stage depends on: how it is started, where it came from, how it is tested and shown.
 IN_NO_DEPS = (
     *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/default.yaml"),
-    "tests/lib/objectives/test_dpo_loss.py",
+    "tests/lib/objectives/test_preference_losses.py",
 )
 SECTION = "params.yaml: "
 COMMENT = f"{SECTION}a comment"

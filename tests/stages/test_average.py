@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stages import train_dpo, train_rm, train_sft
 from stages.lib.command.params import read_params
 from stages.lib.compute.batching import MicroBatching, micro_batching
 from stages.lib.compute.engine.base import Engine
@@ -17,7 +16,14 @@ from stages.lib.compute.processes import Processes
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
 from stages.lib.models.scalar_scores import SequenceScores
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.objectives.fit import global_means
+from stages.lib.objectives.preference import PreferenceObjective
+from stages.lib.objectives.reward import RewardObjective
+from stages.lib.objectives.sft import SftObjective
 from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.train_rm import TrainRm
+from stages.train_dpo import Pairs
 from tests.stages.test_training import curve, metrics
 from tests.stages.tiny_pipeline import call, change, inside
 from tests.tiny_models import CPU
@@ -104,19 +110,19 @@ def held_out_loss(run: AveragedRun, weights: Weights | None = None) -> float:
 
 def sft_loss(model: nn.Module, batching: MicroBatching) -> float:
     rows = read_table(Path("data/tokens/sft/eval.arrow"), SFT_SCHEMA)
-    return train_sft.held_out_loss(TokenLogProbs(model), rows, train_sft.TokenLoss(batching))
+    return global_means(SftObjective(batching), TokenLogProbs(model), rows[:], train=False)["loss"]
 
 
 def rm_loss(model: nn.Module, batching: MicroBatching) -> float:
     pairs = read_table(Path("data/tokens/preference/eval.arrow"), PREFERENCE_SCHEMA)
-    pair_loss = train_rm.PairLoss(read_params("train_rm", train_rm.TrainRm), batching)
-    return pair_loss(SequenceScores(model), pairs[:], train=False)["loss"]
+    objective = RewardObjective(batching, read_params("train_rm", TrainRm).use_margin)
+    return global_means(objective, SequenceScores(model), pairs[:], train=False)["loss"]
 
 
 def dpo_loss(model: nn.Module, batching: MicroBatching) -> float:
-    pairs = train_dpo.Pairs(Path("data/tokens/preference/eval.arrow"), Path("data/ref_logprobs/eval.arrow"))
-    pair_loss = train_dpo.PairLoss(read_params("train_dpo", train_dpo.TrainDpo), batching)
-    return pair_loss(TokenLogProbs(model), pairs[:], train=False)["loss"]
+    pairs = Pairs(Path("data/tokens/preference/eval.arrow"), Path("data/ref_logprobs/eval.arrow"))
+    objective = PreferenceObjective(batching, read_params("train_dpo", TrainDpo))
+    return global_means(objective, TokenLogProbs(model), pairs[:], train=False)["loss"]
 
 
 LOSSES = {"train_sft": sft_loss, "train_rm": rm_loss, "train_dpo": dpo_loss}

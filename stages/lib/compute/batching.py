@@ -6,7 +6,7 @@ of processes nor the micro-batch size changes what a step sees.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -284,7 +284,7 @@ def is_due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def tokens_in_pairs(pairs: dict[str, list]) -> int:
+def tokens_in_pairs(pairs: Mapping[str, list]) -> int:
     """Tokens that a model reads of these pairs: the prompt counts twice."""
     columns = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
     return sum(len(ids) for name in columns for ids in pairs[name])

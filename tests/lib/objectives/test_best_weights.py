@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.lib.runs.best_weights import BestWeights
+from stages.lib.objectives.best_weights import BestWeights
 
 
 def offer_all(best: BestWeights, weights: dict[str, torch.Tensor], losses: list[float], first: int = 1) -> None:

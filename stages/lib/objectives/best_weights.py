@@ -54,9 +54,10 @@ class BestWeights:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The copy, in the main process, which alone has one."""
+        weights = self.weights or {}
         for name, first in (self._tied_names() or {}).items():
             if name == first:
-                yield name, self.weights[name]
+                yield name, weights[name]
 
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
         self.step, self.results, names = state["step"], state["results"], state["names"]

@@ -1,0 +1,106 @@
+"""The loop of every stage that trains on a fixed table: take steps, evaluate, keep the last weights or the best.
+
+best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",))
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from stages.lib.compute.batching import is_due, rows_of_step
+from stages.lib.compute.engine.base import Engine, require_finite
+from stages.lib.compute.memory_budget import MemoryBudget
+from stages.lib.objectives.best_weights import BestWeights
+from stages.lib.objectives.objective import Objective, Rows
+from stages.lib.settings.epochs import EpochSettings
+
+
+class Table(Protocol):
+    """Rows by number, as columns."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Rows:
+        """The columns of a list or slice of rows."""
+
+
+class Run(Protocol):
+    """The run of a stage: what remains to be done of it after a kill, and where its curve goes."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the curve."""
+
+    def steps(self, total: int, *, engine: Engine, best: BestWeights, budget: MemoryBudget) -> Iterator[int]:
+        """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
+
+    def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
+        """Add the row of a finished step to the curve, and show some of it."""
+
+
+def fit(
+    run: Run,
+    engine: Engine,
+    objective: Objective,
+    train: Table,
+    held_out: Table,
+    settings: EpochSettings,
+    seed: int,
+    *,
+    weights: Callable[[], dict[str, torch.Tensor]],
+    shown: tuple[str, ...],
+) -> BestWeights:
+    """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
+
+    The curve gets each metric of the step, and of the held-out rows those for which it has a column eval/<metric>.
+
+    Args:
+        seed: of the order of rows.
+        weights: what training changes, as it stands; called within `engine.averaged()`.
+        shown: names of what a progress line shows.
+    Returns:
+        The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
+    Raises:
+        StageError: a loss or the norm of a gradient is not a finite number.
+    """
+    best = BestWeights(settings.keep, is_main=engine.processes.is_main)
+    total = engine.total_steps
+    for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget):
+        rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
+        row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
+        require_finite(row["loss"], "loss", step)
+        row["grad_norm"] = engine.step()
+        if is_due(step + 1, settings.eval_every, total):
+            with engine.averaged():
+                results = global_means(objective, engine, held_out[:], train=False)
+                require_finite(results["loss"], "held-out loss", step)
+                best.offer(results, step + 1, weights)
+            of_held_out = {f"eval/{name}": value for name, value in results.items()}
+            row |= {name: value for name, value in of_held_out.items() if name in run.columns}
+        run.record(step, objective.units(rows), row, shown)
+    return best
+
+
+def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) -> dict[str, float]:
+    """Each metric's sum over rows and processes, over the denominator; with `train`, add the gradient of the loss.
+
+    Args:
+        engine: without `train`, the module alone will do.
+        rows: the same in all processes, which share them out.
+    """
+    denominator = objective.denominator(rows)
+
+    def own_sums() -> torch.Tensor:
+        total = torch.zeros(len(objective.metrics), dtype=torch.float64)
+        for batch in objective.batches(rows):
+            with torch.set_grad_enabled(train):
+                sums = objective.sums(engine, batch, rows)
+                if train:
+                    engine.backward(sums.loss / denominator)
+            total += sums.metrics
+        return total
+
+    batching = objective.batching
+    totals = batching.processes.sum(batching.budget.attempt(own_sums, engine).tolist())
+    return {name: total / denominator for name, total in zip(objective.metrics, totals, strict=True)}

@@ -1,0 +1,52 @@
+"""What is trained on a fixed table: its batches, its sums, and what the sums are divided by."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from stages.lib.compute.batching import MicroBatching, SequenceBatch
+
+Rows = Mapping[str, list[Any]]  # columns of some rows of a table, all of the same length
+
+
+class Sums(NamedTuple):
+    """What the rows of one forward pass add to the sums of a step."""
+
+    loss: torch.Tensor  # (), with gradient
+    metrics: torch.Tensor  # (metrics,), float64 on the CPU, in the order of the objective's `metrics`
+
+
+class Objective(Protocol):
+    """A loss over the rows of an optimizer step, all micro-batches and processes together:
+
+        L = Σ loss / denominator
+
+    The denominator comes from all rows of the step, never from those of one pass: means of means would weigh a row by
+    the company it is in. Whatever else ties rows of a step together is likewise worked out from all of `rows`.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what `sums` adds up, "loss" among them; the curve shows each over the denominator."""
+
+    @property
+    def batching(self) -> MicroBatching:
+        """Cuts the rows; it knows the processes, and how much fits into memory."""
+
+    def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
+        """This process's forward passes over rows."""
+
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+        """Run one of these passes. `batch.rows` are its places in `rows`, the whole step."""
+
+    def denominator(self, rows: Rows) -> int:
+        """What the sums over these rows are divided by: their number, or that of their tokens."""
+
+    def units(self, rows: Rows) -> int:
+        """The tokens that a model reads of these rows, by which a step's speed is told."""
+
+
+def summed(*values: torch.Tensor) -> torch.Tensor:
+    """The sum of each tensor, in float64 on the CPU, without gradient. Shape: (values,)."""
+    return torch.stack([value.detach().double().sum().cpu() for value in values])

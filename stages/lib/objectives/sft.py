@@ -1,0 +1,33 @@
+"""The objective of supervised fine-tuning: cross-entropy of the completion tokens, in nats.
+
+L = − Σ_t m_t log π(y_t | x, y_<t) / Σ_t m_t
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from stages.lib.compute.batching import MicroBatching, SequenceBatch
+from stages.lib.objectives.objective import Rows, Sums, summed
+
+
+@dataclass(frozen=True)
+class SftObjective:
+    """Rows of `SFT_SCHEMA`; the module gives log-probs (`TokenLogProbs`); the denominator is Σ_t m_t of the step."""
+
+    batching: MicroBatching
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
+        return self.batching.masked(rows["input_ids"], rows["loss_mask"])
+
+    def sums(self, module: Any, batch: SequenceBatch, _rows: Rows) -> Sums:
+        logps, _ = module(*batch.inputs, batch.completion_mask)
+        loss = -logps.sum()
+        return Sums(loss, summed(loss))
+
+    def denominator(self, rows: Rows) -> int:
+        return sum(map(sum, rows["loss_mask"]))
+
+    def units(self, rows: Rows) -> int:
+        return sum(map(len, rows["input_ids"]))

@@ -1,0 +1,216 @@
+"""The loop on a quadratic, in a real run with its checkpoints: every number of its curve worked out again."""
+
+import csv
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.params import load_yaml
+from stages.lib.compute.batching import MicroBatching, SequenceBatch, rows_of_step, steps_in
+from stages.lib.compute.engine.torch import TorchEngine
+from stages.lib.compute.processes import Processes
+from stages.lib.objectives.best_weights import BestWeights
+from stages.lib.objectives.fit import fit
+from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.runs.training_run import TrainingRun
+from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.runtime import Runtime
+from tests.real_files import PROJECT
+from tests.stages.tiny_pipeline import inside
+from tests.tiny_models import CPU, batching
+
+ALONE = Processes(0, 1, CPU)
+RATE = 0.5
+TRAIN = {"x": [1.0, -2.0, 3.0, 0.5, 4.0], "weight": [1, 5, 2, 1, 3]}
+HELD_OUT = {"x": [0.5, 0.8], "weight": [1, 3]}  # nearer to w after 4 steps than after 6
+COLUMNS = ("loss", "distance", "grad_norm", "learning_rate", "eval/loss")
+SEED = 3
+SETTINGS = EpochSettings(
+    epochs=2.4,  # 12 rows: 6 steps of 2, the third and the last of which take rows of two epochs
+    batch_size=2,
+    precision="fp32",
+    save_dtype="float32",
+    eval_every=4,
+    keep="best",
+    lora=None,
+    optimizer=OptimizerSettings(
+        learning_rate=RATE,
+        schedule="constant",
+        warmup_ratio=0.0,
+        min_learning_rate_ratio=1.0,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.95,
+        max_grad_norm=1e6,
+        ema_decay=None,
+    ),
+)
+
+
+class Table:
+    """A few columns."""
+
+    def __init__(self, columns: dict[str, list]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["x"])
+
+    def __getitem__(self, rows: Any) -> dict[str, list]:
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows
+        return {name: [values[place] for place in places] for name, values in self.columns.items()}
+
+
+class Point(nn.Module):
+    """w, to be drawn towards every x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w - x
+
+
+class Quadratic:
+    """Σ weight (w − x)² / Σ weight, one row a pass."""
+
+    metrics = ("loss", "distance")
+
+    def __init__(self) -> None:
+        self.batching: MicroBatching = batching(1)
+
+    def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
+        return self.batching.masked([[0]] * len(rows["x"]), [[1]] * len(rows["x"]))
+
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+        x, weight = (torch.tensor([float(rows[name][row]) for row in batch.rows]) for name in ("x", "weight"))
+        losses = weight * module(x) ** 2
+        return Sums(losses.sum(), summed(losses, weight * module(x).abs()))
+
+    def denominator(self, rows: Rows) -> int:
+        return sum(rows["weight"])
+
+    def units(self, rows: Rows) -> int:
+        return len(rows["x"])
+
+
+def mean(w: float, rows: Rows, power: int) -> float:
+    pairs = list(zip(rows["x"], rows["weight"], strict=True))
+    return sum(weight * abs(w - x) ** power for x, weight in pairs) / sum(weight for _, weight in pairs)
+
+
+def worked_out_again() -> tuple[list[dict[str, float]], list[float]]:
+    """The rows of the curve, and w before and after each step, by AdamW's formula (arXiv 1711.05101)."""
+    w, first, second, curve, points = 0.0, 0.0, 0.0, [], [0.0]
+    total = steps_in(5, SETTINGS.batch_size, SETTINGS.epochs)
+    for step in range(total):
+        rows = Table(TRAIN)[rows_of_step(step, 5, SETTINGS.batch_size, SETTINGS.epochs, SEED)]
+        pairs = list(zip(rows["x"], rows["weight"], strict=True))
+        gradient = sum(2 * weight * (w - x) for x, weight in pairs) / sum(weight for _, weight in pairs)
+        row = {"loss": mean(w, rows, 2), "distance": mean(w, rows, 1), "grad_norm": abs(gradient)}
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.95 ** (step + 1))
+        w -= RATE * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
+        if step + 1 in (4, total):
+            row["eval/loss"] = mean(w, Table(HELD_OUT)[:], 2)
+        curve.append(row | {"learning_rate": RATE})
+        points.append(w)
+    return curve, points
+
+
+class Cut(BaseException):
+    """Stands for a kill."""
+
+
+@contextmanager
+def new_run(folder: Path) -> Iterator[TrainingRun]:
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    (folder / "rows/rows.txt").write_text("rows\n")
+    values = load_yaml(PROJECT / "runtime.yaml")["default"] | {"checkpoint_seconds": 0.0}
+    with inside(folder):
+        outs = {"curve": Path("curve.csv")}
+        runtime = Runtime(**values)
+        with TrainingRun("train_sft", {}, [Path("rows")], outs, COLUMNS, runtime, ALONE) as run:
+            yield run
+
+
+def fitted(run: TrainingRun, settings: EpochSettings = SETTINGS, train: dict = TRAIN) -> tuple[BestWeights, Point]:
+    module = Point()
+    total = steps_in(5, settings.batch_size, settings.epochs)
+    engine = TorchEngine(module, settings.optimizer, total, run.runtime, ALONE)
+    tables = (Table(train), Table(HELD_OUT))
+    weights = engine.master_weights
+    best = fit(run, engine, Quadratic(), *tables, settings, SEED, weights=lambda: weights(module), shown=("loss",))
+    run.publish(lambda _: None)
+    return best, module
+
+
+def curve_of(folder: Path) -> list[dict[str, float]]:
+    with (folder / "curve.csv").open() as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def test_it_does_what_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with new_run(tmp_path) as run:
+        best, module = fitted(run)
+    curve, points = worked_out_again()
+    assert float(module.w.detach()) == pytest.approx(points[-1], rel=1e-5)
+    found = curve_of(tmp_path)
+    assert [row.pop("step") for row in found] == [1, 2, 3, 4, 5, 6]
+    assert found == [pytest.approx(row, rel=1e-5) for row in curve]  # there is no column eval/distance
+    # The step with the lower held-out loss is kept, with all metrics of its evaluation.
+    assert curve[3]["eval/loss"] < curve[5]["eval/loss"]
+    assert best.step == 4
+    held_out = {"loss": curve[3]["eval/loss"], "distance": mean(points[4], Table(HELD_OUT)[:], 1)}
+    assert best.results == pytest.approx(held_out, rel=1e-5)
+    assert float(best.weights["w"]) == pytest.approx(points[4], rel=1e-5)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert shown
+    assert not any("distance" in line for line in shown)
+
+
+@pytest.mark.parametrize("last", [0, 3, 5])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    with new_run(tmp_path / "whole") as run:
+        whole, module = fitted(run)
+    record = TrainingRun.record
+
+    def cut(self: TrainingRun, step: int, *words: Any) -> None:
+        record(self, step, *words)
+        if step == last:
+            raise Cut
+
+    with monkeypatch.context() as patch, new_run(tmp_path / "cut") as run:
+        patch.setattr(TrainingRun, "record", cut)
+        with pytest.raises(Cut):
+            fitted(run)
+    with new_run(tmp_path / "cut") as run:
+        best, other = fitted(run)
+    assert (tmp_path / "cut/curve.csv").read_bytes() == (tmp_path / "whole/curve.csv").read_bytes()
+    assert float(other.w.detach()) == float(module.w.detach())
+    assert (best.step, best.results, best.weights) == (whole.step, whole.results, whole.weights)
+
+
+def test_a_loss_that_is_no_number_ends_it_before_its_step(tmp_path: Path) -> None:
+    broken = {**TRAIN, "x": [math.nan] * 5}
+    with new_run(tmp_path) as run, pytest.raises(StageError, match=r"^loss is nan at optimizer step 1: "):
+        fitted(run, train=broken)
+
+
+def test_with_last_nothing_is_copied(tmp_path: Path) -> None:
+    with new_run(tmp_path) as run:
+        best, _ = fitted(run, replace(SETTINGS, keep="last"))
+    assert best.step == 6
+    assert best.weights is None

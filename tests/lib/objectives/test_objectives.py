@@ -1,0 +1,137 @@
+"""The three objectives on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stages.lib.objectives.fit import global_means
+from stages.lib.objectives.objective import Objective
+from stages.lib.objectives.preference import PreferenceObjective
+from stages.lib.objectives.reward import RewardObjective
+from stages.lib.objectives.sft import SftObjective
+from tests.tiny_models import batching
+
+
+class Unigram(nn.Module):
+    """log π of token v is `logps[v]` wherever it stands."""
+
+    def __init__(self, *logps: float) -> None:
+        super().__init__()
+        self.logps = nn.Parameter(torch.tensor(logps))
+
+    def forward(self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor) -> tuple:
+        return torch.where(mask, self.logps[ids], 0.0), None
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+class LastToken(nn.Module):
+    """The score of a sequence is `scores[its last token]`."""
+
+    def __init__(self, *scores: float) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(scores))
+
+    def forward(self, ids: torch.Tensor, _attention: Any, _positions: Any, end_mask: torch.Tensor) -> torch.Tensor:
+        return self.scores[ids[end_mask]]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+SFT_ROWS = {
+    "input_ids": [[0, 1, 2, 2], [0, 1], [0, 3, 3]],
+    "loss_mask": [[False, True, True, True], [False, True], [False, False, True]],
+}
+PAIRS = {
+    "prompt_ids": [[0], [0, 0]],
+    "chosen_ids": [[1, 1], [2]],
+    "rejected_ids": [[2], [3, 3, 3]],
+    "margin": [0.5, 0.25],
+    "reference_chosen_logps": [-5.0, -1.0],
+    "reference_rejected_logps": [-1.0, -13.0],
+}
+CUTS = pytest.mark.parametrize("tokens", [1, 7, 100])  # a row a pass, two passes, one
+
+
+@CUTS
+def test_sft_is_a_mean_over_tokens(tokens: int) -> None:
+    module = Unigram(0.0, -1.0, -2.0, -4.0)
+    objective = SftObjective(batching(tokens, pad_id=0))
+    # (1 + 2 + 2) + 1 + 4 = 10 over 3 + 1 + 1 tokens; the mean of the rows' means would be (5/3 + 1 + 4) / 3 = 2.22.
+    assert global_means(objective, module, SFT_ROWS, train=True) == pytest.approx({"loss": 2.0})
+    assert module.logps.grad.tolist() == pytest.approx([0.0, -2 / 5, -2 / 5, -1 / 5])
+    assert objective.units(SFT_ROWS) == 9
+
+
+@CUTS
+def test_reward_by_hand(tokens: int) -> None:
+    module = LastToken(0.0, 2.0, 2.0, 1.0)
+    # Scores: 2 and 2, a tie; 2 and 1.
+    found = global_means(RewardObjective(batching(tokens), use_margin=False), module, PAIRS, train=True)
+    assert found == pytest.approx(
+        {
+            "loss": (math.log(2) + math.log1p(math.exp(-1))) / 2,
+            "accuracy": 0.75,
+            "rewards/chosen": 2.0,
+            "rewards/rejected": 1.5,
+            "rewards/margins": 0.5,
+        }
+    )
+    # d/dx of -log σ(x) is -σ(-x): -1/2 for the tie, -0.268941 for x = 1; over 2 pairs.
+    assert module.scores.grad.tolist() == pytest.approx([0.0, -0.25, 0.25 - 0.134471, 0.134471], abs=1e-6)
+
+
+def test_a_margin_moves_the_loss_alone() -> None:
+    module = LastToken(0.0, 2.0, 2.0, 1.0)
+    without, with_margin = (
+        global_means(RewardObjective(batching(100), use_margin), module, PAIRS, train=False)
+        for use_margin in (False, True)
+    )
+    expected = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(-0.75))) / 2
+    assert with_margin == pytest.approx(without | {"loss": expected})
+
+
+@CUTS
+def test_preference_by_hand(tokens: int) -> None:
+    module = Unigram(0.0, -1.0, -2.0, -4.0)
+    settings = SimpleNamespace(loss_type="sigmoid", beta=0.1, label_smoothing=0.0)
+    found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
+    # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
+    assert found == pytest.approx(
+        {
+            "loss": (math.log1p(math.exp(-0.4)) + math.log1p(math.exp(0.2))) / 2,
+            "rewards/chosen": 0.1,
+            "rewards/rejected": 0.0,
+            "rewards/margins": 0.1,
+            "rewards/accuracies": 0.5,
+            "logps/chosen": -2.0,
+            "logps/rejected": -7.0,
+        },
+        abs=1e-6,
+    )
+    # β σ(-β h) / 2 a nat: 0.0200656 for the first pair, 0.0274917 for the second.
+    first, second = 0.05 / (1 + math.exp(0.4)), 0.05 / (1 + math.exp(-0.2))
+    assert module.logps.grad.tolist() == pytest.approx([0.0, -2 * first, first - second, 3 * second], abs=1e-6)
+
+
+def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
+    settings = SimpleNamespace(loss_type="ipo", beta=0.5)
+    found = global_means(
+        PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
+    )
+    # Δ / |y|: 3/2 and -1; -1 and 1/3. (2.5 - 1)² and (-4/3 - 1)².
+    assert found["loss"] == pytest.approx((2.25 + 49 / 9) / 2)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), SimpleNamespace(loss_type="ipo"))],
+)
+def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
+    assert objective.units(PAIRS) == 2 * 3 + 3 + 4
