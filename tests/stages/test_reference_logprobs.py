@@ -157,7 +157,7 @@ def test_in_bf16_rounding_passes_and_other_values_do_not(
     assert "rounding in bf16 explains" in refusal(folder, "train_dpo", capsys)
 
 
-def test_a_run_that_goes_on_is_not_compared_again(
+def test_a_run_that_goes_on_is_compared_as_it_was_before_its_first_step(
     copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import stages.train_dpo as script
@@ -177,7 +177,8 @@ def test_a_run_that_goes_on_is_not_compared_again(
         patch.setattr(training_run.TrainingRun, "record", cut)
         with pytest.raises(KeyboardInterrupt):
             call(folder, "train_dpo")
-    assert list(map(str, compared)) == [f"data/ref_logprobs/{split}.arrow" for split in ("train", "eval")]
-    call(folder, "train_dpo")
-    assert len(compared) == 2
+    tables = [f"data/ref_logprobs/{split}.arrow" for split in ("train", "eval")]
+    assert list(map(str, compared)) == tables
+    call(folder, "train_dpo")  # weights from the checkpoint are further from the reference than rounding explains
+    assert list(map(str, compared)) == 2 * tables
     assert contents(folder / "models/dpo") == contents(tiny / "models/dpo")

@@ -1,6 +1,6 @@
 """What every training script needs around its loop: resume, curve, checkpoints, signals, publishing.
 
-The loop itself stays in the script:
+The loop itself stands in the script, or in `objectives.fit`:
 
     with TrainingRun("train_sft", settings, inputs, outs, columns, runtime, processes) as run:
         if run.already_complete():

@@ -4,7 +4,6 @@ import csv
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,34 @@ TRAIN = {"x": [1.0, -2.0, 3.0, 0.5, 4.0], "weight": [1, 5, 2, 1, 3]}
 HELD_OUT = {"x": [0.5, 0.8], "weight": [1, 3]}  # nearer to w after 4 steps than after 6
 COLUMNS = ("loss", "distance", "grad_norm", "learning_rate", "eval/loss")
 SEED = 3
-SETTINGS = EpochSettings(
-    epochs=2.4,  # 12 rows: 6 steps of 2, the third and the last of which take rows of two epochs
-    batch_size=2,
-    precision="fp32",
-    save_dtype="float32",
-    eval_every=4,
-    keep="best",
-    lora=None,
-    optimizer=OptimizerSettings(
-        learning_rate=RATE,
-        schedule="constant",
-        warmup_ratio=0.0,
-        min_learning_rate_ratio=1.0,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        max_grad_norm=1e6,
-        ema_decay=None,
-    ),
+OPTIMIZER = OptimizerSettings(
+    learning_rate=RATE,
+    schedule="constant",
+    warmup_ratio=0.0,
+    min_learning_rate_ratio=1.0,
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    max_grad_norm=1e6,
+    ema_decay=None,
 )
+
+
+def settings_of(keep: str) -> EpochSettings:
+    """12 rows: 6 steps of 2, the third of which takes rows of two epochs."""
+    return EpochSettings(
+        epochs=2.4,
+        batch_size=2,
+        precision="fp32",
+        save_dtype="float32",
+        eval_every=4,
+        keep=keep,
+        lora=None,
+        optimizer=OPTIMIZER,
+    )
+
+
+SETTINGS = settings_of("best")
 
 
 class Table:
@@ -211,6 +218,6 @@ def test_a_loss_that_is_no_number_ends_it_before_its_step(tmp_path: Path) -> Non
 
 def test_with_last_nothing_is_copied(tmp_path: Path) -> None:
     with new_run(tmp_path) as run:
-        best, _ = fitted(run, replace(SETTINGS, keep="last"))
+        best, _ = fitted(run, settings_of("last"))
     assert best.step == 6
     assert best.weights is None
