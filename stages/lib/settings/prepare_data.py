@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from stages.lib.data.formats import Format
+from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.raw_columns import refuse_unknown_targets
 from stages.lib.settings.bounds import Temperature
 
-Kind = Literal["sft", "preference", "prompts"]
 NO_FILE = "data/raw/none"
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 WITHOUT_PAIRS = ("alpaca", "messages", "prompt_completion", "sharegpt")
