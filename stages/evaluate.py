@@ -210,10 +210,9 @@ def answer(this_run: PartialResults, evaluation: Evaluation, held_out: HeldOut, 
         rewards = score(evaluation, episodes)
         own, sfts = (response_logps(evaluation, model, episodes) for model in (policy, evaluation.sft))
         kl = (own - sfts).tolist()
-        for episode, reward, divergence in zip(episodes, rewards, kl, strict=True):
-            if not (math.isfinite(reward) and math.isfinite(divergence)):
-                where = f"prompt {episode.prompt.row}"
-                raise StageError(f"{where}: reward {reward} and KL {divergence} of a response: a model is broken")
+        for (prompt, *_), reward, nats in zip(episodes, rewards, kl, strict=True):
+            if not (math.isfinite(reward) and math.isfinite(nats)):
+                raise StageError(f"prompt {prompt.row}: reward {reward} and KL {nats} of a response: a model is broken")
         return {"ids": [episode.ids for episode in episodes], "rewards": rewards, "kl": kl}
 
     name = "sft-responses" if policy is evaluation.sft else "policy-responses"
@@ -283,10 +282,10 @@ def judge_pairs(this_run: PartialResults, evaluation: Evaluation, held_out: Held
         if cached and chunk.start == 0:
             first = {**held_out.pairs[:CHECKED_PAIRS], **held_out.reference[:CHECKED_PAIRS]}
             require_start(sft.call, first, batching, held_out.reference_path, precision)
-        chosen, rejected = zip(*all_pair_scores(evaluation.scorer, pairs, batching), strict=True)
+        scores = all_pair_scores(evaluation.scorer, pairs, batching)
         own = lists(all_pair_logps(policy.call, pairs, batching))
         sfts = [reference[name] for name in LOG_PROBS] if cached else lists(all_pair_logps(sft.call, pairs, batching))
-        return {"chosen": [*chosen], "rejected": [*rejected], "implicit": implicit_margins(*own, *sfts)}
+        return {**scores._asdict(), "implicit": implicit_margins(*own, *sfts)}
 
     columns = {"chosen": NUMBER, "rejected": NUMBER, "implicit": NUMBER}
     return this_run.keep_all("pairs", len(held_out.pairs), columns, compute)

@@ -1,10 +1,18 @@
 """A reward model's scores of whole sequences, each a prompt and a completion that ends it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching
+
+
+class PairScores(NamedTuple):
+    """Scores of replies to the same prompts."""
+
+    chosen: list[float]
+    rejected: list[float]
 
 
 @torch.no_grad()
@@ -28,8 +36,8 @@ def all_scores(
 
 
 @torch.no_grad()
-def all_pair_scores(scorer: Callable, pairs: dict[str, list], batching: MicroBatching) -> list[tuple[float, float]]:
-    """The scores of the chosen and the rejected completion of each pair, in the order given, in all processes.
+def all_pair_scores(scorer: Callable, pairs: dict[str, list], batching: MicroBatching) -> PairScores:
+    """The scores of both completions of every pair, in the order given, in all processes.
 
     Args:
         scorer: as for `all_scores`.
@@ -43,4 +51,5 @@ def all_pair_scores(scorer: Callable, pairs: dict[str, list], batching: MicroBat
             found |= dict(zip(batch.rows, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         return found
 
-    return batching.processes.gather_rows(batching.budget.attempt(passes))
+    chosen, rejected = zip(*batching.processes.gather_rows(batching.budget.attempt(passes)), strict=True)
+    return PairScores([*chosen], [*rejected])

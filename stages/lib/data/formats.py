@@ -170,10 +170,9 @@ def pair_candidates(row: RawRow) -> list[Format]:
 
 def reply_candidates(row: RawRow) -> list[Format]:
     """The formats of single replies that a row can be of."""
-    names: list[Format] = ["alpaca", "messages", "prompt_completion"]
-    if not {"chosen", "rejected"} <= row.keys():
-        names.append("sharegpt")
-    return [name for name in names if not missing_columns(row, name)]
+    names = [name for name in WITHOUT_PAIRS if not missing_columns(row, name)]
+    beside_a_pair = {"chosen", "rejected"} <= row.keys()
+    return [name for name in names if not (name == "sharegpt" and beside_a_pair)]
 
 
 def read_hh(row: RawRow, where: str) -> Example:
@@ -341,3 +340,4 @@ READERS: dict[Format, Reader] = {
     "sharegpt": Reader(("conversations",), ("system",), read_sharegpt),
 }
 COLUMNS = frozenset(column for reader in READERS.values() for column in (*reader.columns, *reader.optional))
+WITHOUT_PAIRS: tuple[Format, ...] = tuple(name for name, reader in READERS.items() if "rejected" not in reader.columns)
