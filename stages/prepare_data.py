@@ -2,7 +2,7 @@
 
     sft         {"messages": [...]}                     the prompt and its (preferred) reply
     preference  {"prompt", "chosen", "rejected"}        and "margin" where the raw data has one
-    prompts     {"prompt"}                              each distinct prompt once
+    prompts     {"prompt"}                              each distinct prompt once; and "facts" where a task has some
 
 A row that breaks a rule is dropped and counted by reason in the metrics. What the raw data is, is said in the section
 `prepare_data` of params.yaml, its path included:
@@ -28,22 +28,19 @@ from stages.lib.command.jsonl import write_json
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError
+from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError, assistant
 from stages.lib.data.formats import FormatOfRows, read_example
 from stages.lib.data.message_cells import with_messages_read
+from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, PreparedRow, Split, preference_pair
 from stages.lib.data.prompt_splits import eval_prompts, prompt_digests
 from stages.lib.data.raw_columns import RawColumns
-from stages.lib.data.raw_rows import hub_rows, local_rows
+from stages.lib.data.raw_rows import RawRow, hub_rows, local_rows
 from stages.lib.operations.run_log import log_run
-from stages.lib.settings.prepare_data import Kind, PrepareData
-from stages.lib.tasks import film_reviews
-
-KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
-SPLITS = ("train", "eval")
-PreparedRow = tuple[Kind, str, dict[str, Any]]
+from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.tasks.table import TASKS
 
 
-def raw_rows(settings: PrepareData) -> Iterator[tuple[str, dict[str, Any]]]:
+def raw_rows(settings: PrepareData) -> Iterator[tuple[str, RawRow]]:
     """(where, row) of the raw data, at most `max_rows` of them."""
     if settings.source == "local":
         rows = local_rows(Path(settings.path))
@@ -79,7 +76,7 @@ class Reading:
             else:
                 yield example
 
-    def example(self, row: dict[str, Any], where: str) -> Example:
+    def example(self, row: RawRow, where: str) -> Example:
         row = with_messages_read(self.columns.take(row, where), where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
@@ -117,32 +114,20 @@ def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterato
     seen_prompts: set[bytes] = set()
     for example in Reading(settings).examples():
         digest = prompt_digests(example.prompt, seed)[-1]
-        split = "eval" if digest in held_out else "train"
+        split: Split = "eval" if digest in held_out else "train"
         if example.rejected is not None:
-            yield "preference", split, preference_row(example)
+            values = preference_pair(example.prompt, example.reply, example.rejected, example.margin)
+            yield PreparedRow("preference", split, values)
         if is_new(content_digest([example.prompt, example.reply]), seen_replies):
-            yield "sft", split, {"messages": [*example.prompt, assistant(example.reply)]}
+            yield PreparedRow("sft", split, {"messages": [*example.prompt, assistant(example.reply)]})
         if is_new(digest, seen_prompts):
-            yield "prompts", split, {"prompt": example.prompt}
+            yield PreparedRow("prompts", split, {"prompt": example.prompt})
 
 
 def why_none_is_left(counts: Counter) -> str:
     dropped = sorted((key, count) for key, count in counts.items() if key.startswith("dropped/"))
     reasons = ", ".join(f"{key.removeprefix('dropped/')} {count}" for key, count in dropped)
     return f"all {counts['raw_rows']} rows were dropped ({reasons})" if counts["raw_rows"] else "there is no row"
-
-
-def preference_row(example: Example) -> dict[str, Any]:
-    row = {
-        "prompt": example.prompt,
-        "chosen": [assistant(example.reply)],
-        "rejected": [assistant(example.rejected)],
-    }
-    return row if example.margin is None else row | {"margin": example.margin}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 def is_new(digest: bytes, seen: set[bytes]) -> bool:
@@ -158,16 +143,6 @@ def origin(settings: PrepareData) -> str:
     return settings.path if settings.source == "local" else hub
 
 
-def generated_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterator[PreparedRow]:
-    """Prepared rows of the film-review generator, with the accuracy of its best possible reward model."""
-    generated = film_reviews.generate(settings.film_reviews, seed)
-    counts["bayes_accuracy"] = generated.bayes_accuracy
-    for kind in KINDS:
-        for split in SPLITS:
-            for row in generated.rows[kind][split]:
-                yield kind, split, row
-
-
 def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders: dict[Kind, Path]) -> Counter:
     """Write every row to the file of its kind and split; a kind that is not wanted gets empty files. Returns counts."""
     written = Counter({f"{kind}/{split}_rows": 0 for kind in KINDS for split in SPLITS})
@@ -177,9 +152,9 @@ def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders
             folder.mkdir(parents=True)
             for split in SPLITS:
                 files[kind, split] = stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8"))
-        for kind, split, row in rows:
+        for kind, split, values in rows:
             if kind in kinds:
-                files[kind, split].write(json.dumps(row, ensure_ascii=False) + "\n")
+                files[kind, split].write(json.dumps(values, ensure_ascii=False) + "\n")
                 written[f"{kind}/{split}_rows"] += 1
     return written
 
@@ -193,13 +168,15 @@ def main(
     settings = read_params("prepare_data", PrepareData)
     seed = read_value("seed", int)
     counts: Counter = Counter()
-    if settings.source == "film_reviews":
-        rows = generated_rows(settings, seed, counts)
+    known: dict[str, float] = {}
+    if settings.source in TASKS:
+        task, task_settings = TASKS[settings.source], getattr(settings, settings.source)
+        rows, known = task.rows(task_settings, seed), task.known(task_settings, seed)
     else:
         rows = converted_rows(settings, seed, counts)
     with written_whole(*(out / kind for kind in KINDS), metrics) as (*folders, metrics_partial):
         written = write_prepared(rows, settings.kinds, dict(zip(KINDS, folders, strict=True)))
-        values = dict(sorted({**counts, **written}.items()))
+        values = dict(sorted({**counts, **written, **known}.items()))
         write_json(metrics_partial, values)
     log_run("prepare_data", dvc_hashes([*(out / kind for kind in KINDS), metrics]), time.monotonic() - started)
     for key, value in values.items():

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -36,7 +35,16 @@ from stages.lib.data.chat import (
     load_tokenizer,
     render_ahead,
 )
-from stages.lib.data.conversations import Message, UnusableRowError, margin_from, messages_from
+from stages.lib.data.conversations import UnusableRowError
+from stages.lib.data.prepared_rows import (
+    SPLITS,
+    Conversation,
+    Kind,
+    preference_conversation,
+    prompt_conversation,
+    sft_conversation,
+)
+from stages.lib.data.prompts import json_text
 from stages.lib.data.template_process import template_process
 from stages.lib.data.token_tables import (
     PREFERENCE_SCHEMA,
@@ -55,29 +63,13 @@ from stages.lib.settings.tokenize_data import Tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = ("train", "eval")
 PROMPT_TOO_LONG = "prompt_too_long"
 TOO_LONG = "too_long"
 EQUAL_REPLIES = "equal_replies"
+INVALID_UNICODE = "invalid_unicode"
 USUAL_REASONS = (NOT_REVERSIBLE, PROMPT_TOO_LONG, SPECIAL_TOKEN_IN_TEXT, TOO_LONG)  # counted even where there is none
 SECONDS_BETWEEN_REPORTS = 10.0
 ROWS_RENDERED_AT_ONCE = 64
-
-
-class Kind(StrEnum):
-    """The kinds of prepared rows."""
-
-    sft = "sft"
-    preference = "preference"
-    prompts = "prompts"
-
-
-class Row(NamedTuple):
-    """One prepared row, read: what is rendered and encoded, and what its table holds beside that."""
-
-    prompt: list[Message]
-    replies: list[Message]
-    margin: float | None = None
 
 
 class Encoded(NamedTuple):
@@ -89,73 +81,36 @@ class Encoded(NamedTuple):
     tokens: int  # all ids of the row
 
 
-def read_sft(row: dict[str, Any], where: str) -> Row:
-    messages = messages_of(row, "messages", where)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise StageError(f"{where}: 'messages' must hold a prompt and end with the assistant's reply")
-    return Row(messages[:-1], [with_text(messages[-1], where)])
-
-
-def read_preference(row: dict[str, Any], where: str) -> Row:
-    prompt = prompt_of(row, where)
-    pair = []
-    for name in ("chosen", "rejected"):
-        replies = messages_of(row, name, where)
-        if len(replies) != 1 or replies[0]["role"] != "assistant":
-            raise StageError(f"{where}: '{name}' must hold exactly one message, the assistant's")
-        pair.append(with_text(replies[0], where))
-    return Row(prompt, pair, margin_from(row.get("margin"), where))
-
-
-def read_prompt(row: dict[str, Any], where: str) -> Row:
-    return Row(prompt_of(row, where), [])
-
-
-def sft_columns(prompt: list[int], reply: list[int], _row: Row) -> dict[str, Any]:
+def sft_columns(prompt: list[int], reply: list[int], _row: Conversation) -> dict[str, Any]:
     return {"input_ids": prompt + reply, "loss_mask": [False] * len(prompt) + [True] * len(reply)}
 
 
-def preference_columns(prompt: list[int], chosen: list[int], rejected: list[int], row: Row) -> dict[str, Any]:
+def preference_columns(prompt: list[int], chosen: list[int], rejected: list[int], row: Conversation) -> dict[str, Any]:
     if chosen == rejected:  # a template may cut off the white space that they differ in
         raise UnusableRowError(EQUAL_REPLIES)
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "margin": row.margin}
 
 
-def prompt_columns(prompt: list[int], _row: Row) -> dict[str, Any]:
-    return {"prompt_ids": prompt}
+def prompt_columns(prompt: list[int], row: Conversation) -> dict[str, Any]:
+    try:
+        messages = json_text(row.prompt)
+    except UnicodeEncodeError:  # in an earlier turn of the assistant, which the template leaves out
+        raise UnusableRowError(INVALID_UNICODE) from None
+    return {"prompt_ids": prompt, "messages": messages, "facts": json_text(row.facts)}
 
 
-def messages_of(row: dict[str, Any], key: str, where: str) -> list[Message]:
-    if key not in row:
-        raise StageError(f"{where}: '{key}' is missing (the row has {', '.join(row) or 'no keys'})")
-    return messages_from(row[key], f"{where}, '{key}'")
-
-
-def prompt_of(row: dict[str, Any], where: str) -> list[Message]:
-    prompt = messages_of(row, "prompt", where)
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise StageError(f"{where}: 'prompt' must hold messages and not end with the assistant's")
-    return prompt
-
-
-def with_text(reply: Message, where: str) -> Message:
-    if not reply["content"].strip():
-        raise StageError(f"{where}: the reply is empty")
-    return reply
-
-
-class Format(NamedTuple):
+class Encoding(NamedTuple):
     """How rows of a kind are read, and what their table holds."""
 
-    read: Callable[[dict[str, Any], str], Row]
-    columns: Callable[..., dict[str, Any]]  # of the prompt's ids, those of each reply, and the row
+    read: Callable[[dict[str, Any], str], Conversation]
+    columns: Callable[..., dict[str, Any]]  # of the prompt's ids, those of each reply, and the conversation
     schema: pyarrow.Schema
 
 
-FORMATS: dict[Kind, Format] = {
-    Kind.sft: Format(read_sft, sft_columns, SFT_SCHEMA),
-    Kind.preference: Format(read_preference, preference_columns, PREFERENCE_SCHEMA),
-    Kind.prompts: Format(read_prompt, prompt_columns, PROMPT_SCHEMA),
+ENCODINGS: dict[Kind, Encoding] = {
+    "sft": Encoding(sft_conversation, sft_columns, SFT_SCHEMA),
+    "preference": Encoding(preference_conversation, preference_columns, PREFERENCE_SCHEMA),
+    "prompts": Encoding(prompt_conversation, prompt_columns, PROMPT_SCHEMA),
 }
 
 
@@ -190,16 +145,18 @@ class Counts:
         self.longest = max(self.longest, encoded.longest)
 
 
-def rows_to_encode(tokenizer: "PreTrainedTokenizerBase", kind: Kind, source: Path) -> Iterator[tuple[int, str, Row]]:
+def rows_to_encode(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, source: Path
+) -> Iterator[tuple[int, str, Conversation]]:
     """Yield (number, place, row) of a prepared file, rendered ahead. Raises StageError where a faulty row comes."""
     numbered = enumerate(read_jsonl(source))
     fault = None
     while fault is None:
-        rows: list[tuple[int, str, Row]] = []
+        rows: list[tuple[int, str, Conversation]] = []
         try:
             for number, row in islice(numbered, ROWS_RENDERED_AT_ONCE):
                 where = f"{source}, line {number + 1}"
-                rows.append((number, where, FORMATS[kind].read(row, where)))
+                rows.append((number, where, ENCODINGS[kind].read(row, where)))
         except StageError as error:
             fault = error
         render_ahead(tokenizer, [(row.prompt, row.replies) for _, _, row in rows])
@@ -223,7 +180,7 @@ def encode_file(
     if not source.is_file():
         raise StageError(f"{source} does not exist")
     started = reported = time.monotonic()
-    with TableWriter(target, FORMATS[kind].schema.with_metadata(notes | {"rows": dvc_hash(source)})) as writer:
+    with TableWriter(target, ENCODINGS[kind].schema.with_metadata(notes | {"rows": dvc_hash(source)})) as writer:
         for number, where, row in rows_to_encode(tokenizer, kind, source):
             try:
                 encoded = within_budget(encode_row(tokenizer, kind, row, where, settings), settings, where)
@@ -241,7 +198,9 @@ def encode_file(
     return counts, dropped
 
 
-def encode_row(tokenizer: "PreTrainedTokenizerBase", kind: Kind, row: Row, where: str, settings: Tokenize) -> Encoded:
+def encode_row(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, row: Conversation, where: str, settings: Tokenize
+) -> Encoded:
     """Encode one row; a complaint of the chat template gets the row's place put before it.
 
     What the template refuses is an UnusableRowError with `on_unusable_row: drop`.
@@ -256,7 +215,7 @@ def encode_row(tokenizer: "PreTrainedTokenizerBase", kind: Kind, row: Row, where
     except StageError as error:
         raise StageError(f"{where}: {error}") from None
     lengths = [len(reply) for reply in replies]
-    columns = FORMATS[kind].columns(prompt, *replies, row)
+    columns = ENCODINGS[kind].columns(prompt, *replies, row)
     return Encoded(columns, len(prompt), len(prompt) + max(lengths, default=0), len(prompt) + sum(lengths))
 
 
@@ -264,7 +223,7 @@ def metrics_of(kind: Kind, counts: dict[str, Counts], dropped: Counter[str]) -> 
     metrics = {f"{split}_rows": counts[split].rows for split in SPLITS}
     metrics |= {f"{split}_tokens": counts[split].tokens for split in SPLITS}
     metrics["max_prompt_tokens"] = max(count.longest_prompt for count in counts.values())
-    if kind is not Kind.prompts:
+    if kind != "prompts":
         metrics["max_tokens"] = max(count.longest for count in counts.values())
     reasons = sorted({*USUAL_REASONS, *dropped})
     return metrics | {f"dropped/{reason}": dropped[reason] for reason in reasons}
@@ -306,7 +265,7 @@ def main(
             table = folder / f"{split}.arrow"
             counts[split], lost = encode_file(loaded, kind, rows / f"{split}.jsonl", table, settings, notes)
             dropped += lost
-            schema = FORMATS[kind].schema
+            schema = ENCODINGS[kind].schema
             check_table_fits(read_table(table, schema), facts, rows / f"{split}.jsonl")
         write_json(metrics_partial, metrics_of(kind, counts, dropped))
     log_run(f"tokenize_data@{kind}", dvc_hashes([out, metrics]), time.monotonic() - started)

@@ -1,6 +1,5 @@
 """Reference log-probs that are not those of the tokens and the model beside them: refused, each with one line."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -129,18 +128,6 @@ def test_a_table_of_earlier_code_is_refused(copy_of_tiny: Copy, capsys: pytest.C
     path.unlink()
     write_table(path, columns, REFERENCE_SCHEMA.with_metadata({"precision": "fp32", "base_quantization": "None"}))
     assert "does not hold the values that were written to it" in refusal(folder, "train_dpo", capsys)
-
-
-def test_prompts_that_were_edited_are_told_from_those_that_were_tokenised(
-    copy_of_tiny: Copy, capsys: pytest.CaptureFixture
-) -> None:
-    folder = copy_of_tiny()
-    path = folder / "data/prepared/prompts/eval.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["prompt"][0]["content"] += "!"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = "data/tokens/prompts/eval.arrow was made from other rows than data/prepared/prompts/eval.jsonl"
-    assert message in refusal(folder, "evaluate@ppo", capsys)
 
 
 @pytest.mark.parametrize("knobs", [{"micro_batch_tokens": 300}, {"packing": True}])

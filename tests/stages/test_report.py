@@ -441,6 +441,20 @@ def test_samples_of_another_evaluation_are_refused(tmp_path):
     page_in(tmp_path)
 
 
+def test_gold_of_a_part_of_the_prompts(tmp_path):
+    write_run(tmp_path, policies=("dpo",))
+    write(tmp_path, "metrics/evaluate/dpo.json", evaluation("dpo", True) | {"gold_prompts": 4})
+    write_samples(tmp_path, "dpo", [sample("dpo", row, gold=row % 4 == 2) for row in range(ROWS)])
+    parsed = Page(page_in(tmp_path))
+    assert "DPO beats SFT in mean gold utility on 4 of them (+0.42" in parsed.texts["outcome"][0]
+    shown = ["gold" in text for text in parsed.texts["response"]]
+    assert shown == [row % 4 == 2 for row in range(8) for _ in ("sft", "dpo")]
+    write_samples(tmp_path, "dpo", [sample("dpo", row, gold=row % 5 == 2) for row in range(ROWS)])
+    message = refusal(tmp_path)
+    assert "data/samples/dpo.jsonl has gold utilities in 3 rows" in message
+    assert "metrics/evaluate/dpo.json of 4 prompts" in message
+
+
 def test_gold_in_the_samples_alone_is_refused(tmp_path):
     write_run(tmp_path, gold=False)
     write_samples(tmp_path, "dpo", [sample("dpo", row, gold=True) for row in range(ROWS)])

@@ -12,9 +12,10 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.data import template_process
+from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
 from stages.lib.models.tokenizer_files import tokenizer_hash
-from stages.tokenize_data import Kind, main
+from stages.tokenize_data import main
 from tests.lib.data.test_chat import (
     ASSISTANT,
     EOS,
@@ -90,7 +91,7 @@ def tokenize_here(folder, base, kind, train, held_out=None, **changes):
     options = arguments(folder, base, kind, train, held_out, changes)
     paths = {name: Path(value) for name, value in options.items() if name != "kind"}
     with contextlib.chdir(folder):
-        main(kind=Kind(kind), **paths)
+        main(kind=kind, **paths)
     return json.loads((folder / options["metrics"]).read_text())
 
 
@@ -157,13 +158,17 @@ def test_preference_by_hand(tmp_path, base):
 
 
 def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
-    rows = [{**PROMPT, "gold": {"anything": 1}}, {"prompt": [user("h"), assistant("i"), user("o")]}] * 600
+    turns = [user("h"), assistant("i"), user("o")]
+    rows = [{**PROMPT, "facts": {"b": "é", "a": [1.5]}, "id": 7}, {"prompt": turns}] * 600
     metrics = [
         metrics_of(tokenize(tmp_path / run, base, "prompts", rows, max_prompt_length=8), tmp_path / run, "prompts")
         for run in ("one", "two")
     ]
     table = read_table(tmp_path / "one/data/tokens/prompts/train.arrow", PROMPT_SCHEMA)
-    assert table[1199] == {"row": 1199, "prompt_ids": [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]}
+    assert table[1198]["messages"] == '[{"content": "hi", "role": "user"}]'
+    assert table[1198]["facts"] == '{"a": [1.5], "b": "é"}'
+    ids = [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]
+    assert prompts_of(table[1199:]) == [Prompt(1199, ids, turns, {})]
     assert metrics[0] == metrics[1]
     assert metrics[0]["train_tokens"] == 600 * (4 + 8)
     assert dvc_hash(tmp_path / "one/data/tokens") == dvc_hash(tmp_path / "two/data/tokens")
@@ -207,6 +212,10 @@ def test_a_reply_over_the_budget(tmp_path, base):
             "line 1, 'rejected', message 1, 'content': expected text",
         ),
         ("prompts", [{"prompt": [assistant("h")]}], "line 1: 'prompt' must hold messages and not end with"),
+        ("prompts", [PROMPT, {**PROMPT, "facts": [1]}], "train.jsonl, line 2, 'facts': expected an object, found list"),
+        ("prompts", [{**PROMPT, "facts": None}], "train.jsonl, line 1, 'facts': expected an object, found NoneType"),
+        ("prompts", lines([PROMPT])[:-2] + ', "facts": {"a": 1e999}}', "line 1, 'facts': a number is larger than any"),
+        ("prompts", [{**PROMPT, "facts": {"a": "\ud800"}}], "line 1, 'facts': a text holds half a surrogate pair"),
         ("prompts", [{"prompt": [user("<u>")]}], "train.jsonl: no row is left (1 special_token_in_text)"),
     ],
 )
@@ -307,6 +316,13 @@ def test_a_reply_that_the_template_changes(tmp_path, template, reply, reason, me
     assert message in refused
     metrics = tokenize_here(tmp_path, base, "sft", rows, on_unusable_row="drop")
     assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (1, 1)
+
+
+def test_a_prompt_with_half_a_character_in_what_the_template_leaves_out(tmp_path):
+    base = base_with(tmp_path / "base", CUTS_THOUGHTS)
+    thought = [user("o"), assistant("\ud800io"), user("h")]
+    metrics = tokenize_here(tmp_path, base, "prompts", [PROMPT, {"prompt": thought}])
+    assert (metrics["train_rows"], metrics["dropped/invalid_unicode"]) == (1, 1)
 
 
 def test_a_pair_that_the_template_makes_identical_is_dropped(tmp_path):

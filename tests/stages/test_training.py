@@ -112,37 +112,6 @@ def test_the_published_reward_model_has_the_published_accuracy(tiny: Path) -> No
     assert metrics(tiny, "evaluate/sft")["rm_accuracy"] == pytest.approx(metrics(tiny, "train_rm")["eval_accuracy"])
 
 
-def test_fine_tuning_beside_itself_is_a_tie(tiny: Path) -> None:
-    results = metrics(tiny, "evaluate/sft")
-    for name in ("reward", "gold"):
-        assert results[f"{name}_minus_sft_mean"] == 0
-        assert results[f"{name}_win_rate_vs_sft"] == 0.5
-    assert results["kl_to_sft_mean"] == 0
-    assert results["preference_accuracy"] == 0.5
-
-
-def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) -> None:
-    """However evaluate cuts its batches, in which a log-prob in bf16 is another one than in those of ref_logprobs."""
-    folder = copy_of_tiny()
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}, "evaluate": {"precision": "bf16"}})
-    call(folder, "ref_logprobs")
-    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 500}})
-    call(folder, "evaluate@sft")
-    test_fine_tuning_beside_itself_is_a_tie(folder)
-
-
-def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
-    from stages.lib.tasks.film_gold import gold_utility
-
-    samples = [json.loads(line) for line in (tiny / "data/samples/ppo.jsonl").read_text().splitlines()]
-    prompts = [json.loads(line) for line in (tiny / "data/prepared/prompts/eval.jsonl").read_text().splitlines()]
-    gold = [gold_utility(prompts[sample["row"]]["gold"], sample["response"]) for sample in samples]
-    results = metrics(tiny, "evaluate/ppo")
-    assert results["gold_mean"] == pytest.approx(sum(gold) / len(gold))
-    assert results["eos_rate"] == sum(sample["ended"] for sample in samples) / len(samples)
-    assert results["reward_mean"] == pytest.approx(sum(sample["reward"] for sample in samples) / len(samples), abs=1e-5)
-
-
 @pytest.mark.parametrize("stage", ["train_sft", "train_ppo"])
 def test_another_micro_batch_size_gives_the_same_step(copy_of_tiny: Copy, tiny: Path, stage: str) -> None:
     folder = copy_of_tiny()
@@ -353,16 +322,6 @@ def test_another_precision_than_the_references_is_refused(copy_of_tiny: Copy) ->
     )
 
 
-def test_a_reference_of_another_precision_is_computed_anew(copy_of_tiny: Copy, tiny: Path) -> None:
-    folder = copy_of_tiny()
-    before = {policy: metrics(tiny, f"evaluate/{policy}") for policy in ("sft", "dpo")}
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}})
-    call(folder, "ref_logprobs")
-    for policy, expected in before.items():
-        call(folder, f"evaluate@{policy}")
-        assert metrics(folder, f"evaluate/{policy}") == expected
-
-
 def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     file = folder / "models/sft/model.safetensors"
@@ -377,13 +336,6 @@ def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
 def test_tied_weights_are_saved_once(tiny: Path) -> None:
     assert "model.embed_tokens.weight" in weights(tiny, "sft")
     assert "lm_head.weight" not in weights(tiny, "sft")
-
-
-def test_prompts_of_other_rows_are_refused(copy_of_tiny: Copy) -> None:
-    folder = copy_of_tiny()
-    path = folder / "data/prepared/prompts/eval.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
-    assert "was made from other rows than data/prepared/prompts/eval.jsonl" in refused(folder, "evaluate@ppo")
 
 
 def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy, tiny: Path) -> None:

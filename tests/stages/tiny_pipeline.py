@@ -122,7 +122,7 @@ def call(folder: Path, stage: str, **changed: str) -> None:
     }
     module = importlib.import_module(f"stages.{script(stage)}")
     for name, value in arguments.items():
-        arguments[name] = module.Kind(value) if name == "kind" and hasattr(module, "Kind") else Path(value)
+        arguments[name] = value if name == "kind" else Path(value)
     with inside(folder):
         module.main(**arguments)
 

@@ -1,5 +1,6 @@
 """Per-sequence log-probabilities ℓ(y|x) = Σ_t log π(y_t | x, y_<t) over completion tokens, the EOS included."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,3 +39,23 @@ def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching)
 
     everything = batching.processes.gather_rows(batching.budget.attempt(passes))
     return PairLogProbs(*torch.tensor(everything, dtype=torch.float32).reshape(-1, 2).unbind(dim=1))
+
+
+@torch.no_grad()
+def all_response_logps(
+    module: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batching: MicroBatching
+) -> torch.Tensor:
+    """ℓ of every response to its prompt, in the order given, on the CPU in float32, in all processes. Shape: (n,).
+
+    Args:
+        prompts, responses: token ids, the same in all processes.
+    """
+
+    def passes() -> dict[int, float]:
+        found = {}
+        for batch in batching.sequences(prompts, responses):
+            logps, _ = module(*batch.inputs, batch.completion_mask)
+            found |= dict(zip(batch.rows, batch.on_completions(logps).sum(dim=-1).tolist(), strict=True))
+        return found
+
+    return torch.tensor(batching.processes.gather_rows(batching.budget.attempt(passes)), dtype=torch.float32)

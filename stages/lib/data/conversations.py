@@ -15,6 +15,14 @@ Message = dict[str, str]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
 class UnusableRowError(Exception):
     """A row that a rule leaves out; its only argument is the reason under which it is counted."""
 

@@ -39,8 +39,8 @@ from stages.lib.data.conversations import (
     reply_of,
     text_from,
 )
+from stages.lib.data.raw_rows import RawRow
 
-Row = dict[str, Any]
 Format = Literal[
     "hh",
     "preference",
@@ -57,7 +57,7 @@ SHAREGPT_KEYS = ("from", "value")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read_example(row: Row, name: Format, where: str) -> Example:
+def read_example(row: RawRow, name: Format, where: str) -> Example:
     """Read one raw row of format `name`.
 
     Args:
@@ -77,11 +77,11 @@ def read_example(row: Row, name: Format, where: str) -> Example:
     return replace(example, margin=margin) if example.rejected is not None else example
 
 
-def missing_columns(row: Row, name: Format) -> list[str]:
+def missing_columns(row: RawRow, name: Format) -> list[str]:
     return [column for column in READERS[name].columns if column not in row]
 
 
-def with_system(example: Example, row: Row, where: str) -> Example:
+def with_system(example: Example, row: RawRow, where: str) -> Example:
     """The example with the text of the column `system` as its first message, unless that is there already."""
     content = text_from(row.get("system"), f"{where}, 'system'")
     if not content.strip():
@@ -110,7 +110,7 @@ class FormatOfRows:
         self._first = ""
         self._known: set[tuple[str, frozenset[str], bool]] = set()
 
-    def of(self, row: Row, where: str) -> Format:
+    def of(self, row: RawRow, where: str) -> Format:
         """The format to read `row` in.
 
         Raises:
@@ -131,7 +131,7 @@ class FormatOfRows:
         return self.name
 
 
-def detect_format(row: Row, where: str) -> Format:
+def detect_format(row: RawRow, where: str) -> Format:
     """The only format that a row can be of, by its columns and the kinds of their values.
 
     Raises:
@@ -152,7 +152,7 @@ def detect_format(row: Row, where: str) -> Format:
     raise StageError(f"{where}: {found} could be of the formats {' or '.join(candidates)}; name one in format")
 
 
-def pair_candidates(row: Row) -> list[Format]:
+def pair_candidates(row: RawRow) -> list[Format]:
     """The formats of preference pairs that a row can be of."""
     if not {"chosen", "rejected"} <= row.keys():
         return []
@@ -168,25 +168,24 @@ def pair_candidates(row: Row) -> list[Format]:
     return ["preference_implicit", "preference"]
 
 
-def reply_candidates(row: Row) -> list[Format]:
+def reply_candidates(row: RawRow) -> list[Format]:
     """The formats of single replies that a row can be of."""
-    names: list[Format] = ["alpaca", "messages", "prompt_completion"]
-    if not {"chosen", "rejected"} <= row.keys():
-        names.append("sharegpt")
-    return [name for name in names if not missing_columns(row, name)]
+    names = [name for name in WITHOUT_PAIRS if not missing_columns(row, name)]
+    beside_a_pair = {"chosen", "rejected"} <= row.keys()
+    return [name for name in names if not (name == "sharegpt" and beside_a_pair)]
 
 
-def read_hh(row: Row, where: str) -> Example:
+def read_hh(row: RawRow, where: str) -> Example:
     chosen, rejected = (text_from(row[key], f"{where}, '{key}'") for key in ("chosen", "rejected"))
     return pair_from(hh_transcripts.turns(chosen), hh_transcripts.turns(rejected))
 
 
-def read_preference(row: Row, where: str) -> Example:
+def read_preference(row: RawRow, where: str) -> Example:
     prompt = as_prompt(row, where)
     return checked(Example(prompt, as_reply(row, "chosen", prompt, where), as_reply(row, "rejected", prompt, where)))
 
 
-def read_preference_implicit(row: Row, where: str) -> Example:
+def read_preference_implicit(row: RawRow, where: str) -> Example:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if hh_transcripts.is_transcript(chosen) and hh_transcripts.is_transcript(rejected):
@@ -214,7 +213,7 @@ def split_texts(chosen: str, rejected: str, history: list[Message]) -> Example:
     return checked(Example([*history, {"role": "user", "content": prompt}], chosen[shared:], rejected[shared:]))
 
 
-def read_sharegpt_preference(row: Row, where: str) -> Example:
+def read_sharegpt_preference(row: RawRow, where: str) -> Example:
     prompt = sharegpt_messages(row, where)
     replies = [
         message_from(row[key], f"{where}, '{key}'", SHAREGPT_KEYS, SHAREGPT_ROLES) for key in ("chosen", "rejected")
@@ -222,30 +221,30 @@ def read_sharegpt_preference(row: Row, where: str) -> Example:
     return pair_from([*prompt, replies[0]], [*prompt, replies[1]])
 
 
-def read_sharegpt(row: Row, where: str) -> Example:
+def read_sharegpt(row: RawRow, where: str) -> Example:
     return example_from(sharegpt_messages(row, where))
 
 
-def sharegpt_messages(row: Row, where: str) -> list[Message]:
+def sharegpt_messages(row: RawRow, where: str) -> list[Message]:
     return messages_from(row["conversations"], f"{where}, 'conversations'", SHAREGPT_KEYS, SHAREGPT_ROLES)
 
 
-def read_alpaca(row: Row, where: str) -> Example:
+def read_alpaca(row: RawRow, where: str) -> Example:
     text = with_input(text_from(row["instruction"], f"{where}, 'instruction'"), row, where)
     prompt = [*history_of(row, where), {"role": "user", "content": text}]
     return checked(Example(prompt, text_from(row["output"], f"{where}, 'output'")))
 
 
-def read_messages(row: Row, where: str) -> Example:
+def read_messages(row: RawRow, where: str) -> Example:
     return example_from(messages_from(row["messages"], f"{where}, 'messages'"))
 
 
-def read_prompt_completion(row: Row, where: str) -> Example:
+def read_prompt_completion(row: RawRow, where: str) -> Example:
     prompt = as_prompt(row, where)
     return checked(Example(prompt, as_reply(row, "completion", prompt, where)))
 
 
-def as_prompt(row: Row, where: str) -> list[Message]:
+def as_prompt(row: RawRow, where: str) -> list[Message]:
     """A prompt given as messages, as a transcript, or as the text of one user message after those of `history`."""
     value, place = row["prompt"], f"{where}, 'prompt'"
     if isinstance(value, list):
@@ -259,13 +258,13 @@ def as_prompt(row: Row, where: str) -> list[Message]:
     return [*history_of(row, where), {"role": "user", "content": content}] if content.strip() else []
 
 
-def with_input(text: str, row: Row, where: str) -> str:
+def with_input(text: str, row: RawRow, where: str) -> str:
     """An input follows its instruction after an empty line: a template with headings is for models without roles."""
     parts = (text, text_from(row.get("input"), f"{where}, 'input'"))
     return "\n\n".join(part for part in parts if part.strip())
 
 
-def history_of(row: Row, where: str) -> list[Message]:
+def history_of(row: RawRow, where: str) -> list[Message]:
     """The earlier turns that the column `history` holds as pairs of texts."""
     history, place = row.get("history") or [], f"{where}, 'history'"
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
@@ -277,7 +276,7 @@ def history_of(row: Row, where: str) -> list[Message]:
     ]
 
 
-def refuse_beside(row: Row, columns: tuple[str, ...], found: str, where: str) -> None:
+def refuse_beside(row: RawRow, columns: tuple[str, ...], found: str, where: str) -> None:
     """Refuse a column that goes with a prompt of text alone and has a value beside another one."""
     for column in columns:
         if is_given(row.get(column)):
@@ -297,7 +296,7 @@ def unread_value(what: str, name: str) -> str:
     )
 
 
-def as_reply(row: Row, column: str, prompt: list[Message], where: str) -> str:
+def as_reply(row: RawRow, column: str, prompt: list[Message], where: str) -> str:
     """A reply given as text, or as messages or a transcript: the assistant's, perhaps after the whole prompt again."""
     value = row[column]
     if hh_transcripts.is_transcript(value):
@@ -325,7 +324,7 @@ class Reader(NamedTuple):
 
     columns: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Row, str], Example]
+    read: Callable[[RawRow, str], Example]
 
 
 READERS: dict[Format, Reader] = {
@@ -341,3 +340,4 @@ READERS: dict[Format, Reader] = {
     "sharegpt": Reader(("conversations",), ("system",), read_sharegpt),
 }
 COLUMNS = frozenset(column for reader in READERS.values() for column in (*reader.columns, *reader.optional))
+WITHOUT_PAIRS: tuple[Format, ...] = tuple(name for name, reader in READERS.items() if "rejected" not in reader.columns)

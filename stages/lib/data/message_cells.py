@@ -11,7 +11,7 @@ from typing import Any
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import parse_json
 from stages.lib.data.conversations import MalformedRowError
-from stages.lib.data.formats import Row
+from stages.lib.data.raw_rows import RawRow
 
 LISTS = ("messages", "conversations", "history")  # columns that never hold a text
 REPLIES = ("chosen", "rejected", "completion")
@@ -20,7 +20,7 @@ LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 KEYS = (("role", "content"), ("from", "value"))
 
 
-def with_messages_read(row: Row, where: str) -> Row:
+def with_messages_read(row: RawRow, where: str) -> RawRow:
     """The row with messages in place of the texts that hold them as JSON.
 
     A text counts as messages where nothing else is possible: in `messages`, `conversations` and `history`; beside a

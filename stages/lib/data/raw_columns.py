@@ -9,7 +9,8 @@ from typing import Any
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.params import nearest
 from stages.lib.data.conversations import MalformedRowError
-from stages.lib.data.formats import COLUMNS, READERS, SHAREGPT_KEYS, Format, Row, is_given, unread_value
+from stages.lib.data.formats import COLUMNS, READERS, SHAREGPT_KEYS, Format, is_given, unread_value
+from stages.lib.data.raw_rows import RawRow
 
 MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
@@ -77,7 +78,7 @@ class RawColumns:
         self.ours: set[str] = set()
         self.keys: set[str] = set()
 
-    def take(self, row: Row, where: str) -> Row:
+    def take(self, row: RawRow, where: str) -> RawRow:
         """The row with our names for its columns, and without those ignored.
 
         Raises:
@@ -103,7 +104,7 @@ class RawColumns:
         self.ours.update(taken)
         return taken
 
-    def refuse_unread(self, row: Row, name: Format, where: str) -> None:
+    def refuse_unread(self, row: RawRow, name: Format, where: str) -> None:
         """Raise a StageError if the row says something that format `name` does not read (see the lists above)."""
         read = {*READERS[name].columns, *READERS[name].optional}
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read):

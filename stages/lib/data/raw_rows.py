@@ -22,7 +22,7 @@ from stages.lib.command.jsonl import parse_json, parse_object
 if TYPE_CHECKING:
     import pyarrow
 
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 DOCUMENTS = ("license", "licence", "readme", "note", "notice", "citation")
 ROWS_OF_A_BATCH = 1000
 KINDS_OF_FILE = {
@@ -40,7 +40,7 @@ OTHER_CONTENTS = {
 }
 
 
-def local_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def local_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
     """Yield (where, row) of a data file, or of all data files below a folder in the order of their names.
 
     `where` is the file and the line or row, counted from 1, as an error message names it.
@@ -73,13 +73,13 @@ def data_files(path: Path) -> list[Path]:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        known = ", ".join(READERS)
+        known = ", ".join(FILE_READERS)
         raise StageError(f"{path} does not exist: expected a data file ({known}) or a folder of them") from None
     if not path.is_dir():
         return [regular(path)]
     files = sorted(files_below(path, path))
     if not files:
-        raise StageError(f"{path} holds no data file: expected at least one of {', '.join(READERS)}")
+        raise StageError(f"{path} holds no data file: expected at least one of {', '.join(FILE_READERS)}")
     return files
 
 
@@ -117,11 +117,11 @@ def is_document(file: Path) -> bool:
     return hidden or file.suffix.lower() == ".md" or file.name.lower().split(".")[0] in DOCUMENTS
 
 
-def reader_of(file: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
-    for suffix, reader in READERS.items():
+def reader_of(file: Path) -> Callable[[Path], Iterator[tuple[str, RawRow]]]:
+    for suffix, reader in FILE_READERS.items():
         if file.name.lower().endswith(suffix):
             return reader
-    raise StageError(f"{file}: not a data file that can be read here, expected one of {', '.join(READERS)}")
+    raise StageError(f"{file}: not a data file that can be read here, expected one of {', '.join(FILE_READERS)}")
 
 
 def open_text(file: Path) -> TextIO:
@@ -152,7 +152,7 @@ def refuse_repeated(names: Iterable[str], where: str) -> None:
         raise StageError(f"{where}: the column {repeated[0]!r} stands twice; rename or remove one")
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, Row]]:
+def json_lines(file: Path) -> Iterator[tuple[str, RawRow]]:
     with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -160,7 +160,7 @@ def json_lines(file: Path) -> Iterator[tuple[str, Row]]:
                 yield where, parse_object(line, where)
 
 
-def json_array(file: Path) -> Iterator[tuple[str, Row]]:
+def json_array(file: Path) -> Iterator[tuple[str, RawRow]]:
     """A JSON array of objects. Many `.json` files hold JSON lines: the first character tells which it is."""
     with open_text(file) as text:
         first = next((line for line in text if line.strip()), "")
@@ -180,7 +180,7 @@ def json_array(file: Path) -> Iterator[tuple[str, Row]]:
         yield f"{file}, row {number}", row
 
 
-def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def csv_rows(file: Path) -> Iterator[tuple[str, RawRow]]:
     """Rows of a CSV file with a header; every value is text."""
     csv.field_size_limit(sys.maxsize)
     with open_text(file) as lines:
@@ -196,7 +196,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
             raise StageError(f"{file}, line {reader.reader.line_num}: not valid CSV ({error})") from None
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def parquet_rows(file: Path) -> Iterator[tuple[str, RawRow]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -212,7 +212,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
             raise StageError(f"{file}: not a Parquet file that can be read ({error})") from None
 
 
-def arrow_rows(table: "pyarrow.RecordBatch | pyarrow.Table", where: str, before: int) -> list[Row]:
+def arrow_rows(table: "pyarrow.RecordBatch | pyarrow.Table", where: str, before: int) -> list[RawRow]:
     """The rows of a piece of a table of which `before` rows came before.
 
     Raises:
@@ -236,7 +236,7 @@ def arrow_rows(table: "pyarrow.RecordBatch | pyarrow.Table", where: str, before:
 # What Arrow raises for a value that it holds and Python cannot: see `arrow_rows`.
 VALUE_ERRORS = (ValueError, ArithmeticError, RecursionError)
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+FILE_READERS: dict[str, Callable[[Path], Iterator[tuple[str, RawRow]]]] = {
     ".jsonl": json_lines,
     ".jsonl.gz": json_lines,
     ".json": json_array,
@@ -247,7 +247,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 }
 
 
-def hub_rows(dataset: str, revision: str, data_dir: str | None, split: str | None) -> Iterator[tuple[str, Row]]:
+def hub_rows(dataset: str, revision: str, data_dir: str | None, split: str | None) -> Iterator[tuple[str, RawRow]]:
     """Yield (where, row) of a Hub data set at one commit: of one split, or of all, one after the other.
 
     Raises:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.prompts import facts_in, messages_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,9 @@ SFT_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", _IDS), ("loss_mask", 
 PREFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS), ("margin", pa.float32())]
 )
-PROMPT_SCHEMA = pa.schema([("row", pa.int32()), ("prompt_ids", _IDS)])
+PROMPT_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("prompt_ids", _IDS), ("messages", pa.string()), ("facts", pa.string())]
+)
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
 )
@@ -94,7 +97,7 @@ def read_table(path: Path, schema: pa.Schema) -> "Dataset":
     stream = _schema_of(path)
     found = stream.remove_metadata()
     if not found.equals(schema):
-        raise StageError(f"{path}: expected columns {_described(schema)}, found {_described(found)}")
+        raise StageError(f"{path}: expected columns {_described(schema)}, found {_described(found)}; {RUN_AGAIN}")
     if OF_DATASETS in (stream.metadata or {}):
         raise StageError(f"{path}: its metadata holds a key of the library datasets; {RUN_AGAIN}")
     with _as_arrow(path):
@@ -142,6 +145,8 @@ def _check_rows(table: pa.Table, path: Path) -> None:
         for name in batch.schema.names:
             for fault, faulty in COLUMN_CHECKS.get(name, ()):
                 _refuse(faulty(batch[name]), fault, path, name, rows)
+            if name in TEXTS:
+                _check_texts(batch[name], path, name, rows)
         if "loss_mask" in batch.schema.names:
             for fault, faulty in MASK_CHECKS:
                 _refuse(faulty(batch["loss_mask"], batch["input_ids"]), fault, path, "loss_mask", rows)
@@ -152,6 +157,14 @@ def _refuse(faulty: pa.Array, fault: str, path: Path, column: str, rows: pa.Arra
     if first >= 0:
         row = f", row {rows[first].as_py()}" if rows else ""
         raise StageError(f"{path}{row}, {column}: {fault}; {RUN_AGAIN}")
+
+
+def _check_texts(texts: pa.Array, path: Path, column: str, rows: pa.Array) -> None:
+    for row, text in zip(rows.to_pylist(), texts.to_pylist(), strict=True):
+        try:
+            TEXTS[column](text, f"{path}, row {row}, {column}")
+        except StageError as error:
+            raise StageError(f"{error}; {RUN_AGAIN}") from None
 
 
 def _holds_null(lists: pa.ListArray) -> pa.Array:
@@ -192,7 +205,10 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids"), LIST_CHECKS),
     **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
     "margin": MARGIN_CHECKS,
+    **dict.fromkeys(("messages", "facts"), (("the text is null", pc.is_null),)),
 }
+# Columns of text → what reads a cell, or raises a StageError that begins with the place it is given.
+TEXTS: dict[str, Callable[[str, str], Any]] = {"messages": messages_in, "facts": facts_in}
 MASK_CHECKS: tuple[tuple[str, Callable[[pa.ListArray, pa.ListArray], pa.Array]], ...] = (
     (
         "the mask has another length than input_ids",

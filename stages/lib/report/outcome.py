@@ -42,7 +42,8 @@ def comparison(name: str, metrics: Metrics) -> str:
     """What became of one policy, by the gold utility where there is one."""
     if not has_gold(metrics):
         return f"{shown(name)} {verdict(metrics, 'reward')} in mean reward ({evidence(metrics, 'reward')})"
-    text = f"{shown(name)} {verdict(metrics, 'gold')} in mean gold utility ({evidence(metrics, 'gold')})"
+    graded = f" on {number(metrics['gold_prompts'])} of them" if "gold_prompts" in metrics else ""
+    text = f"{shown(name)} {verdict(metrics, 'gold')} in mean gold utility{graded} ({evidence(metrics, 'gold')})"
     if verdict(metrics, "gold") != "beats SFT" and verdict(metrics, "reward") == "beats SFT":
         text += f", although the reward model puts it above SFT ({difference(metrics, 'reward')})"
     return text
@@ -111,3 +112,8 @@ def shown(name: str) -> str:
 
 def has_gold(metrics: Metrics) -> bool:
     return "gold_mean" in metrics
+
+
+def graded_prompts(metrics: Metrics) -> float:
+    """How many of the prompts have a gold utility; the metrics count them only where it is a part."""
+    return metrics.get("gold_prompts", metrics["prompts"]) if has_gold(metrics) else 0

@@ -11,7 +11,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import read_json, read_jsonl
 from stages.lib.report.curve_tables import EVAL, CurveTable, curve_in
 from stages.lib.report.number_formats import LARGEST, is_usable, number
-from stages.lib.report.outcome import BASELINE, has_gold
+from stages.lib.report.outcome import BASELINE, graded_prompts
 
 POLICIES = (BASELINE, "dpo", "ppo")
 ALWAYS_TRAINED = ("train_sft", "train_rm")
@@ -23,7 +23,7 @@ STEPS = ("steps", "iterations")  # the key of a training stage's metrics that sa
 SHARES = ("accuracy", "accuracies", "_win_rate_vs_sft", "eos_rate", "distinct_1", "distinct_2", "calibration_error")
 COUNTS = ("rows", "tokens", "prompts", "pairs", "rollouts", "iterations", "steps", "_step")
 ENDS = ("_ci_low", "_ci_high")
-OF_GOLD = ("gold", "sft_gold")  # where the prompts have a gold utility
+OF_GOLD = ("gold", "sft_gold")  # where the prompt has a gold utility
 # The metric that is the mean of a key over all samples, whose numbers are rounded to six decimals.
 MEANS = {"reward": "reward_mean", "kl": "kl_to_sft_mean", "length": "length_mean", "ended": "eos_rate"}
 MEANS_OF_GOLD = {"gold": "gold_mean"}
@@ -197,12 +197,14 @@ def require_own_metrics(path: Path, rows: list[dict[str, Any]], metrics: Metrics
         raise StageError(
             f"{path} has {len(rows)} rows, and {metrics.path} counts {number(metrics['prompts'])} prompts, {again}"
         )
-    if {"gold" in row for row in rows} != {has_gold(metrics)}:
+    graded, expected = sum("gold" in row for row in rows), graded_prompts(metrics)
+    if graded != expected:
         raise StageError(
-            f"{path} and {metrics.path}: gold utilities are in one of them alone or not in every row, {again}"
+            f"{path} has gold utilities in {graded} rows, and {metrics.path} of {number(expected)} prompts, {again}"
         )
-    for key, name in (MEANS | (MEANS_OF_GOLD if has_gold(metrics) else {})).items():
-        mean = math.fsum(row[key] for row in rows) / len(rows)
+    for key, name in (MEANS | (MEANS_OF_GOLD if graded else {})).items():
+        values = [row[key] for row in rows if key in row]
+        mean = math.fsum(values) / len(values)
         if not math.isclose(mean, metrics[name], rel_tol=ROUNDING, abs_tol=SAMPLE_ROUNDING):
             raise StageError(f"{path}: mean {key} {mean:.7g}, and {metrics.path} has {metrics[name]:.7g}, {again}")
 

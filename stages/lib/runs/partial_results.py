@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +69,17 @@ class PartialResults(StageRun):
             if stop.agreed():
                 stop.leave(f"what it has computed is kept, up to {name}")
         return value
+
+    def keep_all(
+        self, name: str, count: int, columns: Mapping[str, str], compute: Callable[[range], Value]
+    ) -> dict[str, list]:
+        """The columns of `count` rows, kept chunk by chunk; `compute` is given a chunk's rows. Raises as `keep`."""
+        whole: dict[str, list] = {column: [] for column in columns}
+        for chunk in self.chunks(count):
+            value = self.keep(f"{name}-{chunk.start}-{chunk.stop}", len(chunk), columns, partial(compute, chunk))
+            for column, items in value.items():
+                whole[column] += items
+        return whole
 
     def _record(self, value: Value) -> bytes:
         # JSON gives every finite float back to the last bit.

@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from stages.lib.data.formats import Format
+from stages.lib.data.formats import WITHOUT_PAIRS, Format
+from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.raw_columns import refuse_unknown_targets
 from stages.lib.settings.bounds import Temperature
 
-Kind = Literal["sft", "preference", "prompts"]
 NO_FILE = "data/raw/none"
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-WITHOUT_PAIRS = ("alpaca", "messages", "prompt_completion", "sharegpt")
 # Far below the number of distinct prompts (eval: about 250 000), so drawing new ones stays quick.
 GeneratedRows = Annotated[int, Ge(1), Le(100_000)]
 

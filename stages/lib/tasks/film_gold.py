@@ -1,7 +1,7 @@
 """The gold utility of the synthetic film-review task: how good a review is as an answer to what was asked.
 
-A prompt asks for a short review of a film of a genre, touching one aspect. Its facts travel as
-`gold = {"film": "silver harbor", "genre": "thriller", "aspect": "music"}`. With words in lower case, the utility of a
+A prompt asks for a short review of a film of a genre, touching one aspect: its facts are
+`{"film": "silver harbor", "genre": "thriller", "aspect": "music"}`. With words in lower case, the utility of a
 response is a sum of terms, each of which saturates:
 
     u = title + genre + aspect + warmth - off_topic - repetition - length - stuffing - unfinished
@@ -85,55 +85,55 @@ STUFFING_LIMIT = 4.5
 UNFINISHED_PENALTY = 0.5
 
 
-def gold_utility(gold: dict[str, Any], response: str) -> float:
-    """The gold utility (see the module's formula) of `response` to the prompt with facts `gold`; in [-14.5, 5.0].
+def gold_utility(facts: dict[str, Any], response: str) -> float:
+    """The gold utility (see the module's formula) of `response` to the prompt with facts `facts`; in [-14.5, 5.0].
 
     Raises:
-        StageError: `gold` lacks film, genre or aspect, or names a genre or an aspect that the task does not have.
+        StageError: `facts` lacks film, genre or aspect, or names a genre or an aspect that the task does not have.
     """
-    return math.fsum(gold_terms(gold, response).values())
+    return math.fsum(gold_terms(facts, response).values())
 
 
-def gold_terms(gold: dict[str, Any], response: str) -> dict[str, float]:
+def gold_terms(facts: dict[str, Any], response: str) -> dict[str, float]:
     """The signed terms that `gold_utility` sums, by name. Raises as `gold_utility` does."""
-    check_gold(gold)
+    check_facts(facts)
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", response.lower())
     return {
-        **topic_terms(gold, set(words)),
+        **topic_terms(facts, set(words)),
         "warmth": warmth_term(set(words)),
         "repetition": -REPETITION_PENALTY * min(count_repetitions(words), REPETITION_LIMIT),
         "length": -LENGTH_PENALTY * min(words_outside_comfort(len(words)), LENGTH_LIMIT),
-        "stuffing": -min(stuffing(gold, words), STUFFING_LIMIT),
+        "stuffing": -min(stuffing(facts, words), STUFFING_LIMIT),
         "unfinished": 0.0 if response.rstrip().endswith((".", "!", "?")) else -UNFINISHED_PENALTY,
     }
 
 
-def check_gold(gold: dict[str, Any]) -> None:
-    """Raise StageError unless `gold` holds the facts of a prompt of this task."""
+def check_facts(facts: dict[str, Any]) -> None:
+    """Raise StageError unless these are the facts of a prompt of this task."""
     known = {"genre": GENRE_WORDS, "aspect": ASPECT_WORDS}
     for key in ("film", "genre", "aspect"):
-        if not isinstance(gold, dict) or not isinstance(gold.get(key), str):
-            raise StageError(f"gold {gold!r}: expected an object with the texts 'film', 'genre' and 'aspect'")
-        if key in known and gold[key] not in known[key]:
-            raise StageError(f"gold {key} {gold[key]!r} is not one of: {', '.join(known[key])}")
+        if not isinstance(facts.get(key), str):
+            raise StageError(f"facts {facts!r}: expected the texts 'film', 'genre' and 'aspect'")
+        if key in known and facts[key] not in known[key]:
+            raise StageError(f"the fact {key} {facts[key]!r} is not one of: {', '.join(known[key])}")
 
 
-def topic_terms(gold: dict[str, Any], words: set[str]) -> dict[str, float]:
+def topic_terms(facts: dict[str, Any], words: set[str]) -> dict[str, float]:
     """The terms title, genre, aspect and off_topic of a response with this set of words."""
     genres = {name for name, group in GENRE_WORDS.items() if words.intersection(group)}
     aspects = {name: len(words.intersection(group)) for name, group in ASPECT_WORDS.items()}
-    asked = aspects.pop(gold["aspect"])
+    asked = aspects.pop(facts["aspect"])
     return {
-        "title": TITLE_WORD_UTILITY * len(words.intersection(title_words(gold))),
-        "genre": GENRE_UTILITY * ((gold["genre"] in genres) - bool(genres - {gold["genre"]})),
+        "title": TITLE_WORD_UTILITY * len(words.intersection(title_words(facts))),
+        "genre": GENRE_UTILITY * ((facts["genre"] in genres) - bool(genres - {facts["genre"]})),
         "aspect": FIRST_ASPECT_WORD_UTILITY * (asked >= 1) + SECOND_ASPECT_WORD_UTILITY * (asked >= 2),
         "off_topic": -OFF_TOPIC_PENALTY * min(sum(aspects.values()), OFF_TOPIC_LIMIT),
     }
 
 
-def title_words(gold: dict[str, Any]) -> list[str]:
+def title_words(facts: dict[str, Any]) -> list[str]:
     """The first two words of the title, all that titles of this task have."""
-    return gold["film"].lower().split()[:2]
+    return facts["film"].lower().split()[:2]
 
 
 def warmth_term(words: set[str]) -> float:
@@ -157,9 +157,9 @@ def words_outside_comfort(count: int) -> int:
     return max(SHORTEST_COMFORTABLE - count, count - LONGEST_COMFORTABLE, 0)
 
 
-def stuffing(gold: dict[str, Any], words: list[str]) -> float:
+def stuffing(facts: dict[str, Any], words: list[str]) -> float:
     """The penalty, before its limit, for too large a share or too dense a row of scored words."""
-    title = title_words(gold)
+    title = title_words(facts)
     scored = [word in SCORED_WORDS or word in title for word in words]
     share = sum(scored) / max(len(words), 1)
     bigrams = sum(left and right for left, right in pairwise(scored))

@@ -11,9 +11,11 @@ kinds and row counts. Each kind and split draws from its own generator: more row
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from stages.lib.data.conversations import Message, assistant, user
+from stages.lib.data.prepared_rows import PreparedRow, Split, preference_pair
+from stages.lib.data.prompts import Prompt
 from stages.lib.settings.prepare_data import FilmReviewSettings
 from stages.lib.tasks.film_gold import (
     ASPECT_WORDS,
@@ -25,9 +27,7 @@ from stages.lib.tasks.film_gold import (
     preference_probability,
     split_words,
 )
-
-Row = dict[str, Any]
-Messages = list[dict[str, str]]
+from stages.lib.tasks.task import TASK
 
 EVAL_SHARE = 0.1
 TITLE_FIRST_WORDS = split_words(
@@ -95,128 +95,117 @@ CLOSINGS = {
 }
 
 
-@dataclass(frozen=True)
-class FilmReviewData:
-    """`rows[kind][split]` are the prepared rows of kind sft, preference or prompts in split train or eval."""
+class PreferenceDraw(NamedTuple):
+    """A labelled pair with the gold utilities that its label was drawn from."""
 
-    rows: dict[str, dict[str, list[Row]]]
-    bayes_accuracy: float  # of the eval preference pairs
-
-
-@dataclass(frozen=True)
-class PreferenceDraw:
-    """A preference row with the gold utilities that its label was drawn from."""
-
-    row: Row
+    prompt: list[Message]
+    chosen: str
+    rejected: str
     chosen_utility: float
     rejected_utility: float
 
 
-def generate(settings: FilmReviewSettings, seed: int) -> FilmReviewData:
-    """Generate all kinds and splits in the prepared format; equal arguments give equal rows."""
-    temperature = settings.label_temperature
-    pairs = {
-        "train": draw_preferences("train", settings.preference_rows, seed, temperature),
-        "eval": draw_preferences("eval", settings.eval_rows, seed, temperature),
+def rows(settings: FilmReviewSettings, seed: int) -> Iterator[PreparedRow]:
+    """All kinds and splits; equal arguments give equal rows."""
+    sizes: dict[Split, tuple[int, int, int]] = {
+        "train": (settings.sft_rows, settings.preference_rows, settings.prompt_rows),
+        "eval": (settings.eval_rows,) * 3,
     }
-    rows = {
-        "sft": {
-            "train": draw_sft("train", settings.sft_rows, seed),
-            "eval": draw_sft("eval", settings.eval_rows, seed),
-        },
-        "preference": {split: [pair.row for pair in drawn] for split, drawn in pairs.items()},
-        "prompts": {
-            "train": draw_prompt_rows("train", settings.prompt_rows, seed),
-            "eval": draw_prompt_rows("eval", settings.eval_rows, seed),
-        },
-    }
-    utilities = [(pair.chosen_utility, pair.rejected_utility) for pair in pairs["eval"]]
-    return FilmReviewData(rows, bayes_accuracy(utilities, temperature))
+    for split, (sft, preference, prompts) in sizes.items():
+        for values in draw_sft(split, sft, seed):
+            yield PreparedRow("sft", split, values)
+        for pair in draw_preferences(split, preference, seed, settings.label_temperature):
+            yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
+        for values in draw_prompts(split, prompts, seed):
+            yield PreparedRow("prompts", split, values)
 
 
-def draw_sft(split: str, count: int, seed: int) -> list[Row]:
+def known(settings: FilmReviewSettings, seed: int) -> dict[str, float]:
+    """The best accuracy that a reward model can expect on the eval pairs."""
+    pairs = draw_preferences("eval", settings.eval_rows, seed, settings.label_temperature)
+    utilities = ((pair.chosen_utility, pair.rejected_utility) for pair in pairs)
+    return {"bayes_accuracy": bayes_accuracy(utilities, settings.label_temperature)}
+
+
+def grade(prompt: Prompt, response: str) -> float:
+    """The gold utility of a review. Raises StageError if the prompt's facts lack film, genre or aspect."""
+    return gold_utility(prompt.facts, response)
+
+
+def draw_sft(split: Split, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Conversations that end in one review of mixed quality."""
     rng = random.Random(f"{seed}-sft-{split}")
-    return [
-        {"messages": [*prompt, assistant(write_review(rng, gold))]}
-        for prompt, gold in distinct_prompts(rng, split, count, seed)
-    ]
+    for prompt, facts in distinct_prompts(rng, split, count, seed):
+        yield {"messages": [*prompt, assistant(write_review(rng, facts))]}
 
 
-def draw_preferences(split: str, count: int, seed: int, temperature: float) -> list[PreferenceDraw]:
+def draw_preferences(split: Split, count: int, seed: int, temperature: float) -> Iterator[PreferenceDraw]:
     """Pairs of independent reviews of one prompt, labelled by Bradley-Terry on their gold utilities."""
     rng = random.Random(f"{seed}-preference-{split}")
-    return [
-        draw_preference(rng, prompt, gold, temperature) for prompt, gold in distinct_prompts(rng, split, count, seed)
-    ]
+    for prompt, facts in distinct_prompts(rng, split, count, seed):
+        yield draw_preference(rng, prompt, facts, temperature)
 
 
-def draw_preference(rng: random.Random, prompt: Messages, gold: dict[str, str], temperature: float) -> PreferenceDraw:
-    first = second = write_review(rng, gold)
+def draw_preference(
+    rng: random.Random, prompt: list[Message], facts: dict[str, str], temperature: float
+) -> PreferenceDraw:
+    first = second = write_review(rng, facts)
     while second == first:
-        second = write_review(rng, gold)
-    utilities = gold_utility(gold, first), gold_utility(gold, second)
+        second = write_review(rng, facts)
+    utilities = gold_utility(facts, first), gold_utility(facts, second)
     if rng.random() >= preference_probability(*utilities, temperature):
         first, second, utilities = second, first, utilities[::-1]
-    row = {"prompt": prompt, "chosen": [assistant(first)], "rejected": [assistant(second)]}
-    return PreferenceDraw(row, *utilities)
+    return PreferenceDraw(prompt, first, second, *utilities)
 
 
-def draw_prompt_rows(split: str, count: int, seed: int) -> list[Row]:
+def draw_prompts(split: Split, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Prompts with the facts that the gold utility needs."""
     rng = random.Random(f"{seed}-prompts-{split}")
-    return [{"prompt": prompt, "gold": gold} for prompt, gold in distinct_prompts(rng, split, count, seed)]
+    for prompt, facts in distinct_prompts(rng, split, count, seed):
+        yield {"prompt": prompt, "facts": {TASK: "film_reviews", **facts}}
 
 
 def distinct_prompts(
     rng: random.Random, split: str, count: int, seed: int
-) -> Iterator[tuple[Messages, dict[str, str]]]:
+) -> Iterator[tuple[list[Message], dict[str, str]]]:
     """Yield `count` prompts of the split, no two alike, with their facts."""
     seen: set[str] = set()
     while len(seen) < count:
-        gold = {
+        facts = {
             "film": f"{rng.choice(TITLE_FIRST_WORDS)} {rng.choice(TITLE_SECOND_WORDS)}",
             "genre": rng.choice(tuple(GENRE_WORDS)),
             "aspect": rng.choice(tuple(ASPECT_WORDS)),
         }
-        if split_of(gold, seed) != split:
+        if split_of(facts, seed) != split:
             continue
-        prompt = write_prompt(rng, gold)
+        prompt = write_prompt(rng, facts)
         if repr(prompt) not in seen:
             seen.add(repr(prompt))
-            yield prompt, gold
+            yield prompt, facts
 
 
-def split_of(gold: dict[str, str], seed: int) -> str:
+def split_of(facts: dict[str, str], seed: int) -> str:
     """The split that all prompts about this film and aspect belong to."""
-    digest = hashlib.sha256(f"{seed}-{gold['film']}-{gold['aspect']}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}-{facts['film']}-{facts['aspect']}".encode()).digest()
     return "eval" if int.from_bytes(digest[:4], "big") < EVAL_SHARE * 2**32 else "train"
 
 
-def write_prompt(rng: random.Random, gold: dict[str, str]) -> Messages:
+def write_prompt(rng: random.Random, facts: dict[str, str]) -> list[Message]:
     """A request in one of several phrasings: one in four after a system message, one in four on a second turn."""
     system = [{"role": "system", "content": rng.choice(SYSTEM_MESSAGES)}] if rng.random() < 0.25 else []
     if rng.random() >= 0.25:
-        return [*system, user(rng.choice(REQUESTS).format(**gold))]
+        return [*system, user(rng.choice(REQUESTS).format(**facts))]
     question, answer = rng.choice(FIRST_TURNS)
-    turns = [user(question.format(**gold)), assistant(answer.format(**gold))]
-    return [*system, *turns, user(rng.choice(SECOND_TURNS).format(**gold))]
+    turns = [user(question.format(**facts)), assistant(answer.format(**facts))]
+    return [*system, *turns, user(rng.choice(SECOND_TURNS).format(**facts))]
 
 
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def write_review(rng: random.Random, gold: dict[str, str]) -> str:
+def write_review(rng: random.Random, facts: dict[str, str]) -> str:
     """A review of one to six short sentences whose quality is drawn anew: mostly mediocre, rarely very good."""
     quality = rng.random()
     tone = pick(rng, {"warm": 0.15 + 0.4 * quality, "plain": 0.35, "cold": 0.5 - 0.4 * quality})
-    opening = write_opening(rng, gold, quality, tone)
-    body = write_body(rng, gold, quality, tone)
+    opening = write_opening(rng, facts, quality, tone)
+    body = write_body(rng, facts, quality, tone)
     shape = pick(rng, {"full": 0.2 + 0.4 * quality, "brief": 0.45 - 0.25 * quality, "rambling": 0.35 - 0.15 * quality})
     sentences = [rng.choice((opening, body))] if shape == "brief" else [opening, body, rng.choice(CLOSINGS[tone])]
     if shape == "rambling":
@@ -226,23 +215,23 @@ def write_review(rng: random.Random, gold: dict[str, str]) -> str:
     return " ".join(sentences)
 
 
-def write_opening(rng: random.Random, gold: dict[str, str], quality: float, tone: str) -> str:
+def write_opening(rng: random.Random, facts: dict[str, str], quality: float, tone: str) -> str:
     adjective = rng.choice(ADJECTIVES[tone])
     if rng.random() >= 0.4 + 0.4 * quality:
         subject = rng.choice(("it", "this"))
         return rng.choice(VAGUE_OPENINGS).format(subject=subject, adjective=adjective, a_adjective=article(adjective))
-    genre = gold["genre"] if rng.random() < 0.6 + 0.3 * quality else rng.choice(tuple(GENRE_WORDS))
+    genre = facts["genre"] if rng.random() < 0.6 + 0.3 * quality else rng.choice(tuple(GENRE_WORDS))
     noun = rng.choice(GENRE_WORDS[genre][1:])
-    return rng.choice(OPENINGS).format(film=gold["film"], a_adjective=article(adjective), genre=genre, genre_noun=noun)
+    return rng.choice(OPENINGS).format(film=facts["film"], a_adjective=article(adjective), genre=genre, genre_noun=noun)
 
 
-def write_body(rng: random.Random, gold: dict[str, str], quality: float, tone: str) -> str:
+def write_body(rng: random.Random, facts: dict[str, str], quality: float, tone: str) -> str:
     """A sentence on the aspect asked for, on another one, or on nothing of the film."""
     topic = pick(rng, {"asked": 0.4 + 0.4 * quality, "other": 0.4 - 0.25 * quality, "idle": 0.2 - 0.15 * quality})
     if topic == "idle":
         return rng.choice(IDLE_SENTENCES)
-    others = [name for name in ASPECT_WORDS if name != gold["aspect"]]
-    nouns = rng.sample(ASPECT_WORDS[gold["aspect"] if topic == "asked" else rng.choice(others)], 2)
+    others = [name for name in ASPECT_WORDS if name != facts["aspect"]]
+    nouns = rng.sample(ASPECT_WORDS[facts["aspect"] if topic == "asked" else rng.choice(others)], 2)
     adjectives = rng.sample(ADJECTIVES[tone], 2)
     return rng.choice(ASPECT_SENTENCES).format(
         noun=nouns[0], other_noun=nouns[1], adjective=adjectives[0], other_adjective=adjectives[1]

@@ -1,5 +1,6 @@
 """Token tables: their rows, columns, types and bytes."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +125,64 @@ MARGIN_CASES = tuple(
     for split in SPLITS
     for use in (True, False)
 )
+
+
+MESSAGES = '[{"role": "user", "content": "why?"}]'
+TEXT_FAULTS: tuple[tuple[str, str | None], ...] = (
+    ("null", None),
+    ("empty", ""),
+    ("no JSON", "{'a': 1}"),
+    ("a number", "3"),
+    ("JSON's null", "null"),
+    ("half a surrogate pair", MESSAGES.replace("why", "\\ud800")),
+    ("a role that there is not", MESSAGES.replace("user", "critic")),
+    ("a key twice", '{"task": "film_reviews", "task": "film_reviews"}'),
+    ("a number beyond float64", '{"answer": 1e999}'),
+    ("100,000 nested brackets", "[" * 100_000),
+    ("a task with a newline in its name", '{"task": "film\\nerror: reviews"}'),
+    ("a task that is a list", '{"task": [["film_reviews"]]}'),
+    ("a task without its facts", '{"task": "film_reviews", "film": 3}'),
+)
+# Facts name a task only to whoever grades, and messages are no facts.
+OF_GRADING = ("a task with", "a task that")
+TEXT_CASES = tuple(
+    case(
+        f"{column} of row 2: {what}",
+        stage,
+        "prompts",
+        split,
+        setting(column, 2, text),
+        "accepted" if column == "facts" and what.startswith(OF_GRADING) and stage == "train_ppo" else "refused",
+    )
+    for stage, split in read_by("prompts")
+    for column in ("messages", "facts")
+    for what, text in TEXT_FAULTS
+)
+FACTS: tuple[tuple[str, Any, Expected], ...] = (
+    ("a list", ["film_reviews"], "refused"),
+    ("null", None, "refused"),
+    ("half a surrogate pair", {"answer": "\ud800"}, "refused"),
+    ("an unknown task", {"task": "film_reveiws"}, "refused"),
+    ("a task without its facts", {"task": "film_reviews"}, "refused"),
+    ("a film of one letter", {"task": "film_reviews", "film": "a", "genre": "war", "aspect": "plot"}, "accepted"),
+    ("none of a task", {"answer": [1.5, "é"], "\u2028": {"\n": True}}, "accepted"),
+    ("nothing", {}, "accepted"),
+)
+
+
+def prepared_facts(what: str, facts: Any, expected: Expected) -> Case:
+    """In a prepared row, from which they go into the table and to whoever grades."""
+
+    def prepare(folder: Path) -> None:
+        path = folder / "data/prepared/prompts/eval.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows[2]["facts"] = facts
+        put(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    return Case(f"facts of a prepared prompt: {what}", prepare, ("tokenize_data@prompts", "evaluate@ppo"), expected)
+
+
+FACTS_CASES = tuple(prepared_facts(*given) for given in FACTS)
 
 
 def all_false(columns: Columns) -> None:
@@ -256,8 +315,8 @@ def mutated(draw: random.Random) -> Case:
 
 AREA = Area(
     needs=("data/prepared", "data/tokens", "data/ref_logprobs", "models"),
-    named=(*FROM_OTHERS, *MASK_CASES, *MARGIN_CASES, *ROW_CASES, *SCHEMA_CASES, *FILE_CASES),
-    systematic=ID_CASES,
+    named=(*FROM_OTHERS, *MASK_CASES, *MARGIN_CASES, *FACTS_CASES, *ROW_CASES, *SCHEMA_CASES, *FILE_CASES),
+    systematic=(*ID_CASES, *TEXT_CASES),
     mutated=mutated,
     share=0.09,
 )

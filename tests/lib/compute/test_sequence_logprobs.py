@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.lib.compute.sequence_logprobs import all_pair_logps
+from stages.lib.compute.sequence_logprobs import all_pair_logps, all_response_logps
 from stages.lib.models.token_logprobs import TokenLogProbs
 from tests.tiny_models import EOS, batching, tiny_llama
 
@@ -18,7 +18,10 @@ PAIRS = {
 @pytest.mark.parametrize("budget", [1, 20, 1000])
 def test_sums_are_those_of_each_sequence_alone(budget: int, packing: bool) -> None:
     model = tiny_llama()
-    result = all_pair_logps(TokenLogProbs(model), PAIRS, batching(budget, packing))
+    module, plan = TokenLogProbs(model), batching(budget, packing)
+    result = all_pair_logps(module, PAIRS, plan)
+    responses = all_response_logps(module, PAIRS["prompt_ids"], PAIRS["chosen_ids"], plan)
+    assert responses.tolist() == pytest.approx(result.chosen.tolist(), abs=1e-4)
     for name, sums in (("chosen_ids", result.chosen), ("rejected_ids", result.rejected)):
         for row, completion in enumerate(PAIRS[name]):
             prompt = PAIRS["prompt_ids"][row]

@@ -1,11 +1,12 @@
 import json
 import struct
+from typing import get_args
 
 import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError, UnusableRowError
-from stages.lib.data.formats import READERS, FormatOfRows, detect_format, read_example
+from stages.lib.data.formats import READERS, WITHOUT_PAIRS, Format, FormatOfRows, detect_format, read_example
 from tests.real_files import real_file
 
 
@@ -44,6 +45,11 @@ REPLIES = {
     "prompt_completion": {"prompt": PROMPT, "completion": [bot("yes")]},
     "sharegpt": {"conversations": [*SHAREGPT, {"from": "gpt", "value": "yes"}]},
 }
+
+
+def test_the_formats_that_can_be_named_are_those_that_can_be_read():
+    assert set(READERS) == set(get_args(Format)) == PAIRS.keys() | REPLIES.keys()
+    assert set(WITHOUT_PAIRS) == REPLIES.keys()
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -26,11 +26,19 @@ from stages.lib.models.tokenizer_files import (
     tokenizer_hash,
 )
 
+MESSAGES = '[{"content": "?", "role": "user"}]'
+
 
 def prompts(count):
     """Rows whose ids tell their number; every third row of the prepared file was dropped."""
     rows = [number for number in range(2 * count) if number % 3 != 2][:count]
-    return {"row": rows, "prompt_ids": [[row % 7] * (row % 5) + [row] for row in rows]}
+    return with_texts({"row": rows, "prompt_ids": [[row % 7] * (row % 5) + [row] for row in rows]})
+
+
+def with_texts(columns):
+    """The same messages and facts in every row."""
+    count = len(columns["row"])
+    return columns | {"messages": [MESSAGES] * count, "facts": ['{"task": "sums"}'] * count}
 
 
 def test_a_table_comes_back(tmp_path):
@@ -61,8 +69,8 @@ def test_batches_have_a_fixed_size_and_bytes_do_not_depend_on_how_rows_came(tmp_
     columns = prompts(2500)
     write_table(tmp_path / "whole.arrow", columns, PROMPT_SCHEMA)
     with TableWriter(tmp_path / "rows.arrow", PROMPT_SCHEMA) as writer:
-        for row, ids in zip(*columns.values(), strict=True):
-            writer.append({"row": row, "prompt_ids": ids})
+        for values in zip(*columns.values(), strict=True):
+            writer.append(dict(zip(columns, values, strict=True)))
     assert writer.rows == 2500
     assert file_hash(tmp_path / "whole.arrow") == file_hash(tmp_path / "rows.arrow")
     with pa.OSFile(str(tmp_path / "whole.arrow")) as file, pa.ipc.open_stream(file) as stream:
@@ -83,11 +91,13 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "t.arrow"
     with pytest.raises(StageError, match=r"t\.arrow does not exist"):
         read_table(path, PROMPT_SCHEMA)
-    write_table(path, {"row": [], "prompt_ids": []}, PROMPT_SCHEMA)
+    write_table(path, prompts(0), PROMPT_SCHEMA)
     with pytest.raises(StageError, match=r"t\.arrow holds no rows"):
         read_table(path, PROMPT_SCHEMA)
     write_table(path, prompts(5), PROMPT_SCHEMA)
-    with pytest.raises(StageError, match=r"t\.arrow: expected columns .*chosen_ids.*, found row \(int32\), prompt_ids"):
+    with pytest.raises(
+        StageError, match=r"t\.arrow: expected columns .*chosen_ids.*, found row \(int32\), prompt_ids.*; run the "
+    ):
         read_table(path, PREFERENCE_SCHEMA)
     write_table(path, prompts(2500), PROMPT_SCHEMA)
     whole = path.read_bytes()
@@ -102,7 +112,7 @@ def test_columns_must_be_those_of_the_schema_and_of_one_length(tmp_path):
     with pytest.raises(ValueError, match="are not those of the schema"):
         write_table(tmp_path / "t.arrow", {"row": [1]}, PROMPT_SCHEMA)
     with pytest.raises(ValueError, match="shorter"):
-        write_table(tmp_path / "t.arrow", {"row": [1, 2], "prompt_ids": [[1]]}, PROMPT_SCHEMA)
+        write_table(tmp_path / "t.arrow", with_texts({"row": [1, 2], "prompt_ids": [[1]]}), PROMPT_SCHEMA)
 
 
 SMALL = ModelFacts("llama", vocab_size=12, positions=5, has_classifier=True, attention_kernels=frozenset({"sdpa"}))
@@ -120,10 +130,10 @@ def test_a_row_of_more_tokens_than_positions_is_named(tmp_path):
 @pytest.mark.parametrize("foreign", [12, -1])
 def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path, foreign):
     ids = [[0, 11]] * 1500
-    write_table(tmp_path / "t.arrow", {"row": range(10, 1510), "prompt_ids": ids}, PROMPT_SCHEMA)
+    write_table(tmp_path / "t.arrow", with_texts({"row": range(10, 1510), "prompt_ids": ids}), PROMPT_SCHEMA)
     check_table_fits(read_table(tmp_path / "t.arrow", PROMPT_SCHEMA), SMALL, tmp_path / "t.arrow")
     ids[1200] = [3, foreign, 4]
-    write_table(tmp_path / "u.arrow", {"row": range(10, 1510), "prompt_ids": ids}, PROMPT_SCHEMA)
+    write_table(tmp_path / "u.arrow", with_texts({"row": range(10, 1510), "prompt_ids": ids}), PROMPT_SCHEMA)
     message = rf"u\.arrow, row 1210, prompt_ids: token id {foreign} is outside the vocabulary of 12"
     with pytest.raises(StageError, match=message):
         check_table_fits(read_table(tmp_path / "u.arrow", PROMPT_SCHEMA), SMALL, tmp_path / "u.arrow")
@@ -194,7 +204,7 @@ NAN, INFINITE = float("nan"), float("inf")
 GOOD = {
     "sft": (SFT_SCHEMA, {"input_ids": [1, 2], "loss_mask": [False, True]}),
     "preference": (PREFERENCE_SCHEMA, {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None}),
-    "prompts": (PROMPT_SCHEMA, {"prompt_ids": [1]}),
+    "prompts": (PROMPT_SCHEMA, {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}"}),
     "reference": (REFERENCE_SCHEMA, {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}),
 }
 FAULTS = [
@@ -219,6 +229,12 @@ FAULTS = [
     ("sft", "loss_mask", [False, True, True], "the mask has another length than input_ids"),
     ("sft", "loss_mask", [False, False], "the mask is false everywhere"),
     ("sft", "loss_mask", [True, True], "the mask is true at the first token"),
+    ("prompts", "messages", None, "the text is null"),
+    ("prompts", "messages", "[]", "expected messages, found an empty list"),
+    ("prompts", "messages", '[{"role": "user"}]', "message 1: expected a message with 'role' and 'content'"),
+    ("prompts", "facts", None, "the text is null"),
+    ("prompts", "facts", "[]", "expected an object, found list"),
+    ("prompts", "facts", "{", "not valid JSON"),
     *(("preference", "margin", value, "the margin is not a finite number") for value in (-1.0, NAN, INFINITE)),
     ("reference", "reference_chosen_logps", None, "the log-prob is null"),
     ("reference", "reference_rejected_logps", NAN, "the log-prob is not a finite number"),
@@ -241,8 +257,9 @@ def test_a_value_that_no_stage_writes_is_named_with_its_row(tmp_path, kind, colu
     with pytest.raises(StageError) as refused:
         read_table(tmp_path / "bad.arrow", schema)
     where = "" if column == "row" else f", row {place}"
-    assert str(refused.value).startswith(f"{tmp_path}/bad.arrow{where}, {column}: ")
+    assert str(refused.value).startswith(f"{tmp_path}/bad.arrow{where}, {column}")
     assert message in str(refused.value)
+    assert str(refused.value).endswith("; run the stage that writes it again")
 
 
 def write_rows(path, rows, schema):
@@ -251,7 +268,7 @@ def write_rows(path, rows, schema):
 
 def test_offsets_that_point_outside_are_not_followed(tmp_path):
     path = tmp_path / "t.arrow"
-    write_table(path, {"row": [0, 1], "prompt_ids": [[7, 7], [7]]}, PROMPT_SCHEMA)
+    write_table(path, with_texts({"row": [0, 1], "prompt_ids": [[7, 7], [7]]}), PROMPT_SCHEMA)
     content, offsets = path.read_bytes(), b"".join(number.to_bytes(4, "little") for number in (0, 2, 3))
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, b"".join(number.to_bytes(4, "little") for number in (0, 2, 10**8))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,27 @@ def test_a_chunk_comes_back_to_the_last_bit() -> None:
     value, computed = keep()
     assert (value, computed) == (VALUE, False)
     assert value["reward"][0] == 0.1 + 0.2
+
+
+def test_the_chunks_of_all_rows_are_joined_in_order() -> None:
+    runtime = replace(read_runtime("evaluate"), rows_per_partial_result=2)
+    computed: list[range] = []
+
+    def compute(chunk: range) -> dict[str, list]:
+        computed.append(chunk)
+        if chunk.start == 4:
+            raise KeyboardInterrupt
+        return {"reward": [row / 10 for row in chunk]}
+
+    def keep_all(count: int) -> dict[str, list]:
+        with PartialResults("evaluate", {}, [], {}, runtime, Processes(0, 1, CPU)) as this_run:
+            return this_run.keep_all("pairs", count, {"reward": NUMBER}, compute)
+
+    with pytest.raises(KeyboardInterrupt):
+        keep_all(5)
+    assert computed == [range(2), range(2, 4), range(4, 5)]
+    assert keep_all(4) == {"reward": [0.0, 0.1, 0.2, 0.3]}
+    assert len(computed) == 3  # the first two were kept
 
 
 def again_with_a_warning(scratch: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,7 @@ from stages.lib.tasks.film_gold import (
     preference_probability,
 )
 
-GOLD = {"film": "silver harbor", "genre": "thriller", "aspect": "music"}
+FACTS = {"film": "silver harbor", "genre": "thriller", "aspect": "music"}
 GOOD = (
     "silver harbor is a wonderful thriller film. the music is superb and the score feels gentle. "
     "i would gladly see it again."
@@ -55,18 +55,18 @@ BAD = "silver harbor tells a dull tale of jokes. the cast is awful. the cast is 
     ],
 )
 def test_hand_worked_utilities(response, terms):
-    assert gold_utility(GOLD, response) == pytest.approx(sum(terms))
+    assert gold_utility(FACTS, response) == pytest.approx(sum(terms))
 
 
 def test_better_reviews_score_higher():
-    assert gold_utility(GOLD, GOOD) > gold_utility(GOLD, MEDIOCRE) > gold_utility(GOLD, BAD)
+    assert gold_utility(FACTS, GOOD) > gold_utility(FACTS, MEDIOCRE) > gold_utility(FACTS, BAD)
 
 
 def test_a_good_review_answers_its_own_prompt_only():
-    own = gold_utility(GOLD, GOOD)
-    assert gold_utility(GOLD | {"film": "broken tower"}, GOOD) == pytest.approx(own - 0.5)
-    assert gold_utility(GOLD | {"genre": "war"}, GOOD) == pytest.approx(own - 2 * 0.5)
-    assert gold_utility(GOLD | {"aspect": "plot"}, GOOD) == pytest.approx(own - 1.5 - 2 * 0.5)
+    own = gold_utility(FACTS, GOOD)
+    assert gold_utility(FACTS | {"film": "broken tower"}, GOOD) == pytest.approx(own - 0.5)
+    assert gold_utility(FACTS | {"genre": "war"}, GOOD) == pytest.approx(own - 2 * 0.5)
+    assert gold_utility(FACTS | {"aspect": "plot"}, GOOD) == pytest.approx(own - 1.5 - 2 * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_good_review_answers_its_own_prompt_only():
     ],
 )
 def test_degenerate_texts_score_well_below_an_honest_review(degenerate):
-    assert gold_utility(GOLD, degenerate) <= gold_utility(GOLD, GOOD) - 2.0
+    assert gold_utility(FACTS, degenerate) <= gold_utility(FACTS, GOOD) - 2.0
 
 
 def test_word_groups_share_no_word():
@@ -94,18 +94,18 @@ def test_word_groups_share_no_word():
 
 
 @pytest.mark.parametrize(
-    ("gold", "message"),
+    ("facts", "message"),
     [
-        ({"film": "silver harbor", "genre": "thriller"}, "expected an object with the texts"),
-        (GOLD | {"film": 3}, "expected an object with the texts"),
-        ("thriller", "expected an object with the texts"),
-        (GOLD | {"genre": "thrillre"}, "gold genre 'thrillre' is not one of: thriller, comedy"),
-        (GOLD | {"aspect": "sound"}, "gold aspect 'sound' is not one of: acting, music"),
+        ({"film": "silver harbor", "genre": "thriller"}, "expected the texts 'film', 'genre' and 'aspect'"),
+        (FACTS | {"film": 3}, "expected the texts"),
+        ({}, "facts {}: expected the texts"),
+        (FACTS | {"genre": "thrillre"}, "the fact genre 'thrillre' is not one of: thriller, comedy"),
+        (FACTS | {"aspect": "sound"}, "the fact aspect 'sound' is not one of: acting, music"),
     ],
 )
-def test_facts_of_another_task_are_refused(gold, message):
+def test_facts_of_another_task_are_refused(facts, message):
     with pytest.raises(StageError) as caught:
-        gold_utility(gold, GOOD)
+        gold_utility(facts, GOOD)
     assert message in str(caught.value)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.params import build
+from stages.lib.data.prompts import Prompt
 from stages.lib.tasks import film_gold
 from stages.lib.tasks.film_reviews import (
     TITLE_FIRST_WORDS,
@@ -22,7 +23,9 @@ from stages.lib.tasks.film_reviews import (
     FilmReviewSettings,
     distinct_prompts,
     draw_preferences,
-    generate,
+    grade,
+    known,
+    rows,
     write_review,
 )
 
@@ -30,9 +33,17 @@ SETTINGS = FilmReviewSettings(sft_rows=300, preference_rows=300, prompt_rows=300
 KINDS = ("sft", "preference", "prompts")
 
 
+def rows_by_file(settings, seed):
+    """kind → split → what the rows hold."""
+    found = {kind: {"train": [], "eval": []} for kind in KINDS}
+    for row in rows(settings, seed):
+        found[row.kind][row.split].append(row.values)
+    return found
+
+
 @cache
 def generated():
-    return generate(SETTINGS, 17)
+    return rows_by_file(SETTINGS, 17)
 
 
 def prompt_of(row):
@@ -53,24 +64,24 @@ def facts_of(prompt):
 
 
 def test_row_counts():
-    counts = {kind: {split: len(rows) for split, rows in splits.items()} for kind, splits in generated().rows.items()}
+    counts = {kind: {split: len(rows) for split, rows in splits.items()} for kind, splits in generated().items()}
     assert counts == {kind: {"train": 300, "eval": 120} for kind in KINDS}
 
 
 def test_rows_have_the_prepared_form():
     for kind, keys in {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected"}}.items():
-        assert all(set(row) == keys for split in generated().rows[kind].values() for row in split)
-    for row in generated().rows["prompts"]["eval"]:
-        assert set(row) == {"prompt", "gold"}
-        assert row["gold"] == facts_of(row["prompt"])
-    for row in generated().rows["preference"]["train"]:
+        assert all(set(row) == keys for split in generated()[kind].values() for row in split)
+    for row in generated()["prompts"]["eval"]:
+        assert set(row) == {"prompt", "facts"}
+        assert row["facts"] == {"task": "film_reviews", **facts_of(row["prompt"])}
+    for row in generated()["preference"]["train"]:
         assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant"] * 2
         assert row["chosen"] != row["rejected"]
-    assert all(row["messages"][-1]["role"] == "assistant" for row in generated().rows["sft"]["train"])
+    assert all(row["messages"][-1]["role"] == "assistant" for row in generated()["sft"]["train"])
 
 
 def test_prompts_vary_in_form():
-    roles = [tuple(message["role"] for message in prompt_of(row)) for row in generated().rows["prompts"]["train"]]
+    roles = [tuple(message["role"] for message in prompt_of(row)) for row in generated()["prompts"]["train"]]
     shares = {form: roles.count(form) / len(roles) for form in set(roles)}
     second_turn = ("user", "assistant", "user")
     expected = {
@@ -80,13 +91,13 @@ def test_prompts_vary_in_form():
         ("system", *second_turn): 1 / 16,
     }
     assert shares == pytest.approx(expected, abs=4 * math.sqrt(0.25 / len(roles)))
-    assert max(len(text_of(prompt_of(row)).split()) for row in generated().rows["prompts"]["train"]) <= 60
+    assert max(len(text_of(prompt_of(row)).split()) for row in generated()["prompts"]["train"]) <= 60
 
 
 def test_no_prompt_is_in_train_and_eval():
     texts, topics = {}, {}
     for split in ("train", "eval"):
-        prompts = [prompt_of(row) for kind in KINDS for row in generated().rows[kind][split]]
+        prompts = [prompt_of(row) for kind in KINDS for row in generated()[kind][split]]
         texts[split] = {json.dumps(prompt) for prompt in prompts}
         topics[split] = {(facts_of(prompt)["film"], facts_of(prompt)["aspect"]) for prompt in prompts}
     assert not texts["train"] & texts["eval"]
@@ -95,13 +106,13 @@ def test_no_prompt_is_in_train_and_eval():
 
 def test_prompts_of_a_file_are_distinct():
     for kind in KINDS:
-        for rows in generated().rows[kind].values():
-            assert len({json.dumps(prompt_of(row)) for row in rows}) == len(rows)
+        for found in generated()[kind].values():
+            assert len({json.dumps(prompt_of(row)) for row in found}) == len(found)
 
 
 def test_reviews_are_short_and_end():
     rng = random.Random(1)
-    reviews = [write_review(rng, gold) for _, gold in distinct_prompts(rng, "train", 2000, 17)]
+    reviews = [write_review(rng, facts) for _, facts in distinct_prompts(rng, "train", 2000, 17)]
     lengths = [len(review.split()) for review in reviews]
     assert all(review.endswith(".") for review in reviews)
     assert min(lengths) >= 4
@@ -112,7 +123,7 @@ def test_reviews_are_short_and_end():
 def test_there_is_much_to_gain_over_the_average_review():
     rng = random.Random(2)
     utilities = [
-        film_gold.gold_utility(gold, write_review(rng, gold)) for _, gold in distinct_prompts(rng, "train", 2000, 17)
+        film_gold.gold_utility(facts, write_review(rng, facts)) for _, facts in distinct_prompts(rng, "train", 2000, 17)
     ]
     best = 5.0
     label_noise = math.pi / math.sqrt(3)  # standard deviation of the logistic distribution of scale 1
@@ -123,7 +134,7 @@ def test_there_is_much_to_gain_over_the_average_review():
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_labels_agree_with_the_gold_as_often_as_bayes_accuracy_says(temperature):
-    pairs = draw_preferences("train", 6000, 5, temperature)
+    pairs = [*draw_preferences("train", 6000, 5, temperature)]
     agreement = statistics.mean(
         1.0
         if pair.chosen_utility > pair.rejected_utility
@@ -151,18 +162,27 @@ def test_near_ties_are_decided_by_chance():
 
 def test_bayes_accuracy_is_that_of_the_eval_pairs():
     chances = []
-    for row in generated().rows["preference"]["eval"]:
+    for row in generated()["preference"]["eval"]:
         facts = facts_of(row["prompt"])
         better, worse = (film_gold.gold_utility(facts, text_of(row[side])) for side in ("chosen", "rejected"))
         chances.append(1 / (1 + math.exp(-abs(better - worse))))
-    assert generated().bayes_accuracy == pytest.approx(statistics.mean(chances))
+    assert known(SETTINGS, 17) == {"bayes_accuracy": pytest.approx(statistics.mean(chances))}
+
+
+def test_the_grade_of_a_response_is_its_gold_utility():
+    row = generated()["prompts"]["eval"][0]
+    prompt = Prompt(0, [1], row["prompt"], row["facts"])
+    review = f"{row['facts']['film']} is a lovely {row['facts']['genre']} film. i enjoyed every minute."
+    # title, genre, two warm words, 11 words or 1 short: 0.5 + 0.5 + 2.5 - 0.25
+    assert grade(prompt, review) == pytest.approx(3.25)
+    assert grade(prompt, "") == -3.5
 
 
 @pytest.mark.parametrize(
     ("setting", "changed"), [("sft_rows", "sft"), ("preference_rows", "preference"), ("prompt_rows", "prompts")]
 )
 def test_more_rows_of_one_kind_change_no_other_file(setting, changed):
-    before, after = generated().rows, generate(replace(SETTINGS, **{setting: 350}), 17).rows
+    before, after = generated(), rows_by_file(replace(SETTINGS, **{setting: 350}), 17)
     for kind in KINDS:
         assert after[kind]["eval"] == before[kind]["eval"]
         assert after[kind]["train"][:300] == before[kind]["train"]
@@ -171,8 +191,8 @@ def test_more_rows_of_one_kind_change_no_other_file(setting, changed):
 
 def test_seeds_kinds_and_splits_draw_from_generators_of_their_own():
     """Draws from one stream would share most prompts; independent draws of 300 among 250 000 share hardly any."""
-    other = generate(SETTINGS, 18).rows
-    files = [rows[kind][split] for rows in (generated().rows, other) for kind in KINDS for split in ("train", "eval")]
+    other = rows_by_file(SETTINGS, 18)
+    files = [found[kind][split] for found in (generated(), other) for kind in KINDS for split in ("train", "eval")]
     prompts = [{json.dumps(prompt_of(row)) for row in file} for file in files]
     assert max(len(a & b) for a, b in combinations(prompts, 2)) <= 5
 
@@ -181,13 +201,13 @@ def test_seeds_kinds_and_splits_draw_from_generators_of_their_own():
 def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
     code = (
         "import json, sys\n"
-        "from stages.lib.tasks.film_reviews import FilmReviewSettings, generate\n"
+        "from stages.lib.tasks.film_reviews import FilmReviewSettings, rows\n"
         "assert not {'numpy', 'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "print(json.dumps(generate(FilmReviewSettings(300, 300, 300, 120, 1.0), 17).rows))\n"
+        "print(json.dumps([*rows(FilmReviewSettings(300, 300, 300, 120, 1.0), 17)]))\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(process.stdout) == generated().rows
+    assert json.loads(process.stdout) == [list(row) for row in rows(SETTINGS, 17)]
 
 
 @pytest.mark.parametrize(
