@@ -13,8 +13,7 @@ SFT with 95 % intervals, length, EOS rate, distinct-n; and on held-out pairs the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +32,13 @@ from stages.lib.tasks.film_gold import gold_utility
 
 if not asks_for_help():
     import torch
+    from torch import nn
 
     from stages.lib.compute.batching import micro_batching, sampling_budget
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.compute.sequence_logprobs import all_pair_logps
+    from stages.lib.data.prompts import Prompt
     from stages.lib.data.token_tables import (
         PREFERENCE_SCHEMA,
         PROMPT_SCHEMA,
@@ -49,7 +50,8 @@ if not asks_for_help():
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
-    from stages.lib.rl.sampling import require_room, sample_responses
+    from stages.lib.rl.samplers.own import OwnSampler
+    from stages.lib.rl.sampling import require_room
     from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
 
 CHECKED_PAIRS = 32  # whose cached reference log-probs are computed again, to see whether they are what they claim
@@ -121,16 +123,8 @@ class HeldOut:
 class Policy:
     """A frozen language model under evaluation."""
 
-    log_probs: TokenLogProbs
-    call: Callable  # `log_probs`, sharded if runtime.yaml asks for it
-    config: Any
-
-    @contextmanager
-    def at(self, temperature: float) -> Iterator[None]:
-        """Log-probs of logits divided by `temperature`."""
-        self.log_probs.temperature = temperature
-        yield
-        self.log_probs.temperature = 1.0
+    call: Callable  # `TokenLogProbs`, sharded if runtime.yaml asks for it
+    language_model: nn.Module
 
 
 class Evaluation:
@@ -153,11 +147,12 @@ class Evaluation:
         self.eos_id, self.pad_id = end_and_pad_ids(sft)
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.sampling = sampling_budget(runtime)
+        self.decode = reply_decoder(sft)
 
     def load_policy(self, path: Path) -> Policy:
         model = load_language_model(path, self.loading)
         module = TokenLogProbs(model, chunk_tokens=self.runtime.logits_chunk_tokens)
-        return Policy(module, frozen(module, self.runtime, self.processes), model.config)
+        return Policy(frozen(module, self.runtime, self.processes), model)
 
     def load_reward_model(self, path: Path) -> Callable:
         classifier = load_classifier(path, self.loading)
@@ -165,42 +160,42 @@ class Evaluation:
 
     def sample(self, policy: Policy, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
         """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
-        return self.sampling.attempt(
-            lambda: sample_responses(
-                policy.call,
-                prompts,
-                rows,
-                config=policy.config,
-                seed=self.seed,
-                step=SAMPLING_STEP,
-                temperature=self.settings.temperature,
-                max_new_tokens=self.settings.max_new_tokens,
-                eos_id=self.eos_id,
-                pad_id=self.pad_id,
-                batch_size=self.sampling.size,
-                processes=self.processes,
-            )
+        sampler = OwnSampler(
+            policy.call,
+            policy.language_model,
+            self.seed,
+            self.settings.temperature,
+            self.settings.max_new_tokens,
+            self.eos_id,
+            self.pad_id,
+            self.decode,
+            self.sampling,
+            self.processes,
+            by_row=True,
         )
+        wanted = [Prompt(row, ids, [], {}) for row, ids in zip(rows, prompts, strict=True)]
+        return [episode.ids for episode in sampler.sample(wanted, SAMPLING_STEP)]
 
     def judge(
         self, prompts: list[list[int]], responses: list[list[int]], policy: Policy, sft: Policy, scorer: Callable
     ) -> tuple[list[float], list[float]]:
         """(rewards, KL to SFT) of each response."""
+        temperature = self.settings.temperature or 1.0
 
         def passes() -> dict[int, tuple[float, float]]:
             found = {}
             for batch in self.batching.sequences(prompts, responses):
                 scores = scorer(*batch.inputs, batch.end_mask).tolist()
                 logps, sft_logps = (
-                    batch.on_completions(model.call(*batch.inputs, batch.completion_mask)[0]).sum(dim=-1)
+                    batch.on_completions(model.call(*batch.inputs, batch.completion_mask, temperature).logps).sum(
+                        dim=-1
+                    )
                     for model in (policy, sft)
                 )
                 found |= dict(zip(batch.rows, zip(scores, (logps - sft_logps).tolist(), strict=True), strict=True))
             return found
 
-        temperature = self.settings.temperature or 1.0
-        with policy.at(temperature), sft.at(temperature):
-            found = self.batching.budget.attempt(passes)
+        found = self.batching.budget.attempt(passes)
         rewards, kl = (list(column) for column in zip(*self.processes.gather_rows(found), strict=True))
         return rewards, kl
 
@@ -263,15 +258,14 @@ def main(
         processes.in_main(lambda: held_out.require_made_from_each_other(sft, this_run.scratch.input_hashes))
         evaluation = Evaluation(settings, seed, runtime, processes, sft, trust_remote_code=trust_remote_code)
         models = {path: evaluation.load_policy(path) for path in dict.fromkeys((sft, policy))}
-        held_out.require_fit(models[policy].config, settings.max_new_tokens)
+        held_out.require_fit(models[policy].language_model.config, settings.max_new_tokens)
         scorer = evaluation.load_reward_model(reward_model)
-        decode = reply_decoder(sft)
         judged = {}
         for name, path in {"sft": sft, "policy": policy}.items():
             if path in judged:
                 continue
             answers = answer_and_judge(this_run, evaluation, name, held_out.prompts, models[path], models[sft], scorer)
-            texts = [decode(response) for response in answers["ids"]]
+            texts = [evaluation.decode(response) for response in answers["ids"]]
             judged[path] = Responses(**answers, texts=texts, gold=gold_of(held_out.rows, texts))
             this_run.say(f"evaluate {policy.name}: {path} answered {len(texts)} prompts")
         results = compare(judged[policy], judged[sft], evaluation.eos_id, settings, seed)

@@ -152,25 +152,22 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
 def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
     from stages.lib.command.params import read_params
     from stages.lib.compute.processes import Processes
+    from stages.lib.models.pretrained import Loading
     from stages.lib.settings.runtime import read_runtime
     from stages.lib.settings.train_ppo import TrainPpo
-    from stages.train_ppo import Ppo
+    from stages.train_ppo import load_parts
 
     alone = Processes(0, 1, torch.device("cpu"))
     with inside(adapted):
         settings = read_params("train_ppo", TrainPpo)
-        ppo = Ppo(
-            settings,
-            17,
-            read_runtime("train_ppo"),
-            alone,
-            Path("models/ppo"),
-            Path("models/rm"),
-            trust_remote_code=False,
-        )
-    trained = {id(weight) for engine in (ppo.policy, ppo.critic) for weight in engine.module.parameters()}
+        loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
+        folders = (Path("models/ppo"), Path("models/rm"))
+        parts = load_parts(settings, 17, loading, alone, *folders, lambda: None)
+    trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.engine.module.parameters()}
     frozen = [
-        weight for module in (ppo.reference.module.module, ppo.reward_model.module) for weight in module.parameters()
+        weight
+        for module in (parts.policy.reference.module.module, parts.critic.reward_model.module)
+        for weight in module.parameters()
     ]
     assert sum(weight.numel() for weight in frozen if id(weight) not in trained) == 32  # the reward model's head
 

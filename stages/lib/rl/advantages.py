@@ -1,10 +1,98 @@
-"""Token rewards of an RLHF episode, generalised advantage estimates (GAE), and whitening over the global batch.
+"""Advantages: generalised advantage estimates (GAE) from token rewards, and rewards relative to those of a group.
 
-Time t runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not
-there, whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
+`gae` and `group_relative` take the rollouts of a phase; what they are made of stands below them. Time t runs over
+response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not there, whatever
+they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
 """
 
+from typing import Literal, Protocol
+
 import torch
+
+from stages.lib.rl.rollouts import Rollouts
+
+
+class GaeSettings(Protocol):
+    """What `gae` reads of a section of params.yaml."""
+
+    @property
+    def gamma(self) -> float: ...
+
+    @property
+    def lam(self) -> float: ...
+
+    @property
+    def whiten_advantages(self) -> bool: ...
+
+
+class GroupSettings(Protocol):
+    """What `group_relative` reads of a section of params.yaml."""
+
+    @property
+    def advantage_scale(self) -> Literal["group_std", "none"]: ...
+
+    @property
+    def advantage_epsilon(self) -> float: ...
+
+
+@torch.no_grad()
+def gae(
+    rollouts: Rollouts, kl: torch.Tensor, kl_coef: float, settings: GaeSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE of each response's reward at its end and a KL penalty at each token, whitened over all rollouts if asked for.
+
+    Args:
+        kl: estimates at each token, (b, t).
+    Returns:
+        (advantages, returns), each (b, t); the returns are never whitened.
+    """
+    mask = rollouts.response_mask
+    rewards = token_rewards(kl, rollouts.rewards, mask, kl_coef)
+    advantages, returns = generalized_advantages(rewards, rollouts.values, mask, settings.gamma, settings.lam)
+    if settings.whiten_advantages:
+        total, squares, count = masked_moments(advantages, mask)
+        mean = total / count
+        advantages = whiten(advantages, mask, mean, squares / count - mean * mean)
+    return advantages, returns
+
+
+@torch.no_grad()
+def group_relative(rollouts: Rollouts, settings: GroupSettings) -> tuple[torch.Tensor, None]:
+    """The advantage of each response within its prompt's samples, at each of its tokens, (b, t); there are no returns.
+
+    No critic and no discount: a response's tokens share its advantage.
+    """
+    scale, epsilon = settings.advantage_scale, settings.advantage_epsilon
+    advantages = group_relative_advantages(rollouts.groups(rollouts.rewards), scale=scale, epsilon=epsilon)
+    advantages = advantages.reshape(-1, 1)
+    return torch.where(rollouts.response_mask, advantages, 0.0), None
+
+
+@torch.no_grad()
+def group_relative_advantages(
+    rewards: torch.Tensor, *, scale: Literal["group_std", "none"], epsilon: float
+) -> torch.Tensor:
+    """A_i = (R_i - mean) / (s + epsilon) within each group (arXiv 2402.03300, section 4.1.2).
+
+    s is the group's standard deviation, dividing by its size less 1, or 1 with scale "none" (arXiv 2503.20783), which
+    does not favour prompts whose responses hardly differ. A group without variance teaches nothing: A is 0 exactly.
+
+    Args:
+        rewards: (groups, samples of each), at least 2 samples.
+        epsilon: above 0, in units of the reward; it bounds what becomes of differences that are next to none.
+    Returns:
+        (groups, samples), in the type of `rewards`.
+    """
+    values = rewards.double()
+    centred = values - values.mean(dim=1, keepdim=True)
+    if scale == "group_std":
+        centred = centred / (values.std(dim=1, keepdim=True) + epsilon)
+    return torch.where(without_variance(rewards)[:, None], 0.0, centred).to(rewards.dtype)
+
+
+def without_variance(rewards: torch.Tensor) -> torch.Tensor:
+    """True for each group whose rewards are all the same. (groups, samples) → (groups,)."""
+    return (rewards == rewards[:, :1]).all(dim=1)
 
 
 @torch.no_grad()

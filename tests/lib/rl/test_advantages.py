@@ -1,9 +1,22 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stages.lib.rl.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+from stages.lib.data.prompts import Prompt
+from stages.lib.rl.advantages import (
+    gae,
+    generalized_advantages,
+    group_relative,
+    group_relative_advantages,
+    masked_moments,
+    token_rewards,
+    whiten,
+    without_variance,
+)
+from stages.lib.rl.episodes import Episode
+from stages.lib.rl.rollouts import Rollouts
 
 NAN = math.nan
 
@@ -170,3 +183,62 @@ def test_targets_carry_no_gradient():
     mask = torch.ones(1, 3, dtype=torch.bool)
     for result in (*generalized_advantages(values, values, mask, 1.0, 1.0), whiten(values, mask, 0.0, 1.0)):
         assert not result.requires_grad
+
+
+def test_advantages_in_a_group_by_hand():
+    # Rewards 1, 2, 6: mean 3, deviations -2, -1, 3, squares 4 + 1 + 9 = 14, divided by 3 - 1: s = sqrt 7 = 2.6458.
+    # With the population's s, sqrt(14 / 3), the first would be -0.926.
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [-1.0, -1.0, -1.0]])
+    advantages = group_relative_advantages(rewards, scale="group_std", epsilon=1e-4)
+    assert advantages[0].tolist() == pytest.approx([-2 / 2.64585, -1 / 2.64585, 3 / 2.64585], abs=1e-4)
+    assert advantages[1].tolist() == [0, 0, 0]
+    advantages = group_relative_advantages(rewards, scale="none", epsilon=1e-4)
+    assert advantages.tolist() == [[-2, -1, 3], [0, 0, 0]]
+
+
+def test_epsilon_bounds_what_becomes_of_next_to_no_difference():
+    # s = 1e-5 * sqrt 2 is a seventh of epsilon 1e-4.
+    advantages = group_relative_advantages(torch.tensor([[0.0, 2e-5]]), scale="group_std", epsilon=1e-4)
+    assert advantages[0].tolist() == pytest.approx([-1e-5 / (1.41421e-5 + 1e-4), 1e-5 / (1.41421e-5 + 1e-4)], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7, 1e4])
+def test_a_group_without_variance_has_no_advantage_at_all(value):
+    """The mean of equal numbers is not always that number."""
+    for size in (3, 6, 7):
+        rewards = torch.full((1, size), value)
+        assert group_relative_advantages(rewards, scale="group_std", epsilon=1e-9).count_nonzero() == 0
+        assert without_variance(rewards).tolist() == [True]
+    assert without_variance(torch.tensor([[1.0, 1.0], [1.0, 1.5]])).tolist() == [True, False]
+
+
+def test_all_tokens_of_a_response_share_its_advantage():
+    prompts = [Prompt(0, [1], [], {}), Prompt(1, [2], [], {})]
+    episodes = [
+        Episode(prompt, [5] * 3, "", True, sample, None, [True] * 3) for prompt in prompts for sample in range(2)
+    ]
+    mask = torch.arange(3) < torch.tensor([[3], [1], [2], [2]])
+    rewards, numbers = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.zeros(4, 3)
+    settings = SimpleNamespace(advantage_scale="none", advantage_epsilon=1e-4)
+    advantages, returns = group_relative(Rollouts(episodes, rewards, rewards, mask, *[numbers] * 4), settings)
+    assert advantages.tolist() == [[-1, -1, -1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert returns is None
+
+
+def test_rewards_values_and_settings_come_together_in_gae():
+    """Against its parts, which are tested by hand above."""
+    generator = torch.Generator().manual_seed(3)
+    kl, values = torch.randn(2, 3, generator=generator), torch.randn(2, 3, generator=generator)
+    mask, rewards = torch.tensor([[True, True, True], [True, False, False]]), torch.tensor([1.0, -2.0])
+    episodes = [Episode(Prompt(row, [1], [], {}), [5], "", True, 0, None, [True]) for row in range(2)]
+    rollouts = Rollouts(episodes, rewards * 9, rewards, mask, kl, kl, kl, values)
+    settings = SimpleNamespace(gamma=0.9, lam=0.8, whiten_advantages=False)
+    expected = generalized_advantages(token_rewards(kl, rewards, mask, 0.3), values, mask, 0.9, 0.8)
+    plain, returns = gae(rollouts, kl, 0.3, settings)
+    assert torch.equal(plain, expected[0])
+    assert torch.equal(returns, expected[1])
+    settings.whiten_advantages = True
+    whitened, same = gae(rollouts, kl, 0.3, settings)
+    assert torch.equal(same, expected[1])
+    assert float(whitened[mask].mean()) == pytest.approx(0, abs=1e-6)
+    assert float(whitened[mask].var(unbiased=False)) == pytest.approx(1, abs=1e-5)
