@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
-from stages.lib.models.tokenizer_files import require_same_tokenizer, require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
@@ -36,24 +35,23 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.prompts import Prompt
-    from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
-    from stages.lib.models.pretrained import Loading, facts_of
+    from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
     from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.reward import scores_of
     from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, prompts_of_phase, read_rollouts, summary, values_before
+    from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary, values_before
     from stages.lib.rl.samplers.own import OwnSampler, own_sampler
-    from stages.lib.rl.sampling import require_room
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.trained_critic import TrainedCritic, load_critic
     from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.publish_policy import publish_policy
+    from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -77,7 +75,6 @@ COLUMNS = (
     "learning_rate",
     "value/learning_rate",
 )
-SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
 
 
 class Parts(NamedTuple):
@@ -148,10 +145,7 @@ def train(
             row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
             # 5. The coefficient of the next phase's KL.
             parts.kl_controller.update(row["objective/kl"], len(rollouts.episodes))
-        log.append(iteration, rollouts, kl)
-        this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
-        for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
-            this_run.say(line)
+        record_phase(this_run, log, iteration, rollouts, kl, row)
 
 
 def collect(settings: TrainPpo, parts: Parts, prompts: list[Prompt], iteration: int) -> Rollouts:
@@ -236,28 +230,22 @@ def main(
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime = read_runtime("train_ppo")
     processes = join_processes(runtime)
-    require_same_tokenizer(model, reward_model)
-    require_tokens_of(tokens / "train.arrow", model)
-    prompts = read_table(tokens / "train.arrow", PROMPT_SCHEMA)
+    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
     inputs = [tokens / "train.arrow", model, reward_model]
     declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     with TrainingRun("train_ppo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        quantization = quantization_of_base(settings.lora)
-        device, trusted = processes.device, trust_remote_code
-        loading = Loading(settings.precision, runtime, device, quantization, trust_remote_code=trusted)
+        quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
+        loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
         parts = load_parts(settings, seed, loading, processes, model, reward_model, this_run.may_stop)
-        check_table_fits(prompts, facts_of(parts.policy.language_model), tokens / "train.arrow")
-        where = f"{tokens / 'train.arrow'} with train_ppo.max_new_tokens"
-        require_room(prompts["prompt_ids"], parts.policy.language_model.config, settings.max_new_tokens, where)
+        require_fit(prompts, inputs[0], parts.policy.language_model, settings.max_new_tokens, "train_ppo")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
         train(settings, seed, prompts, parts, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        options = {"save_dtype": settings.save_dtype, "tokenizer_from": model}
-        publish_policy(this_run, parts.policy, log, results, **options)
+        publish_policy(this_run, parts.policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

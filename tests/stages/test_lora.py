@@ -28,7 +28,7 @@ RANK = 2
 BLOCK = {"rank": RANK, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
 BLOCK |= {"save_adapter": True}
 # The model that each stage starts from, in the pipeline that the fixture copies.
-BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft"}
+BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft", "grpo": "sft"}
 
 
 def use_lora(folder: Path, *stages: str, **changed: Any) -> Path:
@@ -41,7 +41,7 @@ def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny project with each training stage run anew with adapters, on the models that stood in it before."""
     folder = tmp_path_factory.mktemp("adapted") / "project"
     shutil.copytree(tiny, folder, symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
-    stages = ("train_ppo", "train_dpo", "train_rm", "train_sft")
+    stages = ("train_ppo", "train_grpo", "train_dpo", "train_rm", "train_sft")
     use_lora(folder, *stages)
     for stage in stages:
         call(folder, stage)

@@ -95,6 +95,18 @@ def without_variance(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards == rewards[:, :1]).all(dim=1)
 
 
+def group_summary(rollouts: Rollouts) -> dict[str, float]:
+    """The mean reward; of a group's responses the share that differ; the share of groups that teach nothing."""
+    size = rollouts.groups(rollouts.rewards).shape[1]
+    groups = [rollouts.responses[start : start + size] for start in range(0, len(rollouts.episodes), size)]
+    distinct = sum(len({tuple(ids) for ids in group}) for group in groups)
+    return {
+        "objective/rewards": float(rollouts.rewards.mean()),
+        "group/distinct": distinct / len(rollouts.episodes),
+        "group/without_variance": float(without_variance(rollouts.groups(rollouts.rewards)).float().mean()),
+    }
+
+
 @torch.no_grad()
 def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """r_t = -beta kl_t + 1[t is the last real token] score (arXiv 1909.08593, Eq 2; arXiv 2203.02155, Eq 2).

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,18 @@ class RolloutLog:
             own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
             for key in ("score", "kl", "ended"):
                 found[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
+            if self.with_samples:
+                found |= {f"{name}_{key}": value for key, value in shares_of_groups(own).items()}
         return found
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def shares_of_groups(rollouts: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a prompt's responses the share that differ, and the share of prompts whose responses are all scored alike."""
+    starts = [place for place, rollout in enumerate(rollouts) if rollout["sample"] == 0]
+    groups = [rollouts[start:end] for start, end in zip(starts, [*starts[1:], len(rollouts)], strict=True)]
+    distinct = sum(len({tuple(rollout["response_ids"]) for rollout in group}) for group in groups)
+    alike = sum(len({(rollout["score"], rollout["ended"]) for rollout in group}) == 1 for group in groups)
+    return {"distinct_share": distinct / len(rollouts), "without_variance_share": alike / len(groups)}

@@ -1,18 +1,13 @@
 """Rollouts: the episodes of a phase, and what policy, reference, critic and reward say of them, as aligned tensors."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 
-from stages.lib.compute.batching import MicroBatching, SequenceBatch, rows_of_step
-from stages.lib.data.prompts import Prompt, prompts_of
+from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.kl_control import kl_estimate
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class Rollouts(NamedTuple):
@@ -64,22 +59,6 @@ def summary(rollouts: Rollouts, kl: torch.Tensor) -> dict[str, float]:
         "response/eos_rate": float(rollouts.ended.float().mean()),
         "policy/entropy": float(entropies.sum() / mask.sum()),
     }
-
-
-class Phases(Protocol):
-    """What `prompts_of_phase` reads of a section of params.yaml."""
-
-    @property
-    def iterations(self) -> int: ...
-
-    @property
-    def rollout_batch_size(self) -> int: ...
-
-
-def prompts_of_phase(table: "Dataset", phase: int, settings: Phases, seed: int) -> list[Prompt]:
-    """The prompts of a phase (0-based); as many passes are made over the table as all phases take."""
-    passes = math.ceil(settings.iterations * settings.rollout_batch_size / len(table))
-    return prompts_of(table[rows_of_step(phase, len(table), settings.rollout_batch_size, passes, seed)])
 
 
 @torch.no_grad()

@@ -1,11 +1,31 @@
-"""What an RL stage publishes: its policy, the adapter if asked for, and the log of its rollouts."""
+"""What an RL stage records of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from stages.lib.rl.rollout_log import RolloutLog
+from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import TrainingRun
+
+SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
+
+
+def record_phase(
+    this_run: TrainingRun,
+    log: RolloutLog,
+    iteration: int,
+    rollouts: Rollouts,
+    kl: torch.Tensor,
+    row: Mapping[str, float],
+) -> None:
+    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is that of each token, (b, t)."""
+    log.append(iteration, rollouts, kl)
+    this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
+    for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
+        this_run.say(line)
 
 
 def publish_policy(
