@@ -192,8 +192,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
 
     def update() -> Cost:
         phase = phases[-1]
-        targets = gae(phase, phase.kl(settings.kl_estimator), settings.kl_coef, settings)
-        learners = train_ppo.learners(settings, parts, phase, *targets)
+        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings))
         train_ppo.update(settings, SEED, len(phases) - 1, *learners)
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]

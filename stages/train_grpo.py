@@ -42,6 +42,7 @@ if not asks_for_help():
     from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary
     from stages.lib.rl.samplers.own import OwnSampler, own_sampler
     from stages.lib.rl.score_normalisation import shape_scores
+    from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_critic import load_reward_model
     from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
     from stages.lib.runs.policy_run import publish_policy, record_phase
@@ -71,17 +72,18 @@ def train(
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
         episodes = sampler.sample(asked, iteration, settings.samples_per_prompt)
-        scores, readers = scores_of(reward, episodes), (policy.engine, policy.reference, None)
-        rollouts = read_rollouts(episodes, scores, *readers, settings.temperature, batching)
+        readers = (policy.engine, policy.reference, None)
+        rollouts = read_rollouts(episodes, scores_of(reward, episodes), *readers, settings.temperature, batching)
         this_run.may_stop()
-        # 2. Rewards: scores, less a penalty for a response that does not end. Advantages within each group.
-        penalty = {"clip": None, "moments": None, "missing_eos_penalty": settings.missing_eos_penalty}
-        rollouts = rollouts._replace(rewards=shape_scores(rollouts.scores, rollouts.ended, **penalty))
-        advantages, _ = group_relative(rollouts, settings)
+        # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
+        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
         kl = rollouts.kl("k1")
+        rewards = token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0)
+        rollouts = rollouts._replace(rewards=rewards)
+        advantages, _ = group_relative(rollouts, settings)
         row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": policy.engine.learning_rate}
         require_finite(row["objective/rewards"], "reward", iteration)
-        # 3. Updates of the policy; the KL to the reference is in their loss.
+        # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
         learner = Learner("policy", policy.engine, batching, rollouts, partial(policy_loss, settings, advantages))
         batches = minibatches(len(episodes), settings, seed, iteration)
         row |= mean_of_each([learner.update(rows) for rows in batches])

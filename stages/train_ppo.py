@@ -48,6 +48,7 @@ if not asks_for_help():
     from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary, values_before
     from stages.lib.rl.samplers.own import OwnSampler, own_sampler
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
+    from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_critic import TrainedCritic, load_critic
     from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
@@ -128,13 +129,15 @@ def train(
         rollouts = collect(settings, parts, prompts_of_phase(prompts, iteration, settings, seed), iteration)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.kl_estimator), parts.kl_controller.coef
-        # 2. Rewards: scores normalised and clipped, less a penalty for a response that does not end.
+        # 2. Rewards: a penalty for the KL of each token; at the last one the score, normalised and clipped, less a
+        #    penalty for a response that does not end.
         parts.moments.update(rollouts.scores)
-        rollouts = rollouts._replace(rewards=rewards_of(settings, parts.moments, rollouts))
+        scores = shaped_scores(settings, parts.moments, rollouts)
+        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef))
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
-        advantages, returns = gae(rollouts, kl, kl_coef, settings)
+        advantages, returns = gae(rollouts, settings)
         row = summary(rollouts, kl) | learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
-        row["objective/rlhf_reward"] = float(rollouts.rewards.mean()) - kl_coef * row["objective/kl"]
+        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row["objective/kl"]
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -157,7 +160,7 @@ def collect(settings: TrainPpo, parts: Parts, prompts: list[Prompt], iteration: 
     return read_rollouts(episodes, scores, *readers, settings.temperature, parts.batching)
 
 
-def rewards_of(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
+def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with at its end, (b,)."""
     return shape_scores(
         rollouts.scores,

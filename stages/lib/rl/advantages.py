@@ -1,15 +1,19 @@
-"""Advantages: generalised advantage estimates (GAE) from token rewards, and rewards relative to those of a group.
+"""Advantages: generalised advantage estimates (GAE), and rewards relative to those of a group.
 
-`gae` and `group_relative` take the rollouts of a phase; what they are made of stands below them. Time t runs over
-response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not there, whatever
-they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
+`gae` and `group_relative` are `Advantages`, of the rollouts of a phase; what they are made of stands below them. Time t
+runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not there,
+whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 
 from stages.lib.rl.rollouts import Rollouts
+
+# From rollouts and settings, (advantages, returns), each (b, t), 0 outside the mask; returns are None without a critic.
+Advantages = Callable[[Rollouts, Any], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class GaeSettings(Protocol):
@@ -36,19 +40,14 @@ class GroupSettings(Protocol):
 
 
 @torch.no_grad()
-def gae(
-    rollouts: Rollouts, kl: torch.Tensor, kl_coef: float, settings: GaeSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """GAE of each response's reward at its end and a KL penalty at each token, whitened over all rollouts if asked for.
+def gae(rollouts: Rollouts, settings: GaeSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE of the tokens' rewards under the critic's values, whitened over all rollouts if asked for.
 
-    Args:
-        kl: estimates at each token, (b, t).
     Returns:
         (advantages, returns), each (b, t); the returns are never whitened.
     """
     mask = rollouts.response_mask
-    rewards = token_rewards(kl, rollouts.rewards, mask, kl_coef)
-    advantages, returns = generalized_advantages(rewards, rollouts.values, mask, settings.gamma, settings.lam)
+    advantages, returns = generalized_advantages(rollouts.rewards, rollouts.values, mask, settings.gamma, settings.lam)
     if settings.whiten_advantages:
         total, squares, count = masked_moments(advantages, mask)
         mean = total / count
@@ -60,10 +59,10 @@ def gae(
 def group_relative(rollouts: Rollouts, settings: GroupSettings) -> tuple[torch.Tensor, None]:
     """The advantage of each response within its prompt's samples, at each of its tokens, (b, t); there are no returns.
 
-    No critic and no discount: a response's tokens share its advantage.
+    No critic and no discount: what counts is the sum of a response's rewards, and its tokens share the advantage.
     """
     scale, epsilon = settings.advantage_scale, settings.advantage_epsilon
-    advantages = group_relative_advantages(rollouts.groups(rollouts.rewards), scale=scale, epsilon=epsilon)
+    advantages = group_relative_advantages(rollouts.groups(rollouts.rewards.sum(dim=-1)), scale=scale, epsilon=epsilon)
     advantages = advantages.reshape(-1, 1)
     return torch.where(rollouts.response_mask, advantages, 0.0), None
 
@@ -97,32 +96,15 @@ def without_variance(rewards: torch.Tensor) -> torch.Tensor:
 
 def group_summary(rollouts: Rollouts) -> dict[str, float]:
     """The mean reward; of a group's responses the share that differ; the share of groups that teach nothing."""
-    size = rollouts.groups(rollouts.rewards).shape[1]
+    rewards = rollouts.groups(rollouts.rewards.sum(dim=-1))
+    size = rewards.shape[1]
     groups = [rollouts.responses[start : start + size] for start in range(0, len(rollouts.episodes), size)]
     distinct = sum(len({tuple(ids) for ids in group}) for group in groups)
     return {
-        "objective/rewards": float(rollouts.rewards.mean()),
+        "objective/rewards": float(rewards.mean()),
         "group/distinct": distinct / len(rollouts.episodes),
-        "group/without_variance": float(without_variance(rollouts.groups(rollouts.rewards)).float().mean()),
+        "group/without_variance": float(without_variance(rewards).float().mean()),
     }
-
-
-@torch.no_grad()
-def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """r_t = -beta kl_t + 1[t is the last real token] score (arXiv 1909.08593, Eq 2; arXiv 2203.02155, Eq 2).
-
-    Args:
-        kl: per-token KL estimate in nats, (b, t); k1 is the principled one in a reward.
-        scores: the reward of each whole response, already clipped or normalised, (b,).
-        response_mask: True on response tokens, (b, t). A row without any gets no score.
-        kl_coef: beta.
-    Returns:
-        rewards (b, t), 0 outside the mask.
-    """
-    real_tokens_from_here = response_mask.long().flip(-1).cumsum(-1).flip(-1)
-    is_last = response_mask & (real_tokens_from_here == 1)
-    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
-    return penalties + torch.where(is_last, scores.unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()

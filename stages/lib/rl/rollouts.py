@@ -8,14 +8,15 @@ import torch
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.kl_control import kl_estimate
+from stages.lib.rl.token_rewards import token_rewards
 
 
 class Rollouts(NamedTuple):
     """b episodes, the same in all processes; per-token tensors are aligned to response tokens, 0 beyond their end."""
 
     episodes: list[Episode]
-    scores: torch.Tensor  # (b,), as the reward gave them
-    rewards: torch.Tensor  # (b,), what is learnt from: the scores, or what was made of them
+    scores: torch.Tensor  # (b,), of the reward
+    rewards: torch.Tensor  # (b, t), of each token: the score at the last one, until something else is made of it
     response_mask: torch.Tensor  # (b, t), True on response tokens
     logps: torch.Tensor  # (b, t), under the policy that sampled, at the sampling temperature
     reference_logps: torch.Tensor  # (b, t), under the reference, at the same temperature
@@ -95,7 +96,8 @@ def read_rollouts(
     batching.processes.sum_tensor(found)  # each row is 0 in all processes but one
     scored = torch.tensor(scores, device=lengths.device)
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-    return Rollouts(episodes, scored, scored, mask, *found)
+    rewards = token_rewards(torch.zeros_like(found[0]), scored, mask, kl_coef=0.0)
+    return Rollouts(episodes, scored, rewards, mask, *found)
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:

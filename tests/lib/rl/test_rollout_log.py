@@ -32,7 +32,7 @@ def phase(scores: list[float]) -> Rollouts:
     ended = Episode(prompts[0], [1, 0], "good", True, 0, None, [True] * 2)
     cut = Episode(prompts[1], [2, 1, 2], "film good film", False, 1, None, [True] * 3)
     mask, numbers = torch.tensor([[True, True, False], [True, True, True]]), torch.zeros(2, 3)
-    return Rollouts([ended, cut], torch.tensor(scores), torch.tensor([9.0, 9.0]), mask, *[numbers] * 4)
+    return Rollouts([ended, cut], torch.tensor(scores), numbers, mask, *[numbers] * 4)
 
 
 def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_folder: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_what_rollouts_hold_is_aligned() -> None:
     rollouts = read(1000, packing=False, with_critic=False)
     assert rollouts.response_mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
     assert rollouts.ended.tolist() == [True, True, False]
-    assert rollouts.scores.tolist() == rollouts.rewards.tolist() == [0.5, 1.5, 2.5]
+    assert rollouts.scores.tolist() == [0.5, 1.5, 2.5]
+    assert rollouts.rewards.tolist() == [[0, 0.5, 0, 0], [0, 0, 0, 1.5], [2.5, 0, 0, 0]]
     assert rollouts.values.count_nonzero() == 0
     assert (rollouts.prompts, rollouts.responses) == (PROMPTS, RESPONSES)
 
@@ -66,7 +67,7 @@ def by_hand() -> Rollouts:
     logps = torch.tensor([[-1.0, -2, 9, 9], [-3, -4, -5, -6], [-7, 9, 9, 9]])
     reference = torch.tensor([[-1.5, -2, 0, 0], [-3, -4, -5, -7], [-9, 0, 0, 0]])
     entropies = torch.where(mask, 0.5, 0.0)
-    return Rollouts(EPISODES, torch.tensor([0.5, 1.5, 2.5]), mask[:, 0] * 0, mask, logps, reference, entropies, logps)
+    return Rollouts(EPISODES, torch.tensor([0.5, 1.5, 2.5]), logps, mask, logps, reference, entropies, logps)
 
 
 def test_the_kl_is_that_of_real_tokens() -> None:
