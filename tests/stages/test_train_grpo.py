@@ -34,7 +34,10 @@ def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[di
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
     sums = train_grpo.policy_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
-    return sums, torch.cat([weight.grad.flatten() for weight in module.parameters()])
+    return (
+        {name: value.detach() for name, value in sums.items()},
+        torch.cat([weight.grad.flatten() for weight in module.parameters()]),
+    )
 
 
 def test_the_loss_is_that_of_the_formula() -> None:
@@ -212,12 +215,15 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"samples_per_prompt": 1}, "params.yaml: train_grpo.samples_per_prompt must be at least 2, found 1"),
+        (
+            {"samples_per_prompt": 1},
+            "params.yaml: train_grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+        ),
         (
             {"minibatch_size": 3},
             "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
         ),
-        ({"advantage_scale": "std"}, "train_grpo.advantage_scale: expected"),
+        ({"advantage_scale": "std"}, "did you mean 'group_std'"),
     ],
 )
 def test_a_wrong_setting_is_named(
