@@ -21,7 +21,7 @@ endif
 ifneq ($(and $(GPUS),$(shell case $(call quoted,$(GPUS)) in (gpu|auto) ;; (0*|*[!0-9]*) echo wrong;; esac)),)
 $(error GPUS is the number of processes, at least 1, or gpu for one on each: not '$(GPUS)')
 endif
-ifneq ($(and $(ONLY),$(filter repro ppo dpo,$(MAKECMDGOALS))),)
+ifneq ($(and $(ONLY),$(filter repro ppo grpo dpo,$(MAKECMDGOALS))),)
 $(error ONLY=1 runs one step on what is there, and '$(MAKECMDGOALS)' is more than one: name the step)
 endif
 ifneq ($(and $(filter metrics-diff plots,$(MAKECMDGOALS)),$(if $(REV),,missing)),)
@@ -42,7 +42,7 @@ dvc_repro = PYTHONHASHSEED=0 .venv/bin/dvc repro
 repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) code_manifest && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
+.PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo train-grpo evaluate report ppo grpo dpo \
         metrics metrics-diff plots dag status lineage use join test test-fast fuzz prove soak lint clean
 
 help: ## Show this list
@@ -72,6 +72,9 @@ train-dpo: $(VENV) ## Up to the DPO policy
 train-ppo: $(VENV) ## Up to the PPO policy
 	$(call repro,train_ppo)
 
+train-grpo: $(VENV) ## Up to the GRPO policy
+	$(call repro,train_grpo)
+
 evaluate: $(VENV) ## Up to the evaluation of every policy
 	$(call repro,evaluate)
 
@@ -80,6 +83,9 @@ report: $(VENV) ## Up to metrics/report.html
 
 ppo: $(VENV) ## The PPO branch alone, up to its evaluation
 	$(call repro,evaluate@ppo)
+
+grpo: $(VENV) ## The GRPO branch alone, up to its evaluation
+	$(call repro,evaluate@grpo)
 
 dpo: $(VENV) ## The DPO branch alone, up to its evaluation
 	$(call repro,evaluate@dpo)

@@ -28,6 +28,7 @@ from stages.lib.compute.batching import micro_batching
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.processes import Processes, join_processes
+from stages.lib.data.prompts import Prompt
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model, new_classifier
 from stages.lib.models.scalar_scores import SequenceScores
@@ -37,6 +38,8 @@ from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.rl.advantages import gae
+from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
@@ -179,24 +182,26 @@ def ppo(setup: Setup) -> dict[str, Part]:
         critic_warmup_iterations=0,
     )
     folders = (setup.models / "policy", setup.models / "reward")
-    algorithm = train_ppo.Ppo(settings, SEED, setup.runtime, setup.processes, *folders, trust_remote_code=False)
-    prompts = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
-    phases: list[Any] = []
+    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, *folders, lambda: None)
+    sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
+    prompts = [Prompt(row, ids, [], {}) for row, ids in enumerate(sequences)]
+    phases: list[Rollouts] = []
 
     def sizes() -> tuple[list[int], int]:
-        responses = [len(response) for response in phases[-1].responses]
-        return [len(prompt) + new for prompt, new in zip(prompts, responses, strict=True)], sum(responses)
+        responses = [len(episode.ids) for episode in phases[-1].episodes]
+        return [len(ids) + new for ids, new in zip(sequences, responses, strict=True)], sum(responses)
 
     def rollouts() -> Cost:
-        phases.append(algorithm.collect(prompts, len(phases), may_stop=lambda: None))
+        phases.append(train_ppo.collect(settings, parts, prompts, len(phases)))
         lengths, new = sizes()
         by_policy, by_critic = (forward_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0))
         by_reference, by_reward_model = (forward_flops(architecture, lengths, logits) for logits in (new, 0))
         return Cost(sum(lengths), by_policy + by_critic + by_reference + by_reward_model)
 
     def update() -> Cost:
-        advantages, returns, _ = algorithm.advantages(phases[-1])
-        algorithm.update(phases[-1], advantages, returns, len(phases) - 1)
+        phase = phases[-1]
+        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings))
+        train_ppo.update(settings, SEED, len(phases) - 1, *learners)
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]
         return Cost(sum(lengths), sum(both))

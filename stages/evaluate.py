@@ -31,6 +31,7 @@ from stages.lib.tasks.table import grades, require_known_tasks
 
 if not asks_for_help():
     import torch
+    from torch import nn
 
     from stages.lib.compute.batching import MicroBatching, micro_batching, sampling_budget
     from stages.lib.compute.frozen_model import frozen
@@ -59,7 +60,8 @@ if not asks_for_help():
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.reference_start import require_start
     from stages.lib.rl.episodes import Episode
-    from stages.lib.rl.sampling import require_room, sample_responses
+    from stages.lib.rl.samplers.own import OwnSampler
+    from stages.lib.rl.sampling import require_room
     from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
 
 CHECKED_PAIRS = 32  # whose cached reference log-probs are computed again, to see whether they are what they claim
@@ -108,9 +110,8 @@ class Policy(NamedTuple):
     """A frozen language model under evaluation."""
 
     path: Path
-    log_probs: TokenLogProbs
-    call: Callable  # `log_probs`, sharded if runtime.yaml asks for it
-    config: Any
+    language_model: nn.Module
+    call: Callable  # `TokenLogProbs` of it, sharded if runtime.yaml asks for it
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def main(
             return
         processes.in_main(lambda: held_out.require_reference_of(sft, this_run.scratch.input_hashes))
         evaluation = load(settings, seed, loading, processes, {"policy": policy, "sft": sft, "reward": reward_model})
-        held_out.require_fit(evaluation.policy.config, settings.max_new_tokens)
+        held_out.require_fit(evaluation.policy.language_model.config, settings.max_new_tokens)
         theirs = answer(this_run, evaluation, held_out, evaluation.sft)
         own = theirs if policy == sft else answer(this_run, evaluation, held_out, evaluation.policy)
         results = response_metrics(own, theirs, settings.bootstrap_resamples, seed)
@@ -184,7 +185,7 @@ def load(settings: Evaluate, seed: int, loading: Loading, processes: Processes, 
     def policy_at(path: Path) -> Policy:
         model = load_language_model(path, loading)
         log_probs = TokenLogProbs(model, chunk_tokens=runtime.logits_chunk_tokens)
-        return Policy(path, log_probs, frozen(log_probs, runtime, processes), model.config)
+        return Policy(path, model, frozen(log_probs, runtime, processes))
 
     sft = policy_at(paths["sft"])
     policy = sft if paths["policy"] == paths["sft"] else policy_at(paths["policy"])
@@ -227,27 +228,20 @@ def answer(this_run: PartialResults, evaluation: Evaluation, held_out: HeldOut, 
 
 def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> list[Episode]:
     """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
-    eos_id = evaluation.eos_id
-    responses = evaluation.sampling.attempt(
-        lambda: sample_responses(
-            policy.call,
-            [prompt.ids for prompt in prompts],
-            [prompt.row for prompt in prompts],
-            config=policy.config,
-            seed=evaluation.seed,
-            step=SAMPLING_STEP,
-            temperature=evaluation.settings.temperature,
-            max_new_tokens=evaluation.settings.max_new_tokens,
-            eos_id=eos_id,
-            pad_id=evaluation.batching.pad_id,
-            batch_size=evaluation.sampling.size,
-            processes=evaluation.processes,
-        )
+    sampler = OwnSampler(
+        policy.call,
+        policy.language_model,
+        evaluation.seed,
+        evaluation.settings.temperature,
+        evaluation.settings.max_new_tokens,
+        evaluation.eos_id,
+        evaluation.batching.pad_id,
+        evaluation.decode,
+        evaluation.sampling,
+        evaluation.processes,
+        by_row=True,
     )
-    return [
-        Episode(prompt, ids, evaluation.decode(ids), ids[-1] == eos_id, 0, None, [True] * len(ids))
-        for prompt, ids in zip(prompts, responses, strict=True)
-    ]
+    return sampler.sample(prompts, SAMPLING_STEP)
 
 
 def score(evaluation: Evaluation, episodes: list[Episode]) -> list[float]:
@@ -259,11 +253,8 @@ def score(evaluation: Evaluation, episodes: list[Episode]) -> list[float]:
 def response_logps(evaluation: Evaluation, policy: Policy, episodes: list[Episode]) -> torch.Tensor:
     """Log-probs of whole responses at the temperature of sampling (greedy ones: at 1), in nats. Shape: (n,)."""
     prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
-    policy.log_probs.temperature = evaluation.settings.temperature or 1.0
-    try:
-        return all_response_logps(policy.call, prompts, responses, evaluation.batching)
-    finally:
-        policy.log_probs.temperature = 1.0
+    temperature = evaluation.settings.temperature or 1.0
+    return all_response_logps(policy.call, prompts, responses, evaluation.batching, temperature)
 
 
 def judge_pairs(this_run: PartialResults, evaluation: Evaluation, held_out: HeldOut) -> dict[str, list]:

@@ -301,7 +301,7 @@ def warn_of_no_classifier(model: "PreTrainedModel", name: str) -> None:
     if not facts.has_classifier:
         print(
             f"warning: {name}: transformers has no sequence classifier for models of type {facts.model_type}: "
-            "train_rm, and so train_ppo, will refuse it; SFT and DPO work",
+            "train_rm, and so train_ppo and train_grpo, will refuse it; SFT and DPO work",
             file=sys.stderr,
         )
 

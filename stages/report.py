@@ -21,13 +21,13 @@ from stages.lib.report.figures import Line, left_out_note, line_figure, line_sam
 from stages.lib.report.number_formats import decimal, number, percent, signed
 from stages.lib.report.outcome import BASELINE, has_gold, outcome, shown
 from stages.lib.report.pages import joined, render_page, write_page
-from stages.lib.report.report_inputs import POLICIES, SHOWN_SAMPLES, SPLITS, Inputs, Metrics, read_inputs
+from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Metrics, read_inputs
 
 # The curves to see at once; the others of a stage are folded away.
 FIRST_CURVES = (
     *("loss", "accuracy", "rewards/accuracies", "rewards/margins"),
     *("objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy"),
-    *("response/length", "response/eos_rate"),
+    *("response/length", "response/eos_rate", "group/distinct", "group/without_variance"),
 )
 NOTHING = "\N{EN DASH}"
 
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
-def policies_table(evaluations: Mapping[str, Metrics]) -> dict[str, Any]:
+def policies_table(evaluations: Mapping[str, Metrics], absent: list[str]) -> dict[str, Any]:
     gold = any(has_gold(metrics) for metrics in evaluations.values())
     measure = "gold" if gold else "reward"
     columns = {
@@ -59,8 +59,7 @@ def policies_table(evaluations: Mapping[str, Metrics]) -> dict[str, Any]:
         "preference accuracy": lambda metrics: share(metrics, "preference_accuracy"),
     }
     rows = [Row(shown(policy), [cell(metrics) for cell in columns.values()]) for policy, metrics in evaluations.items()]
-    absent = [shown(policy) for policy in POLICIES if policy not in evaluations]
-    return {"head": ["", *columns], "rows": rows, "absent": absent}
+    return {"head": ["", *columns], "rows": rows, "absent": [shown(policy) for policy in absent]}
 
 
 def with_difference(metrics: Metrics, measure: str) -> Cell:
@@ -187,7 +186,7 @@ def page_of(inputs: Inputs) -> str:
         {
             "title": f"Report on {joined(shown(policy) for policy in inputs.evaluations)}",
             "outcome": outcome(inputs.evaluations, inputs.training["train_rm"], inputs.data.get("bayes_accuracy")),
-            "policies": policies_table(inputs.evaluations),
+            "policies": policies_table(inputs.evaluations, inputs.absent),
             "reward_model": reward_model_table(inputs),
             "data": data_table(inputs),
             "dropped": dropped_table(inputs),

@@ -23,6 +23,7 @@ from tests.stages.tiny_pipeline import new_project, read_yaml, stage_options
 SMALLER = {
     "train_sft": {"epochs": 1.0},
     "train_ppo": {"iterations": 2, "epochs": 1},
+    "train_grpo": {"iterations": 2, "epochs": 1},
     "evaluate": {"max_prompts": 6, "max_new_tokens": 8, "bootstrap_resamples": 100},
 }
 SHOWN_COLUMNS = 2

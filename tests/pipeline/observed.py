@@ -259,6 +259,7 @@ SHORTER = {
     "train_rm": {"epochs": 0.5},
     "train_dpo": {"epochs": 0.25},
     "train_ppo": {"iterations": 1},
+    "train_grpo": {"iterations": 1},
 }
 
 

@@ -21,7 +21,7 @@ def test_fine_tuning_lowers_the_held_out_loss() -> None:
     assert sft["eval_loss"] < 0.5 * sft["eval_loss_base"]
 
 
-@pytest.mark.parametrize("policy", ["dpo", "ppo"])
+@pytest.mark.parametrize("policy", ["dpo", "ppo", "grpo"])
 def test_alignment_beats_fine_tuning_on_the_gold_utility(policy: str) -> None:
     evaluation = metrics(f"evaluate/{policy}")
     assert evaluation["gold_minus_sft_ci_low"] > 0

@@ -193,7 +193,8 @@ def test_the_graph_has_the_stages_of_the_documentation():
         "ref_logprobs",
         "train_dpo",
         "train_ppo",
-        *(f"evaluate@{policy}" for policy in ("sft", "dpo", "ppo")),
+        "train_grpo",
+        *(f"evaluate@{policy}" for policy in ("sft", "dpo", "ppo", "grpo")),
         "report",
     ]
 
@@ -229,7 +230,7 @@ def test_git_ignores_what_dvc_tracks_and_nothing_else_of_the_graph():
     assert set(answer.stdout.split()) == cached | users_own | left_behind
 
 
-TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
+TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -63,6 +63,7 @@ STEPS = {
     "ref-logprobs": "ref_logprobs",
     "train-dpo": "train_dpo",
     "train-ppo": "train_ppo",
+    "train-grpo": "train_grpo",
     "evaluate": "evaluate",
     "report": "report",
 }
@@ -128,7 +129,7 @@ def test_a_step_brings_its_stage_up_to_date_then_prunes(project, target, stage):
     assert commands(project) == [MEND, f"dvc repro {stage}", PRUNE]
 
 
-@pytest.mark.parametrize(("target", "stage"), [("ppo", "evaluate@ppo"), ("dpo", "evaluate@dpo")])
+@pytest.mark.parametrize(("target", "stage"), [(name, f"evaluate@{name}") for name in ("dpo", "ppo", "grpo")])
 def test_a_branch_goes_up_to_its_evaluation(project, target, stage):
     assert stage in all_instances(load_graph())
     assert make(project, target).returncode == 0
@@ -152,7 +153,7 @@ def test_only_runs_one_step_alone(project):
     assert commands(project) == [MEND, "dvc repro code_manifest", "dvc repro --single-item train_rm", PRUNE]
 
 
-@pytest.mark.parametrize("target", ["repro", "ppo", "dpo"])
+@pytest.mark.parametrize("target", ["repro", "ppo", "grpo", "dpo"])
 def test_only_is_refused_for_more_than_one_step(project, target):
     done = make(project, target, "ONLY=1")
     assert done.returncode == 2

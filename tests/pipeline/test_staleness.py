@@ -30,11 +30,12 @@ NOT_RUN = {
         ("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py", "stages/lib/data/token_tables.py"),
         "for a model that was trained elsewhere; here a new one is made",
     ),
-    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
+    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo"), DEEPSPEED | TRACKERS),
     "ref_logprobs": SHARDED,
     "evaluate@sft": SHARDED,
     "evaluate@dpo": SHARDED,
     "evaluate@ppo": SHARDED,
+    "evaluate@grpo": SHARDED,
 }
 
 

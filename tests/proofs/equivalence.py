@@ -49,7 +49,7 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp64": 1e-10}
 # Of what training changes, a small part of the weights. A run that does not train at all is 1 away.
 CHANGE_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp64": 1e-7}
 CHANGE = "their change"
-SAMPLING = ("train_ppo", "evaluate@dpo")
+SAMPLING = ("train_ppo", "train_grpo", "evaluate@dpo")
 MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are compared
 # Without it ZeRO 3 would not shard weights as small as these.
 SHARD_ALL = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -135,11 +135,11 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
             result[key] = max(result.get(key, 0.0), distance(one, other))
     curve = f"metrics/curves/{stage}.csv"
     ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
-    columns = ["policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"]
-    columns = columns if stage == "train_ppo" else ["loss", "grad_norm"]
+    columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "grad_norm")]
+    columns = [name for name in columns if not name.startswith("eval")]
     scale = theirs[columns].abs().max()
-    if stage == "train_ppo":
-        scale["policy/loss"] = 1.0  # a mean of whitened advantages, of size 1, which cancel almost to nothing
+    if "policy/loss" in columns:
+        scale["policy/loss"] = 1.0  # a mean of advantages of size 1, which cancel almost to nothing
     result["losses"] = largest(((ours[columns] - theirs[columns]).abs() / scale).to_numpy().ravel())
     published = (load_file(side / f"models/{stage[6:]}/model.safetensors") for side in (folder, reference))
     one, other = (torch.cat([tensor.flatten().double() for tensor in side.values()]) for side in published)

@@ -280,7 +280,7 @@ def numbers_of(folder: Path, stage: str) -> list[float]:
         elif path.name == "ref_logprobs":
             table = read_table(path / "train.arrow", REFERENCE_SCHEMA)
             found += table["reference_chosen_logps"][:] + table["reference_rejected_logps"][:]
-        elif path.name == "train_ppo":
+        elif path.parent.name == "rollouts":
             for line in (path / "rollouts.jsonl").read_text().splitlines():
                 found += json.loads(line)["response_ids"]
     return found

@@ -11,7 +11,8 @@ from stages.lib.command.hashing import dvc_hash, file_hash
 from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options, write_yaml
 
 # Those that are killed.
-STAGES = ("tokenize_data@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
+STAGES = ("tokenize_data@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
+STAGES += ("evaluate@ppo",)
 SAVING = STAGES[1:]  # tokenize keeps nothing
 
 

@@ -19,6 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from stages.lib.compute.engine import base as engine_module
 from stages.lib.compute.processes import Processes
 from stages.lib.models import pretrained
+from stages.lib.rl.episodes import Episode
+from stages.lib.rl.samplers.own import OwnSampler
 from tests.stages.tiny_pipeline import (
     call,
     change,
@@ -33,7 +35,7 @@ from tests.stages.tiny_pipeline import (
 
 STEPS = 20
 ROLLOUTS = "rollouts.json"
-TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 # What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
 AVERAGED = {"ema_decay": 0.9}
 EVALUATED = {"eval_every": 6, "keep": "last", "optimizer": AVERAGED}
@@ -43,6 +45,8 @@ TWENTY_STEPS = {
     "train_dpo": {"epochs": 3.34, "batch_size": 8, **EVALUATED},
     "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12}
     | {"policy_optimizer": AVERAGED},
+    "train_grpo": {"iterations": 5, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4, "epochs": 2}
+    | {"max_new_tokens": 12, "optimizer": AVERAGED},
 }
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
 LORA["save_adapter"] = False
@@ -64,15 +68,16 @@ class Probe:
         self.expected = json.loads((reference / ROLLOUTS).read_text()) if reference else None
         self.keep_to_reference = keep_to_reference
 
-    def sampled(self, responses: list[list[int]]) -> list[list[int]]:
-        self.rollouts.append(responses)
+    def sampled(self, sampler: OwnSampler, episodes: list[Episode]) -> list[Episode]:
+        self.rollouts.append([episode.ids for episode in episodes])
         if self.expected is None or not self.keep_to_reference:
-            return responses
-        return self.expected[len(self.rollouts) - 1]
+            return episodes
+        wanted = zip(episodes, self.expected[len(self.rollouts) - 1], strict=True)
+        return [sampler.episode(episode.prompt, ids, episode.sample) for episode, ids in wanted]
 
     @property
     def differing_rollouts(self) -> float:
-        assert self.rollouts, "the stage samples by another name than sample_responses"
+        assert self.rollouts, "the stage samples by other means than OwnSampler"
         pairs = zip(self.rollouts, self.expected, strict=True)
         return float(sum(one != other for phase in pairs for one, other in zip(*phase, strict=True)))
 
@@ -82,10 +87,9 @@ class Probe:
             self.found[name] = torch.cat(parts)
 
     @contextlib.contextmanager
-    def watching(self, module: Any) -> Iterator[None]:
-        """While the stage of this module runs."""
-        probe, step = self, engine_module.Engine.step
-        sample = getattr(module, "sample_responses", None)
+    def watching(self) -> Iterator[None]:
+        """While a stage runs."""
+        probe, step, sample = self, engine_module.Engine.step, OwnSampler.sample
 
         def watched(engine: Any) -> float:
             if id(engine) not in probe.engines:
@@ -102,14 +106,11 @@ class Probe:
             return norm
 
         engine_module.Engine.step = watched
-        if sample:
-            module.sample_responses = lambda *given, **settings: probe.sampled(sample(*given, **settings))
+        OwnSampler.sample = lambda sampler, *given: probe.sampled(sampler, sample(sampler, *given))
         try:
             yield
         finally:
-            engine_module.Engine.step = step
-            if sample:
-                module.sample_responses = sample
+            engine_module.Engine.step, OwnSampler.sample = step, sample
 
 
 def first_gradient(engine: Any, norm: float) -> Iterator[torch.Tensor]:
@@ -171,7 +172,7 @@ def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, pro
         name[2:].replace("-", "_"): Path(value) for name, value in zip(options[::2], options[1::2], strict=True)
     }
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with inside(folder), one_launch(module, processes), probe.watching(module), quiet:
+    with inside(folder), one_launch(module, processes), probe.watching(), quiet:
         module.main(**arguments)
     return folder
 

@@ -25,7 +25,7 @@ from tests.proofs.measured_commit import measured_commit
 from tests.stages.tiny_pipeline import change, read_yaml
 
 SHARED = ("prepare_base", "tokenize_data")  # and what they need: the data and the model that all runs start from
-TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo")
+TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
 EVALUATIONS = ("evaluate@dpo", "evaluate@ppo")
 TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
 SMALL_BATCHES = {"micro_batch_tokens": 1024}

@@ -20,9 +20,11 @@ STAGES = (
     "ref_logprobs",
     "train_dpo",
     "train_ppo",
+    "train_grpo",
     "evaluate@sft",
     "evaluate@dpo",
     "evaluate@ppo",
+    "evaluate@grpo",
     "report",
 )
 

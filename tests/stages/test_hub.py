@@ -176,6 +176,8 @@ SHORT = {
     "train_rm": {"epochs": 1.0, "batch_size": 8},
     "train_dpo": {"epochs": 1.0, "batch_size": 8},
     "train_ppo": {"iterations": 2, "rollout_batch_size": 4, "minibatch_size": 4, "max_new_tokens": 8},
+    "train_grpo": {"iterations": 2, "rollout_batch_size": 2, "samples_per_prompt": 2, "minibatch_size": 4}
+    | {"max_new_tokens": 8},
     "evaluate": {"max_prompts": 4, "max_new_tokens": 8, "bootstrap_resamples": 200},
 }
 
@@ -196,7 +198,7 @@ def test_the_profile_goes_from_the_hub_to_the_report(hub, tmp_path):
         call(folder, stage)
     first = pd.read_csv(folder / "metrics/curves/train_dpo.csv").iloc[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for name in ("sft", "rm", "dpo", "ppo"):
+    for name in ("sft", "rm", "dpo", "ppo", "grpo"):
         tensors = load_file(folder / f"models/{name}/model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     config = json.loads((folder / "models/ppo/config.json").read_text())

@@ -265,7 +265,7 @@ def test_another_machine_takes_part_with_the_command_of_the_first() -> None:
     [
         ("train_sft", TWO_HERE, "this machine would run the stage by itself"),
         ("train_sft", "", "this machine would run the stage by itself"),
-        ("evaluate", "echo", "name one of evaluate@sft, evaluate@dpo, evaluate@ppo"),
+        ("evaluate", "echo", "name one of evaluate@sft, evaluate@dpo, evaluate@ppo, evaluate@grpo"),
         ("report", "echo", "report runs as one process"),
         ("train_stf", "echo", "'train_stf' not found"),
     ],

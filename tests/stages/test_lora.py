@@ -28,7 +28,7 @@ RANK = 2
 BLOCK = {"rank": RANK, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
 BLOCK |= {"save_adapter": True}
 # The model that each stage starts from, in the pipeline that the fixture copies.
-BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft"}
+BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft", "grpo": "sft"}
 
 
 def use_lora(folder: Path, *stages: str, **changed: Any) -> Path:
@@ -41,7 +41,7 @@ def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny project with each training stage run anew with adapters, on the models that stood in it before."""
     folder = tmp_path_factory.mktemp("adapted") / "project"
     shutil.copytree(tiny, folder, symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
-    stages = ("train_ppo", "train_dpo", "train_rm", "train_sft")
+    stages = ("train_ppo", "train_grpo", "train_dpo", "train_rm", "train_sft")
     use_lora(folder, *stages)
     for stage in stages:
         call(folder, stage)
@@ -152,25 +152,22 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
 def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
     from stages.lib.command.params import read_params
     from stages.lib.compute.processes import Processes
+    from stages.lib.models.pretrained import Loading
     from stages.lib.settings.runtime import read_runtime
     from stages.lib.settings.train_ppo import TrainPpo
-    from stages.train_ppo import Ppo
+    from stages.train_ppo import load_parts
 
     alone = Processes(0, 1, torch.device("cpu"))
     with inside(adapted):
         settings = read_params("train_ppo", TrainPpo)
-        ppo = Ppo(
-            settings,
-            17,
-            read_runtime("train_ppo"),
-            alone,
-            Path("models/ppo"),
-            Path("models/rm"),
-            trust_remote_code=False,
-        )
-    trained = {id(weight) for engine in (ppo.policy, ppo.critic) for weight in engine.module.parameters()}
+        loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
+        folders = (Path("models/ppo"), Path("models/rm"))
+        parts = load_parts(settings, 17, loading, alone, *folders, lambda: None)
+    trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.engine.module.parameters()}
     frozen = [
-        weight for module in (ppo.reference.module.module, ppo.reward_model.module) for weight in module.parameters()
+        weight
+        for module in (parts.policy.reference.module.module, parts.critic.reward_model.module)
+        for weight in module.parameters()
     ]
     assert sum(weight.numel() for weight in frozen if id(weight) not in trained) == 32  # the reward model's head
 

@@ -37,12 +37,12 @@ class Hungry:
             monkeypatch.setattr(kind, "forward", self.limited(kind.forward))
 
     def limited(self, forward: Callable) -> Callable:
-        def limited_forward(module: nn.Module, input_ids: torch.Tensor, *inputs: Any) -> Any:
-            sampling = len(inputs) == 4
+        def limited_forward(module: nn.Module, input_ids: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+            sampling = options == {"run": "next_logits"}
             if input_ids.shape[0] > ROWS_FIT if sampling else input_ids.numel() > self.fits:
                 self.failures += 1
                 torch.empty(2**50, dtype=torch.uint8)
-            return forward(module, input_ids, *inputs)
+            return forward(module, input_ids, *inputs, **options)
 
         return limited_forward
 

@@ -21,7 +21,7 @@ STAGES: tuple = (
     "ref_logprobs",
     "train_dpo",
 )
-STAGES += ("train_ppo", "evaluate@ppo", pytest.param("report", marks=pytest.mark.slow))
+STAGES += ("train_ppo", "train_grpo", "evaluate@ppo", pytest.param("report", marks=pytest.mark.slow))
 COMPUTING = ("train_sft", "ref_logprobs", "train_ppo", "evaluate@ppo")
 
 

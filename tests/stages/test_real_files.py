@@ -16,9 +16,20 @@ SHORT = {
     "train_rm": {"epochs": 1.0, "batch_size": 16, "eval_every": 100},
     "train_dpo": {"epochs": 1.0, "batch_size": 16, "eval_every": 100},
     "train_ppo": {"iterations": 2, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 16},
+    "train_grpo": {"iterations": 2, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}
+    | {"max_new_tokens": 16},
     "evaluate": {"max_prompts": 16, "max_new_tokens": 16, "bootstrap_resamples": 200},
 }
-STAGES = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@sft", "evaluate@dpo")
+STAGES = (
+    "train_sft",
+    "train_rm",
+    "ref_logprobs",
+    "train_dpo",
+    "train_ppo",
+    "train_grpo",
+    "evaluate@sft",
+    "evaluate@dpo",
+)
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ def test_real_data_without_gold_and_with_one_policy(tmp_path):
     assert parsed.tables[1][1][2] == ["–", "not known"]
     assert parsed.tables[3][1:] == [[["prepare_data: empty reply"], ["4"]], [["tokenize_data sft: too long"], ["12"]]]
     assert "no gold utility to check it against" in parsed.texts["outcome"][0]
-    assert any("Not evaluated, so not here: SFT, PPO." in note for note in parsed.texts["note"])
+    assert any("Not evaluated, so not here: SFT." in note for note in parsed.texts["note"])
     assert any("Made from 2,312 raw rows." in note for note in parsed.texts["note"])
     # SFT's answer to the same prompt comes with the policy's own.
     assert "own answer of sft to 0" in parsed.texts["response"][0]
@@ -571,7 +571,9 @@ def test_no_evaluation_at_all_is_an_error_with_code_2_that_keeps_the_old_page(tm
     write(tmp_path, "metrics/report.html", "old")
     process = report(tmp_path)
     assert process.returncode == 2
-    assert process.stderr.splitlines() == ["error: metrics/evaluate holds the evaluation of no policy: sft, dpo, ppo"]
+    assert process.stderr.splitlines() == [
+        "error: metrics/evaluate holds the evaluation of no policy; run the stage evaluate"
+    ]
     assert (tmp_path / "metrics/report.html").read_text(encoding="utf-8") == "old"
 
 

@@ -295,18 +295,18 @@ def test_what_was_computed_before_a_kill_is_not_computed_again(
 def test_a_signal_while_sampling_saves_the_iterations_before(
     copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import stages.train_ppo as script
+    from stages.lib.rl.samplers.own import OwnSampler
 
     folder = copy_of_tiny()  # checkpoints once a minute: none before the signal
-    sample = script.sample_responses
+    sample = OwnSampler.sample
 
-    def signalled(*arguments: object, **options: object) -> object:
-        if options["step"] == 1:
+    def signalled(sampler: OwnSampler, prompts: list, step: int, *options: int) -> object:
+        if step == 1:
             signal.raise_signal(signal.SIGTERM)
-        return sample(*arguments, **options)
+        return sample(sampler, prompts, step, *options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "sample_responses", signalled)
+        patch.setattr(OwnSampler, "sample", signalled)
         with pytest.raises(SystemExit) as ended:
             call(folder, "train_ppo")
     assert ended.value.code == 128 + signal.SIGTERM

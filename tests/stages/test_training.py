@@ -78,7 +78,7 @@ def test_every_rollout_is_published(tiny: Path) -> None:
 def test_models_load_as_they_are_with_the_tokenizer_of_the_base(tiny: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("sft", "dpo", "ppo", "rm"):
+    for name in ("sft", "dpo", "ppo", "grpo", "rm"):
         for file in TOKENIZER_FILES:
             assert (tiny / f"models/{name}" / file).read_bytes() == (tiny / "models/base" / file).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tiny / "models/ppo")

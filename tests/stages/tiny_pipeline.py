@@ -28,6 +28,8 @@ TINY = {
     "train_rm": {"batch_size": 8, "eval_every": 3, "epochs": 1.0, "keep": "best"},
     "train_dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0},
     "train_ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2},
+    "train_grpo": {"iterations": 3, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}
+    | {"max_new_tokens": 12, "epochs": 2},
     "evaluate": {"max_new_tokens": 12, "bootstrap_resamples": 200},
 }
 

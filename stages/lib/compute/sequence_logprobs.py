@@ -43,18 +43,23 @@ def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching)
 
 @torch.no_grad()
 def all_response_logps(
-    module: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batching: MicroBatching
+    module: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    batching: MicroBatching,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """ℓ of every response to its prompt, in the order given, on the CPU in float32, in all processes. Shape: (n,).
 
     Args:
         prompts, responses: token ids, the same in all processes.
+        temperature: logits are divided by it.
     """
 
     def passes() -> dict[int, float]:
         found = {}
         for batch in batching.sequences(prompts, responses):
-            logps, _ = module(*batch.inputs, batch.completion_mask)
+            logps = module(*batch.inputs, batch.completion_mask, temperature).logps
             found |= dict(zip(batch.rows, batch.on_completions(logps).sum(dim=-1).tolist(), strict=True))
         return found
 

@@ -156,7 +156,7 @@ def _logps_of(model: "PreTrainedModel", *sequences: "torch.Tensor") -> "torch.Te
     from stages.lib.models.token_logprobs import TokenLogProbs
 
     positions = torch.cat([torch.arange(part.shape[1]) for part in sequences])[None]
-    return TokenLogProbs(model)(torch.cat(sequences, dim=1), None, positions, positions > 0)[0]
+    return TokenLogProbs(model)(torch.cat(sequences, dim=1), None, positions, positions > 0).logps
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerBase") -> int:

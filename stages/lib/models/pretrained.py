@@ -74,7 +74,7 @@ def new_classifier(path: Path, loading: Loading, seed: int) -> nn.Module:
     if not facts.has_classifier:
         raise StageError(
             f"{path}: transformers has no sequence classifier for models of type {facts.model_type}, so no reward "
-            "model can be made of it; SFT and DPO work; use another architecture for PPO, such as Llama, Qwen2 or GPT-2"
+            "model can be made of it; SFT and DPO work; use another architecture for RL, such as Llama, Qwen2 or GPT-2"
         )
     head_alone = frozenset({"score.weight"})
     model = _load(AutoModelForSequenceClassification, path, loading, head_alone, num_labels=1)

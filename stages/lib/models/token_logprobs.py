@@ -1,12 +1,19 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+
+class TokenStatistics(NamedTuple):
+    """Of the tokens that a mask selects, in nats, float32 or wider; 0 at all others. Shapes: (b, t)."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor  # of the distributions that the tokens are drawn from
 
 
 class TokenLogProbs(nn.Module):
@@ -15,36 +22,34 @@ class TokenLogProbs(nn.Module):
     Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
     backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
+    There are two passes, `log_probs` and `next_logits`. Both go through `forward`, which an engine calls and into which
+    DeepSpeed hooks; it takes the pass by its name.
+
     Args:
         language_model: a transformers causal language model.
-        temperature: logits are divided by it, as when sampling.
         chunk_tokens: tokens whose logits exist at a time.
         with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
     """
 
-    def __init__(
-        self,
-        language_model: nn.Module,
-        *,
-        temperature: float = 1.0,
-        chunk_tokens: int = 4096,
-        with_entropies: bool = False,
-    ) -> None:
+    def __init__(self, language_model: nn.Module, *, chunk_tokens: int = 4096, with_entropies: bool = False) -> None:
         super().__init__()
         self.language_model = language_model
-        self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.with_entropies = with_entropies
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
-    def forward(
+    def forward(self, *inputs: Any, run: Literal["log_probs", "next_logits"] = "log_probs") -> Any:
+        """What the pass named `run` returns for these inputs."""
+        return self.next_logits(*inputs) if run == "next_logits" else self.log_probs(*inputs)
+
+    def log_probs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        target_mask: torch.Tensor | None = None,
-        cache: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        target_mask: torch.Tensor,
+        temperature: float = 1.0,
+    ) -> TokenStatistics:
         """Log-probs of the masked tokens and the entropies of the distributions they were drawn from.
 
         Args:
@@ -52,13 +57,8 @@ class TokenLogProbs(nn.Module):
             attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding.
             position_ids: (b, t); several sequences may lie in one row, each counted from 0.
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
-            cache: a key-value cache; then `target_mask` is None and the logits after the last token are returned.
-        Returns:
-            logps (b, t) and entropies (b, t) in nats, float32 or wider, 0 outside `target_mask`. With a
-            cache: logits (b, vocabulary).
+            temperature: above 0; logits are divided by it, as when sampling.
         """
-        if target_mask is None:
-            return self._next_token_logits(input_ids, attention_mask, position_ids, cache)
         output = self.language_model.base_model(
             input_ids=input_ids,
             attention_mask=None if attention_mask is None else attention_mask.long(),
@@ -72,14 +72,22 @@ class TokenLogProbs(nn.Module):
         recompute = torch.is_grad_enabled() and count > 1
         cuts = tuple(range(self.chunk_tokens, count * self.chunk_tokens, self.chunk_tokens))
         pieces = zip(hidden.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
-        chunks = [self._chunk(states, tokens, recompute) for states, tokens in pieces]
+        chunks = [self._chunk(states, tokens, temperature, recompute) for states, tokens in pieces]
         logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         empty = torch.zeros(input_ids.shape, dtype=logps.dtype, device=input_ids.device)
-        return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
+        return TokenStatistics(empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies))
 
-    def _next_token_logits(
+    def next_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
     ) -> torch.Tensor:
+        """The logits after the last token of each row, for sampling. Returns (b, vocabulary).
+
+        Args:
+            input_ids: (b, t), of what the cache does not hold yet.
+            attention_mask: (b, cached + t), True on real tokens, padding on the left.
+            position_ids: (b, t).
+            cache: a key-value cache of transformers, to which this pass adds.
+        """
         output = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask.long(),
@@ -103,18 +111,22 @@ class TokenLogProbs(nn.Module):
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunk(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, recompute: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if recompute:
-            return checkpoint(self._logps_and_entropies, hidden, targets, use_reentrant=False)
-        return self._logps_and_entropies(hidden, targets)
+            return checkpoint(self._logps_and_entropies, hidden, targets, temperature, use_reentrant=False)
+        return self._logps_and_entropies(hidden, targets, temperature)
 
-    def _logps_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logps_and_entropies(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, d), (n,) → (n,), (n,)."""
         logits = at_least_float32(self.language_model.get_output_embeddings()(hidden))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.temperature != 1:
-            logits = logits / self.temperature
+        if temperature != 1:
+            logits = logits / temperature
         log_probs = torch.log_softmax(logits, dim=-1)
         logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
         if not self.with_entropies or torch.is_grad_enabled():

@@ -13,7 +13,6 @@ from stages.lib.report.curve_tables import EVAL, CurveTable, curve_in
 from stages.lib.report.number_formats import LARGEST, is_usable, number
 from stages.lib.report.outcome import BASELINE, graded_prompts
 
-POLICIES = (BASELINE, "dpo", "ppo")
 ALWAYS_TRAINED = ("train_sft", "train_rm")
 KINDS = ("sft", "preference", "prompts")
 SPLITS = ("train", "eval")
@@ -52,6 +51,7 @@ class Inputs(NamedTuple):
     curves: dict[str, CurveTable]
     evaluations: dict[str, Metrics]
     samples: dict[str, list[dict[str, Any]]]
+    absent: list[str]  # policies that were trained, but not evaluated
 
 
 def flat_numbers(path: Path) -> dict[str, float]:
@@ -106,9 +106,9 @@ def read_inputs(metrics: Path, samples: Path) -> Inputs:
     for folder in (metrics, metrics / "evaluate"):
         if os.path.lexists(folder) and not folder.is_dir():
             raise StageError(f"{folder} is not a folder; move it away and run the stage evaluate")
-    evaluated = [policy for policy in POLICIES if os.path.lexists(metrics / f"evaluate/{policy}.json")]
+    evaluated = names_in(metrics / "evaluate", "")
     if not evaluated:
-        raise StageError(f"{metrics / 'evaluate'} holds the evaluation of no policy: {', '.join(POLICIES)}")
+        raise StageError(f"{metrics / 'evaluate'} holds the evaluation of no policy; run the stage evaluate")
     trained = [*ALWAYS_TRAINED, *(f"train_{policy}" for policy in evaluated if policy != BASELINE)]
     evaluations = {policy: Metrics(metrics / f"evaluate/{policy}.json") for policy in evaluated}
     training = {stage: Metrics(metrics / f"{stage}.json") for stage in trained}
@@ -119,7 +119,14 @@ def read_inputs(metrics: Path, samples: Path) -> Inputs:
         curves={stage: curve_of(metrics / f"curves/{stage}.csv", training[stage]) for stage in trained},
         evaluations=evaluations,
         samples=read_samples(samples, evaluations),
+        absent=[policy for policy in names_in(metrics, "train_") if policy not in (*evaluated, "rm")],
     )
+
+
+def names_in(folder: Path, prefix: str) -> list[str]:
+    """What the metrics files of a folder are named for, after `prefix`: the baseline first."""
+    names = {path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}[!.]*.json")}
+    return sorted(names, key=lambda name: (name != BASELINE, name))
 
 
 def curve_of(path: Path, metrics: Metrics) -> CurveTable:

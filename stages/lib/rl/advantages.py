@@ -1,28 +1,110 @@
-"""Token rewards of an RLHF episode, generalised advantage estimates (GAE), and whitening over the global batch.
+"""Advantages: generalised advantage estimates (GAE), and rewards relative to those of a group.
 
-Time t runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not
-there, whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
+`gae` and `group_relative` are `Advantages`, of the rollouts of a phase; what they are made of stands below them. Time t
+runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not there,
+whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
 """
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 
+from stages.lib.rl.rollouts import Rollouts
+
+# From rollouts and settings, (advantages, returns), each (b, t), 0 outside the mask; returns are None without a critic.
+Advantages = Callable[[Rollouts, Any], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class GaeSettings(Protocol):
+    """What `gae` reads of a section of params.yaml."""
+
+    @property
+    def gamma(self) -> float: ...
+
+    @property
+    def lam(self) -> float: ...
+
+    @property
+    def whiten_advantages(self) -> bool: ...
+
+
+class GroupSettings(Protocol):
+    """What `group_relative` reads of a section of params.yaml."""
+
+    @property
+    def advantage_scale(self) -> Literal["group_std", "none"]: ...
+
+    @property
+    def advantage_epsilon(self) -> float: ...
+
 
 @torch.no_grad()
-def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """r_t = -beta kl_t + 1[t is the last real token] score (arXiv 1909.08593, Eq 2; arXiv 2203.02155, Eq 2).
+def gae(rollouts: Rollouts, settings: GaeSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE of the tokens' rewards under the critic's values, whitened over all rollouts if asked for.
+
+    Returns:
+        (advantages, returns), each (b, t); the returns are never whitened.
+    """
+    mask = rollouts.response_mask
+    advantages, returns = generalized_advantages(rollouts.rewards, rollouts.values, mask, settings.gamma, settings.lam)
+    if settings.whiten_advantages:
+        total, squares, count = masked_moments(advantages, mask)
+        mean = total / count
+        advantages = whiten(advantages, mask, mean, squares / count - mean * mean)
+    return advantages, returns
+
+
+@torch.no_grad()
+def group_relative(rollouts: Rollouts, settings: GroupSettings) -> tuple[torch.Tensor, None]:
+    """The advantage of each response within its prompt's samples, at each of its tokens, (b, t); there are no returns.
+
+    No critic and no discount: what counts is the sum of a response's rewards, and its tokens share the advantage.
+    """
+    scale, epsilon = settings.advantage_scale, settings.advantage_epsilon
+    advantages = group_relative_advantages(rollouts.groups(rollouts.rewards.sum(dim=-1)), scale=scale, epsilon=epsilon)
+    advantages = advantages.reshape(-1, 1)
+    return torch.where(rollouts.response_mask, advantages, 0.0), None
+
+
+@torch.no_grad()
+def group_relative_advantages(
+    rewards: torch.Tensor, *, scale: Literal["group_std", "none"], epsilon: float
+) -> torch.Tensor:
+    """A_i = (R_i - mean) / (s + epsilon) within each group (arXiv 2402.03300, section 4.1.2).
+
+    s is the group's standard deviation, dividing by its size less 1, or 1 with scale "none" (arXiv 2503.20783), which
+    does not favour prompts whose responses hardly differ. A group without variance teaches nothing: A is 0 exactly.
 
     Args:
-        kl: per-token KL estimate in nats, (b, t); k1 is the principled one in a reward.
-        scores: the reward of each whole response, already clipped or normalised, (b,).
-        response_mask: True on response tokens, (b, t). A row without any gets no score.
-        kl_coef: beta.
+        rewards: (groups, samples of each), at least 2 samples.
+        epsilon: above 0, in units of the reward; it bounds what becomes of differences that are next to none.
     Returns:
-        rewards (b, t), 0 outside the mask.
+        (groups, samples), in the type of `rewards`.
     """
-    real_tokens_from_here = response_mask.long().flip(-1).cumsum(-1).flip(-1)
-    is_last = response_mask & (real_tokens_from_here == 1)
-    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
-    return penalties + torch.where(is_last, scores.unsqueeze(-1), 0.0)
+    values = rewards.double()
+    centred = values - values.mean(dim=1, keepdim=True)
+    if scale == "group_std":
+        centred = centred / (values.std(dim=1, keepdim=True) + epsilon)
+    return torch.where(without_variance(rewards)[:, None], 0.0, centred).to(rewards.dtype)
+
+
+def without_variance(rewards: torch.Tensor) -> torch.Tensor:
+    """True for each group whose rewards are all the same. (groups, samples) → (groups,)."""
+    return (rewards == rewards[:, :1]).all(dim=1)
+
+
+def group_summary(rollouts: Rollouts) -> dict[str, float]:
+    """The mean reward; of a group's responses the share that differ; the share of groups that teach nothing."""
+    rewards = rollouts.groups(rollouts.rewards.sum(dim=-1))
+    size = rewards.shape[1]
+    groups = [rollouts.responses[start : start + size] for start in range(0, len(rollouts.episodes), size)]
+    distinct = sum(len({tuple(ids) for ids in group}) for group in groups)
+    return {
+        "objective/rewards": float(rewards.mean()),
+        "group/distinct": distinct / len(rollouts.episodes),
+        "group/without_variance": float(without_variance(rewards).float().mean()),
+    }
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ tokens, in nats. Some implementations feed the mean over tokens; a target set fo
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -105,6 +105,26 @@ class AdaptiveKLController:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.coef = state["coef"]
+
+
+class KLSettings(Protocol):
+    """What `new_controller` reads of a section of params.yaml."""
+
+    @property
+    def kl_coef(self) -> float: ...
+
+    @property
+    def kl_target(self) -> float | None: ...
+
+    @property
+    def kl_horizon(self) -> float | None: ...
+
+
+def new_controller(settings: KLSettings) -> FixedKLController | AdaptiveKLController:
+    """The controller that the settings ask for; target and horizon stand there for the adaptive one alone."""
+    if settings.kl_target is None or settings.kl_horizon is None:
+        return FixedKLController(settings.kl_coef)
+    return AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
 
 
 def _checked_coefficient(coef: float) -> float:

@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from stages.lib.data.chat import load_tokenizer
 from stages.lib.rl.rollouts import Rollouts
@@ -13,37 +16,39 @@ class RolloutLog:
     Args:
         path: of the file, or None in a process that writes none.
         tokenizer_from: folder of the policy's tokenizer; special tokens stay visible in the log.
+        with_samples: a line says which of a prompt's samples it is.
     """
 
-    def __init__(self, path: Path | None, tokenizer_from: Path) -> None:
+    def __init__(self, path: Path | None, tokenizer_from: Path, *, with_samples: bool = False) -> None:
         self.path = path
+        self.with_samples = with_samples
         self.tokenizer = load_tokenizer(tokenizer_from)
 
-    def append(self, iteration: int, rows: list[int], batch: Rollouts) -> None:
-        """Add the responses of a phase (0-based) to the prompts in these rows of the data."""
+    def append(self, iteration: int, rollouts: Rollouts, kl: torch.Tensor) -> None:
+        """Add the responses of a phase (0-based); `kl` is that of each token, (b, t)."""
         if self.path is None:
             return
-        kl = batch.kl.sum(dim=-1).tolist()
+        numbers = zip(rollouts.episodes, rollouts.scores.tolist(), kl.sum(dim=-1).tolist(), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for index, row in enumerate(rows):
+            for episode, score, divergence in numbers:
                 record = {
                     "iteration": iteration + 1,
-                    "row": row,
-                    "response": self._text(batch.responses[index]),
-                    "response_ids": batch.responses[index],
-                    "score": round(float(batch.scores[index]), 6),
-                    "kl": round(kl[index], 6),
-                    "ended": bool(batch.ended[index]),
+                    "row": episode.prompt.row,
+                    **({"sample": episode.sample} if self.with_samples else {}),
+                    "response": self._text(episode.ids),
+                    "response_ids": episode.ids,
+                    "score": round(score, 6),
+                    "kl": round(divergence, 6),
+                    "ended": episode.ended,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def samples(self, batch: Rollouts, count: int) -> list[str]:
+    def samples(self, rollouts: Rollouts, kl: torch.Tensor, count: int) -> list[str]:
         """The first responses of a phase with score and KL, a line each."""
+        numbers = zip(rollouts.episodes[:count], rollouts.scores.tolist(), kl.sum(dim=-1).tolist(), strict=False)
         return [
-            f"    score {score:+.2f}  kl {kl:+.2f}  {self._text(response)!r}"
-            for score, kl, response in zip(
-                batch.scores.tolist(), batch.kl.sum(dim=-1).tolist(), batch.responses[:count], strict=False
-            )
+            f"    score {score:+.2f}  kl {divergence:+.2f}  {self._text(episode.ids)!r}"
+            for episode, score, divergence in numbers
         ]
 
     def results(self) -> dict[str, float]:
@@ -57,7 +62,18 @@ class RolloutLog:
             own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
             for key in ("score", "kl", "ended"):
                 found[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
+            if self.with_samples:
+                found |= {f"{name}_{key}": value for key, value in shares_of_groups(own).items()}
         return found
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def shares_of_groups(rollouts: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a prompt's responses the share that differ, and the share of prompts whose responses are all scored alike."""
+    starts = [place for place, rollout in enumerate(rollouts) if rollout["sample"] == 0]
+    groups = [rollouts[start:end] for start, end in zip(starts, [*starts[1:], len(rollouts)], strict=True)]
+    distinct = sum(len({tuple(rollout["response_ids"]) for rollout in group}) for group in groups)
+    alike = sum(len({(rollout["score"], rollout["ended"]) for rollout in group}) == 1 for group in groups)
+    return {"distinct_share": distinct / len(rollouts), "without_variance_share": alike / len(groups)}

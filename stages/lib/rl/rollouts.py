@@ -1,102 +1,106 @@
-"""Rollouts of PPO: prompts, sampled responses, and what policy, reference, critic and reward model say of them."""
+"""Rollouts: the episodes of a phase, and what policy, reference, critic and reward say of them, as aligned tensors."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
+from stages.lib.rl.episodes import Episode
 from stages.lib.rl.kl_control import kl_estimate
+from stages.lib.rl.token_rewards import token_rewards
 
 
 class Rollouts(NamedTuple):
-    """b responses of one rollout phase; per-token tensors are aligned to response tokens and 0 beyond their end."""
+    """b episodes, the same in all processes; per-token tensors are aligned to response tokens, 0 beyond their end."""
 
-    prompts: list[list[int]]
-    responses: list[list[int]]  # EOS included where there is one
+    episodes: list[Episode]
+    scores: torch.Tensor  # (b,), of the reward
+    rewards: torch.Tensor  # (b, t), of each token: the score at the last one, until something else is made of it
     response_mask: torch.Tensor  # (b, t), True on response tokens
     logps: torch.Tensor  # (b, t), under the policy that sampled, at the sampling temperature
-    kl: torch.Tensor  # (b, t), estimate of the KL to the reference, in nats
+    reference_logps: torch.Tensor  # (b, t), under the reference, at the same temperature
     entropies: torch.Tensor  # (b, t)
-    values: torch.Tensor  # (b, t), of the critic before each token
-    scores: torch.Tensor  # (b,), raw, of the reward model at the end of the response
-    ended: torch.Tensor  # (b,), True where the response ends with EOS
+    values: torch.Tensor  # (b, t), of the critic before each token; 0 without one
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [episode.prompt.ids for episode in self.episodes]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [episode.ids for episode in self.episodes]
+
+    def groups(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the episodes, (b,), with the samples of a prompt in one row, (prompts, samples)."""
+        return values.reshape(-1, 1 + max(episode.sample for episode in self.episodes))
+
+    @property
+    def ended(self) -> torch.Tensor:
+        """(b,), True where the response ends with EOS."""
+        return torch.tensor([episode.ended for episode in self.episodes], device=self.logps.device)
+
+    def kl(self, kind: Literal["k1", "k2", "k3"]) -> torch.Tensor:
+        """An estimate of the KL to the reference at each token, in nats, (b, t)."""
+        return torch.where(self.response_mask, kl_estimate(self.logps, self.reference_logps, kind), 0.0)
 
 
-class Scored(NamedTuple):
-    """What the models say of one response: a number per token, and its score."""
+def summary(rollouts: Rollouts, kl: torch.Tensor) -> dict[str, float]:
+    """Means over the responses, but for the entropy of a token; KL and "objective/entropy" are summed over a response.
 
-    logps: list[float]
-    reference_logps: list[float]
-    entropies: list[float]
-    values: list[float]
-    score: float
+    Args:
+        kl: at each token, (b, t).
+    """
+    mask, entropies = rollouts.response_mask, rollouts.entropies
+    return {
+        "objective/scores": float(rollouts.scores.mean()),
+        "objective/kl": float(kl.sum(dim=-1).mean()),
+        "objective/entropy": float(entropies.sum(dim=-1).mean()),
+        "response/length": float(mask.sum(dim=-1).float().mean()),
+        "response/eos_rate": float(rollouts.ended.float().mean()),
+        "policy/entropy": float(entropies.sum() / mask.sum()),
+    }
 
 
 @torch.no_grad()
-def score_responses(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
+def read_rollouts(
+    episodes: list[Episode],
+    scores: Sequence[float],
     policy: Callable,
     reference: Callable,
-    critic: Callable,
-    reward_model: Callable,
+    critic: Callable | None,
+    temperature: float,
     batching: MicroBatching,
-) -> list[Scored]:
-    """Forward passes of all four models over all responses, without gradient; the same list in all processes."""
+) -> Rollouts:
+    """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
-    def passes() -> dict[int, Scored]:
-        found = {}
+    Args:
+        policy, reference: `TokenLogProbs` modules, or what stands for them.
+        critic: a `TokenScores` module, or None.
+    """
+    prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
+    lengths = torch.tensor([len(ids) for ids in responses], device=batching.processes.device)
+    width = int(lengths.max())
+
+    def passes() -> torch.Tensor:
+        found = torch.zeros((4, len(episodes), width), device=lengths.device)
         for batch in batching.sequences(prompts, responses):
-            logps, entropies = policy(*batch.inputs, batch.completion_mask)
-            reference_logps, _ = reference(*batch.inputs, batch.completion_mask)
-            per_token = (logps, reference_logps, entropies, values_before(critic, batch))
-            columns = [batch.on_completions(values).tolist() for values in per_token]
-            scores = reward_model(*batch.inputs, batch.end_mask).tolist()
-            for place, (row, length) in enumerate(zip(batch.rows, batch.completion_lengths, strict=True)):
-                found[row] = Scored(*(column[place][:length] for column in columns), scores[place])
+            logps, entropies = policy(*batch.inputs, batch.completion_mask, temperature)
+            reference_logps, _ = reference(*batch.inputs, batch.completion_mask, temperature)
+            readings = [logps, reference_logps, entropies, *([values_before(critic, batch)] if critic else [])]
+            for place, reading in enumerate(readings):
+                found[place, batch.rows] = batch.on_completions(reading, width).to(found.dtype)
         return found
 
-    return batching.processes.gather_rows(batching.budget.attempt(passes))
+    found = batching.budget.attempt(passes)
+    batching.processes.sum_tensor(found)  # each row is 0 in all processes but one
+    scored = torch.tensor(scores, device=lengths.device)
+    mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    rewards = token_rewards(torch.zeros_like(found[0]), scored, mask, kl_coef=0.0)
+    return Rollouts(episodes, scored, rewards, mask, *found)
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:
     """V of the state before each token: the critic read one position earlier. (b, t); the first column is 0."""
     scores = critic(*batch.inputs)
     return torch.cat([torch.zeros_like(scores[:, :1]), scores[:, :-1]], dim=1)
-
-
-def assemble(
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    scored: list[Scored],
-    *,
-    kl_estimator: str,
-    eos_id: int,
-    device: torch.device,
-) -> Rollouts:
-    """Put lists over all responses of a phase into aligned tensors."""
-    logps, reference_logps, entropies, values = (
-        response_tensor([getattr(one, name) for one in scored], device) for name in Scored._fields[:4]
-    )
-    lengths = torch.tensor([len(response) for response in responses], device=device)
-    mask = torch.arange(logps.shape[1], device=device) < lengths[:, None]
-    kl = kl_estimate(logps, reference_logps, kl_estimator)
-    return Rollouts(
-        prompts=prompts,
-        responses=responses,
-        response_mask=mask,
-        logps=logps,
-        kl=torch.where(mask, kl, 0.0),
-        entropies=entropies,
-        values=values,
-        scores=torch.tensor([one.score for one in scored], device=device),
-        ended=torch.tensor([response[-1] == eos_id for response in responses], device=device),
-    )
-
-
-def response_tensor(rows: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
-    """Per-token lists of unequal length as a (b, t) tensor, 0 beyond each end."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], device=device)

@@ -55,8 +55,8 @@ def shape_scores(
     scores: torch.Tensor,
     ended: torch.Tensor,
     *,
-    clip: float | None,
-    moments: RunningMoments | None,
+    clip: float | None = None,
+    moments: RunningMoments | None = None,
     missing_eos_penalty: float,
 ) -> torch.Tensor:
     """Normalise, then clip, then subtract the penalty: in this order.

@@ -17,11 +17,11 @@ from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
 
 PREPARED = Path("data/prepared")
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 NEEDED_BY = {
     "sft": "train_sft and all that starts from its model",
-    "preference": "train_rm, ref_logprobs, train_dpo, train_ppo and evaluate",
-    "prompts": "train_ppo and evaluate",
+    "preference": "train_rm, ref_logprobs, train_dpo, train_ppo, train_grpo and evaluate",
+    "prompts": "train_ppo, train_grpo and evaluate",
 }
 
 
@@ -156,7 +156,7 @@ def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> N
     needed = {"tokenize_data.max_length": limits.max_length} | {
         f"tokenize_data.max_prompt_length + {stage}.max_new_tokens": limits.max_prompt_length
         + params[stage].max_new_tokens
-        for stage in ("train_ppo", "evaluate")
+        for stage in ("train_ppo", "train_grpo", "evaluate")
     }
     for keys, tokens in needed.items():
         if tokens > positions:
@@ -166,5 +166,5 @@ def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> N
 def no_classifier(facts: ModelFacts, name: str) -> str:
     return (
         f"models of type {facts.model_type}, as {name} is, have no sequence classifier in transformers: SFT and DPO "
-        "work, but train_rm, train_ppo and evaluate need a reward model and cannot run"
+        "work, but train_rm, train_ppo, train_grpo and evaluate need a reward model and cannot run"
     )

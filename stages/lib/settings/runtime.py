@@ -21,6 +21,7 @@ STAGES = (
     "ref_logprobs",
     "train_dpo",
     "train_ppo",
+    "train_grpo",
     "evaluate",
 )
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}

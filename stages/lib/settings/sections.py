@@ -12,6 +12,7 @@ from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs
 from stages.lib.settings.tokenize_data import Tokenize
 from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.train_ppo import TrainPpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.lib.settings.train_sft import TrainSft
@@ -25,6 +26,7 @@ SECTIONS = {
     "ref_logprobs": RefLogprobs,
     "train_dpo": TrainDpo,
     "train_ppo": TrainPpo,
+    "train_grpo": TrainGrpo,
     "evaluate": Evaluate,
 }
 VALUES = {"seed": Seed, "trust_remote_code": bool}

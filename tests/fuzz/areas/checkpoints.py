@@ -16,7 +16,7 @@ from tests.fuzz.base import other_than_base
 from tests.fuzz.case import Area, Case, Complaint, Expected, no_complaint, put
 from tests.fuzz.mutations import json_text, mutated_bytes, mutated_tree
 
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 CHUNKED = ("ref_logprobs", "evaluate@dpo")
 PLACES = ("complete.json", "manifest.json", "state", "tensors", "curve.csv")
 

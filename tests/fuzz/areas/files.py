@@ -16,6 +16,7 @@ STAGES = (
     "train_sft",
     "ref_logprobs",
     "train_ppo",
+    "train_grpo",
     "evaluate@sft",
     "report",
 )

@@ -26,6 +26,7 @@ READ_BY = (
     ("models/sft", "ref_logprobs"),
     ("models/sft", "train_dpo"),
     ("models/rm", "train_ppo"),
+    ("models/rm", "train_grpo"),
     ("models/rm", "evaluate@sft"),
     ("models/dpo", "evaluate@dpo"),
 )

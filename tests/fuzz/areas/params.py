@@ -112,6 +112,7 @@ def later_section(section: str, key: str, value: Any) -> Case:
 LATER = (
     later_section("train_ppo", "minibatch_size", 3),
     later_section("train_ppo", "max_new_tokens", 4000),
+    later_section("train_grpo", "samples_per_prompt", 1),
     later_section("evaluate", "max_new_tokens", 4000),
     later_section("train_dpo", "loss_type", "hinge"),
     later_section("evaluate", "max_promts", 5),

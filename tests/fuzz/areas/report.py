@@ -18,8 +18,8 @@ METRICS = (
     "train_rm",
     "train_dpo",
 )
-METRICS += ("train_ppo", "evaluate/sft", "evaluate/dpo", "evaluate/ppo")
-CURVES = ("train_sft", "train_rm", "train_dpo", "train_ppo")
+METRICS += ("train_ppo", "train_grpo", "evaluate/sft", "evaluate/dpo", "evaluate/ppo", "evaluate/grpo")
+CURVES = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 STAGE = ("report",)
 
 
@@ -201,7 +201,7 @@ def exchanged_for(path: str, what: str, make: Callable[[Path], object]) -> Case:
 FILES = (
     *(gone(f"metrics/{name}.json") for name in METRICS),
     *(gone(f"metrics/curves/{name}.csv") for name in CURVES),
-    *(gone(f"data/samples/{name}.jsonl") for name in ("sft", "dpo", "ppo")),
+    *(gone(f"data/samples/{name}.jsonl") for name in ("sft", "dpo", "ppo", "grpo")),
     *(
         exchanged_for(path, what, make)
         for path in (

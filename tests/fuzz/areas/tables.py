@@ -17,11 +17,11 @@ SCHEMAS = {"sft": SFT_SCHEMA, "preference": PREFERENCE_SCHEMA, "prompts": PROMPT
 STAGES = {
     "sft": ("train_sft",),
     "preference": ("train_rm", "ref_logprobs", "train_dpo", "evaluate@dpo"),
-    "prompts": ("train_ppo", "evaluate@ppo"),
+    "prompts": ("train_ppo", "train_grpo", "evaluate@ppo"),
 }
 SPLITS = ("train", "eval")
 # Which split a stage does not read.
-UNREAD = {("train_ppo", "eval"), ("evaluate@dpo", "train"), ("evaluate@ppo", "train")}
+UNREAD = {("train_ppo", "eval"), ("train_grpo", "eval"), ("evaluate@dpo", "train"), ("evaluate@ppo", "train")}
 
 
 def read(path: Path) -> pyarrow.Table:

@@ -39,17 +39,17 @@ def test_log_probs_and_entropies_are_those_of_each_sequence_alone(
     model = make()
     model.set_attn_implementation(attention)
     batch = batch_of(packing)
-    module = TokenLogProbs(model, temperature=0.7, chunk_tokens=chunk_tokens, with_entropies=True)
-    found = module(*batch.inputs, batch.completion_mask)
+    module = TokenLogProbs(model, chunk_tokens=chunk_tokens, with_entropies=True)
+    found = module(*batch.inputs, batch.completion_mask, 0.7)
     with torch.no_grad():
-        entropies = batch.on_completions(module(*batch.inputs, batch.completion_mask)[1])
-    logps = batch.on_completions(found[0])
+        entropies = batch.on_completions(module(*batch.inputs, batch.completion_mask, 0.7).entropies)
+    logps = batch.on_completions(found.logps)
     for place, row in enumerate(batch.rows):
         log_probs, entropy = expected(model, row, temperature=0.7)
         length = len(COMPLETIONS[row])
         assert logps[place][:length].tolist() == pytest.approx(log_probs.tolist(), abs=1e-5)
         assert entropies[place][:length].tolist() == pytest.approx(entropy.tolist(), abs=1e-5)
-    assert found[0][~batch.completion_mask].count_nonzero() == 0
+    assert found.logps[~batch.completion_mask].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("packing", [False, True])

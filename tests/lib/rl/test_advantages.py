@@ -1,9 +1,22 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stages.lib.rl.advantages import generalized_advantages, masked_moments, token_rewards, whiten
+from stages.lib.data.prompts import Prompt
+from stages.lib.rl.advantages import (
+    gae,
+    generalized_advantages,
+    group_relative,
+    group_relative_advantages,
+    group_summary,
+    masked_moments,
+    whiten,
+    without_variance,
+)
+from stages.lib.rl.episodes import Episode
+from stages.lib.rl.rollouts import Rollouts
 
 NAN = math.nan
 
@@ -14,33 +27,6 @@ def episodes(lengths: list[int], width: int, seed: int = 0) -> tuple[torch.Tenso
     mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
     rewards, values = (torch.randn(len(lengths), width, dtype=torch.float64, generator=generator) for _ in range(2))
     return torch.where(mask, rewards, NAN), torch.where(mask, values, NAN), mask
-
-
-def test_token_rewards_by_hand():
-    # row 0: -0.5 * (0.1, 0.2, 0.3) + (0, 0, 2);  row 1, two tokens: -0.5 * (0.5, 0.6) + (0, -1), padding 0
-    rewards = token_rewards(
-        torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.6, NAN]]),
-        torch.tensor([2.0, -1.0]),
-        torch.tensor([[True, True, True], [True, True, False]]),
-        kl_coef=0.5,
-    )
-    torch.testing.assert_close(rewards, torch.tensor([[-0.05, -0.1, 1.85], [-0.25, -1.3, 0.0]]))
-
-
-def test_the_score_is_paid_at_the_last_real_token_wherever_padding_is():
-    mask = torch.tensor([[False, True, True, False], [True, False, True, False], [False, False, False, True]])
-    rewards = token_rewards(torch.zeros(3, 4), torch.tensor([1.0, 2.0, 3.0]), mask, kl_coef=0.5)
-    assert rewards.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 3.0]]
-
-
-def test_an_episode_pays_its_score_once_and_its_kl_once():
-    generator = torch.Generator().manual_seed(1)
-    kl, scores = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
-    mask = torch.arange(6) < torch.tensor([[1], [6], [3], [0]])
-    rewards = token_rewards(kl, scores, mask, kl_coef=0.3)
-    expected = [scores[row].item() - 0.3 * kl[row, :length].sum().item() for row, length in enumerate([1, 6, 3])]
-    # A response without tokens has nothing to be paid for.
-    torch.testing.assert_close(rewards.sum(1), torch.tensor([*expected, 0.0]))
 
 
 def test_generalized_advantages_by_hand():
@@ -170,3 +156,69 @@ def test_targets_carry_no_gradient():
     mask = torch.ones(1, 3, dtype=torch.bool)
     for result in (*generalized_advantages(values, values, mask, 1.0, 1.0), whiten(values, mask, 0.0, 1.0)):
         assert not result.requires_grad
+
+
+def test_advantages_in_a_group_by_hand():
+    # Rewards 1, 2, 6: mean 3, deviations -2, -1, 3, squares 4 + 1 + 9 = 14, divided by 3 - 1: s = sqrt 7 = 2.6458.
+    # With the population's s, sqrt(14 / 3), the first would be -0.926.
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [-1.0, -1.0, -1.0]])
+    advantages = group_relative_advantages(rewards, scale="group_std", epsilon=1e-4)
+    assert advantages[0].tolist() == pytest.approx([-2 / 2.64585, -1 / 2.64585, 3 / 2.64585], abs=1e-4)
+    assert advantages[1].tolist() == [0, 0, 0]
+    advantages = group_relative_advantages(rewards, scale="none", epsilon=1e-4)
+    assert advantages.tolist() == [[-2, -1, 3], [0, 0, 0]]
+
+
+def test_epsilon_bounds_what_becomes_of_next_to_no_difference():
+    # s = 1e-5 * sqrt 2 is a seventh of epsilon 1e-4.
+    advantages = group_relative_advantages(torch.tensor([[0.0, 2e-5]]), scale="group_std", epsilon=1e-4)
+    assert advantages[0].tolist() == pytest.approx([-1e-5 / (1.41421e-5 + 1e-4), 1e-5 / (1.41421e-5 + 1e-4)], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7, 1e4])
+def test_a_group_without_variance_has_no_advantage_at_all(value):
+    """The mean of equal numbers is not always that number."""
+    for size in (3, 6, 7):
+        rewards = torch.full((1, size), value)
+        assert group_relative_advantages(rewards, scale="group_std", epsilon=1e-9).count_nonzero() == 0
+        assert without_variance(rewards).tolist() == [True]
+    assert without_variance(torch.tensor([[1.0, 1.0], [1.0, 1.5]])).tolist() == [True, False]
+
+
+def test_all_tokens_of_a_response_share_its_advantage():
+    prompts = [Prompt(0, [1], [], {}), Prompt(1, [2], [], {})]
+    episodes = [
+        Episode(prompt, [5] * 3, "", True, sample, None, [True] * 3) for prompt in prompts for sample in range(2)
+    ]
+    mask = torch.arange(3) < torch.tensor([[3], [1], [2], [2]])
+    numbers, rewards = torch.zeros(4, 3), torch.zeros(4, 3)
+    rewards[:, 0] = torch.tensor([2.0, 3.0, 5.0, 5.0])
+    rewards[0, 2] = -1.0  # what counts is the sum, 1
+    rollouts = Rollouts(episodes, numbers[:, 0], rewards, mask, *[numbers] * 4)
+    settings = SimpleNamespace(advantage_scale="none", advantage_epsilon=1e-4)
+    advantages, returns = group_relative(rollouts, settings)
+    assert advantages.tolist() == [[-1, -1, -1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert returns is None
+    summary = {"objective/rewards": 3.5, "group/distinct": 0.5, "group/without_variance": 0.5}
+    assert group_summary(rollouts) == summary
+    other = episodes[1]._replace(ids=[5, 5, 6])
+    assert group_summary(rollouts._replace(episodes=[episodes[0], other, *episodes[2:]]))["group/distinct"] == 0.75
+
+
+def test_gae_takes_rewards_values_and_settings() -> None:
+    """Against its parts, which are tested by hand above."""
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = torch.randn(2, 3, generator=generator), torch.randn(2, 3, generator=generator)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    episodes = [Episode(Prompt(row, [1], [], {}), [5], "", True, 0, None, [True]) for row in range(2)]
+    rollouts = Rollouts(episodes, rewards[:, 0], rewards, mask, rewards, rewards, rewards, values)
+    settings = SimpleNamespace(gamma=0.9, lam=0.8, whiten_advantages=False)
+    expected = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    plain, returns = gae(rollouts, settings)
+    assert torch.equal(plain, expected[0])
+    assert torch.equal(returns, expected[1])
+    settings.whiten_advantages = True
+    whitened, same = gae(rollouts, settings)
+    assert torch.equal(same, expected[1])
+    assert float(whitened[mask].mean()) == pytest.approx(0, abs=1e-6)
+    assert float(whitened[mask].var(unbiased=False)) == pytest.approx(1, abs=1e-5)

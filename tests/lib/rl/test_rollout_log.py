@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from stages.lib.data.prompts import Prompt
+from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
 
@@ -21,24 +23,28 @@ def model_folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+KL = torch.tensor([[0.25, 0.25, 0.0], [-0.5, 0.125, 0.125]])  # sums to 0.5 and -0.25
+
+
 def phase(scores: list[float]) -> Rollouts:
-    """Two responses, of which the first ends; their KL sums to 0.5 and -0.25."""
-    numbers = torch.zeros(2, 3)
-    kl = torch.tensor([[0.25, 0.25, 0.0], [-0.5, 0.125, 0.125]])
-    ended = torch.tensor([True, False])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    responses = [[1, 0], [2, 1, 2]]
-    return Rollouts([[1], [2]], responses, mask, numbers, kl, numbers, numbers, torch.tensor(scores), ended)
+    """Two responses, of which the first ends."""
+    prompts = [Prompt(7, [1], [], {}), Prompt(4, [2], [], {})]
+    ended = Episode(prompts[0], [1, 0], "good", True, 0, None, [True] * 2)
+    cut = Episode(prompts[1], [2, 1, 2], "film good film", False, 1, None, [True] * 3)
+    mask, numbers = torch.tensor([[True, True, False], [True, True, True]]), torch.zeros(2, 3)
+    return Rollouts([ended, cut], torch.tensor(scores), numbers, mask, *[numbers] * 4)
 
 
 def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_folder: Path, tmp_path: Path) -> None:
     log = RolloutLog(tmp_path / "rollouts.jsonl", model_folder)
     for iteration, scores in enumerate(([1.0, 2.0], [8.0, 9.0], [-1.0, 0.0])):
-        log.append(iteration, [7, 4], phase(scores))
+        log.append(iteration, phase(scores), KL)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [(line["iteration"], line["row"], line["score"]) for line in lines[:3]] == [(1, 7, 1), (1, 4, 2), (2, 7, 8)]
     assert lines[0]["response_ids"] == [1, 0]
     assert lines[0]["response"] == "good <end>"
+    assert [line["ended"] for line in lines[:2]] == [True, False]
+    assert "sample" not in lines[0]
     assert [line["kl"] for line in lines[:2]] == [0.5, -0.25]
     assert log.results() == {
         "rollouts": 6,
@@ -49,10 +55,17 @@ def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_fol
         "last_kl_mean": 0.125,
         "last_ended_mean": 0.5,
     }
-    assert log.samples(phase([1.0, 2.0]), 1) == ["    score +1.00  kl +0.50  'good <end>'"]
+    assert log.samples(phase([1.0, 2.0]), KL, 1) == ["    score +1.00  kl +0.50  'good <end>'"]
 
 
 def test_a_process_without_a_file_writes_nothing(model_folder: Path) -> None:
     log = RolloutLog(None, model_folder)
-    log.append(0, [7, 4], phase([1.0, 2.0]))
+    log.append(0, phase([1.0, 2.0]), KL)
     assert log.results() == {}
+
+
+def test_a_line_says_which_sample_it_is_where_there_are_several(model_folder: Path, tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "rollouts.jsonl", model_folder, with_samples=True)
+    log.append(0, phase([1.0, 2.0]), KL)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["sample"]) for line in lines] == [(7, 0), (4, 1)]

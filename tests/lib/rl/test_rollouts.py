@@ -1,46 +1,98 @@
-"""What the four models say of rollouts, against each model on each sequence alone."""
+"""What policy, reference and critic say of rollouts, against each model on each sequence alone."""
 
 import pytest
 import torch
 
-from stages.lib.models.scalar_scores import SequenceScores, TokenScores
+from stages.lib.data.prompts import Prompt
+from stages.lib.models.scalar_scores import TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
-from stages.lib.rl.rollouts import Scored, assemble, score_responses, values_before
-from tests.tiny_models import CPU, EOS, batching, tiny_classifier, tiny_llama
+from stages.lib.rl.episodes import Episode
+from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary, values_before
+from tests.tiny_models import EOS, batching, tiny_classifier, tiny_llama
 
 PROMPTS = [[3, 4], [5], [6, 7, 8]]
 RESPONSES = [[9, EOS], [10, 11, 12, EOS], [13]]
+EPISODES = [
+    Episode(Prompt(10 + row, prompt, [], {}), ids, f"text {row}", ids[-1] == EOS, 0, None, [True] * len(ids))
+    for row, (prompt, ids) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
+]
+
+
+def read(budget: int, packing: bool, temperature: float = 1.0, with_critic: bool = True) -> Rollouts:
+    return read_rollouts(
+        EPISODES,
+        [0.5, 1.5, 2.5],
+        TokenLogProbs(tiny_llama(1), with_entropies=True),
+        TokenLogProbs(tiny_llama(2)),
+        TokenScores(tiny_classifier(3)) if with_critic else None,
+        temperature,
+        batching(budget, packing),
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("budget", [6, 1000])
 def test_every_response_gets_its_own_numbers(budget: int, packing: bool) -> None:
-    policy, reference = tiny_llama(1), tiny_llama(2)
-    critic, reward_model = tiny_classifier(3), tiny_classifier(4)
-    scored = score_responses(
-        PROMPTS,
-        RESPONSES,
-        policy=TokenLogProbs(policy, with_entropies=True),
-        reference=TokenLogProbs(reference),
-        critic=TokenScores(critic),
-        reward_model=SequenceScores(reward_model),
-        batching=batching(budget, packing),
-    )
+    rollouts = read(budget, packing, temperature=0.7)
+    policy, reference, critic = tiny_llama(1), tiny_llama(2), tiny_classifier(3)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        ids = torch.tensor([prompt + response])
+        ids, length = torch.tensor([prompt + response]), len(response)
+        places = slice(len(prompt) - 1, len(prompt) + length - 1)
         with torch.no_grad():
-            log_probs, reference_log_probs = (
-                torch.log_softmax(model(ids).logits[0], -1) for model in (policy, reference)
-            )
-            states = [critic(ids[:, : len(prompt) + t]).logits.item() for t in range(len(response))]
-            score = reward_model(ids).logits.item()
-        places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        wanted = [float(log_probs[place, token]) for place, token in zip(places, response, strict=True)]
-        assert scored[row].logps == pytest.approx(wanted, abs=1e-5)
-        wanted = [float(reference_log_probs[place, token]) for place, token in zip(places, response, strict=True)]
-        assert scored[row].reference_logps == pytest.approx(wanted, abs=1e-5)
-        assert scored[row].values == pytest.approx(states, abs=1e-5)
-        assert scored[row].score == pytest.approx(score, abs=1e-5)
+            own, theirs = (torch.log_softmax(model(ids).logits[0] / 0.7, -1)[places] for model in (policy, reference))
+            states = [critic(ids[:, : len(prompt) + t]).logits.item() for t in range(length)]
+        chosen = torch.tensor(response)[:, None]
+        assert rollouts.logps[row, :length].tolist() == pytest.approx(own.gather(1, chosen)[:, 0].tolist(), abs=1e-5)
+        wanted = theirs.gather(1, chosen)[:, 0].tolist()
+        assert rollouts.reference_logps[row, :length].tolist() == pytest.approx(wanted, abs=1e-5)
+        entropies = torch.distributions.Categorical(logits=own).entropy().tolist()
+        assert rollouts.entropies[row, :length].tolist() == pytest.approx(entropies, abs=1e-5)
+        assert rollouts.values[row, :length].tolist() == pytest.approx(states, abs=1e-5)
+        for tensor in (rollouts.logps, rollouts.reference_logps, rollouts.entropies, rollouts.values):
+            assert tensor[row, length:].count_nonzero() == 0
+
+
+def test_what_rollouts_hold_is_aligned() -> None:
+    rollouts = read(1000, packing=False, with_critic=False)
+    assert rollouts.response_mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert rollouts.ended.tolist() == [True, True, False]
+    assert rollouts.scores.tolist() == [0.5, 1.5, 2.5]
+    assert rollouts.rewards.tolist() == [[0, 0.5, 0, 0], [0, 0, 0, 1.5], [2.5, 0, 0, 0]]
+    assert rollouts.values.count_nonzero() == 0
+    assert (rollouts.prompts, rollouts.responses) == (PROMPTS, RESPONSES)
+
+
+def by_hand() -> Rollouts:
+    mask = read(1000, packing=False).response_mask
+    logps = torch.tensor([[-1.0, -2, 9, 9], [-3, -4, -5, -6], [-7, 9, 9, 9]])
+    reference = torch.tensor([[-1.5, -2, 0, 0], [-3, -4, -5, -7], [-9, 0, 0, 0]])
+    entropies = torch.where(mask, 0.5, 0.0)
+    return Rollouts(EPISODES, torch.tensor([0.5, 1.5, 2.5]), logps, mask, logps, reference, entropies, logps)
+
+
+def test_the_kl_is_that_of_real_tokens() -> None:
+    assert by_hand().kl("k1").tolist() == [[0.5, 0, 0, 0], [0, 0, 0, 1.0], [2.0, 0, 0, 0]]
+    assert by_hand().kl("k2").tolist() == [[0.125, 0, 0, 0], [0, 0, 0, 0.5], [2.0, 0, 0, 0]]
+
+
+def test_a_phase_in_numbers() -> None:
+    rollouts = by_hand()
+    assert summary(rollouts, rollouts.kl("k1")) == pytest.approx(
+        {
+            "objective/scores": 1.5,
+            "objective/kl": 3.5 / 3,
+            "objective/entropy": 3.5 / 3,  # half a nat for each of 7 tokens, summed over a response
+            "response/length": 7 / 3,
+            "response/eos_rate": 2 / 3,
+            "policy/entropy": 0.5,
+        }
+    )
+
+
+def test_samples_of_a_prompt_stand_in_one_row() -> None:
+    episodes = [episode._replace(sample=sample) for episode in EPISODES for sample in range(2)]
+    rollouts = by_hand()._replace(episodes=episodes)
+    assert rollouts.groups(torch.arange(6)).tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_the_value_of_a_token_is_that_of_the_state_before_it() -> None:
@@ -49,16 +101,3 @@ def test_the_value_of_a_token_is_that_of_the_state_before_it() -> None:
     values, scores = values_before(critic, batch), critic(*batch.inputs)
     assert torch.equal(values[:, 1:], scores[:, :-1])
     assert values[:, 0].count_nonzero() == 0
-
-
-def test_lists_become_aligned_tensors() -> None:
-    logps = [[-1.0, -2.0], [-3.0, -4.0, -5.0, -6.0], [-7.0]]
-    reference = [[-1.5, -2.0], [-3.0, -4.0, -5.0, -7.0], [-9.0]]
-    columns = (logps, reference, logps, logps, [0.5, 1.5, 2.5])
-    scored = [Scored(*row) for row in zip(*columns, strict=True)]
-    rollouts = assemble(PROMPTS, RESPONSES, scored, kl_estimator="k1", eos_id=EOS, device=CPU)
-    assert rollouts.response_mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
-    assert rollouts.kl.tolist() == [[0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]]
-    assert rollouts.logps.tolist() == [[-1, -2, 0, 0], [-3, -4, -5, -6], [-7, 0, 0, 0]]
-    assert rollouts.ended.tolist() == [True, True, False]
-    assert rollouts.scores.tolist() == [0.5, 1.5, 2.5]

@@ -113,6 +113,13 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
 @pytest.mark.parametrize(
     ("section", "changed", "message"),
     [
+        (
+            "train_grpo",
+            {"minibatch_size": 48},
+            "rollout_batch_size (32) times samples_per_prompt (4) must be a multiple of minibatch_size (48)",
+        ),
+        ("train_grpo", {"samples_per_prompt": 1}, "train_grpo.samples_per_prompt must be at least 2"),
+        ("train_grpo", {"advantage_epsilon": 0.0}, "train_grpo.advantage_epsilon must be above 0"),
         ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
         (
             "train_dpo",
@@ -142,7 +149,8 @@ def test_kinds_that_are_left_out_are_warned_of() -> None:
     assert warn_of_kinds(params()["prepare_data"]) == []
     (said,) = warn_of_kinds(params(prepare_data={"kinds": ["sft", "preference"]})["prepare_data"])
     assert said == (
-        "params.yaml: prepare_data.kinds lacks prompts, without which these refuse to run: train_ppo and evaluate"
+        "params.yaml: prepare_data.kinds lacks prompts, without which these refuse to run: train_ppo, train_grpo and "
+        "evaluate"
     )
 
 
@@ -161,6 +169,10 @@ def facts(**changed: Any) -> ModelFacts:
         (
             {"train_ppo": {"max_new_tokens": 97}},
             "tokenize_data.max_prompt_length + train_ppo.max_new_tokens is 193, but m has",
+        ),
+        (
+            {"train_grpo": {"max_new_tokens": 97}},
+            "tokenize_data.max_prompt_length + train_grpo.max_new_tokens is 193, but m has",
         ),
         (
             {"evaluate": {"max_new_tokens": 4000}},

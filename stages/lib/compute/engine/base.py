@@ -37,7 +37,7 @@ class Engine(ABC):
 
     Args:
         module: called like a function; all its parameters that require a gradient are trained.
-        total_steps: optimizer steps of the whole run, the horizon of the schedule.
+        total_steps: optimizer steps of the whole run, the horizon of the schedule; see `expect`.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Engine(ABC):
     def _prepare(self) -> None:
         """Make the optimizer, and whatever the back wraps around it."""
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         offload = self.runtime.activation_offload and torch.is_grad_enabled()
         with offloaded_activations() if offload else nullcontext():
-            return self._forward(*inputs)
+            return self._forward(*inputs, **options)
 
     @property
     def learning_rate(self) -> float:
@@ -82,6 +82,10 @@ class Engine(ABC):
             settings.schedule,
         )
 
+    def expect(self, steps: int) -> None:
+        """Let the schedule end after so many more steps, whatever was planned before."""
+        self.total_steps = self.steps_taken + steps
+
     def step(self) -> float:
         """Sum the gradients over processes, clip and apply them. Returns their global L2 norm before clipping.
 
@@ -94,7 +98,7 @@ class Engine(ABC):
         return norm
 
     @abstractmethod
-    def _forward(self, *inputs: Any) -> Any: ...
+    def _forward(self, *inputs: Any, **options: Any) -> Any: ...
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:

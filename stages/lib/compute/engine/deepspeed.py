@@ -65,8 +65,8 @@ class DeepSpeedEngine(Engine):
                 "saved; leave round_robin_gradients out, or what else there sorts them"
             )
 
-    def _forward(self, *inputs: Any) -> Any:
-        return self.inner(*inputs)
+    def _forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.inner(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed averages over processes what is to be summed.

@@ -19,8 +19,8 @@ class TorchEngine(Engine):
         }
         self.optimizer = self.new_optimizer(self.masters)
 
-    def _forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def _forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

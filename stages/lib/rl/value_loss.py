@@ -1,25 +1,12 @@
-"""The clipped policy and value losses of PPO, as sums over response tokens.
+"""The clipped loss of PPO's critic, as a sum over response tokens, and how good a critic is.
 
-Sums, because the caller divides by the token count of the whole minibatch over all micro-batches and processes. The
-mask is applied before any exponential: inf * 0 would be NaN. Masked positions may hold anything, NaN included.
+A sum, because the caller divides by the token count of the whole minibatch over all micro-batches and processes. Masked
+positions may hold anything, NaN included.
 """
 
 from typing import NamedTuple
 
 import torch
-
-
-class PolicyTerms(NamedTuple):
-    """Sums over unmasked tokens, each a scalar; only `loss_sum` carries gradient.
-
-    `clipped_sum` counts tokens where the clipped branch is the loss, so that they give no gradient. `approx_kl_sum` is
-    k3 of KL(old || current), (rho - 1) - log rho: unbiased for tokens sampled from the old policy, never negative.
-    """
-
-    loss_sum: torch.Tensor
-    clipped_sum: torch.Tensor
-    approx_kl_sum: torch.Tensor
-    count: torch.Tensor
 
 
 class ValueTerms(NamedTuple):
@@ -31,35 +18,6 @@ class ValueTerms(NamedTuple):
     loss_sum: torch.Tensor
     clipped_sum: torch.Tensor
     count: torch.Tensor
-
-
-def policy_loss_terms(
-    logps: torch.Tensor,
-    old_logps: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    clip_range: float,
-) -> PolicyTerms:
-    """-min(rho A, clip(rho, 1 - e, 1 + e) A), rho = exp(logp - old logp) (arXiv 1707.06347, Eq 7).
-
-    Args:
-        logps: log-probs of the sampled tokens under the current policy, at the sampling temperature, (b, t).
-        old_logps: the same under the policy that sampled them, (b, t).
-        advantages: whitened or not, (b, t).
-        response_mask: True on response tokens, EOS included, (b, t).
-        clip_range: e, above 0.
-    """
-    log_ratio = torch.where(response_mask, logps - old_logps.detach(), 0.0)
-    advantages = torch.where(response_mask, advantages.detach(), 0.0)
-    ratio = log_ratio.exp()
-    plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss_sum = torch.maximum(plain, clipped).sum()
-    with torch.no_grad():
-        clipped_sum = (clipped > plain).sum().to(loss_sum.dtype)
-        approx_kl_sum = (torch.expm1(log_ratio) - log_ratio).sum()
-        count = response_mask.sum().to(loss_sum.dtype)
-    return PolicyTerms(loss_sum, clipped_sum, approx_kl_sum, count)
 
 
 def value_loss_terms(

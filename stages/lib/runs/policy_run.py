@@ -1,0 +1,58 @@
+"""What an RL stage records of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from stages.lib.rl.rollout_log import RolloutLog
+from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.trained_policy import TrainedPolicy
+from stages.lib.runs.training_run import TrainingRun
+
+SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
+
+
+def record_phase(
+    this_run: TrainingRun,
+    log: RolloutLog,
+    iteration: int,
+    rollouts: Rollouts,
+    kl: torch.Tensor,
+    row: Mapping[str, float],
+) -> None:
+    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is that of each token, (b, t)."""
+    log.append(iteration, rollouts, kl)
+    this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
+    for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
+        this_run.say(line)
+
+
+def publish_policy(
+    this_run: TrainingRun,
+    policy: TrainedPolicy,
+    log: RolloutLog,
+    results: Mapping[str, float],
+    *,
+    save_dtype: str,
+    tokenizer_from: Path,
+) -> None:
+    """Publish "model", "metrics", "curve" and "rollouts": the averaged weights where the optimizer keeps an average."""
+    engine, lora = policy.engine, policy.lora
+    with engine.averaged():
+        weights = engine.master_weights(policy.language_model)
+
+        def build_others(staged: dict[str, Path]) -> None:
+            staged["rollouts"].mkdir()
+            if log.path is not None:
+                (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.path.read_bytes())
+            lora.save_adapter(weights, staged["model"], save_dtype)
+
+        this_run.publish_model(
+            policy.language_model,
+            this_run.processes.in_main(lambda: lora.merged(weights)),
+            {**results, **lora.counts()},
+            save_dtype=save_dtype,
+            tokenizer_from=tokenizer_from,
+            build_others=build_others,
+        )

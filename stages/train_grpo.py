@@ -1,0 +1,141 @@
+"""Group relative policy optimization (arXiv 2402.03300) against a reward model: several responses a prompt, no critic.
+
+    A_i = (R_i − mean R) / (s + ε_A)                over the samples of a prompt; the same for all tokens of a response
+    L   = E[−min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3]    ρ = π(y_t) / π_old(y_t), k3 an estimate of the KL to π_SFT
+
+R is the reward model's score, less a penalty for a response that does not end. The mean of L is over the tokens of a
+whole minibatch (DAPO, arXiv 2503.14476, Eq 8), not over means of responses, in which a long one's tokens weigh little.
+Policy and reference start as MODEL; with LoRA the reference is the policy without its adapters.
+
+    python -m stages.train_grpo --tokens data/tokens/prompts --model models/sft --reward-model models/rm \\
+        --out models/grpo --rollouts data/rollouts/train_grpo --metrics metrics/train_grpo.json \\
+        --curve metrics/curves/train_grpo.csv
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from stages.lib.command.params import read_params, read_seed, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.train_grpo import TrainGrpo
+
+if not asks_for_help():
+    import torch
+    from datasets import Dataset
+
+    from stages.lib.compute.batching import MicroBatching, micro_batching
+    from stages.lib.compute.engine.base import require_finite
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.models.pretrained import Loading
+    from stages.lib.rl.advantages import group_relative, group_summary
+    from stages.lib.rl.kl_control import kl_estimate
+    from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
+    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
+    from stages.lib.rl.rewards.reward import Reward, scores_of
+    from stages.lib.rl.rewards.reward_model import RewardModel
+    from stages.lib.rl.rollout_log import RolloutLog
+    from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary
+    from stages.lib.rl.samplers.own import OwnSampler, own_sampler
+    from stages.lib.rl.score_normalisation import shape_scores
+    from stages.lib.rl.token_rewards import token_rewards
+    from stages.lib.rl.trained_critic import load_reward_model
+    from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
+    from stages.lib.runs.policy_run import publish_policy, record_phase
+    from stages.lib.runs.training_run import TrainingRun
+
+COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
+COLUMNS += ("response/eos_rate", "group/distinct", "group/without_variance", "policy/entropy", "policy/loss")
+COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate")
+
+
+class Parts(NamedTuple):
+    """What a phase is made with."""
+
+    policy: TrainedPolicy
+    sampler: OwnSampler
+    reward: Reward
+    batching: MicroBatching
+
+
+def train(
+    settings: TrainGrpo, seed: int, prompts: Dataset, parts: Parts, this_run: TrainingRun, log: RolloutLog
+) -> None:
+    """The phases that are left."""
+    policy, sampler, reward, batching = parts
+    budgets = {"sampling": sampler.budget, "budget": batching.budget}
+    for iteration in this_run.steps(settings.iterations, policy=policy.engine, **budgets):
+        # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
+        asked = prompts_of_phase(prompts, iteration, settings, seed)
+        episodes = sampler.sample(asked, iteration, settings.samples_per_prompt)
+        readers = (policy.engine, policy.reference, None)
+        rollouts = read_rollouts(episodes, scores_of(reward, episodes), *readers, settings.temperature, batching)
+        this_run.may_stop()
+        # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
+        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+        kl = rollouts.kl("k1")
+        rewards = token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0)
+        rollouts = rollouts._replace(rewards=rewards)
+        advantages, _ = group_relative(rollouts, settings)
+        row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": policy.engine.learning_rate}
+        require_finite(row["objective/rewards"], "reward", iteration)
+        # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
+        learner = Learner("policy", policy.engine, batching, rollouts, partial(policy_loss, settings, advantages))
+        batches = minibatches(len(episodes), settings, seed, iteration)
+        row |= mean_of_each([learner.update(rows) for rows in batches])
+        record_phase(this_run, log, iteration, rollouts, kl, row)
+
+
+def policy_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> Sums:
+    """L, and how far the policy is from the one that sampled and from the reference."""
+    mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
+    logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
+    logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0
+    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
+    kl = kl_estimate(logps, reference_logps, "k3").sum()
+    loss = terms.loss_sum + settings.kl_coef * kl
+    return {"loss": loss, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum, "kl": kl}
+
+
+def main(
+    tokens: PathOption,
+    model: PathOption,
+    reward_model: PathOption,
+    out: PathOption,
+    rollouts: PathOption,
+    metrics: PathOption,
+    curve: PathOption,
+) -> None:
+    """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
+    settings = read_params("train_grpo", TrainGrpo)
+    seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
+    runtime = read_runtime("train_grpo")
+    processes = join_processes(runtime)
+    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
+    inputs = [tokens / "train.arrow", model, reward_model]
+    outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
+    declared = {"train_grpo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    with TrainingRun("train_grpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
+        loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
+        updates = settings.iterations * settings.updates_per_iteration
+        policy = load_policy(model, settings.lora, settings.optimizer, updates, seed, loading, processes)
+        require_fit(prompts, inputs[0], policy.language_model, settings.max_new_tokens, "train_grpo")
+        sampler = own_sampler(policy, model, settings, seed, runtime, processes, this_run.may_stop)
+        batching = micro_batching(runtime, sampler.pad_id, processes)
+        reward = RewardModel(load_reward_model(reward_model, loading, processes), batching)
+        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
+        train(settings, seed, prompts, Parts(policy, sampler, reward, batching), this_run, log)
+        results = {"iterations": settings.iterations, **log.results()}
+        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    run(main)

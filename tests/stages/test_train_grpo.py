@@ -1,0 +1,234 @@
+"""train_grpo: its loss, what it logs, and that a run that was stopped or spread out ends as any other."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stages import train_grpo
+from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.learner import Pass
+from stages.lib.rl.samplers.own import OwnSampler
+from tests.lib.rl.test_rollouts import read
+from tests.stages.test_resume import cut_short, outs
+from tests.stages.test_training import TWO_PROCESSES, curve, distance, kill_after_a_checkpoint, metrics, weights
+from tests.stages.tiny_pipeline import call, change, refusal, start
+from tests.tiny_models import batching, tiny_llama
+
+Copy = Callable[..., Path]
+
+
+def rollouts_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "data/rollouts/train_grpo/rollouts.jsonl").open(encoding="utf-8")]
+
+
+def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The sums of one pass of another policy, and the gradient of their loss."""
+    module = TokenLogProbs(tiny_llama(5))
+    settings = SimpleNamespace(temperature=1.0, clip_range=0.2, kl_coef=kl_coef)
+    (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
+    sums = train_grpo.policy_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
+    sums["loss"].backward()
+    return (
+        {name: value.detach() for name, value in sums.items()},
+        torch.cat([weight.grad.flatten() for weight in module.parameters()]),
+    )
+
+
+def test_the_loss_is_that_of_the_formula() -> None:
+    """Worked out from each response alone, token by token."""
+    rollouts = read(1000, packing=False)
+    advantages = torch.where(rollouts.response_mask, torch.tensor([[2.0], [-1.0], [0.5]]), 0.0)
+    sums, _ = loss_at(rollouts, advantages, kl_coef=0.3)
+    policy = tiny_llama(5)
+    loss, divergence = 0.0, 0.0
+    for row, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.responses, strict=True)):
+        with torch.no_grad():
+            log_probs = torch.log_softmax(policy(torch.tensor([prompt + response])).logits[0], dim=-1)
+        for t, token in enumerate(response):
+            logp = log_probs[len(prompt) - 1 + t, token]
+            ratio = (logp - rollouts.logps[row, t]).exp()
+            advantage = advantages[row, t]
+            loss -= float(torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+            d = logp - rollouts.reference_logps[row, t]
+            divergence += float((-d).exp() - 1 + d)
+    assert divergence > 1
+    assert float(sums["kl"]) == pytest.approx(divergence, rel=1e-4)
+    assert float(sums["loss"]) == pytest.approx(loss + 0.3 * divergence, rel=1e-4)
+
+
+def test_groups_without_variance_move_nothing_but_the_kl_does() -> None:
+    rollouts = read(1000, packing=False)
+    nothing = torch.zeros_like(rollouts.logps)
+    assert loss_at(rollouts, nothing, kl_coef=0.0)[1].count_nonzero() == 0
+    assert loss_at(rollouts, nothing, kl_coef=0.1)[1].count_nonzero() > 0
+
+
+def test_every_sample_is_published_and_samples_differ(tiny: Path) -> None:
+    rollouts = rollouts_of(tiny)
+    assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
+    assert [rollout["sample"] for rollout in rollouts] == [0, 1] * 12
+    pairs = list(zip(rollouts[::2], rollouts[1::2], strict=True))
+    assert all(first["row"] == second["row"] for first, second in pairs)
+    assert all(first["response_ids"] != second["response_ids"] for first, second in pairs)
+
+
+def test_the_curve_is_that_of_the_rollouts(tiny: Path) -> None:
+    rows = curve(tiny, "train_grpo")
+    assert rows["objective/kl"][0] == 0
+    assert rows["policy/kl"][2] > 0
+    penalty = 2.0
+    for iteration in range(3):
+        own = rollouts_of(tiny)[8 * iteration : 8 * iteration + 8]
+        scores = [rollout["score"] for rollout in own]
+        rewards = [rollout["score"] - penalty * (not rollout["ended"]) for rollout in own]
+        assert rows["objective/scores"][iteration] == pytest.approx(sum(scores) / 8, abs=1e-5)
+        assert rows["objective/rewards"][iteration] == pytest.approx(sum(rewards) / 8, abs=1e-5)
+        assert rows["group/distinct"][iteration] == 1
+        assert rows["group/without_variance"][iteration] == 0
+    results = metrics(tiny, "train_grpo")
+    assert results["rollouts"] == 24
+    assert (results["first_distinct_share"], results["last_without_variance_share"]) == (1, 0)
+    assert results["last_score_mean"] == pytest.approx(sum(scores) / 8, abs=1e-6)
+
+
+def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_grpo": {"epochs": 1, "minibatch_size": 8}})
+    call(folder, "train_grpo")
+    rows = curve(folder, "train_grpo")
+    assert rows["policy/clipfrac"].tolist() == [0, 0, 0]
+    assert rows["policy/approxkl"].abs().max() < 1e-9
+    assert rows["policy/kl"][0] == 0
+    assert rows["policy/grad_norm"].min() > 0
+
+
+def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy) -> None:
+    """All of a prompt's responses are alike: no reward moves the policy, and it starts where the KL pulls it."""
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}})
+    call(folder, "train_grpo")
+    row = curve(folder, "train_grpo").iloc[0]
+    assert row["group/distinct"] == 0.5
+    assert row["group/without_variance"] == 1
+    assert row["policy/grad_norm"] < 1e-6
+    results = metrics(folder, "train_grpo")
+    assert (results["last_distinct_share"], results["last_without_variance_share"]) == (0.5, 1)
+
+
+def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
+    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    cut_short(folder, "train_grpo", monkeypatch, after=2)
+    capsys.readouterr()
+    call(folder, "train_grpo")
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert outs(folder, "train_grpo") == outs(tiny, "train_grpo")
+
+
+def test_a_signal_while_sampling_saves_the_phases_before(
+    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_of_tiny()  # checkpoints once a minute: none before the signal
+    sample = OwnSampler.sample
+
+    def signalled(sampler: OwnSampler, prompts: list, step: int, *options: int) -> object:
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return sample(sampler, prompts, step, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnSampler, "sample", signalled)
+        with pytest.raises(SystemExit) as ended:
+            call(folder, "train_grpo")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("train_grpo: stopped by SIGTERM; state saved at step 1\n")
+    call(folder, "train_grpo")
+    assert "resuming from step 1" in capsys.readouterr().out
+    assert outs(folder, "train_grpo") == outs(tiny, "train_grpo")
+
+
+def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 1, "generation_batch_size": 3}})
+    call(folder, "train_grpo")
+    assert distance(weights(tiny, "grpo"), weights(folder, "grpo")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"zero_stage": 3, "frozen_zero_stage": 3}])
+def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, tiny: Path, knobs: dict[str, int]) -> None:
+    """Of which one is killed on the way and finished by the other."""
+    folder = copy_of_tiny()
+    change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
+    kill_after_a_checkpoint(folder, "train_grpo", signal.SIGKILL, TWO_PROCESSES)
+    process = start(folder, "train_grpo", launch=TWO_PROCESSES)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resuming from step" in output
+    assert distance(weights(tiny, "grpo"), weights(folder, "grpo")) < 1e-5
+    ours, theirs = rollouts_of(folder), rollouts_of(tiny)
+    assert [rollout["response_ids"] for rollout in ours] == [rollout["response_ids"] for rollout in theirs]
+    assert metrics(folder, "train_grpo") == pytest.approx(metrics(tiny, "train_grpo"), rel=1e-4, abs=1e-5)
+
+
+def test_a_policy_with_adapters_is_measured_against_its_base(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    lora = {"rank": 2, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
+    change(folder / "params.yaml", {"train_grpo": {"lora": lora | {"save_adapter": True}}})
+    call(folder, "train_grpo")
+    rows = curve(folder, "train_grpo")
+    assert rows["objective/kl"][0] == rows["policy/kl"][0] * 0
+    assert rows["objective/kl"][2] != 0
+    first = [[rollout["response_ids"] for rollout in rollouts_of(one)[:8]] for one in (folder, tiny)]
+    assert first[0] == first[1]
+    assert (folder / "models/grpo/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_grpo": {"max_new_tokens": 5000}})
+    message = refusal(folder, "train_grpo", capsys)
+    assert "data/tokens/prompts/train.arrow with train_grpo.max_new_tokens: the longest prompt has" in message
+
+
+def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of_tiny()
+    file = folder / "models/rm/model.safetensors"
+    tensors = load_file(file)
+    tensors["score.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    before = outs(folder, "train_grpo")
+    assert "reward is nan at optimizer step 1" in refusal(folder, "train_grpo", capsys)
+    assert outs(folder, "train_grpo") == before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"samples_per_prompt": 1},
+            "params.yaml: train_grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+        ),
+        (
+            {"minibatch_size": 3},
+            "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
+        ),
+        ({"advantage_scale": "std"}, "did you mean 'group_std'"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture, values: dict[str, Any], message: str
+) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_grpo": values})
+    assert message in refusal(folder, "train_grpo", capsys)
