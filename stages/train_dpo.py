@@ -102,9 +102,8 @@ class PairLoss:
             rejected,
             column("reference_chosen_logps"),
             column("reference_rejected_logps"),
-            loss_type=self.settings.loss_type,
-            beta=self.settings.beta,
-            label_smoothing=self.settings.label_smoothing,
+            loss_type=self.settings.loss.type,
+            **self.settings.loss.model_dump(exclude={"type"}),
             chosen_lengths=lengths("chosen_ids"),
             rejected_lengths=lengths("rejected_ids"),
         )
