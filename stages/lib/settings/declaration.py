@@ -22,12 +22,11 @@ def key(default: Any, says: str, *, unit: str | None = None, source: str | None 
     Args:
         default: its value in the default run, as YAML would have it.
         says: what it sets, in a few words.
-        unit: of a number.
-        source: paper and equation.
+        unit: of a number; shown in brackets before the words.
+        source: paper and equation; shown in parentheses behind them.
     """
-    about = {"default": default, "unit": unit, "source": source}
-    extra = {name: value for name, value in about.items() if name == "default" or value is not None}
-    return Field(description=says, json_schema_extra=extra)
+    description = (f"[{unit}] " if unit else "") + says + (f" ({source})" if source else "")
+    return Field(description=description, json_schema_extra={"default": default})
 
 
 def block(model: type[Settings], **changed: Any) -> dict[str, Any]:

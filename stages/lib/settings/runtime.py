@@ -103,7 +103,8 @@ class Runtime(Settings):
     )
     stop_seconds: NotNegative = key(
         20.0,
-        "that SIGTERM or Ctrl-C leaves for coming to a place to save; torchrun kills after 30, Slurm as `--signal` says",
+        "that SIGTERM or Ctrl-C leaves for coming to a place to save; torchrun kills after 30, Slurm as `--signal` "
+        "says",
         unit="seconds",
     )
     rows_per_partial_result: Count = key(
@@ -160,10 +161,10 @@ class Runtime(Settings):
         rounded = sorted(key for key in zero if key.startswith("zero_quantized"))
         if rounded:
             raise ValueError(f"deepspeed.zero_optimization.{rounded[0]} would change results beyond rounding")
-        for key in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+        for part in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
                 raise ValueError(
-                    f"deepspeed.zero_optimization.{key}: nvme is not supported; "
+                    f"deepspeed.zero_optimization.{part}: nvme is not supported; "
                     "offload_optimizer and offload_parameters offload to the CPU's memory"
                 )
 
@@ -183,10 +184,10 @@ class Runtime(Settings):
     def _check_trackers(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers must name each tracker once, found {', '.join(self.trackers)}")
-        for key in ("tracker_project", "tracker_run"):
-            name = getattr(self, key)
+        for field in ("tracker_project", "tracker_run"):
+            name = getattr(self, field)
             if name is not None and not TRACKER_NAME.fullmatch(name):
-                raise ValueError(f"{key} must be up to 100 letters, digits, spaces, dots, - and _, found {name!r}")
+                raise ValueError(f"{field} must be up to 100 letters, digits, spaces, dots, - and _, found {name!r}")
         for tag in self.tracker_tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"tracker_tags must have 1 to 64 characters each, found {tag!r}")

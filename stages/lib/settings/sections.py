@@ -51,7 +51,11 @@ def default_params() -> dict[str, Any]:
 
 def read_all_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """Every section as its settings, and every top-level value. Raises StageError as `read_params` does."""
-    document = load_yaml(path)
+    return build_all(load_yaml(path), path)
+
+
+def build_all(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same of what a file holds; `path` is named in messages."""
     for name in document:
         if name not in KINDS:
             raise StageError(f"{path}: no stage reads '{short(name)}'{nearest(name, KINDS)}")
