@@ -1,6 +1,7 @@
 """Settings: strict both ways, with the nearest known key."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -8,7 +9,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import build, declared_sections, load_yaml, read_params, read_value
+from stages.lib.command.params import build, declared_sections, load_yaml, read_params, read_seed, read_value
 from stages.lib.settings.bounds import AnyValue, Several, Text, Whole
 from stages.lib.settings.declaration import Settings, block, key
 
@@ -205,3 +206,9 @@ def test_a_section_that_no_stage_reads_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path, seed: str) -> None:
     with pytest.raises(StageError, match=r"params.yaml: seed"):
         read_value("seed", int, write(tmp_path, f"seed: {seed}\n"))
+
+
+def test_a_section_without_a_seed_of_its_own_has_the_common_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\n")
+    assert read_seed(SimpleNamespace(seed=None), path) == 3
+    assert read_seed(SimpleNamespace(seed=0), path) == 0
