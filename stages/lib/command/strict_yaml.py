@@ -64,7 +64,7 @@ def refuse(problem: str, node: Any) -> None:
 def text_of(node: Node) -> str:
     if isinstance(node, ScalarNode):
         return node.value
-    return "a mapping" if isinstance(node, MappingNode) else "a list"
+    return "a mapping" if isinstance(node, MappingNode) else "a sequence"
 
 
 def short(text: str) -> str:
