@@ -114,7 +114,9 @@ def load_parts(
     critic = load_critic(reward_model, settings.lora, settings.critic_optimizer, of_critic, *launch)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, may_stop)
     batching = micro_batching(loading.runtime, sampler.pad_id, processes)
-    return Parts(policy, critic, sampler, batching, RunningMoments(), new_controller(settings), EarlyStop())
+    return Parts(
+        policy, critic, sampler, batching, RunningMoments(), new_controller(settings.kl_controller), EarlyStop()
+    )
 
 
 def train(

@@ -5,9 +5,11 @@ tokens, in nats. Some implementations feed the mean over tokens; a target set fo
 """
 
 import math
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+
+from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl
 
 
 def kl_estimate(
@@ -107,24 +109,11 @@ class AdaptiveKLController:
         self.coef = state["coef"]
 
 
-class KLSettings(Protocol):
-    """What `new_controller` reads of a section of params.yaml."""
-
-    @property
-    def kl_coef(self) -> float: ...
-
-    @property
-    def kl_target(self) -> float | None: ...
-
-    @property
-    def kl_horizon(self) -> float | None: ...
-
-
-def new_controller(settings: KLSettings) -> FixedKLController | AdaptiveKLController:
-    """The controller that the settings ask for; target and horizon stand there for the adaptive one alone."""
-    if settings.kl_target is None or settings.kl_horizon is None:
-        return FixedKLController(settings.kl_coef)
-    return AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+def new_controller(settings: FixedKl | AdaptiveKl) -> FixedKLController | AdaptiveKLController:
+    """The controller that the settings ask for."""
+    if isinstance(settings, AdaptiveKl):
+        return AdaptiveKLController(settings.coef, settings.target, settings.horizon)
+    return FixedKLController(settings.coef)
 
 
 def _checked_coefficient(coef: float) -> float:

@@ -1,44 +1,57 @@
-"""Section `train_grpo` of params.yaml; the file explains each key."""
+"""Section `train_grpo` of params.yaml: group relative policy optimisation."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
+from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Temperature
+from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature
+from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 
 
-@dataclass(frozen=True)
-class TrainGrpo:
-    """Section `train_grpo` of params.yaml; the file explains each key."""
+class TrainGrpo(Settings):
+    """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
-    seed: Seed | None
-    iterations: Count
-    rollout_batch_size: Count
-    samples_per_prompt: Annotated[int, Ge(2), Le(2**16)]
-    max_new_tokens: NewTokens
-    temperature: Temperature
-    epochs: Count
-    minibatch_size: Count
-    advantage_scale: Literal["group_std", "none"]
-    advantage_epsilon: Positive
-    clip_range: Positive
-    kl_coef: NotNegative
-    missing_eos_penalty: NotNegative
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    lora: LoraSettings | None
-    optimizer: OptimizerSettings
+    seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
+    iterations: Count = key(10, "rollout phases")
+    rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
+    samples_per_prompt: Annotated[int, Ge(2), Le(2**16)] = key(
+        4, "to each prompt, which are compared with each other", unit="responses"
+    )
+    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
+    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
+    epochs: Count = key(2, "passes over the rollouts of a phase")
+    minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
+    advantage_scale: Literal["group_std", "none"] = key(
+        "group_std", "what a reward's difference from its group's mean is divided by", source="arXiv 2402.03300"
+    )
+    advantage_epsilon: Positive = key(1e-4, "added to group_std", unit="of the reward")
+    clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
+    kl_coef: NotNegative = key(0.05, "β of the KL to SFT in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4")
+    missing_eos_penalty: NotNegative = key(
+        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    )
+    precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
+    save_dtype: SaveDtype = key("float32", "of the saved weights")
+    lora: LoraSettings | None = key(
+        None, "null: every weight is trained; else a block: the frozen base is the reference"
+    )
+    optimizer: OptimizerSettings = key(
+        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02),
+        "AdamW, its schedule and clipping",
+    )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "TrainGrpo":
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
                 f"must be a multiple of minibatch_size ({self.minibatch_size})"
             )
+        return self
 
     @property
     def responses_per_iteration(self) -> int:

@@ -100,7 +100,7 @@ def test_a_margin_moves_the_loss_alone() -> None:
 @CUTS
 def test_preference_by_hand(tokens: int) -> None:
     module = Unigram(0.0, -1.0, -2.0, -4.0)
-    settings = SimpleNamespace(loss_type="sigmoid", beta=0.1, label_smoothing=0.0)
+    settings = SimpleNamespace(type="sigmoid", beta=0.1, label_smoothing=0.0)
     found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
     # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
     assert found == pytest.approx(
@@ -121,7 +121,7 @@ def test_preference_by_hand(tokens: int) -> None:
 
 
 def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
-    settings = SimpleNamespace(loss_type="ipo", beta=0.5)
+    settings = SimpleNamespace(type="ipo", beta=0.5)
     found = global_means(
         PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
     )
@@ -131,7 +131,7 @@ def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), SimpleNamespace(loss_type="ipo"))],
+    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), SimpleNamespace(type="ipo"))],
 )
 def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
     assert objective.units(PAIRS) == 2 * 3 + 3 + 4

@@ -12,7 +12,7 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths, warn_of_kinds
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
-from stages.lib.settings.sections import SECTIONS
+from stages.lib.settings.sections import SECTIONS, default_params
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
@@ -30,7 +30,7 @@ OUTS = (
 
 
 def params(**changed: dict[str, Any]) -> dict[str, Any]:
-    values = load_yaml(PROJECT / "profiles/default.yaml")
+    values = default_params()
     return {key: build(kind, values[key] | changed.get(key, {}), key) for key, kind in SECTIONS.items()}
 
 
@@ -123,13 +123,13 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
         ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
         (
             "train_dpo",
-            {"loss_type": "ipoo"},
-            "train_dpo.loss_type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+            {"loss": {"type": "ipoo"}},
+            "train_dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
         ),
         (
             "train_dpo",
-            {"loss_type": "ipo", "label_smoothing": 0.1},
-            "label_smoothing has no meaning with loss_type: ipo",
+            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            "train_dpo.loss.label_smoothing is not a known key",
         ),
         ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),
         (

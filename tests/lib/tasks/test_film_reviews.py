@@ -7,7 +7,6 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -182,7 +181,7 @@ def test_the_grade_of_a_response_is_its_gold_utility():
     ("setting", "changed"), [("sft_rows", "sft"), ("preference_rows", "preference"), ("prompt_rows", "prompts")]
 )
 def test_more_rows_of_one_kind_change_no_other_file(setting, changed):
-    before, after = generated(), rows_by_file(replace(SETTINGS, **{setting: 350}), 17)
+    before, after = generated(), rows_by_file(SETTINGS.model_copy(update={setting: 350}), 17)
     for kind in KINDS:
         assert after[kind]["eval"] == before[kind]["eval"]
         assert after[kind]["train"][:300] == before[kind]["train"]
@@ -203,7 +202,8 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
         "import json, sys\n"
         "from stages.lib.tasks.film_reviews import FilmReviewSettings, rows\n"
         "assert not {'numpy', 'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "print(json.dumps([*rows(FilmReviewSettings(300, 300, 300, 120, 1.0), 17)]))\n"
+        "sizes = dict(sft_rows=300, preference_rows=300, prompt_rows=300, eval_rows=120, label_temperature=1.0)\n"
+        "print(json.dumps([*rows(FilmReviewSettings(**sizes), 17)]))\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -223,4 +223,4 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
 )
 def test_contradictory_settings_are_refused(change, message):
     with pytest.raises(StageError, match=message):
-        build(FilmReviewSettings, asdict(SETTINGS) | change, "film_reviews")
+        build(FilmReviewSettings, dict(SETTINGS) | change, "film_reviews")
