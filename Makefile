@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# MINUTES=n, STAGE=…, CASES=n, SEED=n.
+# KEY=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -7,10 +7,10 @@ VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
-USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT MINUTES STAGE
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT MINUTES STAGE
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -28,7 +28,7 @@ ifneq ($(and $(filter metrics-diff plots,$(MAKECMDGOALS)),$(if $(REV),,missing))
 $(error say which revision to compare with, for instance: make $(MAKECMDGOALS) REV=main)
 endif
 ifneq ($(and $(filter use,$(MAKECMDGOALS)),$(if $(PROFILE),,missing)),)
-$(error say which profile, for instance: make use PROFILE=default. There are: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
+$(error say which profile, for instance: make use PROFILE=default. There are: default $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 ifneq ($(and $(filter join,$(MAKECMDGOALS)),$(if $(STAGE),,missing)),)
 $(error say which stage the first machine runs, for instance: make join STAGE=train_sft)
@@ -43,7 +43,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(dvc_repro) $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo evaluate report ppo dpo \
-        metrics metrics-diff plots dag status lineage use join test test-fast fuzz prove soak lint clean
+        metrics metrics-diff plots dag status lineage use explain schemas join test test-fast fuzz prove soak lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -109,6 +109,12 @@ lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as reco
 
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
 	.venv/bin/python -m stages.tools.use_profile --profile "profiles/$$PROFILE.yaml" $(if $(FORCE),--drop-edits)
+
+explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.loss, KEY=runtime.default.threads (KEY= lists them)
+	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")
+
+schemas: $(VENV) ## Write schemas/, by which editors complete and check params.yaml and runtime.yaml
+	.venv/bin/python -m stages.tools.write_schemas
 
 join: $(VENV) ## On another machine: take part in a stage that the first one runs: STAGE=train_sft, same LAUNCH
 	.venv/bin/python -m stages.code_manifest

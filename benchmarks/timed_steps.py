@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import torch
 from benchmarks.model_flops import forward_flops, peak_flops, training_flops
 from benchmarks.workloads import LORA_RANK, Configuration, Workload
 from stages import train_ppo
-from stages.lib.command.params import read_params
+from stages.lib.command.params import build
 from stages.lib.compute.batching import micro_batching
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.engine.choice import new_engine
@@ -37,13 +36,14 @@ from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.settings.declaration import plain
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 from stages.lib.settings.runtime import Runtime, read_runtime
+from stages.lib.settings.sections import default_params
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.lib.settings.train_sft import TrainSft
 
-SETTINGS = Path("profiles/default.yaml")  # of the stages: loss, optimizer, and all that has no bearing on speed
 SEED = 0
 LORA = LoraSettings(
     rank=LORA_RANK, alpha=2 * LORA_RANK, targets=ALL_LINEAR, rslora=False, base_quantization=None, save_adapter=False
@@ -84,7 +84,7 @@ class Setup(NamedTuple):
     def settings(self, section: str, kind: Any, **changes: Any) -> Any:
         """A section of the default settings, with the precision and the adapters that are measured."""
         common = {"precision": self.workload.precision, "lora": self.lora}
-        return replace(read_params(section, kind, SETTINGS), **common, **changes)
+        return build(kind, default_params()[section], section).model_copy(update=common | changes)
 
     def batching(self) -> Any:
         return micro_batching(self.runtime, end_and_pad_ids(self.models / "policy")[1], self.processes)
@@ -136,7 +136,7 @@ def dpo(setup: Setup) -> dict[str, Part]:
     settings = setup.settings("train_dpo", TrainDpo)
     module = TokenLogProbs(setup.language_model(), chunk_tokens=setup.runtime.logits_chunk_tokens)
     engine = setup.engine(module, settings)
-    return pair_step(setup, engine, PreferenceObjective(setup.batching(), settings), needs_logits=True)
+    return pair_step(setup, engine, PreferenceObjective(setup.batching(), settings.loss), needs_logits=True)
 
 
 def pair_step(setup: Setup, engine: Engine, objective: Objective, *, needs_logits: bool) -> dict[str, Part]:
@@ -224,22 +224,22 @@ def random_sequences(workload: Workload, lengths: list[int], seed: int = 0) -> l
 def prepare(workload: Workload, configuration: Configuration, models: Path) -> Setup:
     """`runtime.yaml` decides what is not compared: the device, the threads, the chunks of logits."""
     section = f"train_{configuration.stage}"
-    runtime = replace(
-        read_runtime(section),
-        attention=configuration.attention,
-        gradient_checkpointing=configuration.checkpointing,
-        activation_offload=configuration.offload,
-        packing=configuration.packing,
-        micro_batch_tokens=workload.micro_batch_tokens,
-        generation_batch_size=workload.sequences,
-        engine="torch",
-        zero_stage=0,
-        offload_optimizer=False,
-        offload_parameters=False,
-        frozen_zero_stage=0,
-        frozen_offload_parameters=False,
-        deepspeed={},
-    )
+    wanted = {
+        "attention": configuration.attention,
+        "gradient_checkpointing": configuration.checkpointing,
+        "activation_offload": configuration.offload,
+        "packing": configuration.packing,
+        "micro_batch_tokens": workload.micro_batch_tokens,
+        "generation_batch_size": workload.sequences,
+        "engine": "torch",
+        "zero_stage": 0,
+        "offload_optimizer": False,
+        "offload_parameters": False,
+        "frozen_zero_stage": 0,
+        "frozen_offload_parameters": False,
+        "deepspeed": {},
+    }
+    runtime = build(Runtime, dict(read_runtime(section)) | wanted, "the benchmark's runtime")
     return Setup(workload, configuration, models, runtime, join_processes(runtime))
 
 
@@ -331,7 +331,7 @@ def main(workload: str, configuration: str, models: str, result: str) -> None:
         message = " ".join(str(error).split())[:200]
         found["status"] = "out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {message}"
     found["peak_memory_bytes"] = peak_memory(device)
-    found["runtime"] = asdict(setup.runtime)
+    found["runtime"] = plain(setup.runtime)
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 

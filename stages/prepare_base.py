@@ -7,7 +7,6 @@ there, those of markers with a little seeded noise so that they differ.
     python -m stages.prepare_base --out models/base
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from stages.lib.models.model_facts import read_model_facts
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.operations.run_log import log_run
 from stages.lib.runs.model_card import shareable_path, write_model_card
+from stages.lib.settings.declaration import plain
 from stages.lib.settings.prepare_base import EOS_TOKEN, NO_FILE, PAD_TOKEN, PrepareBase, Scratch
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _write_plain_tokenizer_config(file: Path) -> None:
 def shareable(settings: PrepareBase) -> dict[str, Any]:
     """The settings as a model card shows them."""
     paths = {key: shareable_path(getattr(settings, key)) for key in ("path", "corpus", "chat_template")}
-    return dataclasses.asdict(settings) | paths
+    return plain(settings) | paths
 
 
 def scratch_base(settings: PrepareBase, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

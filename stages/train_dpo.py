@@ -124,7 +124,7 @@ def main(
         best = fit(
             this_run,
             engine,
-            PreferenceObjective(batching, settings),
+            PreferenceObjective(batching, settings.loss),
             train,
             held_out,
             settings,

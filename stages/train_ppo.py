@@ -142,10 +142,11 @@ class Ppo:
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.sampling = sampling_budget(runtime)
         self.moments = RunningMoments()
+        control = settings.kl_controller
         self.kl_controller = (
-            AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-            if settings.kl_controller == "adaptive"
-            else FixedKLController(settings.kl_coef)
+            AdaptiveKLController(control.coef, control.target, control.horizon)
+            if control.type == "adaptive"
+            else FixedKLController(control.coef)
         )
         self.early_stop = EarlyStop()
 

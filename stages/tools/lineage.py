@@ -16,7 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
-from stages.lib.command.params import GRAPH_FILE, PARAMS_FILE, load_yaml, nearest
+from stages.lib.command.params import GRAPH_FILE, PARAMS_FILE, load_yaml
+from stages.lib.command.quoted import nearest
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
 from stages.lib.operations.run_log import read_runs, run_that_made
 from stages.tools.dvc_lock import LOCK_FILE

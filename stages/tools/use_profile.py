@@ -1,142 +1,170 @@
 """Write params.yaml from a profile: the default settings, with the profile's own values laid over them.
 
     python -m stages.tools.use_profile --profile profiles/hh-local.yaml
+    python -m stages.tools.use_profile --profile profiles/default.yaml
 
-profiles/default.yaml is the whole of the default settings, every other profile only what it changes. So a profile never
-stands on what params.yaml happened to hold, and going back to `default` gives back its very bytes. What is written has
-the form in which DVC writes the file (`dvc exp run -S`), so that an experiment changes its own lines alone. Settings
-that were edited in params.yaml itself, and so stand in no profile, are not overwritten unless asked to.
+The defaults are those that the settings declare (`make explain`); a profile is only what it changes, and `default`,
+which is no file, changes nothing. So a profile never stands on what params.yaml happened to hold. Comments, order and
+layout stay as they are, and what is written has the form in which DVC writes the file (`dvc exp run -S`), so that an
+experiment changes its own lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are
+not overwritten unless asked to.
 """
 
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
+from statistics import mode
 from typing import Annotated, Any
 
 import typer
-from dvc.utils.serialize import dumps_yaml, loads_yaml, parse_yaml_for_update
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.json_schema import KIND
 from stages.lib.command.outputs import written_whole
-from stages.lib.command.params import PARAMS_FILE, describe, load_yaml, nearest
+from stages.lib.command.params import PARAMS_FILE
+from stages.lib.command.quoted import nearest
 from stages.lib.command.run import run
+from stages.lib.command.strict_yaml import load_yaml
+from stages.lib.settings.sections import build_all, default_params
 
-DEFAULT_PROFILE = Path("profiles/default.yaml")
-
-
-def overlaid(default: Path, profile: Path) -> str:
-    """The text of `default` with the values of `profile` in it; comments and order are those of `default`.
-
-    Raises:
-        StageError: a file is missing or no YAML, or the profile has a key that the default has not (the nearest known
-            key is named) or a value where a section is expected.
-    """
-    if profile.resolve() == default.resolve():
-        load_yaml(default)
-        return default.read_text(encoding="utf-8")
-    require_profile(profile)
-    values = load_yaml(profile)
-    load_yaml(default)
-    settings = with_comments(default)
-    lay_over(settings, with_comments(profile) if values else {}, str(profile), "")
-    return dumps_yaml(settings)
+DEFAULT = "default"
+ABSENT = object()
 
 
-def with_comments(path: Path) -> CommentedMap:
-    """A YAML file as DVC reads it to change it: with comments, order and line breaks."""
-    return parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
-
-
-def require_profile(profile: Path) -> None:
+def settings_of(profile: Path) -> dict[str, Any]:
+    """The default settings with those of `profile`. Raises StageError if it is missing, or no run could use them."""
+    if profile.stem == DEFAULT:
+        if profile.exists():
+            raise StageError(f"{profile}: the defaults are those that the settings declare; give it another name")
+        return default_params()
     if not profile.is_file():
-        known = sorted(path.stem for path in profile.parent.glob("*.yaml"))
-        names = ", ".join(known) or "none"
-        raise StageError(f"{profile} is missing{nearest(profile.stem, known)}; the profiles are: {names}")
+        known = [DEFAULT, *sorted(path.stem for path in profile.parent.glob("*.yaml"))]
+        raise StageError(f"{profile} is missing{nearest(profile.stem, known)}; the profiles are: {', '.join(known)}")
+    settings = merged(default_params(), load_yaml(profile))
+    build_all(settings, profile)
+    return settings
 
 
-def lay_over(settings: CommentedMap, values: CommentedMap, profile: str, section: str) -> None:
-    """Put `values` into `settings`, section by section. A section that is empty in the default takes any keys."""
-    for key, value in values.items():
-        name = f"{section}{key}"
-        if key not in settings:
-            raise StageError(f"{profile}: {name} is not a known key{nearest(str(key), settings)}")
-        known = settings[key]
-        if isinstance(known, CommentedMap) and known:
-            if not isinstance(value, CommentedMap):
-                raise StageError(f"{profile}: {name} is a section: expected keys, found {describe(value)}")
-            lay_over(known, value, profile, f"{name}.")
-        elif isinstance(value, CommentedMap) and not isinstance(known, CommentedMap | None):
-            raise StageError(f"{profile}: {name} is one value, such as {known!r}: expected no keys below it")
-        else:
-            settings[key] = as_dvc_writes(value)
+def merged(default: Any, values: Any) -> Any:
+    """`values` over `default`, block by block; a block of another type replaces the default's."""
+    if not (isinstance(default, dict) and isinstance(values, dict)):
+        return values
+    if values.get(KIND, default.get(KIND)) != default.get(KIND):
+        return values
+    return default | {name: merged(default.get(name), value) for name, value in values.items()}
+
+
+def text_with(text: str, settings: dict[str, Any]) -> str:
+    """The text of a params.yaml with these settings, and its own comments, order and layout."""
+    held = parse_yaml_for_update(text, str(PARAMS_FILE))
+    set_values(held, settings)
+    return dumps_yaml(held)
+
+
+def set_values(held: CommentedMap, wanted: dict[str, Any]) -> None:
+    """Make `held` hold what is wanted, and touch only the values that are others."""
+    for name in [name for name in held if name not in wanted]:
+        del held[name]
+    for name, value in wanted.items():
+        found = held.get(name, ABSENT)
+        if (
+            isinstance(found, CommentedMap)
+            and found
+            and not found.fa.flow_style()
+            and isinstance(value, dict)
+            and value
+        ):
+            set_values(found, value)
+        elif not (found == value and type_of_number(found) is type_of_number(value)):
+            held[name] = as_dvc_writes(value)
+            align_comment(held, name)
+
+
+def align_comment(held: CommentedMap, name: str) -> None:
+    """Put the comment behind a value into the column of its neighbours: a longer value has pushed it away."""
+    marks = {key: tokens[2].start_mark for key, tokens in held.ca.items.items() if tokens[2]}
+    if name in marks:
+        marks[name].column = mode(mark.column for mark in marks.values())
+
+
+def type_of_number(value: Any) -> type | None:
+    """Python takes true, 1 and 1.0 for equal."""
+    return next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
 
 
 def as_dvc_writes(value: Any) -> Any:
-    """A list on lines of its own. Keys in brackets, so that the comment behind the key above them stays on its line."""
-    if isinstance(value, CommentedMap):
-        value.fa.set_flow_style()
-    return list(value) if isinstance(value, CommentedSeq) else value
+    """A small number as 1.0e-5. Keys in brackets, so that the comment behind the key above them stays on its line."""
+    if isinstance(value, dict):
+        block = CommentedMap({name: as_dvc_writes(item) for name, item in value.items()})
+        if not any(isinstance(item, dict) for item in value.values()):
+            block.fa.set_flow_style()
+        return block
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        digits, _, exponent = f"{Decimal(repr(value)):e}".partition("e")
+        return YAML().load(f"{digits if '.' in digits else f'{digits}.0'}e{exponent}")
+    return value
 
 
-def refuse_to_drop_edits(params: Path, default: Path, wanted: str) -> None:
+def refuse_to_drop_edits(params: Path, folder: Path, wanted: dict[str, Any]) -> None:
     """Raise StageError if `params` holds what no profile gives, naming the keys that would be lost."""
-    if not params.exists():
+    held = load_yaml(params)
+    known = dict(settings_of_profiles(folder))
+    if held in (*known.values(), wanted):
         return
-    standard, held = load_yaml(default), load_yaml(params)
-    text = params.read_text(encoding="utf-8")
-    texts = dict(texts_of_profiles(default))
-    if text in (*texts.values(), wanted):
-        return
-    lost = {name: differing(flat(held, standard), flat(loads_yaml(text), standard)) for name, text in texts.items()}
+    lost = {name: differing(flat(held), flat(settings)) for name, settings in known.items()}
     closest = min(lost, key=lambda name: len(lost[name]))
-    edits = ", ".join(lost[closest]) or "its comments or layout only"
     raise StageError(
-        f"{params} was edited and would be overwritten; against profile {closest} it differs in: {edits}. "
-        "Keep the edits as a profile of your own (those keys in profiles/NAME.yaml), or drop them: "
-        "make use PROFILE=... FORCE=1 (--drop-edits)"
+        f"{params} was edited and would be overwritten; against profile {closest} it differs in: "
+        f"{', '.join(lost[closest])}. Keep the edits as a profile of your own (those keys in profiles/NAME.yaml), or "
+        "drop them: make use PROFILE=... FORCE=1 (--drop-edits)"
     )
 
 
-def texts_of_profiles(default: Path) -> Iterator[tuple[str, str]]:
-    """(name, text of params.yaml) of each profile; one that is broken could not have been in use."""
-    for profile in sorted(default.parent.glob("*.yaml")):
+def settings_of_profiles(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each profile; one that is broken could not have been in use."""
+    yield DEFAULT, default_params()
+    for profile in sorted(folder.glob("*.yaml")):
         try:
-            yield profile.stem, overlaid(default, profile)
+            yield profile.stem, settings_of(profile)
         except StageError:
             continue
 
 
-def flat(values: dict[str, Any], standard: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """Dotted key -> value, with the sections that the default settings have; below them a mapping is one value."""
+def flat(values: dict[str, Any], defaults: dict[str, Any] | None = None, section: str = "") -> dict[str, Any]:
+    """Dotted key → value. A block that may be of several types, or hold any keys, is one value."""
+    defaults = default_params() if defaults is None else defaults
     leaves = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(standard.get(key), dict) and standard[key]:
-            leaves |= flat(value, standard[key], f"{section}{key}.")
+    for name, value in values.items():
+        usual = defaults.get(name)
+        if isinstance(value, dict) and isinstance(usual, dict) and usual and KIND not in usual:
+            leaves |= flat(value, usual, f"{section}{name}.")
         else:
-            leaves[f"{section}{key}"] = value
+            leaves[f"{section}{name}"] = value
     return leaves
 
 
 def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     """The keys that are in one only, or have another value there."""
-    absent = object()
-    return [key for key in {**left, **right} if left.get(key, absent) != right.get(key, absent)]
+    return [key for key in {**left, **right} if left.get(key, ABSENT) != right.get(key, ABSENT)]
 
 
 def main(
     profile: Annotated[Path, typer.Option(help="The profile to use.")],
-    default: Annotated[Path, typer.Option(help="The default settings, all of them.")] = DEFAULT_PROFILE,
     out: Annotated[Path, typer.Option(help="The file to write.")] = PARAMS_FILE,
     drop_edits: Annotated[bool, typer.Option("--drop-edits", help="Overwrite settings that no profile has.")] = False,
 ) -> None:
-    """Write params.yaml from PROFILE."""
-    text = overlaid(default, profile)
+    """Set every key of params.yaml as PROFILE says, or else to its default."""
+    load_yaml(out)
+    settings = settings_of(profile)
     if not drop_edits:
-        refuse_to_drop_edits(out, default, text)
+        refuse_to_drop_edits(out, profile.parent, settings)
+    text = text_with(out.read_text(encoding="utf-8"), settings)
     with written_whole(out) as (partial,):
         partial.write_text(text, encoding="utf-8")
-    standard = load_yaml(default)
-    usual, chosen = flat(standard, standard), flat(load_yaml(out), standard)
+    usual, chosen = flat(default_params()), flat(settings)
     changed = differing(usual, chosen)
     print(f"{out} holds profile {profile.stem}: {len(changed)} settings differ from the default")
     for key in changed:

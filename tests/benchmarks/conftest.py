@@ -14,9 +14,7 @@ from tests.stages.tiny_pipeline import change
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The settings that a benchmark reads, with one thread: enough for a tiny model, and fast on a busy machine."""
     folder = tmp_path_factory.mktemp("benchmark")
-    for name in ("runtime.yaml", "profiles/default.yaml"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "runtime.yaml").write_bytes((ROOT / "runtime.yaml").read_bytes())
     change(folder / "runtime.yaml", {"default": {"threads": 1}})
     return folder
 

@@ -29,7 +29,7 @@ TABLE = ROOT / "tests/pipeline/staleness.md"
 RAW_DATA = "data/raw/none"
 # What no stage depends on: how it is started, where it came from, how it is tested and shown.
 IN_NO_DEPS = (
-    *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/default.yaml"),
+    *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/hh-local.yaml"),
     "tests/lib/objectives/test_preference_losses.py",
 )
 SECTION = "params.yaml: "
@@ -60,7 +60,7 @@ def copy_of_project(folder: Path) -> None:
             shutil.copyfile(source, target)
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(ROOT / name, folder / name)
-    shutil.copyfile(ROOT / "profiles/default.yaml", folder / "params.yaml")
+    shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
     write_placeholders(folder)
     write_manifests(folder)
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from stages.lib.operations.code_closure import LEFT_OUT, closure
+from stages.lib.settings.sections import default_params
 from tests.pipeline.graph import FIRST, LAUNCHER, ROOT, code_of, load_graph, params_read
 from tests.pipeline.observed import access_times_are_kept
 from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, REMARK, SECTION, TABLE, stale_by_parts, table
 from tests.pipeline.test_graph import all_instances, is_code
-from tests.stages.tiny_pipeline import read_yaml
 
 pytestmark = pytest.mark.slow
 STAGES = all_instances(load_graph())
-DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
+DEFAULTS = default_params()
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}

@@ -12,9 +12,18 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.operations.code_closure import MANIFESTS
 from stages.lib.settings.check import outs_of_graph
 from stages.prepare_base import check_settings_again
-from stages.tools.use_profile import overlaid
+from stages.tools.use_profile import settings_of
 from tests.pipeline.test_graph import all_instances, outs_of
-from tests.stages.tiny_pipeline import PROJECT, change, contents, inside, new_project, read_yaml, stage_options
+from tests.stages.tiny_pipeline import (
+    PROJECT,
+    change,
+    contents,
+    inside,
+    new_project,
+    read_yaml,
+    stage_options,
+    write_yaml,
+)
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -57,8 +66,7 @@ def test_the_committed_settings_pass() -> None:
 def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: Path, profile: str) -> None:
     own_model(project / "models/pretrained", max_position_embeddings=512)
     (project / "data/raw/hh-rlhf").mkdir()
-    default = PROJECT / "profiles/default.yaml"
-    (project / "params.yaml").write_text(overlaid(default, PROJECT / f"profiles/{profile}.yaml"))
+    write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
     done = check(project, HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stages.lib.settings.sections import default_params
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
 from tests.stages.conftest import STAGES
 from tests.stages.test_prepare_data import FILES, prepare, prepared, refused, write_raw
@@ -184,7 +185,7 @@ SHORT = {
 def test_the_profile_goes_from_the_hub_to_the_report(hub, tmp_path):
     """qwen2.5-0.5b-hh with its own names, revisions and precisions, and a smaller model behind the name."""
     folder = new_project(tmp_path)
-    settings = read_yaml(PROJECT / "profiles/default.yaml")
+    settings = default_params()
     lay_over(settings, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
     write_yaml(folder / "params.yaml", settings)
     change(folder / "params.yaml", SHORT)

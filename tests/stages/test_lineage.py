@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
+from stages.lib.settings.sections import default_params
 from stages.tools.lineage import is_manifest, origin
 from stages.tools.show_lineage import main
 from tests.stages.tiny_pipeline import PROJECT, change, inside, lay_over, read_yaml
@@ -307,7 +308,7 @@ def test_a_path_that_no_stage_makes_is_refused_with_the_outs_there_are(project: 
 
 
 def test_hub_sources_are_named_with_their_revision() -> None:
-    params = read_yaml(PROJECT / "profiles/default.yaml")
+    params = default_params()
     lay_over(params, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
     base, data = params["prepare_base"], params["prepare_data"]
     assert (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from stages.lib.settings.sections import default_params
 from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_pipeline import call, change, lay_over, new_project, read_yaml, write_yaml
 
@@ -25,7 +26,7 @@ STAGES = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "ev
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, transcripts = real_file("models/stories260K"), real_file("data/hh-rlhf")
     folder = new_project(tmp_path_factory.mktemp("real"))
-    settings = read_yaml(PROJECT / "profiles/default.yaml")
+    settings = default_params()
     lay_over(settings, read_yaml(PROJECT / "profiles/hh-local.yaml"))
     write_yaml(folder / "params.yaml", settings)
     change(folder / "params.yaml", SHORT)

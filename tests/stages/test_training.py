@@ -212,10 +212,17 @@ def refused(folder: Path, stage: str, **changed: str) -> str:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"betta": 0.1}, "params.yaml: train_dpo.betta is not a known key; did you mean 'beta'?"),
-        ({"beta": "high"}, "params.yaml: train_dpo.beta: expected a number, found 'high' (str)"),
-        ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'?"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning with loss_type: ipo"),
+        ({"kep": "best"}, "params.yaml: train_dpo.kep is not a known key; did you mean 'keep'?"),
+        ({"beta": 0.1}, "params.yaml: train_dpo.beta is not a known key; did you mean 'loss.beta'?"),
+        (
+            {"loss": {"type": "ipo", "beta": "high"}},
+            "params.yaml: train_dpo.loss.beta: expected a number, found 'high' (str)",
+        ),
+        ({"loss": {"type": "sigmoyd", "beta": 0.1}}, "did you mean 'sigmoid'?"),
+        (
+            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            "train_dpo.loss.label_smoothing is not a known key",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.lib.command.run import run_or_say_why_not
+from stages.lib.settings.sections import default_params
 
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
@@ -33,8 +34,9 @@ TINY = {
 
 
 def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
+    """A block that names its `type` replaces the one that stands there."""
     for key, value in values.items():
-        if isinstance(value, dict) and settings.get(key) is not None:
+        if isinstance(value, dict) and "type" not in value and settings.get(key) is not None:
             lay_over(settings[key], value)
         else:
             assert key in settings, f"params.yaml has no key {key}"
@@ -59,7 +61,7 @@ def change(path: Path, values: dict[str, Any]) -> None:
 
 def new_project(folder: Path) -> Path:
     """A folder with tiny settings, in which the scripts can run."""
-    settings = read_yaml(PROJECT / "profiles/default.yaml")
+    settings = default_params()
     lay_over(settings, TINY)
     write_yaml(folder / "params.yaml", settings)
     runtime = read_yaml(PROJECT / "runtime.yaml")
@@ -79,7 +81,7 @@ def stage_options(stage: str, **changed: str) -> list[str]:
     name, _, item = stage.partition("@")
     graph = read_yaml(PROJECT / "dvc.yaml")["stages"][name]["cmd"].split()
     words = graph[graph.index(next(word for word in graph if word.startswith("--"))) :]
-    params = read_yaml(PROJECT / "profiles/default.yaml")
+    params = default_params()
     options = []
     for word in words:
         if word.startswith("${item"):

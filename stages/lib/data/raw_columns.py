@@ -7,7 +7,7 @@ ignored by name. Others that nothing reads, such as an id, are told in one line.
 from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
-from stages.lib.command.params import nearest
+from stages.lib.command.quoted import nearest
 from stages.lib.data.conversations import MalformedRowError
 from stages.lib.data.formats import COLUMNS, READERS, SHAREGPT_KEYS, Format, Row, is_given, unread_value
 

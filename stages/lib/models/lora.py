@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import nearest
+from stages.lib.command.quoted import nearest
 from stages.lib.models.pretrained import DTYPES
 from stages.lib.models.quantization import dequantized, quantized_layers
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings

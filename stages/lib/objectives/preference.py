@@ -12,7 +12,7 @@ from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_
 from stages.lib.compute.sequence_logprobs import pair_logps
 from stages.lib.objectives.objective import Rows, Sums, summed
 from stages.lib.objectives.preference_losses import PREFERENCE_LOSSES, PairBatch, implicit_rewards
-from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.preference_loss import PreferenceLoss
 
 
 class PreferenceObjective:
@@ -31,9 +31,9 @@ class PreferenceObjective:
         "logps/rejected",
     )
 
-    def __init__(self, batching: MicroBatching, settings: TrainDpo) -> None:
+    def __init__(self, batching: MicroBatching, loss: PreferenceLoss) -> None:
         self.batching = batching
-        self.loss_type, self.loss_settings = settings.loss_type, settings
+        self.loss = loss
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
@@ -41,8 +41,8 @@ class PreferenceObjective:
     def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
         logps = pair_logps(module, batch)
         pairs = pair_batch(logps.chosen, logps.rejected, batch.rows, rows)
-        losses = PREFERENCE_LOSSES[self.loss_type](pairs, self.loss_settings)
-        chosen, rejected = implicit_rewards(pairs, self.loss_settings.beta)
+        losses = PREFERENCE_LOSSES[self.loss.type](pairs, self.loss)
+        chosen, rejected = implicit_rewards(pairs, self.loss.beta)
         margins = chosen - rejected
         accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
         return Sums(losses.sum(), summed(losses, chosen, rejected, margins, accuracies, *logps))

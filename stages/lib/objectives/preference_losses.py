@@ -6,12 +6,12 @@ and Δ_r likewise, h = Δ_c − Δ_r.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from stages.lib.settings.train_dpo import TrainDpo
+from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 
 
 class PairBatch(NamedTuple):
@@ -35,7 +35,7 @@ class PairBatch(NamedTuple):
         return self.policy_rejected_logps - self.reference_rejected_logps
 
 
-def sigmoid(pairs: PairBatch, settings: TrainDpo) -> torch.Tensor:
+def sigmoid(pairs: PairBatch, settings: SigmoidLoss) -> torch.Tensor:
     """−(1 − ε) log σ(β h) − ε log σ(−β h)
 
     ε = 0 is DPO (arXiv 2305.18290, Eq. 7); ε > 0 is cDPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3), for
@@ -46,7 +46,7 @@ def sigmoid(pairs: PairBatch, settings: TrainDpo) -> torch.Tensor:
     return -(1 - smoothing) * F.logsigmoid(scaled_gap) - smoothing * F.logsigmoid(-scaled_gap)
 
 
-def ipo(pairs: PairBatch, settings: TrainDpo) -> torch.Tensor:
+def ipo(pairs: PairBatch, settings: IpoLoss) -> torch.Tensor:
     """(Δ_c / |y_c| − Δ_r / |y_r| − 1 / (2β))², in squared nats per token
 
     IPO (arXiv 2310.12036, Eq. 17), with log-ratios averaged over the tokens of each completion, as its authors
@@ -56,7 +56,7 @@ def ipo(pairs: PairBatch, settings: TrainDpo) -> torch.Tensor:
     return (per_token_gap - 1 / (2 * settings.beta)) ** 2
 
 
-PREFERENCE_LOSSES: dict[str, Callable[[PairBatch, TrainDpo], torch.Tensor]] = {"sigmoid": sigmoid, "ipo": ipo}
+PREFERENCE_LOSSES: dict[str, Callable[[PairBatch, Any], torch.Tensor]] = {"sigmoid": sigmoid, "ipo": ipo}
 
 
 def implicit_rewards(pairs: PairBatch, beta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ How a stage is started is no part of its identity, so `dvc.lock` says nothing of
 outs that the run wrote, and so belongs to whatever stage of `dvc.lock` has outs of these hashes.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -48,7 +47,7 @@ def log_run(
     outs: Mapping[str, str],
     seconds: float,
     *,
-    runtime: Any = None,
+    runtime: Mapping[str, Any] | None = None,
     processes: int = 1,
     device: str = "cpu",
     launcher: str = PLAIN_LAUNCHER,
@@ -58,7 +57,7 @@ def log_run(
     Args:
         outs: path of each out as on the command line → its hash as DVC records it.
         seconds: wall time of the work, without the imports; of a resumed run, since it was resumed.
-        runtime: the stage's view of `runtime.yaml` (a dataclass), or None if it reads none.
+        runtime: the stage's view of `runtime.yaml`, or None if it reads none.
     """
     record = {
         "stage": stage,
@@ -69,7 +68,7 @@ def log_run(
         "processes": processes,
         "device": device,
         "launcher": launcher,
-        "runtime": None if runtime is None else dataclasses.asdict(runtime),
+        "runtime": runtime,
         "code": running_manifest(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("dvc", *LIBRARIES) if name == "dvc" or name in sys.modules},

@@ -1,6 +1,5 @@
 """A run of a stage that keeps state in the scratch folder: who it is, whether it is finished already, publishing."""
 
-import dataclasses
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from stages.lib.command.run import file_message, no_space_explained
 from stages.lib.compute.processes import Processes
 from stages.lib.operations.run_log import launcher_in_use, log_run
 from stages.lib.runs.scratch import Scratch
+from stages.lib.settings.declaration import plain
 from stages.lib.settings.runtime import Runtime
 
 
@@ -43,7 +43,7 @@ class StageRun:
     ) -> None:
         self.stage = stage
         self.logged_as = logged_as or stage
-        self.settings = {name: _plain(value) for name, value in settings.items()}
+        self.settings = {name: plain(value) for name, value in settings.items()}
         self.outs = outs
         self.runtime = runtime
         self.processes = processes
@@ -123,7 +123,7 @@ class StageRun:
             self.logged_as,
             hashes,
             time.monotonic() - self.started,
-            runtime=self.runtime,
+            runtime=plain(self.runtime),
             processes=self.processes.world_size,
             device=str(self.processes.device),
             launcher=launcher_in_use(),
@@ -163,7 +163,3 @@ def require_same_inputs(processes: Processes, inputs: list[Path], hashes: dict[s
                 raise StageError(
                     f"{path} in {place} is not what it is in {places[0]}; give all machines the same files"
                 )
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

@@ -1,25 +1,27 @@
-"""Section `evaluate` of params.yaml; the file explains each key."""
+"""Section `evaluate` of params.yaml: what is sampled from a policy to see how good it is."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Le
+from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative
+from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision
+from stages.lib.settings.declaration import Settings, key
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """Section `evaluate` of params.yaml; the file explains each key."""
+class Evaluate(Settings):
+    """Replies of a policy to held-out prompts, graded and compared with the SFT policy's."""
 
-    seed: Seed | None
-    max_prompts: Count | None
-    max_new_tokens: NewTokens
-    temperature: NotNegative
-    precision: Literal["fp32", "bf16"]
-    bootstrap_resamples: Annotated[int, Ge(100), Le(1_000_000)]
+    seed: Seed | None = key(None, "of sampling and of the intervals; null: the common seed")
+    max_prompts: Count | None = key(200, "of the held-out prompts; null: all of them", unit="prompts")
+    max_new_tokens: NewTokens = key(64, "of a reply", unit="tokens")
+    temperature: NotNegative = key(1.0, "of sampling; 0: greedy, else at least 0.001")
+    precision: Precision = key("fp32", "of weights and activations")
+    bootstrap_resamples: Annotated[int, Ge(100), Le(1_000_000)] = key(2000, "of the confidence intervals")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluate":
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, found {self.temperature}")
+        return self

@@ -1,23 +1,29 @@
 """The settings of one optimizer: AdamW, learning-rate schedule, gradient clipping."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Gt, Lt
-
-from stages.lib.settings.bounds import Decay, NotNegative, Positive, Share
+from stages.lib.settings.bounds import BetweenZeroAndOne, Decay, NotNegative, Positive, Share
+from stages.lib.settings.declaration import Settings, key
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """One `optimizer:` block of `params.yaml`; the file explains each key."""
+class OptimizerSettings(Settings):
+    """AdamW with a linear warm-up, a schedule, gradient clipping and, if wanted, an average of the weights."""
 
-    learning_rate: Positive
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup_ratio: Share
-    min_learning_rate_ratio: Share
-    weight_decay: NotNegative
-    beta1: Decay
-    beta2: Decay
-    max_grad_norm: Positive
-    ema_decay: Annotated[float, Gt(0), Lt(1)] | None
+    learning_rate: Positive = key(1.5e-3, "at its peak")
+    schedule: Literal["cosine", "linear", "constant"] = key(
+        "cosine", "course of the learning rate after the linear warm-up", source="cosine: arXiv 1608.03983, Eq 5"
+    )
+    warmup_ratio: Share = key(0.05, "length of the warm-up", unit="share of all optimizer steps")
+    min_learning_rate_ratio: Share = key(
+        0.1, "learning rate of the last step; without effect with constant", unit="share of the peak"
+    )
+    weight_decay: NotNegative = key(0.0, "decoupled, on matrices only", source="arXiv 1711.05101")
+    beta1: Decay = key(0.9, "decay of the gradient's first moment", source="arXiv 1412.6980")
+    beta2: Decay = key(0.95, "decay of its second moment", source="arXiv 1412.6980")
+    max_grad_norm: Positive = key(1.0, "the gradient is scaled down to this norm", unit="global L2 norm")
+    ema_decay: BetweenZeroAndOne | None = key(
+        None,
+        "of an exponential moving average of the weights over the steps, such as 0.99, which is then what is "
+        "evaluated and published; null: none",
+        source="arXiv 1806.04498",
+    )

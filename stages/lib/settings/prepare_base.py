@@ -1,10 +1,12 @@
-"""Section `prepare_base` of params.yaml; the file explains each key."""
+"""Section `prepare_base` of params.yaml: the model that everything starts from, and its tokenizer."""
 
 import re
-from dataclasses import dataclass
 from typing import Literal
 
-from stages.lib.settings.bounds import Count, Layers, Width
+from pydantic import model_validator
+
+from stages.lib.settings.bounds import Count, Layers, Several, Text, Width
+from stages.lib.settings.declaration import Settings, block, key
 
 NO_FILE = "data/raw/none"
 PAD_TOKEN = "<|pad|>"
@@ -13,19 +15,19 @@ BYTES = 256
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """Section `prepare_base.scratch`: a Llama of this size."""
+class Scratch(Settings):
+    """A new Llama of this size, with tied embeddings."""
 
-    vocab_size: Width
-    hidden_size: Width
-    intermediate_size: Width
-    layers: Layers
-    heads: Count
-    key_value_heads: Count
-    max_positions: Count
+    vocab_size: Width = key(1024, "at most; at least 256 bytes, pad, EOS and special_tokens", unit="tokens")
+    hidden_size: Width = key(128, "a multiple of 2 * heads")
+    intermediate_size: Width = key(344, "of the MLP")
+    layers: Layers = key(3, "transformer blocks")
+    heads: Count = key(4, "of attention; a multiple of key_value_heads")
+    key_value_heads: Count = key(4, "fewer than heads: grouped-query attention", source="arXiv 2305.13245")
+    max_positions: Count = key(192, "tokenize_data.max_length may not exceed it", unit="tokens")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "Scratch":
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads}): "
@@ -33,24 +35,36 @@ class Scratch:
             )
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of key_value_heads ({self.key_value_heads})")
+        return self
 
 
-@dataclass(frozen=True)
-class PrepareBase:
-    """Section `prepare_base` of params.yaml; the file explains each key."""
+class PrepareBase(Settings):
+    """The base model: new, from a folder, or from the Hugging Face Hub."""
 
-    source: Literal["scratch", "local", "hub"]
-    path: str
-    hub_model: str | None
-    hub_revision: str | None
-    corpus: str
-    chat_template: str
-    special_tokens: tuple[str, ...]
-    eos_token: str | None
-    dtype: Literal["float32", "bfloat16", "float16"]
-    scratch: Scratch
+    source: Literal["scratch", "local", "hub"] = key(
+        "scratch", "scratch: a new Llama | local: a model folder at path | hub: hub_model of the Hugging Face Hub"
+    )
+    path: Text = key(NO_FILE, f"source local: the model's folder; {NO_FILE} with any other source")
+    hub_model: Text | None = key(None, "source hub: owner/name; null with any other source")
+    hub_revision: Text | None = key(None, "source hub: full commit hash, 40 hexadecimal digits; else null")
+    corpus: Text = key(
+        "data/prepared/sft/train.jsonl",
+        f"source scratch: rows the tokenizer is trained on; {NO_FILE} with any other",
+    )
+    chat_template: Text = key(
+        "stages/templates/chat.jinja", f"a Jinja file, or {NO_FILE}: keep the model's own (not with scratch)"
+    )
+    special_tokens: Several[Text] = key(
+        ["<|system|>", "<|user|>", "<|assistant|>"], "added if absent; [] when the model's own template is kept"
+    )
+    eos_token: Text | None = key(
+        None, "token that ends a reply; null: the tokenizer's own EOS (must be null with scratch)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "of the saved weights")
+    scratch: Scratch = key(block(Scratch), "source scratch: size of the new Llama")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "PrepareBase":
         if (self.source == "local") != (self.path != NO_FILE):
             raise ValueError(
                 f"path must be a model folder with source local, and {NO_FILE} with any other: "
@@ -66,6 +80,7 @@ class PrepareBase:
             raise ValueError("special_tokens holds a token twice, or an empty one")
         if self.source == "scratch":
             self._check_scratch()
+        return self
 
     def _check_hub(self) -> None:
         if self.source != "hub" and (self.hub_model or self.hub_revision):

@@ -1,16 +1,18 @@
-"""Section `prepare_data` of params.yaml; the file explains each key."""
+"""Section `prepare_data` of params.yaml: where rows come from, how they are read, and what is made of them."""
 
 import re
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
+from pydantic import model_validator
 
+from stages.lib.command.json_schema import LARGEST_WHOLE
 from stages.lib.data.formats import Format
 from stages.lib.data.raw_columns import refuse_unknown_targets
-from stages.lib.settings.bounds import Temperature
+from stages.lib.settings.bounds import BetweenZeroAndOne, ErrorOrDrop, Several, Temperature, Text
+from stages.lib.settings.declaration import Settings, block, key
 
 Kind = Literal["sft", "preference", "prompts"]
 NO_FILE = "data/raw/none"
@@ -20,43 +22,65 @@ WITHOUT_PAIRS = ("alpaca", "messages", "prompt_completion", "sharegpt")
 GeneratedRows = Annotated[int, Ge(1), Le(100_000)]
 
 
-@dataclass(frozen=True)
-class FilmReviewSettings:
-    """How many rows to generate and how noisy the preference labels are.
+class FilmReviewSettings(Settings):
+    """Sizes of the generated task, and how noisy its preference labels are."""
 
-    Attributes:
-        sft_rows, preference_rows, prompt_rows: rows of the train split of each kind.
-        eval_rows: rows of the eval split of every kind.
-        label_temperature: Bradley-Terry temperature in units of gold utility; larger means noisier labels.
-    """
-
-    sft_rows: GeneratedRows
-    preference_rows: GeneratedRows
-    prompt_rows: GeneratedRows
-    eval_rows: GeneratedRows
-    label_temperature: Temperature
+    sft_rows: GeneratedRows = key(7500, "of the train split", unit="rows")
+    preference_rows: GeneratedRows = key(8000, "of the train split", unit="pairs")
+    prompt_rows: GeneratedRows = key(1500, "of the train split", unit="prompts")
+    eval_rows: GeneratedRows = key(1500, "of the eval split of each kind", unit="rows")
+    label_temperature: Temperature = key(
+        2.0, "of the Bradley-Terry labels; higher is noisier", unit="of the gold utility"
+    )
 
 
-@dataclass(frozen=True)
-class PrepareData:
-    """The section `prepare_data`; params.yaml explains each key."""
+class PrepareData(Settings):
+    """Raw rows become conversations, in a train and an eval split."""
 
-    source: Literal["film_reviews", "local", "hub"]
-    path: str
-    hub_dataset: str | None
-    hub_revision: str | None
-    hub_data_dir: str | None
-    hub_split: str | None
-    format: Literal["auto", Format]
-    columns: dict[str, str]
-    ignore_columns: tuple[str, ...]
-    on_unusable_row: Literal["error", "drop"]
-    kinds: tuple[Kind, ...]
-    max_rows: Annotated[int, Ge(2)] | None
-    eval_fraction: Annotated[float, Gt(0), Lt(1)]
-    film_reviews: FilmReviewSettings
+    source: Literal["film_reviews", "local", "hub"] = key(
+        "film_reviews",
+        "film_reviews: generated | local: files at path | hub: hub_dataset of the Hugging Face Hub",
+    )
+    path: Text = key(
+        NO_FILE,
+        "source local: a .jsonl, .json, .csv (each also .gz) or .parquet file, or a folder of them; else " + NO_FILE,
+    )
+    hub_dataset: Text | None = key(None, "source hub: owner/name; null with any other source, as the next three")
+    hub_revision: Text | None = key(None, "source hub: full commit hash, 40 hexadecimal digits")
+    hub_data_dir: Text | None = key(None, "source hub: a folder of the data set; null: all of it")
+    hub_split: Text | None = key(
+        None, "source hub: one split, such as train; null: all of them together (they are split again here)"
+    )
+    format: Literal["auto", Format] = key("auto", "of the raw rows; auto with film_reviews")
+    columns: dict[Text, Text] = key(
+        {},
+        "own column: ours (prompt, chosen, rejected, …), renamed before the format is detected or read; {} with "
+        "film_reviews",
+    )
+    ignore_columns: Several[Text] = key(
+        [],
+        "own columns and keys of messages to leave out, where nothing reads what they say (tools, weight, …); [] with "
+        "film_reviews",
+    )
+    on_unusable_row: ErrorOrDrop = key(
+        "error",
+        "error: stop at a row with a role, content or value that cannot be used | drop: leave it out, counted; error "
+        "with film_reviews",
+    )
+    kinds: Several[Kind] = key(
+        ["sft", "preference", "prompts"],
+        "kinds to make; one left out gets empty files, and the stages that need it refuse them",
+    )
+    max_rows: Annotated[int, Ge(2), Le(LARGEST_WHOLE)] | None = key(
+        None, "use the first so many; null: all; null with film_reviews", unit="raw rows"
+    )
+    eval_fraction: BetweenZeroAndOne = key(
+        0.1, "held out from every kind; for local and hub data", unit="share of the distinct prompts"
+    )
+    film_reviews: FilmReviewSettings = key(block(FilmReviewSettings), "sizes of the generated task")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "PrepareData":
         self._check_source()
         self._check_columns()
         if self.source == "film_reviews" and (self.format != "auto" or self.columns or self.max_rows is not None):
@@ -68,6 +92,7 @@ class PrepareData:
             )
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ValueError("kinds must name at least one kind, and each once")
+        return self
 
     def _check_columns(self) -> None:
         """What is said of the columns of raw data must hold together, and name nothing that no format reads."""

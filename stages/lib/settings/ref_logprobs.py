@@ -1,14 +1,12 @@
-"""Section `ref_logprobs` of params.yaml; the file explains each key."""
+"""Section `ref_logprobs` of params.yaml: log-probs of the reference, computed once."""
 
-from dataclasses import dataclass
-from typing import Literal
-
+from stages.lib.settings.bounds import Precision
+from stages.lib.settings.declaration import Settings, key
 from stages.lib.settings.lora import BaseQuantization
 
 
-@dataclass(frozen=True)
-class RefLogprobs:
-    """Section `ref_logprobs` of params.yaml; the file explains each key."""
+class RefLogprobs(Settings):
+    """Log-probs of the pairs under the SFT policy, which train_dpo reads."""
 
-    precision: Literal["fp32", "bf16"]
-    base_quantization: BaseQuantization
+    precision: Precision = key("fp32", "as train_dpo's, or the first step's margin is not 0")
+    base_quantization: BaseQuantization = key(None, "as train_dpo.lora.base_quantization")

@@ -1,17 +1,19 @@
 """`runtime.yaml`: how a stage runs on this machine. Nothing here may change a result beyond rounding."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
+from pydantic import WithJsonSchema, model_validator
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import build, describe, load_yaml, nearest
-from stages.lib.command.strict_yaml import short
+from stages.lib.command.params import build
+from stages.lib.command.quoted import describe, nearest
+from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
-from stages.lib.settings.bounds import Count, NotNegative, WholeNumber
+from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
+from stages.lib.settings.declaration import Settings, key
 
 RUNTIME_FILE = Path("runtime.yaml")
 # The stages that launch.sh starts, each with a section of its own name.
@@ -51,47 +53,93 @@ OUR_DEEPSPEED_KEYS = {
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """One stage's view of `runtime.yaml`; the file explains each key."""
+class Runtime(Settings):
+    """How one stage runs on this machine, never what it computes."""
 
-    device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Ge(1), Le(4096)]  # each is one of the operating system's
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
-    gradient_checkpointing: bool
-    activation_offload: bool
-    packing: bool
-    micro_batch_tokens: Count
-    logits_chunk_tokens: Count
-    generation_batch_size: Count
-    on_out_of_memory: Literal["stop", "retry"]
-    engine: Literal["auto", "torch", "deepspeed"]
-    zero_stage: Literal[0, 1, 2, 3]
-    offload_optimizer: bool
-    offload_parameters: bool
-    frozen_zero_stage: Literal[0, 3]
-    frozen_offload_parameters: bool
-    deepspeed: dict[str, Any]
-    checkpoint_seconds: NotNegative
-    stop_seconds: NotNegative
-    rows_per_partial_result: Count
-    log_seconds: NotNegative
-    shown_samples: WholeNumber
-    kept_checkpoints: Count
-    resume_across_code_change: bool
-    trackers: tuple[Literal["tensorboard", "wandb"], ...]
-    tracker_folder: str
-    tracker_project: str
-    tracker_run: str | None
-    tracker_tags: tuple[str, ...]
-    wandb_mode: Literal["offline", "online", "disabled"]
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: a GPU if there is one")
+    threads: Annotated[int, Ge(1), Le(4096)] = key(  # each is one of the operating system's
+        2, "CPU threads of a launch, shared out among its processes on one machine"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = key(
+        "sdpa", "kernel; flash_attention_2: bf16, needs the flash-attn package and a GPU"
+    )
+    gradient_checkpointing: bool = key(
+        False, "recompute activations in the backward pass: less memory, a third more time"
+    )
+    activation_offload: bool = key(False, "keep activations in the CPU's memory until the backward pass (GPU only)")
+    packing: bool = key(
+        False,
+        "lay sequences end to end in one row instead of padding them; pays with flash_attention_2",
+    )
+    micro_batch_tokens: Count = key(8192, "in one forward and backward pass of one process", unit="padded tokens")
+    logits_chunk_tokens: Count = key(4096, "whose whole-vocabulary logits exist at a time", unit="completion tokens")
+    generation_batch_size: Count = key(128, "sampled at a time by one process", unit="sequences")
+    on_out_of_memory: Literal["stop", "retry"] = key(
+        "stop",
+        "retry (one process): repeat the step at half the size, which stays in force and may move last digits",
+    )
+    engine: Literal["auto", "torch", "deepspeed"] = key(
+        "auto", "auto: plain torch for one process without ZeRO, else DeepSpeed"
+    )
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Whole] = key(
+        0,
+        "of trained models; 1 shards the optimizer, 2 also gradients, 3 also weights",
+        source="arXiv 1910.02054",
+    )
+    offload_optimizer: bool = key(False, "keep masters and moments in the CPU's memory; needs zero_stage 1 to 3")
+    offload_parameters: bool = key(False, "keep weights there too; needs zero_stage 3")
+    frozen_zero_stage: Annotated[Literal[0, 3], Whole] = key(
+        0, "of models without gradients: reference, reward model, evaluation"
+    )
+    frozen_offload_parameters: bool = key(False, "keep their weights in the CPU's memory; needs frozen_zero_stage 3")
+    deepspeed: Annotated[dict[Text, AnyValue], WithJsonSchema({"type": "object"})] = key(
+        {},
+        "more of DeepSpeed's own configuration, such as {zero_optimization: {overlap_comm: true}}",
+    )
+    checkpoint_seconds: NotNegative = key(
+        60.0,
+        "between two training checkpoints, or ten times what saving one takes, if that is more; 0: one a step",
+        unit="seconds",
+    )
+    stop_seconds: NotNegative = key(
+        20.0,
+        "that SIGTERM or Ctrl-C leaves for coming to a place to save; torchrun kills after 30, Slurm as `--signal` "
+        "says",
+        unit="seconds",
+    )
+    rows_per_partial_result: Count = key(
+        512,
+        "that ref_logprobs and evaluate compute before they keep them in the scratch folder",
+        unit="rows or prompts",
+    )
+    log_seconds: NotNegative = key(
+        5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
+    )
+    shown_samples: WholeNumber = key(1, "that train_ppo prints after a phase", unit="rollouts")
+    kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")
+    resume_across_code_change: bool = key(
+        False, "let a killed run go on from its checkpoint although the code has changed since"
+    )
+    trackers: Several[Literal["tensorboard", "wandb"]] = key([], "where a curve goes beside its CSV: one, both or none")
+    tracker_folder: Text = key(
+        "runs",
+        "event files and wandb's folders, in the project (a link may lead elsewhere); Git and DVC ignore runs/",
+    )
+    tracker_project: Text = key("stagewise", "wandb's project")
+    tracker_run: Text | None = key(None, "a run is named <stage>-<this>; null: <stage>-<time of its start>")
+    tracker_tags: Several[Text] = key([], "of a wandb run")
+    wandb_mode: Literal["offline", "online", "disabled"] = key(
+        "offline", "offline: upload later with `wandb sync` | online: after `wandb login`"
+    )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "Runtime":
         if self.activation_offload and self.device == "cpu":
             raise ValueError("activation_offload needs a GPU, and device is cpu: set it to false")
         self._check_zero()
         self._check_retry()
         self._check_trackers()
+        return self
 
     def _check_zero(self) -> None:
         if self.offload_optimizer and self.zero_stage == 0:
@@ -113,10 +161,10 @@ class Runtime:
         rounded = sorted(key for key in zero if key.startswith("zero_quantized"))
         if rounded:
             raise ValueError(f"deepspeed.zero_optimization.{rounded[0]} would change results beyond rounding")
-        for key in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+        for part in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
                 raise ValueError(
-                    f"deepspeed.zero_optimization.{key}: nvme is not supported; "
+                    f"deepspeed.zero_optimization.{part}: nvme is not supported; "
                     "offload_optimizer and offload_parameters offload to the CPU's memory"
                 )
 
@@ -136,10 +184,10 @@ class Runtime:
     def _check_trackers(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers must name each tracker once, found {', '.join(self.trackers)}")
-        for key in ("tracker_project", "tracker_run"):
-            name = getattr(self, key)
+        for field in ("tracker_project", "tracker_run"):
+            name = getattr(self, field)
             if name is not None and not TRACKER_NAME.fullmatch(name):
-                raise ValueError(f"{key} must be up to 100 letters, digits, spaces, dots, - and _, found {name!r}")
+                raise ValueError(f"{field} must be up to 100 letters, digits, spaces, dots, - and _, found {name!r}")
         for tag in self.tracker_tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"tracker_tags must have 1 to 64 characters each, found {tag!r}")

@@ -1,11 +1,15 @@
-"""All of params.yaml: which class reads which section, and what the top-level values are."""
+"""All of params.yaml: which model reads which section, and what the top-level values are."""
 
 from pathlib import Path
 from typing import Any
 
+from pydantic import StrictBool
+
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import PARAMS_FILE, Seed, build, convert, nearest
+from stages.lib.command.params import PARAMS_FILE, Seed, build
+from stages.lib.command.quoted import nearest
 from stages.lib.command.strict_yaml import load_yaml, short
+from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
@@ -16,29 +20,46 @@ from stages.lib.settings.train_ppo import TrainPpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.lib.settings.train_sft import TrainSft
 
-SECTIONS = {
-    "prepare_data": PrepareData,
-    "prepare_base": PrepareBase,
-    "tokenize_data": Tokenize,
-    "train_sft": TrainSft,
-    "train_rm": TrainRm,
-    "ref_logprobs": RefLogprobs,
-    "train_dpo": TrainDpo,
-    "train_ppo": TrainPpo,
-    "evaluate": Evaluate,
-}
-VALUES = {"seed": Seed, "trust_remote_code": bool}
+
+class Params(Settings):
+    """What is computed: the settings of all stages."""
+
+    seed: Seed = key(17, "of every draw: data, weights, order of rows, sampling")
+    trust_remote_code: StrictBool = key(
+        False,
+        "run the Python code that a model or tokenizer brings (auto_map); only if you trust whoever wrote it",
+    )
+    prepare_data: PrepareData = key(block(PrepareData), "where rows come from, and what is made of them")
+    prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
+    tokenize_data: Tokenize = key(block(Tokenize), "budgets of tokens")
+    train_sft: TrainSft = key(block(TrainSft), "supervised fine-tuning")
+    train_rm: TrainRm = key(block(TrainRm), "the reward model")
+    ref_logprobs: RefLogprobs = key(block(RefLogprobs), "log-probs of the reference, for DPO")
+    train_dpo: TrainDpo = key(block(TrainDpo), "direct preference optimisation")
+    train_ppo: TrainPpo = key(block(TrainPpo), "proximal policy optimisation")
+    evaluate: Evaluate = key(block(Evaluate), "replies to held-out prompts, graded")
+
+
+KINDS = {name: field.rebuild_annotation() for name, field in Params.model_fields.items()}
+SECTIONS = {name: kind for name, kind in KINDS.items() if isinstance(kind, type) and issubclass(kind, Settings)}
+
+
+def default_params() -> dict[str, Any]:
+    """The settings of the default run, as params.yaml holds them."""
+    return block(Params)
 
 
 def read_all_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """Every section as its settings, and every top-level value. Raises StageError as `read_params` does."""
-    document = load_yaml(path)
-    known = [*VALUES, *SECTIONS]
-    for key in document:
-        if key not in known:
-            raise StageError(f"{path}: no stage reads '{short(key)}'{nearest(key, known)}")
-    for key in known:
-        if key not in document:
-            raise StageError(f"{path}: {key} is missing{nearest(key, document)}")
-    values = {key: convert(document[key], kind, f"{path}: {key}") for key, kind in VALUES.items()}
-    return values | {key: build(kind, document[key], f"{path}: {key}") for key, kind in SECTIONS.items()}
+    return build_all(load_yaml(path), path)
+
+
+def build_all(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same of what a file holds; `path` is named in messages."""
+    for name in document:
+        if name not in KINDS:
+            raise StageError(f"{path}: no stage reads '{short(name)}'{nearest(name, KINDS)}")
+    for name in KINDS:
+        if name not in document:
+            raise StageError(f"{path}: {name} is missing{nearest(name, document)}")
+    return {name: build(kind, document[name], f"{path}: {name}") for name, kind in KINDS.items()}

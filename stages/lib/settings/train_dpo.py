@@ -1,24 +1,18 @@
-"""Section `train_dpo` of params.yaml; the file explains each key."""
-
-from dataclasses import dataclass
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Lt
+"""Section `train_dpo` of params.yaml: direct preference optimisation."""
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Positive
+from stages.lib.settings.bounds import Count, Positive
+from stages.lib.settings.declaration import block, key
 from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.preference_loss import PreferenceLoss, SigmoidLoss
 
 
-@dataclass(frozen=True)
 class TrainDpo(EpochSettings):
-    """Section `train_dpo` of params.yaml; the file explains each key."""
+    """A policy trained on pairs, without a reward model."""
 
-    seed: Seed | None
-    loss_type: Literal["sigmoid", "ipo"]
-    beta: Positive
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)]
-
-    def __post_init__(self) -> None:
-        if self.loss_type == "ipo" and self.label_smoothing:
-            raise ValueError("label_smoothing has no meaning with loss_type: ipo; set it to 0")
+    epochs: Positive = key(0.3, "passes over the rows, may be a fraction")
+    batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
+    optimizer: OptimizerSettings = key(block(OptimizerSettings, learning_rate=2e-4), "AdamW, its schedule and clipping")
+    seed: Seed | None = key(None, "of the order of rows and of adapters; null: the common seed")
+    loss: PreferenceLoss = key(block(SigmoidLoss), "the loss of a pair, and what it needs")

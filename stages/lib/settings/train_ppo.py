@@ -1,48 +1,84 @@
-"""Section `train_ppo` of params.yaml; the file explains each key."""
+"""Section `train_ppo` of params.yaml: proximal policy optimisation."""
 
-from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import model_validator
+
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Share, Temperature, WholeNumber
+from stages.lib.settings.bounds import (
+    Count,
+    NewTokens,
+    NotNegative,
+    Positive,
+    Precision,
+    SaveDtype,
+    Share,
+    Temperature,
+    WholeNumber,
+)
+from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 
 
-@dataclass(frozen=True)
-class TrainPpo:
-    """Section `train_ppo` of params.yaml; the file explains each key."""
+class TrainPpo(Settings):
+    """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
-    seed: Seed | None
-    iterations: Count
-    rollout_batch_size: Count
-    max_new_tokens: NewTokens
-    temperature: Temperature
-    epochs: Count
-    minibatch_size: Count
-    gamma: Share
-    lam: Share
-    clip_range: Positive
-    value_clip_range: Positive
-    whiten_advantages: bool
-    kl_estimator: Literal["k1", "k2", "k3"]
-    kl_controller: Literal["fixed", "adaptive"]
-    kl_coef: NotNegative
-    kl_target: Positive | None
-    kl_horizon: Positive | None
-    max_kl: Positive | None
-    max_policy_kl: Positive | None
-    score_clip: Positive | None
-    normalise_scores: bool
-    missing_eos_penalty: NotNegative
-    critic_warmup_iterations: WholeNumber
-    precision: Literal["fp32", "bf16"]
-    save_dtype: Literal["float32", "bfloat16"]
-    lora: LoraSettings | None
-    policy_optimizer: OptimizerSettings
-    critic_optimizer: OptimizerSettings
+    seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
+    iterations: Count = key(10, "rollout phases")
+    rollout_batch_size: Count = key(
+        128, "of a rollout phase, one response each, over all processes; a multiple of minibatch_size", unit="prompts"
+    )
+    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
+    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
+    epochs: Count = key(2, "passes over the rollouts of a phase")
+    minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
+    gamma: Share = key(1.0, "discount", source="arXiv 1506.02438, Eq 16")
+    lam: Share = key(0.95, "λ of the advantage estimator", source="arXiv 1506.02438, Eq 16")
+    clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
+    value_clip_range: Positive = key(
+        0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
+    )
+    whiten_advantages: bool = key(True, "to mean 0 and variance 1 over the rollouts of a phase")
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k1", "of the per-token KL in the reward", source="J. Schulman, http://joschu.net/blog/kl-approx.html"
+    )
+    kl_controller: KlController = key(block(FixedKl), "coefficient of the KL penalty in the reward")
+    max_kl: Positive | None = key(
+        None,
+        "stop before the update of a phase whose mean KL to SFT is above this; null: never",
+        unit="nats per response",
+    )
+    max_policy_kl: Positive | None = key(
+        None,
+        "end a phase's updates before a minibatch on which the policy is further than this from the one that sampled; "
+        "null: never",
+        unit="nats per token",
+    )
+    score_clip: Positive | None = key(10.0, "scores are held within ± this, after normalisation; null: no clipping")
+    normalise_scores: bool = key(False, "to running mean 0 and standard deviation 1")
+    missing_eos_penalty: NotNegative = key(
+        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    )
+    critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
+    precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
+    save_dtype: SaveDtype = key("float32", "of the saved weights")
+    lora: LoraSettings | None = key(
+        None,
+        "null: every weight is trained; else a block: policy and critic get adapters, and their frozen bases are "
+        "reference and reward model",
+    )
+    policy_optimizer: OptimizerSettings = key(
+        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02), "of the policy"
+    )
+    critic_optimizer: OptimizerSettings = key(
+        block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02),
+        "of the critic; its ema_decay is null, since the critic is not published",
+    )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "TrainPpo":
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) must be a multiple of minibatch_size "
@@ -52,16 +88,13 @@ class TrainPpo:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
         if self.critic_optimizer.ema_decay is not None:
             raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
-        self._check_kl_controller()
-
-    def _check_kl_controller(self) -> None:
-        adaptive = self.kl_controller == "adaptive"
-        if (self.kl_target is not None, self.kl_horizon is not None) != (adaptive, adaptive):
-            raise ValueError("kl_target and kl_horizon belong to kl_controller: adaptive, which needs both")
-        if adaptive and self.kl_coef == 0:
-            raise ValueError("kl_coef must be above 0 with kl_controller: adaptive, which multiplies it")
-        if adaptive and self.rollout_batch_size >= 5 * self.kl_horizon:
-            raise ValueError("kl_horizon must be more than a fifth of rollout_batch_size")
+        control = self.kl_controller
+        if isinstance(control, AdaptiveKl) and self.rollout_batch_size >= 5 * control.horizon:
+            raise ValueError(
+                f"kl_controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size "
+                f"({self.rollout_batch_size})"
+            )
+        return self
 
     @property
     def updates_per_iteration(self) -> int:

@@ -1,10 +1,12 @@
-"""Section `train_sft` of params.yaml; the file explains each key."""
+"""Section `train_sft` of params.yaml: supervised fine-tuning."""
 
-from dataclasses import dataclass
-
+from stages.lib.settings.bounds import Count
+from stages.lib.settings.declaration import key
 from stages.lib.settings.epochs import EpochSettings
 
 
-@dataclass(frozen=True)
 class TrainSft(EpochSettings):
-    """Section `train_sft` of params.yaml; the file explains each key."""
+    """Supervised fine-tuning on conversations."""
+
+    batch_size: Count = key(16, "in an optimizer step, over all processes", unit="rows")
+    eval_every: Count = key(250, "between two evaluations; the last step is always evaluated", unit="optimizer steps")

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.lib.settings.sections import default_params
 from tests.fuzz.areas.yaml_texts import ODD_SCALARS, ODD_TEXTS
 from tests.fuzz.base import overlaid
 from tests.fuzz.case import Area, Case, Expected, nothing, put
 from tests.fuzz.mutations import ODD_VALUES, Raw, yaml_text
-from tests.stages.tiny_pipeline import PROJECT, TINY, read_yaml
+from tests.stages.tiny_pipeline import TINY
 
-DEFAULTS = read_yaml(PROJECT / "profiles/default.yaml")
+DEFAULTS = default_params()
 LORA = {
     "rank": 4,
     "alpha": 8,
@@ -113,7 +114,8 @@ LATER = (
     later_section("train_ppo", "minibatch_size", 3),
     later_section("train_ppo", "max_new_tokens", 4000),
     later_section("evaluate", "max_new_tokens", 4000),
-    later_section("train_dpo", "loss_type", "hinge"),
+    later_section("train_dpo", "loss", {"type": "hinge"}),
+    later_section("train_ppo", "kl_controller", {"type": "adaptive"}),
     later_section("evaluate", "max_promts", 5),
     later_section("train_sft", "epochs", -1.0),
     later_section("tokenize_data", "max_length", 4000),

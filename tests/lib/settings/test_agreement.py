@@ -12,7 +12,7 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths, warn_of_kinds
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
-from stages.lib.settings.sections import SECTIONS
+from stages.lib.settings.sections import SECTIONS, default_params
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
@@ -30,7 +30,7 @@ OUTS = (
 
 
 def params(**changed: dict[str, Any]) -> dict[str, Any]:
-    values = load_yaml(PROJECT / "profiles/default.yaml")
+    values = default_params()
     return {key: build(kind, values[key] | changed.get(key, {}), key) for key, kind in SECTIONS.items()}
 
 

@@ -11,10 +11,10 @@ from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.params import convert
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.runtime import runtime_of
-from stages.lib.settings.sections import SECTIONS, VALUES, read_all_params
+from stages.lib.settings.sections import SECTIONS, VALUES, default_params, read_all_params
 from tests.real_files import PROJECT
 
-PARAMS = load_yaml(PROJECT / "profiles/default.yaml")
+PARAMS = default_params()
 RUNTIME = load_yaml(PROJECT / "runtime.yaml")
 ABSURD = {
     "negative": -1,

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import build, load_yaml
+from stages.lib.command.params import build
 from stages.lib.settings.optimizer import OptimizerSettings
-from tests.real_files import PROJECT
+from stages.lib.settings.sections import default_params
 
-GOOD = load_yaml(PROJECT / "profiles/default.yaml")["train_sft"]["optimizer"]
+GOOD = default_params()["train_sft"]["optimizer"]
 
 
 @pytest.mark.parametrize(
