@@ -22,8 +22,8 @@ class Objective(Protocol):
 
         L = Σ loss / denominator
 
-    The denominator comes from all rows of the step, never from those of one pass: means of means would weigh a row by
-    the company it is in. Whatever else ties rows of a step together is likewise worked out from all of `rows`.
+    The denominator comes from all rows of the step, never from those of one pass: in a mean of means, what a row counts
+    for would depend on the others in its pass. Whatever else ties rows together is likewise worked out from all `rows`.
     """
 
     @property
