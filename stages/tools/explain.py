@@ -55,7 +55,9 @@ def found_at(key: str, top: Declared) -> list[Declared]:
         if part not in known:
             above = "".join(f"{name}." for name in parts[:number])
             names = [f"{above}{name}" for name in known]
-            raise StageError(f"{key} is no section, block or key{nearest(key, names)}; KEY= lists the sections")
+            raise StageError(
+                f"{key} is no section, block or key{nearest(f'{above}{part}', names)}; KEY= lists the sections"
+            )
         places = [block.below(part) for block in blocks if part in block.keys]
     return places
 

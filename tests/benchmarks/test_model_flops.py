@@ -58,7 +58,7 @@ def counted(
     """
     monkeypatch.chdir(project)
     setup = prepare(replace(WORKLOADS["tiny"], precision="fp32"), configuration, models)
-    setup = setup._replace(runtime=replace(setup.runtime, attention="eager"))
+    setup = setup._replace(runtime=setup.runtime.model_copy(update={"attention": "eager"}))
     for name, action in PARTS[configuration.stage](setup).items():
         with FlopCounterMode(display=False) as counter:
             cost = action()

@@ -34,11 +34,13 @@ def code_of(stage: str, root: Path = ROOT) -> list[str]:
 
 
 def params_read(files: list[str], root: Path = ROOT) -> set[str]:
-    """Top-level keys of params.yaml that code reads, by its calls of `read_params` and `read_value`."""
+    """Top-level keys of params.yaml that code reads, by its calls of `read_params`, `read_value`, `read_seed`."""
     keys = set()
     for file in files:
         for node in ast.walk(parsed(root / file)) if file.endswith(".py") else ():
-            if isinstance(node, ast.Call) and called_name(node) in ("read_params", "read_value"):
+            if isinstance(node, ast.Call) and called_name(node) == "read_seed":
+                keys.add("seed")
+            elif isinstance(node, ast.Call) and called_name(node) in ("read_params", "read_value"):
                 if not (node.args and is_text(node.args[0])):
                     raise ValueError(f"{file}:{node.lineno}: the key must be written out, or no test can see it")
                 keys.add(node.args[0].value)

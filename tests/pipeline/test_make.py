@@ -201,6 +201,9 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["use", "PROFILE=small", "FORCE=1"],
             ["python -m stages.tools.use_profile --profile profiles/small.yaml --drop-edits"],
         ),
+        (["explain"], ["python -m stages.tools.explain"]),
+        (["explain", "KEY=train_dpo.loss"], ["python -m stages.tools.explain train_dpo.loss"]),
+        (["schemas"], ["python -m stages.tools.write_schemas"]),
         (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
@@ -258,6 +261,7 @@ HOSTILE += ["x\ntouch pwned", "${IFS}&&touch pwned", "a b", "it's", 'say "x"', "
     [
         ("use", "PROFILE", ["-m", "stages.tools.use_profile", "--profile"], "profiles/{}.yaml"),
         ("lineage", "OUT", ["-m", "stages.tools.show_lineage"], "{}"),
+        ("explain", "KEY", ["-m", "stages.tools.explain"], "{}"),
         ("join", "STAGE", ["-m", "stages.tools.join_stage", "--stage"], "{}"),
         ("soak", "MINUTES", ["-m", "tests.proofs.kill_matrix", "--minutes"], "{}"),
     ],

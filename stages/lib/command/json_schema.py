@@ -1,7 +1,7 @@
 """Finding one's way in the JSON schema that pydantic makes of settings: what is declared of each key."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 Node = dict[str, Any]
 KIND = "type"  # the key that tells the types of a block apart
@@ -21,10 +21,10 @@ class Declared(NamedTuple):
     schema: Node
 
     @classmethod
-    def top(cls, schema: Node) -> Self:
+    def top(cls, schema: Node) -> "Declared":
         return cls(schema, schema).resolved()
 
-    def resolved(self) -> Self:
+    def resolved(self) -> "Declared":
         """With what the node refers to; of a value that may be null, what else it may be, marked as `nullable`."""
         node = self.node
         while "$ref" in node or "anyOf" in node:
@@ -59,7 +59,7 @@ class Declared(NamedTuple):
     def default(self) -> Any:
         return self.node.get("default", NOTHING)
 
-    def narrowed(self, values: Any) -> Self:
+    def narrowed(self, values: Any) -> "Declared":
         """Of a block of several types the one that `values` name; else the same."""
         kind = values.get(KIND) if isinstance(values, Mapping) else None
         chosen = self.types.get(kind) if isinstance(kind, str) else None
@@ -68,7 +68,7 @@ class Declared(NamedTuple):
         is_default = isinstance(self.default, Mapping) and self.default.get(KIND) == kind
         return chosen._replace(node=chosen.node | {"default": self.default}) if is_default else chosen
 
-    def below(self, part: str | int) -> Self:
+    def below(self, part: str | int) -> "Declared":
         """What is declared of a key of a block, or of an item of a list; empty if nothing is."""
         if isinstance(part, int):
             found = self.node.get("items", {})
@@ -78,7 +78,7 @@ class Declared(NamedTuple):
             found = found | {"default": self.default[part]}
         return self._replace(node=found).resolved()
 
-    def at(self, place: Sequence[str | int], values: Any) -> Self:
+    def at(self, place: Sequence[str | int], values: Any) -> "Declared":
         """What is declared at a place, where the file holds `values`."""
         declared = self.narrowed(values)
         for part in place:

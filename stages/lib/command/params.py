@@ -35,17 +35,21 @@ def read_params(section: str, settings: type[Built], path: Path = PARAMS_FILE) -
     return build(settings, document[section], f"{path}: {section}")
 
 
-def read_value(key: str, kind: type, path: Path = PARAMS_FILE) -> Any:
+def read_value(key: str, kind: Any, path: Path = PARAMS_FILE) -> Any:
     """Read one top-level value, such as `seed`, checked to be of type `kind`."""
-    document = load_yaml(path)
-    if key not in document:
-        raise StageError(f"{path}: key '{key}' is missing{nearest(key, document)}")
-    return build(Seed if key == "seed" else Annotated[kind, Strict()], document[key], f"{path}: {key}")
+    return _top_value(key, Seed if key == "seed" else Annotated[kind, Strict()], path)
 
 
 def read_seed(settings: Any, path: Path = PARAMS_FILE) -> int:
     """The seed of a section that may have its own (`settings.seed`), or else the common one."""
-    return read_value("seed", int, path) if settings.seed is None else settings.seed
+    return _top_value("seed", Seed, path) if settings.seed is None else settings.seed
+
+
+def _top_value(key: str, kind: Any, path: Path) -> Any:
+    document = load_yaml(path)
+    if key not in document:
+        raise StageError(f"{path}: key '{key}' is missing{nearest(key, document)}")
+    return build(kind, document[key], f"{path}: {key}")
 
 
 def refuse_unread_sections(document: dict[str, Any], path: Path) -> None:

@@ -62,7 +62,9 @@ def refuse(problem: str, node: Any) -> None:
 
 
 def text_of(node: Node) -> str:
-    return node.value if isinstance(node, ScalarNode) else f"a {node.id}"
+    if isinstance(node, ScalarNode):
+        return node.value
+    return "a mapping" if isinstance(node, MappingNode) else "a sequence"
 
 
 def short(text: str) -> str:

@@ -6,7 +6,20 @@ from pathlib import Path
 from stages.lib.command.errors import StageError
 
 # What Git or DVC tracks, or what they and the environment keep there.
-TAKEN = ("benchmarks", "data", "metrics", "models", "profiles", "stages", "tests", ".ci", ".dvc", ".git", ".venv")
+TAKEN = (
+    "benchmarks",
+    "data",
+    "metrics",
+    "models",
+    "profiles",
+    "schemas",
+    "stages",
+    "tests",
+    ".ci",
+    ".dvc",
+    ".git",
+    ".venv",
+)
 
 LONGEST_NAME = 255  # bytes, of the file systems in use
 

@@ -46,7 +46,7 @@ def local_config(base: PrepareBase) -> tuple[dict[str, Any], str] | None:
 def cached_config(base: PrepareBase) -> tuple[dict[str, Any], str] | None:
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(base.hub_model, "config.json", revision=base.hub_revision)
+    file = try_to_load_from_cache(str(base.hub_model), "config.json", revision=base.hub_revision)
     return (read_object(Path(file)), f"Hub model {base.hub_model}") if isinstance(file, str) else None
 
 

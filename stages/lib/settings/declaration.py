@@ -5,7 +5,7 @@ filled in: params.yaml is the whole truth about a run.
 """
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,7 +34,8 @@ def block(model: type[Settings], **changed: Any) -> dict[str, Any]:
     unknown = changed.keys() - model.model_fields.keys()
     if unknown:
         raise ValueError(f"{model.__name__} has no key {', '.join(sorted(unknown))}")
-    defaults = {name: field.json_schema_extra["default"] for name, field in model.model_fields.items()}
+    extras = {name: cast(dict[str, Any], field.json_schema_extra) for name, field in model.model_fields.items()}
+    defaults = {name: extra["default"] for name, extra in extras.items()}
     return deepcopy(defaults | changed)
 
 

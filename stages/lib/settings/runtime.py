@@ -162,7 +162,8 @@ class Runtime(Settings):
         if rounded:
             raise ValueError(f"deepspeed.zero_optimization.{rounded[0]} would change results beyond rounding")
         for part in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            offload = zero.get(part)
+            if isinstance(offload, dict) and offload.get("device") == "nvme":
                 raise ValueError(
                     f"deepspeed.zero_optimization.{part}: nvme is not supported; "
                     "offload_optimizer and offload_parameters offload to the CPU's memory"

@@ -12,7 +12,6 @@ from tests.real_files import PROJECT
 from tests.two_processes import run_on_two_processes
 
 SCRIPT = """
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ class Scaled(nn.Module):
         return self.scale * self.linear(inputs)
 
 
-runtime = replace(read_runtime("train_sft"), frozen_zero_stage=3)
+runtime = read_runtime("train_sft").model_copy(update={"frozen_zero_stage": 3})
 processes = join_processes(runtime)
 model = sharded(Scaled(processes.rank).requires_grad_(False), runtime, processes)
 assert model(torch.ones(1, 3)).tolist() == [[6.0, 6.0]]
@@ -117,7 +116,6 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
 
 
 SORTED = """
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,14 +128,15 @@ from tests.lib.compute.test_engine import MeanLogProb, settings
 from tests.tiny_models import tiny_llama
 
 keys = {"zero_optimization": {"round_robin_gradients": True}}
-runtime = replace(read_runtime("train_sft"), zero_stage=2)
+runtime = read_runtime("train_sft").model_copy(update={"zero_stage": 2})
 processes = join_processes(runtime)
 new_engine(MeanLogProb(tiny_llama()), settings(), 1, runtime, processes)
 for stage in (1, 2):
-    changed = replace(runtime, zero_stage=stage, deepspeed=keys)
+    changed = runtime.model_copy(update={"zero_stage": stage, "deepspeed": keys})
     with pytest.raises(StageError, match="round_robin_gradients': True.*mixes up the weights that are saved"):
         new_engine(MeanLogProb(tiny_llama()), settings(), 1, changed, processes)
-    new_engine(MeanLogProb(tiny_llama()).bfloat16(), settings(), 1, replace(runtime, zero_stage=stage), processes)
+    sharded = runtime.model_copy(update={"zero_stage": stage})
+    new_engine(MeanLogProb(tiny_llama()).bfloat16(), settings(), 1, sharded, processes)
 Path(f"{processes.rank}.done").touch()
 processes.leave()
 """

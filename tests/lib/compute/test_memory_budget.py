@@ -19,7 +19,17 @@ from tests.tiny_models import CPU, EOS, PAD, tiny_llama
 
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10, 11, 12]]
 REPLIES = [[9, EOS], [10, 11, 12, EOS], [13, EOS], [14, 15, 16, EOS]]
-OPTIMIZER = OptimizerSettings(1e-3, "constant", 0.0, 0.0, 0.0, 0.9, 0.95, 1.0, None)
+OPTIMIZER = OptimizerSettings(
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_ratio=0.0,
+    min_learning_rate_ratio=0.0,
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    max_grad_norm=1.0,
+    ema_decay=None,
+)
 
 
 def fill_all_memory() -> None:
@@ -139,7 +149,7 @@ def test_the_gradients_are_those_of_the_smaller_size_alone(precision: torch.dtyp
 
 
 def runtime_with(**values: object) -> Runtime:
-    return Runtime(**{**read_runtime("train_sft").__dict__, **values})
+    return Runtime(**dict(read_runtime("train_sft")) | values)
 
 
 def test_the_default_is_to_stop() -> None:

@@ -110,7 +110,7 @@ def test_where_packed_sequences_see_each_other_packing_is_refused(
     assert json.loads((tmp_path / "base/config.json").read_text()).get("can_be_packed", True) == can_be_packed
     # What was trained from it knows it too.
     pretrained.load_language_model(tmp_path / "base", LOADING).save_pretrained(tmp_path / "sft")
-    packing = replace(RUNTIME, packing=True)
+    packing = RUNTIME.model_copy(update={"packing": True})
     if can_be_packed:
         assert pretrained.load_language_model(tmp_path / "sft", replace(LOADING, runtime=packing)) is not None
         return
@@ -120,7 +120,7 @@ def test_where_packed_sequences_see_each_other_packing_is_refused(
 
 def test_checkpointing_leaves_a_frozen_model_without_gradients(tmp_path: Path) -> None:
     new_model("llama").save_pretrained(tmp_path)
-    runtime = replace(RUNTIME, gradient_checkpointing=True)
+    runtime = RUNTIME.model_copy(update={"gradient_checkpointing": True})
     model = pretrained.load_language_model(tmp_path, replace(LOADING, runtime=runtime, frozen=True)).requires_grad_(
         False
     )

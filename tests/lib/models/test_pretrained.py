@@ -59,17 +59,17 @@ def test_a_model_without_weights_has_the_shape_of_the_loaded_one(
 
 @pytest.mark.parametrize(("precision", "refused"), [("fp32", True), ("bf16", False)])
 def test_flash_attention_is_for_bf16(precision: str, refused: bool) -> None:
-    runtime = replace(read_runtime("train_sft", PROJECT / "runtime.yaml"), attention="flash_attention_2")
+    runtime = read_runtime("train_sft", PROJECT / "runtime.yaml").model_copy(update={"attention": "flash_attention_2"})
     with pytest.raises(StageError, match="computes in bf16, not in fp32") if refused else nullcontext():
         pretrained.require_attention_kernel(runtime, precision)
     with pytest.raises(StageError, match="needs a GPU; set device: cuda"):
-        pretrained.require_attention_kernel(replace(runtime, device="cpu"), precision)
+        pretrained.require_attention_kernel(runtime.model_copy(update={"device": "cpu"}), precision)
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_flash_attention_without_its_package_is_refused(tmp_path: Path) -> None:
     # With the package `kernels` transformers would fetch one from the Hub in its place.
-    runtime = replace(RUNTIME, attention="flash_attention_2", device="auto")
+    runtime = RUNTIME.model_copy(update={"attention": "flash_attention_2", "device": "auto"})
     with pytest.raises(
         StageError, match=r"runtime\.yaml: attention: flash_attention_2 cannot be used here: the package"
     ):
@@ -88,7 +88,8 @@ def test_an_attention_kernel_that_an_architecture_lacks_is_refused_by_our_key(ki
         with pytest.raises(StageError, match=message) as refused:
             load(tmp_path, LOADING)
         assert len(str(refused.value)) < 300
-    assert pretrained.load_language_model(tmp_path, replace(LOADING, runtime=replace(RUNTIME, attention="eager")))
+    eager = RUNTIME.model_copy(update={"attention": "eager"})
+    assert pretrained.load_language_model(tmp_path, replace(LOADING, runtime=eager))
 
 
 def test_an_architecture_without_a_classifier_makes_no_reward_model(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from stages.lib.models.quantization import (
     settle_quantized_layers,
     whole_twin,
 )
+from stages.lib.settings.declaration import block
 from stages.lib.settings.lora import LoraSettings
 from tests.tiny_models import CPU, EOS, PAD, VOCABULARY
 
@@ -77,7 +78,12 @@ def test_a_merged_model_is_the_one_that_was_trained(base: Path, auto_class: type
     options = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
     torch.manual_seed(0)
     model = in_nf4(base, auto_class, **options)
-    lora = Lora(model, LoraSettings(2, 4, ("q_proj", "up_proj"), False, "nf4", False), 0, base)
+    lora = Lora(
+        model,
+        LoraSettings(**block(LoraSettings, rank=2, alpha=4, targets=["q_proj", "up_proj"], base_quantization="nf4")),
+        0,
+        base,
+    )
     with torch.no_grad():
         for name in lora.trained_names:
             model.get_parameter(name).normal_(std=0.3)

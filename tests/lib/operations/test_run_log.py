@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.operations.run_log import launcher_in_use, log_run, read_runs, run_that_made
+from stages.lib.settings.declaration import plain
 from stages.lib.settings.runtime import Runtime, read_runtime
 
 
@@ -23,7 +24,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_record_says_how_a_stage_ran_and_what_it_wrote(scratch: Path) -> None:
     runtime: Runtime = read_runtime("train_rm")
     started = {"processes": 2, "device": "cuda:0", "launcher": "torchrun"}
-    log_run("train_rm", {"models/rm": "ab.dir"}, 1.26, runtime=runtime, **started)
+    log_run("train_rm", {"models/rm": "ab.dir"}, 1.26, runtime=plain(runtime), **started)
     (record,) = (json.loads(line) for line in (scratch / "runs.jsonl").read_text().splitlines())
     assert record == read_runs()[0]
     assert (record["stage"], record["outs"], record["seconds"]) == ("train_rm", {"models/rm": "ab.dir"}, 1.3)

@@ -7,6 +7,7 @@ from torch import nn
 
 from stages.lib.models.lora import Lora
 from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
+from stages.lib.settings.declaration import block
 from stages.lib.settings.lora import LoraSettings
 from tests.tiny_models import tiny_classifier
 
@@ -27,7 +28,7 @@ class LastScore(nn.Module):
 def test_a_reward_model_does_not_learn_with_its_critic() -> None:
     first = LastScore(tiny_classifier())(IDS)
     critic = tiny_classifier()
-    lora = Lora(critic, LoraSettings(2, 4, "all-linear", False, None, False), 0, Path("models/rm"))
+    lora = Lora(critic, LoraSettings(**block(LoraSettings, rank=2, alpha=4)), 0, Path("models/rm"))
     reward_model = WithoutAdapters(LastScore(FirstHead(critic)), lora)
     assert torch.equal(reward_model(IDS), first)
     with torch.no_grad():

@@ -116,13 +116,13 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
         ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
         (
             "train_dpo",
-            {"loss_type": "ipoo"},
-            "train_dpo.loss_type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+            {"loss": {"type": "ipoo"}},
+            "train_dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
         ),
         (
             "train_dpo",
-            {"loss_type": "ipo", "label_smoothing": 0.1},
-            "label_smoothing has no meaning with loss_type: ipo",
+            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            "train_dpo.loss.label_smoothing is not a known key",
         ),
         ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),
         (

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from stages.lib.command.errors import StageError, one_line
-from stages.lib.command.params import convert
+from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.runtime import runtime_of
-from stages.lib.settings.sections import SECTIONS, VALUES, default_params, read_all_params
+from stages.lib.settings.sections import KINDS, default_params, read_all_params
 from tests.real_files import PROJECT
 
 PARAMS = default_params()
@@ -20,14 +20,14 @@ ABSURD = {
     "negative": -1,
     "1e30": 1e30,
     "2**70": 2**70,
-    "5,001 digits": 10**5000,
+    "4,001 digits": 10**4000,  # about as many as YAML is read with
     "infinite": float("inf"),
     "not a number": float("nan"),
     "empty": "",
     "a million characters": "x" * 10**6,
     "NUL": "a\0",
     "half a surrogate pair": "\ud800",
-    "nested lists": [[[10**5000]]],
+    "nested lists": [[[10**4000]]],
 }
 
 
@@ -52,7 +52,7 @@ def refusal_of_params(key: tuple[str, ...], value: Any) -> str:
     top = key[0]
     changed = with_value(PARAMS, key, value)[top]
     with pytest.raises(StageError) as caught:
-        convert(changed, VALUES.get(top) or SECTIONS[top], f"params.yaml: {top}")
+        build(KINDS[top], changed, f"params.yaml: {top}")
     return str(caught.value)
 
 
@@ -81,7 +81,7 @@ def test_every_key_of_runtime_refuses_an_absurd_value(name: str) -> None:
         ("train_sft.batch_size", 2**70, "train_sft.batch_size must be at least 1 and at most 2147483647, found 118059"),
         ("train_sft.batch_size", 1.0, "train_sft.batch_size: expected a whole number, found 1.0 (float)"),
         ("train_sft.epochs", 10**400, "train_sft.epochs: expected a number that a float can hold, found 1000"),
-        ("train_sft.epochs", 0, "train_sft.epochs must be above 0, found 0.0"),
+        ("train_sft.epochs", 0, "train_sft.epochs must be above 0, found 0"),
         ("train_sft.epochs", 2e9, "train_sft.epochs must be above 0 and at most 1000000000.0, found 2000000000.0"),
         ("train_sft.optimizer.beta1", 1.0, "train_sft.optimizer.beta1 must be at least 0 and below 1, found 1.0"),
         ("train_ppo.temperature", 1e-30, "train_ppo.temperature must be at least 0.001, found 1e-30"),
@@ -121,8 +121,7 @@ def test_what_belongs_to_deepspeed_is_held_to_what_json_holds() -> None:
 
 
 def test_the_sections_are_those_of_the_committed_file() -> None:
-    assert {*SECTIONS, *VALUES} == set(PARAMS)
-    assert read_all_params(PROJECT / "params.yaml")["seed"] == PARAMS["seed"]
+    assert read_all_params(PROJECT / "params.yaml").keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -162,7 +161,7 @@ def test_bayes_accuracy_is_that_of_the_eval_pairs():
     ("setting", "changed"), [("sft_rows", "sft"), ("preference_rows", "preference"), ("prompt_rows", "prompts")]
 )
 def test_more_rows_of_one_kind_change_no_other_file(setting, changed):
-    before, after = generated().rows, generate(replace(SETTINGS, **{setting: 350}), 17).rows
+    before, after = generated().rows, generate(SETTINGS.model_copy(update={setting: 350}), 17).rows
     for kind in KINDS:
         assert after[kind]["eval"] == before[kind]["eval"]
         assert after[kind]["train"][:300] == before[kind]["train"]
@@ -183,7 +182,8 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
         "import json, sys\n"
         "from stages.lib.tasks.film_reviews import FilmReviewSettings, generate\n"
         "assert not {'numpy', 'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "print(json.dumps(generate(FilmReviewSettings(300, 300, 300, 120, 1.0), 17).rows))\n"
+        "sizes = dict(sft_rows=300, preference_rows=300, prompt_rows=300, eval_rows=120, label_temperature=1.0)\n"
+        "print(json.dumps(generate(FilmReviewSettings(**sizes), 17).rows))\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -203,4 +203,4 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
 )
 def test_contradictory_settings_are_refused(change, message):
     with pytest.raises(StageError, match=message):
-        build(FilmReviewSettings, asdict(SETTINGS) | change, "film_reviews")
+        build(FilmReviewSettings, dict(SETTINGS) | change, "film_reviews")
