@@ -5,7 +5,7 @@ L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ class RewardObjective:
 
     batching: MicroBatching
     use_margin: bool
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])

@@ -5,7 +5,7 @@ L = − Σ_t m_t log π(y_t | x, y_<t) / Σ_t m_t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.objectives.objective import Rows, Sums, summed
@@ -16,7 +16,7 @@ class SftObjective:
     """Rows of `SFT_SCHEMA`; the module gives log-probs (`TokenLogProbs`); the denominator is Σ_t m_t of the step."""
 
     batching: MicroBatching
-    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    metrics = ("loss",)
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.masked(rows["input_ids"], rows["loss_mask"])
