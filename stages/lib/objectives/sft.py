@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
-from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.objectives.objective import PassSums, Rows, summed
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class SftObjective:
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.masked(rows["input_ids"], rows["loss_mask"])
 
-    def sums(self, module: Any, batch: SequenceBatch, _rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, _rows: Rows) -> PassSums:
         logps, _ = module(*batch.inputs, batch.completion_mask)
         loss = -logps.sum()
-        return Sums(loss, summed(loss))
+        return PassSums(loss, summed(loss))
 
     def denominator(self, rows: Rows) -> int:
         return sum(map(sum, rows["loss_mask"]))
