@@ -37,7 +37,7 @@ class Objective(Protocol):
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         """This process's forward passes over rows."""
 
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows, /) -> PassSums:
         """Run one of these passes. `batch.rows` are its places in `rows`, the whole step."""
 
     def denominator(self, rows: Rows) -> int:
