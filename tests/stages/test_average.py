@@ -121,7 +121,7 @@ def rm_loss(model: nn.Module, batching: MicroBatching) -> float:
 
 def dpo_loss(model: nn.Module, batching: MicroBatching) -> float:
     pairs = Pairs(Path("data/tokens/preference/eval.arrow"), Path("data/ref_logprobs/eval.arrow"))
-    objective = PreferenceObjective(batching, read_params("train_dpo", TrainDpo))
+    objective = PreferenceObjective(batching, read_params("train_dpo", TrainDpo).loss)
     return global_means(objective, TokenLogProbs(model), pairs[:], train=False)["loss"]
 
 

@@ -10,7 +10,7 @@ from stages.lib.compute.batching import MicroBatching, SequenceBatch
 Rows = Mapping[str, list[Any]]  # columns of some rows of a table, all of the same length
 
 
-class Sums(NamedTuple):
+class PassSums(NamedTuple):
     """What the rows of one forward pass add to the sums of a step."""
 
     loss: torch.Tensor  # (), with gradient
@@ -37,7 +37,7 @@ class Objective(Protocol):
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         """This process's forward passes over rows."""
 
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows, /) -> PassSums:
         """Run one of these passes. `batch.rows` are its places in `rows`, the whole step."""
 
     def denominator(self, rows: Rows) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
 from stages.lib.compute.sequence_logprobs import pair_logps
-from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.objectives.objective import PassSums, Rows, summed
 from stages.lib.objectives.preference_losses import PREFERENCE_LOSSES, PairBatch, implicit_rewards
 from stages.lib.settings.preference_loss import PreferenceLoss
 
@@ -31,21 +31,21 @@ class PreferenceObjective:
         "logps/rejected",
     )
 
-    def __init__(self, batching: MicroBatching, settings: PreferenceLoss) -> None:
+    def __init__(self, batching: MicroBatching, loss: PreferenceLoss) -> None:
         self.batching = batching
-        self.settings = settings
+        self.loss = loss
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
 
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
         logps = pair_logps(module, batch)
         pairs = pair_batch(logps.chosen, logps.rejected, batch.rows, rows)
-        losses = PREFERENCE_LOSSES[self.settings.type](pairs, self.settings)
-        chosen, rejected = implicit_rewards(pairs, self.settings.beta)
+        losses = PREFERENCE_LOSSES[self.loss.type](pairs, self.loss)
+        chosen, rejected = implicit_rewards(pairs, self.loss.beta)
         margins = chosen - rejected
         accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
-        return Sums(losses.sum(), summed(losses, chosen, rejected, margins, accuracies, *logps))
+        return PassSums(losses.sum(), summed(losses, chosen, rejected, margins, accuracies, *logps))
 
     def denominator(self, rows: Rows) -> int:
         return len(rows["prompt_ids"])

@@ -56,7 +56,6 @@ def ipo(pairs: PairBatch, settings: IpoLoss) -> torch.Tensor:
     return (per_token_gap - 1 / (2 * settings.beta)) ** 2
 
 
-# Each takes the settings whose `type` is its name.
 PREFERENCE_LOSSES: dict[str, Callable[[PairBatch, Any], torch.Tensor]] = {"sigmoid": sigmoid, "ipo": ipo}
 
 

@@ -5,12 +5,12 @@ L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
-from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.objectives.objective import PassSums, Rows, summed
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
 
 
@@ -24,17 +24,17 @@ class RewardObjective:
 
     batching: MicroBatching
     use_margin: bool
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
 
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
         chosen, rejected = module(*batch.inputs, batch.end_mask).tensor_split(2)
         margins = [rows["margin"][row] if self.use_margin else 0.0 for row in batch.rows]
         losses = pairwise_logistic_losses(chosen, rejected, torch.tensor(margins, device=chosen.device))
         correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        return Sums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected))
+        return PassSums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected))
 
     def denominator(self, rows: Rows) -> int:
         return len(rows["prompt_ids"])

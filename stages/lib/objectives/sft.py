@@ -5,10 +5,10 @@ L = − Σ_t m_t log π(y_t | x, y_<t) / Σ_t m_t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
-from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.objectives.objective import PassSums, Rows, summed
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class SftObjective:
     """Rows of `SFT_SCHEMA`; the module gives log-probs (`TokenLogProbs`); the denominator is Σ_t m_t of the step."""
 
     batching: MicroBatching
-    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    metrics = ("loss",)
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.masked(rows["input_ids"], rows["loss_mask"])
 
-    def sums(self, module: Any, batch: SequenceBatch, _rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, _rows: Rows) -> PassSums:
         logps, _ = module(*batch.inputs, batch.completion_mask)
         loss = -logps.sum()
-        return Sums(loss, summed(loss))
+        return PassSums(loss, summed(loss))
 
     def denominator(self, rows: Rows) -> int:
         return sum(map(sum, rows["loss_mask"]))

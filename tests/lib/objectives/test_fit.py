@@ -18,7 +18,7 @@ from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.processes import Processes
 from stages.lib.objectives.best_weights import BestWeights
 from stages.lib.objectives.fit import fit
-from stages.lib.objectives.objective import Rows, Sums, summed
+from stages.lib.objectives.objective import PassSums, Rows, summed
 from stages.lib.runs.training_run import TrainingRun
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -99,10 +99,10 @@ class Quadratic:
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.masked([[0]] * len(rows["x"]), [[1]] * len(rows["x"]))
 
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> Sums:
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
         x, weight = (torch.tensor([float(rows[name][row]) for row in batch.rows]) for name in ("x", "weight"))
         losses = weight * module(x) ** 2
-        return Sums(losses.sum(), summed(losses, weight * module(x).abs()))
+        return PassSums(losses.sum(), summed(losses, weight * module(x).abs()))
 
     def denominator(self, rows: Rows) -> int:
         return sum(rows["weight"])

@@ -1,7 +1,6 @@
 """The three objectives on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 from tests.tiny_models import batching
 
 
@@ -100,7 +100,7 @@ def test_a_margin_moves_the_loss_alone() -> None:
 @CUTS
 def test_preference_by_hand(tokens: int) -> None:
     module = Unigram(0.0, -1.0, -2.0, -4.0)
-    settings = SimpleNamespace(type="sigmoid", beta=0.1, label_smoothing=0.0)
+    settings = SigmoidLoss(type="sigmoid", beta=0.1, label_smoothing=0.0)
     found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
     # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
     assert found == pytest.approx(
@@ -121,7 +121,7 @@ def test_preference_by_hand(tokens: int) -> None:
 
 
 def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
-    settings = SimpleNamespace(type="ipo", beta=0.5)
+    settings = IpoLoss(type="ipo", beta=0.5)
     found = global_means(
         PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
     )
@@ -131,7 +131,7 @@ def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), SimpleNamespace(type="ipo"))],
+    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), IpoLoss(type="ipo", beta=0.5))],
 )
 def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
     assert objective.units(PAIRS) == 2 * 3 + 3 + 4

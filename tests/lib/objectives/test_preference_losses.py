@@ -1,16 +1,19 @@
 """Losses on pairs, against values worked out by hand, a plain loop, and what holds whatever the numbers."""
 
 import math
-from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
 from stages.lib.objectives.preference_losses import PREFERENCE_LOSSES, PairBatch, implicit_rewards, ipo, sigmoid
+from stages.lib.settings.preference_loss import IpoLoss, PreferenceLoss, SigmoidLoss
+
+EACH = (SigmoidLoss(type="sigmoid", beta=0.2, label_smoothing=0.1), IpoLoss(type="ipo", beta=0.2))
 
 
-def with_settings(**values: float) -> SimpleNamespace:
-    return SimpleNamespace(**{"beta": 0.1, "label_smoothing": 0.0} | values)
+def with_settings(beta: float = 0.1, label_smoothing: float = 0.0) -> SigmoidLoss:
+    return SigmoidLoss(type="sigmoid", beta=beta, label_smoothing=label_smoothing)
 
 
 def one_pair(
@@ -46,7 +49,7 @@ def test_cdpo_by_hand() -> None:
 def test_ipo_by_hand() -> None:
     # Δ_c / |y_c| = 2 / 4 = 0.5, Δ_r / |y_r| = -1 / 2 = -0.5, gap 1, target 1 / (2 * 0.1) = 5: (1 - 5)^2 = 16
     # Summed, not averaged: (3 - 5)^2 = 4. One length for both: (3 / 4 - 5)^2 = 18.06.
-    loss = ipo(one_pair(-10.0, -11.0, -12.0, -10.0, 4, 2), with_settings())
+    loss = ipo(one_pair(-10.0, -11.0, -12.0, -10.0, 4, 2), IpoLoss(type="ipo", beta=0.1))
     assert loss.item() == pytest.approx(16.0, abs=1e-5)
 
 
@@ -96,12 +99,18 @@ def test_smoothed_loss_is_least_where_the_policy_grants_the_flip_rate() -> None:
     assert chosen.grad.item() == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_gradient_is_the_numerical_one(name: str) -> None:
+def test_each_loss_of_the_settings_has_its_function_and_is_tested_here() -> None:
+    kinds = get_args(get_args(PreferenceLoss)[0])
+    assert {get_args(kind.model_fields["type"].annotation)[0] for kind in kinds} == PREFERENCE_LOSSES.keys()
+    assert {type(settings) for settings in EACH} == set(kinds)
+
+
+@pytest.mark.parametrize("settings", EACH, ids=lambda settings: settings.type)
+def test_gradient_is_the_numerical_one(settings: PreferenceLoss) -> None:
     pairs = random_pairs()
-    settings = with_settings(beta=0.2, label_smoothing=0.1)
+    loss = PREFERENCE_LOSSES[settings.type]
     assert torch.autograd.gradcheck(
-        lambda chosen, rejected: PREFERENCE_LOSSES[name](PairBatch(chosen, rejected, *pairs[2:]), settings),
+        lambda chosen, rejected: loss(PairBatch(chosen, rejected, *pairs[2:]), settings),
         (pairs.policy_chosen_logps.requires_grad_(), pairs.policy_rejected_logps.requires_grad_()),
     )
 
