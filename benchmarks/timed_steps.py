@@ -182,7 +182,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
         critic_warmup_iterations=0,
     )
     folders = (setup.models / "policy", setup.models / "reward")
-    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, *folders, lambda: None)
+    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, *folders, str, lambda: None)
     sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
     prompts = [Prompt(row, ids, [], {}) for row, ids in enumerate(sequences)]
     phases: list[Rollouts] = []
@@ -192,7 +192,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
         return [len(ids) + new for ids, new in zip(sequences, responses, strict=True)], sum(responses)
 
     def rollouts() -> Cost:
-        phases.append(train_ppo.collect(settings, parts, prompts, len(phases)))
+        phases.append(parts.collector.collect(prompts, len(phases)))
         lengths, new = sizes()
         by_policy, by_critic = (forward_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0))
         by_reference, by_reward_model = (forward_flops(architecture, lengths, logits) for logits in (new, 0))

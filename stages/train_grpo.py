@@ -15,7 +15,6 @@ Policy and reference start as MODEL; with LoRA the reference is the policy witho
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
@@ -27,24 +26,25 @@ if not asks_for_help():
     import torch
     from datasets import Dataset
 
-    from stages.lib.compute.batching import MicroBatching, micro_batching
+    from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
+    from stages.lib.data.chat import decode_completion
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import group_relative, group_summary
+    from stages.lib.rl.collector import Collector
     from stages.lib.rl.kl_control import kl_estimate
     from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward import Reward, scores_of
     from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary
-    from stages.lib.rl.samplers.own import OwnSampler, own_sampler
+    from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.own import own_sampler
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_critic import load_reward_model
-    from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
+    from stages.lib.rl.trained_policy import load_policy
     from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun
 
@@ -53,39 +53,27 @@ COLUMNS += ("response/eos_rate", "group/distinct", "group/without_variance", "po
 COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate")
 
 
-class Parts(NamedTuple):
-    """What a phase is made with."""
-
-    policy: TrainedPolicy
-    sampler: OwnSampler
-    reward: Reward
-    batching: MicroBatching
-
-
 def train(
-    settings: TrainGrpo, seed: int, prompts: Dataset, parts: Parts, this_run: TrainingRun, log: RolloutLog
+    settings: TrainGrpo, seed: int, prompts: Dataset, collector: Collector, this_run: TrainingRun, log: RolloutLog
 ) -> None:
     """The phases that are left."""
-    policy, sampler, reward, batching = parts
-    budgets = {"sampling": sampler.budget, "budget": batching.budget}
-    for iteration in this_run.steps(settings.iterations, policy=policy.engine, **budgets):
+    engine, batching = collector.policy.engine, collector.batching
+    state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget}
+    for iteration in this_run.steps(settings.iterations, **state):
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        episodes = sampler.sample(asked, iteration, settings.samples_per_prompt)
-        readers = (policy.engine, policy.reference, None)
-        rollouts = read_rollouts(episodes, scores_of(reward, episodes), *readers, settings.temperature, batching)
+        rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
         scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
         kl = rollouts.kl("k1")
-        rewards = token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0)
-        rollouts = rollouts._replace(rewards=rewards)
+        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
         advantages, _ = group_relative(rollouts, settings)
-        row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": policy.engine.learning_rate}
+        row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": engine.learning_rate}
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
-        learner = Learner("policy", policy.engine, batching, rollouts, partial(policy_loss, settings, advantages))
-        batches = minibatches(len(episodes), settings, seed, iteration)
+        learner = Learner("policy", engine, batching, rollouts, partial(policy_loss, settings, advantages))
+        batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
         row |= mean_of_each([learner.update(rows) for rows in batches])
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
@@ -127,11 +115,12 @@ def main(
         updates = settings.iterations * settings.updates_per_iteration
         policy = load_policy(model, settings.lora, settings.optimizer, updates, seed, loading, processes)
         require_fit(prompts, inputs[0], policy.language_model, settings.max_new_tokens, "train_grpo")
-        sampler = own_sampler(policy, model, settings, seed, runtime, processes, this_run.may_stop)
+        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
+        decode = partial(decode_completion, log.tokenizer)
+        sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
         reward = RewardModel(load_reward_model(reward_model, loading, processes), batching)
-        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
-        train(settings, seed, prompts, Parts(policy, sampler, reward, batching), this_run, log)
+        train(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}
         publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()

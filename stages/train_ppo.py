@@ -31,26 +31,26 @@ if not asks_for_help():
     import torch
     from datasets import Dataset
 
-    from stages.lib.compute.batching import MicroBatching, micro_batching
-    from stages.lib.compute.engine.base import require_finite
+    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
-    from stages.lib.data.prompts import Prompt
+    from stages.lib.data.chat import decode_completion
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import gae
+    from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
     from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward import scores_of
     from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, read_rollouts, summary, values_before
-    from stages.lib.rl.samplers.own import OwnSampler, own_sampler
+    from stages.lib.rl.rollouts import Rollouts, summary, values_before
+    from stages.lib.rl.samplers.own import own_sampler
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.token_rewards import token_rewards
-    from stages.lib.rl.trained_critic import TrainedCritic, load_critic
-    from stages.lib.rl.trained_policy import TrainedPolicy, load_policy
+    from stages.lib.rl.trained_critic import load_critic
+    from stages.lib.rl.trained_policy import load_policy
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
     from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun
@@ -81,10 +81,9 @@ COLUMNS = (
 class Parts(NamedTuple):
     """What a phase is made with."""
 
-    policy: TrainedPolicy
-    critic: TrainedCritic
-    sampler: OwnSampler
-    batching: MicroBatching
+    policy: Engine
+    critic: Engine
+    collector: Collector
     moments: RunningMoments
     kl_controller: AdaptiveKLController | FixedKLController
     early_stop: EarlyStop
@@ -92,9 +91,8 @@ class Parts(NamedTuple):
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
-        engines = {"policy": self.policy.engine, "critic": self.critic.engine}
-        small = {name: getattr(self, name) for name in ("moments", "kl_controller", "early_stop")}
-        return engines | small | {"sampling": self.sampler.budget, "budget": self.batching.budget}
+        budgets = {"sampling": self.collector.sampler.budget, "budget": self.collector.batching.budget}
+        return {name: part for name, part in self._asdict().items() if name != "collector"} | budgets
 
 
 def load_parts(
@@ -104,6 +102,7 @@ def load_parts(
     processes: Processes,
     model: Path,
     reward_model: Path,
+    decode: Callable[[list[int]], str],
     may_stop: Callable[[], None],
 ) -> Parts:
     """`may_stop` is called between two batches of sampling."""
@@ -112,11 +111,11 @@ def load_parts(
     launch = (seed, loading, processes)
     policy = load_policy(model, settings.lora, settings.policy_optimizer, of_policy, *launch)
     critic = load_critic(reward_model, settings.lora, settings.critic_optimizer, of_critic, *launch)
-    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, may_stop)
+    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
     batching = micro_batching(loading.runtime, sampler.pad_id, processes)
-    return Parts(
-        policy, critic, sampler, batching, RunningMoments(), new_controller(settings.kl_controller), EarlyStop()
-    )
+    collector = Collector(sampler, RewardModel(critic.reward_model, batching), policy, critic.engine, batching)
+    controller = new_controller(settings.kl_controller)
+    return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
 
 def train(
@@ -128,7 +127,7 @@ def train(
             continue
         # 1. A response to each prompt of the phase, from the policy as it is, and what all models say of it. Until that
         #    is over, nothing changes that a checkpoint holds.
-        rollouts = collect(settings, parts, prompts_of_phase(prompts, iteration, settings, seed), iteration)
+        rollouts = parts.collector.collect(prompts_of_phase(prompts, iteration, settings, seed), iteration)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.kl_estimator), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token; at the last one the score, normalised and clipped, less a
@@ -138,7 +137,7 @@ def train(
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef))
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
-        row = summary(rollouts, kl) | learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
+        row = summary(rollouts, kl) | plan_learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row["objective/kl"]
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
@@ -153,15 +152,6 @@ def train(
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 
-def collect(settings: TrainPpo, parts: Parts, prompts: list[Prompt], iteration: int) -> Rollouts:
-    """A response to each prompt, its score, and what policy, reference and critic say of its tokens."""
-    policy, critic = parts.policy, parts.critic
-    episodes = parts.sampler.sample(prompts, iteration)
-    scores = scores_of(RewardModel(critic.reward_model, parts.batching), episodes)
-    readers = (policy.engine, policy.reference, critic.engine)
-    return read_rollouts(episodes, scores, *readers, settings.temperature, parts.batching)
-
-
 def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with at its end, (b,)."""
     return shape_scores(
@@ -173,12 +163,12 @@ def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollout
     )
 
 
-def learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
-    """Of the phase's first updates. Their schedules end with the last phase, however many updates there have been."""
+def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
+    """Let both end with the last phase, however many updates there have been. Returns those of the first updates."""
     updates, warmup = settings.updates_per_iteration, settings.critic_warmup_iterations
-    parts.policy.engine.expect((settings.iterations - max(iteration, warmup)) * updates)
-    parts.critic.engine.expect((settings.iterations - iteration) * updates)
-    rates = (parts.policy.engine.learning_rate, parts.critic.engine.learning_rate)
+    parts.policy.expect((settings.iterations - max(iteration, warmup)) * updates)
+    parts.critic.expect((settings.iterations - iteration) * updates)
+    rates = (parts.policy.learning_rate, parts.critic.learning_rate)
     return dict(zip(("learning_rate", "value/learning_rate"), rates, strict=True))
 
 
@@ -187,8 +177,8 @@ def learners(
 ) -> tuple[Learner, Learner]:
     """Of policy and critic."""
     on_policy, on_critic = partial(policy_loss, settings, advantages), partial(value_loss, settings, returns)
-    policy = Learner("policy", parts.policy.engine, parts.batching, rollouts, on_policy)
-    return policy, Learner("value", parts.critic.engine, parts.batching, rollouts, on_critic)
+    policy = Learner("policy", parts.policy, parts.collector.batching, rollouts, on_policy)
+    return policy, Learner("value", parts.critic, parts.collector.batching, rollouts, on_critic)
 
 
 def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner) -> dict[str, float]:
@@ -244,13 +234,16 @@ def main(
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
-        parts = load_parts(settings, seed, loading, processes, model, reward_model, this_run.may_stop)
-        require_fit(prompts, inputs[0], parts.policy.language_model, settings.max_new_tokens, "train_ppo")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
+        folders, decode = (model, reward_model), partial(decode_completion, log.tokenizer)
+        parts = load_parts(settings, seed, loading, processes, *folders, decode, this_run.may_stop)
+        require_fit(prompts, inputs[0], parts.collector.policy.language_model, settings.max_new_tokens, "train_ppo")
         train(settings, seed, prompts, parts, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(this_run, parts.policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        publish_policy(
+            this_run, parts.collector.policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model
+        )
     processes.leave()
 
 

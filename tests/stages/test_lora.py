@@ -162,11 +162,11 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
         settings = read_params("train_ppo", TrainPpo)
         loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
         folders = (Path("models/ppo"), Path("models/rm"))
-        parts = load_parts(settings, 17, loading, alone, *folders, lambda: None)
-    trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.engine.module.parameters()}
+        parts = load_parts(settings, 17, loading, alone, *folders, str, lambda: None)
+    trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.module.parameters()}
     frozen = [
         weight
-        for module in (parts.policy.reference.module.module, parts.critic.reward_model.module)
+        for module in (parts.collector.policy.reference.module.module, parts.collector.reward.scores.module)
         for weight in module.parameters()
     ]
     assert sum(weight.numel() for weight in frozen if id(weight) not in trained) == 32  # the reward model's head

@@ -16,7 +16,15 @@ from stages.lib.rl.learner import Pass
 from stages.lib.rl.samplers.own import OwnSampler
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
-from tests.stages.test_training import TWO_PROCESSES, curve, distance, kill_after_a_checkpoint, metrics, weights
+from tests.stages.test_training import (
+    TWO_PROCESSES,
+    curve,
+    distance,
+    kill_after_a_checkpoint,
+    metrics,
+    reached,
+    weights,
+)
 from tests.stages.tiny_pipeline import call, change, refusal, start
 from tests.tiny_models import batching, tiny_llama
 
@@ -164,19 +172,24 @@ def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"zero_stage": 3, "frozen_zero_stage": 3}])
-def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, tiny: Path, knobs: dict[str, int]) -> None:
-    """Of which one is killed on the way and finished by the other."""
-    folder = copy_of_tiny()
+def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, int]) -> None:
+    """Stopped on the way, and finished by one."""
+    alone, folder = copy_of_tiny("alone"), copy_of_tiny()
+    for project in (alone, folder):
+        change(project / "params.yaml", {"train_grpo": {"iterations": 20}})
+    call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
-    kill_after_a_checkpoint(folder, "train_grpo", signal.SIGKILL, TWO_PROCESSES)
-    process = start(folder, "train_grpo", launch=TWO_PROCESSES)
+    assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1
+    last = reached(folder)
+    assert last < 20
+    process = start(folder, "train_grpo")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "resuming from step" in output
-    assert distance(weights(tiny, "grpo"), weights(folder, "grpo")) < 1e-5
-    ours, theirs = rollouts_of(folder), rollouts_of(tiny)
+    assert f"resuming from step {last}" in output
+    assert distance(weights(alone, "grpo"), weights(folder, "grpo")) < 1e-5
+    ours, theirs = rollouts_of(folder), rollouts_of(alone)
     assert [rollout["response_ids"] for rollout in ours] == [rollout["response_ids"] for rollout in theirs]
-    assert metrics(folder, "train_grpo") == pytest.approx(metrics(tiny, "train_grpo"), rel=1e-4, abs=1e-5)
+    assert metrics(folder, "train_grpo") == pytest.approx(metrics(alone, "train_grpo"), rel=1e-4, abs=1e-5)
 
 
 def test_a_policy_with_adapters_is_measured_against_its_base(copy_of_tiny: Copy, tiny: Path) -> None:

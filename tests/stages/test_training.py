@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.lib.command.errors import StageError
+from stages.lib.compute.schedule import learning_rate
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
+from stages.lib.models.scalar_scores import TokenScores
+from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
-from tests.stages.tiny_pipeline import call, change, contents, start
+from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
 from tests.tables import rewrite
 from tests.tiny_models import batching
 
@@ -195,7 +199,7 @@ def refused(folder: Path, stage: str, **changed: str) -> str:
     ],
 )
 def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], message: str) -> None:
-    from tests.stages.tiny_pipeline import read_yaml, write_yaml
+    from tests.stages.tiny_pipeline import write_yaml
 
     folder = copy_of_tiny()
     settings = read_yaml(folder / "params.yaml")
@@ -301,7 +305,53 @@ def test_a_policy_too_far_from_its_rollouts_ends_the_phase(copy_of_tiny: Copy) -
     change(folder / "params.yaml", {"train_ppo": {"max_policy_kl": 1e-9, "epochs": 1}})
     call(folder, "train_ppo")
     # The first minibatch of a phase is at distance 0, the second is not.
-    assert list(curve(folder, "train_ppo")["policy/updates"]) == [1, 1, 1]
+    rows = curve(folder, "train_ppo")
+    assert list(rows["policy/updates"]) == [1, 1, 1]
+    # Two updates a phase are planned and one is made: before the last phase 2 are over and 2 to come.
+    settings = read_yaml(folder / "params.yaml")["train_ppo"]
+    for column, optimizer in (("learning_rate", "policy_optimizer"), ("value/learning_rate", "critic_optimizer")):
+        of = settings[optimizer]
+        schedule = (of["learning_rate"], of["warmup_ratio"], of["min_learning_rate_ratio"], of["schedule"])
+        wanted = [learning_rate(step, total, *schedule) for step, total in ((0, 6), (1, 5), (2, 4))]
+        assert rows[column].tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_distance_of_a_policy_costs_no_pass_of_the_critic(
+    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    for kind in (TokenLogProbs, TokenScores):
+        forward = kind.forward
+        monkeypatch.setattr(
+            kind,
+            "forward",
+            lambda self, *given, forward=forward, **options: (
+                passes.append(type(self).__name__) or forward(self, *given, **options)
+            ),
+        )
+    counts = []
+    for limit in (None, 1e9):
+        folder = copy_of_tiny(f"limit-{limit}")
+        change(folder / "params.yaml", {"train_ppo": {"max_policy_kl": limit}})
+        passes.clear()
+        call(folder, "train_ppo")
+        counts.append(Counter(passes))
+        assert distance(weights(folder, "ppo"), weights(tiny, "ppo")) == 0
+    assert counts[1]["TokenScores"] == counts[0]["TokenScores"]
+    assert counts[1]["TokenLogProbs"] == counts[0]["TokenLogProbs"] + 12  # one for each minibatch
+
+
+def test_only_the_critic_learns_while_it_warms_up(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_ppo": {"critic_warmup_iterations": 1}})
+    call(folder, "train_ppo")
+    rows = curve(folder, "train_ppo")
+    assert list(rows["policy/updates"]) == [0, 4, 4]
+    assert rows["objective/kl"][1] == 0  # the policy of the second phase is still SFT
+    assert rows["objective/kl"][2] != 0
+    assert rows["value/grad_norm"].min() > 0
+    assert rows["learning_rate"][0] == rows["learning_rate"][1]
+    assert rows["value/learning_rate"][1] < rows["value/learning_rate"][0]
 
 
 def test_margins_are_wanted_where_they_are_used(copy_of_tiny: Copy) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +13,6 @@ from torch import nn
 from stages.lib.compute.batching import pad_left, sampling_budget
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
-from stages.lib.data.chat import decode_completion, load_tokenizer
 from stages.lib.data.prompts import Prompt
 from stages.lib.models.pretrained import end_and_pad_ids
 from stages.lib.rl.episodes import Episode
@@ -145,9 +143,10 @@ def own_sampler(
     seed: int,
     runtime: Runtime,
     processes: Processes,
+    decode: Callable[[list[int]], str],
     after_batch: Callable[[], None],
 ) -> OwnSampler:
-    """The sampler of a policy that is trained; `model` is the folder with its tokenizer."""
+    """The sampler of a policy that is trained; `model` is the folder that it started from."""
     eos_id, pad_id = end_and_pad_ids(model)
     return OwnSampler(
         policy.engine,
@@ -157,7 +156,7 @@ def own_sampler(
         settings.max_new_tokens,
         eos_id,
         pad_id,
-        partial(decode_completion, load_tokenizer(model)),
+        decode,
         sampling_budget(runtime),
         processes,
         after_batch=after_batch,

@@ -1,0 +1,28 @@
+"""One phase of rollouts: responses to prompts, their scores, and what the models say of their tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from stages.lib.compute.batching import MicroBatching
+from stages.lib.data.prompts import Prompt
+from stages.lib.rl.rewards.reward import Reward, scores_of
+from stages.lib.rl.rollouts import Rollouts, read_rollouts
+from stages.lib.rl.samplers.sampler import Sampler
+from stages.lib.rl.trained_policy import TrainedPolicy
+
+
+class Collector(NamedTuple):
+    """What rollouts are made with; `critic` gives a value at each token, or is None."""
+
+    sampler: Sampler
+    reward: Reward
+    policy: TrainedPolicy
+    critic: Callable | None
+    batching: MicroBatching
+
+    def collect(self, prompts: Sequence[Prompt], phase: int, samples_per_prompt: int = 1) -> Rollouts:
+        """Responses from the policy as it is, in a phase (0-based). Nothing that a checkpoint holds changes in it."""
+        episodes = self.sampler.sample(prompts, phase, samples_per_prompt)
+        scores = scores_of(self.reward, episodes)
+        engine, reference = self.policy.engine, self.policy.reference
+        return read_rollouts(episodes, scores, engine, reference, self.critic, self.sampler.temperature, self.batching)
