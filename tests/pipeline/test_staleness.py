@@ -21,16 +21,12 @@ DEFAULTS = read_yaml(ROOT / "profiles/default.yaml")
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
-TRACKERS = {
-    "stages/lib/operations/tensorboard_tracker.py": "runtime.yaml: trackers",
-    "stages/lib/operations/wandb_tracker.py": "runtime.yaml: trackers",
-}
 NOT_RUN = {
     "prepare_base": dict.fromkeys(
         ("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py", "stages/lib/data/token_tables.py"),
         "for a model that was trained elsewhere; here a new one is made",
     ),
-    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED | TRACKERS),
+    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED),
     "ref_logprobs": SHARDED,
     "evaluate@sft": SHARDED,
     "evaluate@dpo": SHARDED,

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import value_hash
 from stages.lib.command.jsonl import write_json
 from stages.lib.compute.processes import Processes
 from stages.lib.models.pretrained import save_model
@@ -101,9 +102,11 @@ class TrainingRun(StageRun):
     ) -> None:
         super().__init__(stage, settings, inputs, outs, runtime, processes)
         self.columns = columns
-        self.trackers = (
-            Trackers(stage, self.settings, runtime, self.scratch.folder / "tracked.jsonl") if self.scratch else None
-        )
+        self.trackers: Trackers | None = None
+        if self.scratch:
+            # Another version of the code, or other settings or inputs, make another run of it.
+            identity = value_hash([self.scratch.folder.name, self.scratch.code])[:8]
+            self.trackers = Trackers(stage, self.settings, runtime, identity)
         self.last_record = 0.0
         self.stop = StopSignal(stage, processes, runtime.stop_seconds)
         self.progress: Progress | None = None
@@ -125,6 +128,7 @@ class TrainingRun(StageRun):
         if self.scratch:
             self.curve = Curve(self.scratch.logs / "curve.csv", self.columns)
             self.progress = Progress(self.stage, total, self.runtime.log_seconds, first=first)
+            self.trackers.start(first + 1, self.curve.rows)
         pace = Pace(self.runtime.checkpoint_seconds)
         with self.stop:
             for self.step in range(first, total):
@@ -263,7 +267,7 @@ class TrainingRun(StageRun):
 
         self.publish(build)
         if self.trackers and self.progress:
-            self.trackers.add_results(self.progress.total, results)
+            self.trackers.add_results(results)
 
 
 def other_things(saved: Any, own: dict[str, Any], where: str = "") -> str:
