@@ -233,17 +233,18 @@ def declared_stages() -> dict[str, Record]:
     from dvc.dependency import ParamsDependency
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
     try:
         with Repo() as repo:
             return {
-                stage.name: {
+                str(stage.name): {
                     "cmd": " ".join(words(stage.cmd)),
                     "deps": {dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)},
                     "outs": {out.def_path for out in stage.outs},
                 }
                 for stage in repo.index.stages
-                if stage.cmd
+                if isinstance(stage, PipelineStage) and stage.cmd
             }
     except DvcException as error:
         raise StageError(f"{GRAPH_FILE}: {error}") from None

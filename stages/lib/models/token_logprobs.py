@@ -1,12 +1,15 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TokenLogProbs(nn.Module):
@@ -22,9 +25,11 @@ class TokenLogProbs(nn.Module):
         with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
     """
 
+    language_model: "PreTrainedModel"
+
     def __init__(
         self,
-        language_model: nn.Module,
+        language_model: "PreTrainedModel",
         *,
         temperature: float = 1.0,
         chunk_tokens: int = 4096,
@@ -78,11 +83,11 @@ class TokenLogProbs(nn.Module):
         return empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies)
 
     def _next_token_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         output = self.language_model(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
+            attention_mask=None if attention_mask is None else attention_mask.long(),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -96,12 +101,17 @@ class TokenLogProbs(nn.Module):
         Under ZeRO 3 the processes gather the LM head for each chunk, together: all need as many as the one with most.
         """
         count = max(1, math.ceil(hidden.shape[0] / self.chunk_tokens))
-        head = next(self.language_model.get_output_embeddings().parameters())
+        head = next(self._head().parameters())
         if not hasattr(head, "ds_id") or not dist.is_initialized():
             return count
         most = torch.tensor(count, device=hidden.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
+
+    def _head(self) -> nn.Module:
+        head = self.language_model.get_output_embeddings()
+        assert head is not None, "a causal language model has a head"
+        return head
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if recompute:
@@ -110,7 +120,7 @@ class TokenLogProbs(nn.Module):
 
     def _logps_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, d), (n,) → (n,), (n,)."""
-        logits = at_least_float32(self.language_model.get_output_embeddings()(hidden))
+        logits = at_least_float32(self._head()(hidden))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.temperature != 1:

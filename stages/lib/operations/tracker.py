@@ -1,7 +1,7 @@
 """What a tracker is, and what it is told of a run."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
 TrackedRow = tuple[int, Mapping[str, float]]  # step (1-based), values
@@ -21,12 +21,12 @@ class TrackerSettings(Protocol):
     @property
     def tracker_tags(self) -> tuple[str, ...]: ...
     @property
-    def wandb_mode(self) -> str: ...
+    def wandb_mode(self) -> Literal["offline", "online", "disabled"]: ...
 
 
 class Tracker(Protocol):
     """One tracking backend, opened for a run when it is made. Its methods may raise anything."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float], /) -> None: ...
 
-    def finish(self, results: Mapping[str, float], exit_code: int) -> None: ...
+    def finish(self, results: Mapping[str, float], exit_code: int, /) -> None: ...

@@ -54,9 +54,8 @@ class BestWeights:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The copy, in the main process, which alone has one."""
-        for name, first in (self._tied_names() or {}).items():
-            if name == first:
-                yield name, self.weights[name]
+        firsts = {*(self._tied_names() or {}).values()}
+        yield from ((name, weight) for name, weight in (self.weights or {}).items() if name in firsts)
 
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
         self.step, self.results, names = state["step"], state["results"], state["names"]

@@ -64,13 +64,19 @@ class StageRun:
         )
         require_same_inputs(processes, inputs, self.scratch.input_hashes if self.scratch else None)
 
+    @property
+    def own_scratch(self) -> Scratch:
+        """The scratch folder, for what the main process does, which alone has it."""
+        assert self.scratch is not None, "only the main process has a scratch folder"
+        return self.scratch
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.scratch:
             self.scratch.release()
-        if is_out_of_memory(error):
+        if error and is_out_of_memory(error):
             raise StageError(memory_advice(error, self.runtime)) from None
 
     def already_complete(self) -> bool:
@@ -91,11 +97,11 @@ class StageRun:
         """Put the outs of a finished run in place. Raises StageError, saying where they are, if that cannot be done."""
         try:
             with no_space_explained():
-                return self.scratch.publish_complete(self.outs)
+                return self.own_scratch.publish_complete(self.outs)
         except OSError as error:
             raise StageError(
-                f"{file_message(error)}. The finished result is kept in {self.scratch.folder / 'outs'}, and is put in "
-                "place when the stage is started again"
+                f"{file_message(error)}. The finished result is kept in {self.own_scratch.folder / 'outs'}, and is put "
+                "in place when the stage is started again"
             ) from None
 
     def say(self, text: str) -> None:
@@ -113,9 +119,9 @@ class StageRun:
 
     def _publish(self, build: Callable[[dict[str, Path]], None]) -> None:
         with no_space_explained():
-            folder = self.scratch.stage_outs()
+            folder = self.own_scratch.stage_outs()
             build({name: folder / name for name in self.outs})
-            self.scratch.complete(self.outs, self._log_run)
+            self.own_scratch.complete(self.outs, self._log_run)
         self._publish_again()
 
     def _log_run(self, hashes: dict[str, str]) -> None:
