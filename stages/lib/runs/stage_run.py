@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.file_errors import file_message, no_space_explained
 from stages.lib.command.hashing import dvc_hashes
 from stages.lib.command.out_of_memory import is_out_of_memory, reason_of
 from stages.lib.command.outputs import require_places
-from stages.lib.command.run import file_message, no_space_explained
 from stages.lib.compute.processes import Processes
 from stages.lib.operations.run_log import launcher_in_use, log_run
 from stages.lib.runs.scratch import Scratch

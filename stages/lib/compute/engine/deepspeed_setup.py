@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.run import NO_SPACE
+from stages.lib.command.file_errors import NO_SPACE
 from stages.lib.compute.processes import Processes
 from stages.lib.models.quantization import quantized_layers
 from stages.lib.operations.lost_contact import is_lost_contact
