@@ -46,7 +46,7 @@ class Trackers:
         for label in self.runtime.trackers:
             if label != "wandb" or self.runtime.wandb_mode != "disabled":
                 with self._or_without(label):
-                    self.open[label] = within(SECONDS_TO_START, partial(self._tracker, label, first_step, earlier))
+                    self.open[label] = in_time(SECONDS_TO_START, partial(self._tracker, label, first_step, earlier))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Track the row of `step` (1-based)."""
@@ -68,7 +68,7 @@ class Trackers:
             for label, tracker in list(self.open.items()):
                 with self._or_without(label):
                     try:
-                        within(seconds, partial(tracker.finish, self.results, exit_code))
+                        in_time(seconds, partial(tracker.finish, self.results, exit_code))
                     except (KeyboardInterrupt, StoppedError):
                         raise TimeoutError(LATE) from None
         self.open = {}
@@ -92,7 +92,7 @@ class Trackers:
                 abandon_wandb()
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
+def in_time(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns or raises, in a thread of its own: a library may wait for longer than a run should.
 
     Raises:

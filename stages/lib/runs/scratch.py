@@ -42,7 +42,7 @@ from stages.lib.runs.checkpoints import (
 )
 
 
-class Scratch:
+class ScratchFolder:
     """The scratch folder of one stage with these settings and inputs, held under a lock. Main process only.
 
     Args:

@@ -14,7 +14,7 @@ from stages.lib.command.out_of_memory import is_out_of_memory, reason_of
 from stages.lib.command.outputs import require_places
 from stages.lib.compute.processes import Processes
 from stages.lib.operations.run_log import launcher_in_use, log_run
-from stages.lib.runs.scratch import Scratch
+from stages.lib.runs.scratch import ScratchFolder
 from stages.lib.settings.runtime import Runtime
 
 
@@ -54,7 +54,7 @@ class StageRun:
                 "others would wait for one that repeats its step; set it to stop"
             )
         self.scratch = processes.in_main(
-            lambda: Scratch(
+            lambda: ScratchFolder(
                 stage,
                 self.settings,
                 inputs,
@@ -65,7 +65,7 @@ class StageRun:
         require_same_inputs(processes, inputs, self.scratch.input_hashes if self.scratch else None)
 
     @property
-    def own_scratch(self) -> Scratch:
+    def own_scratch(self) -> ScratchFolder:
         """The scratch folder, for what the main process does, which alone has it."""
         assert self.scratch is not None, "only the main process has a scratch folder"
         return self.scratch
