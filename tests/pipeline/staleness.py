@@ -22,8 +22,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
-from tests.pipeline.graph import FIRST, ROOT, load_graph
-from tests.pipeline.test_graph import MANIFESTS, all_instances, is_code, outs_of, paths
+from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
 
 TABLE = ROOT / "tests/pipeline/staleness.md"
 RAW_DATA = "data/raw/none"

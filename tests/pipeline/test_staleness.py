@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 
 from stages.lib.operations.code_closure import LEFT_OUT, closure
-from tests.pipeline.graph import FIRST, LAUNCHER, ROOT, code_of, load_graph, params_read
+from tests.pipeline.graph import (
+    FIRST,
+    LAUNCHER,
+    ROOT,
+    all_instances,
+    code_of,
+    is_code,
+    load_graph,
+    params_read,
+    stage_names,
+    training_stages,
+)
 from tests.pipeline.observed import access_times_are_kept
 from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, REMARK, SECTION, TABLE, stale_by_parts, table
-from tests.pipeline.test_graph import all_instances, is_code
 from tests.stages.tiny_pipeline import read_yaml
 
 pytestmark = pytest.mark.slow
@@ -26,11 +36,8 @@ NOT_RUN = {
         ("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py", "stages/lib/data/token_tables.py"),
         "for a model that was trained elsewhere; here a new one is made",
     ),
-    **dict.fromkeys(("train_sft", "train_rm", "train_dpo", "train_ppo"), DEEPSPEED),
-    "ref_logprobs": SHARDED,
-    "evaluate@sft": SHARDED,
-    "evaluate@dpo": SHARDED,
-    "evaluate@ppo": SHARDED,
+    **dict.fromkeys(training_stages(), DEEPSPEED),
+    **{name: SHARDED for name in stage_names() if name == "ref_logprobs" or name.startswith("evaluate@")},
 }
 
 

@@ -33,7 +33,6 @@ from tests.stages.tiny_pipeline import (
 
 STEPS = 20
 ROLLOUTS = "rollouts.json"
-TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo")
 # What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
 AVERAGED = {"ema_decay": 0.9}
 EVALUATED = {"eval_every": 6, "keep": "last", "optimizer": AVERAGED}
@@ -44,6 +43,7 @@ TWENTY_STEPS = {
     "train_ppo": {"iterations": 5, "rollout_batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 12}
     | {"policy_optimizer": AVERAGED},
 }
+TRAINING = tuple(TWENTY_STEPS)
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
 LORA["save_adapter"] = False
 WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}

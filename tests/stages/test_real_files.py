@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.graph import stage_names
 from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_pipeline import call, change, lay_over, new_project, read_yaml, write_yaml
 
@@ -18,7 +19,6 @@ SHORT = {
     "train_ppo": {"iterations": 2, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 16},
     "evaluate": {"max_prompts": 16, "max_new_tokens": 16, "bootstrap_resamples": 200},
 }
-STAGES = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@sft", "evaluate@dpo")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     (folder / "models/pretrained").symlink_to(model)
     (folder / "data/raw/hh-rlhf").symlink_to(transcripts)
-    call(folder, "prepare_data")
-    call(folder, "prepare_base")
-    for kind in ("sft", "preference", "prompts"):
-        call(folder, f"tokenize_data@{kind}")
-    for stage in (*STAGES, "evaluate@ppo", "report"):
+    for stage in stage_names():
         call(folder, stage)
     return folder
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from tests.pipeline.graph import ROOT, load_graph
-from tests.pipeline.test_graph import all_instances, outs_of
+from tests.pipeline.graph import ROOT, all_instances, load_graph, outs_of
 from tests.stages.tiny_pipeline import change, contents, new_project, script, stage_options
 
 PACKAGE = "stages.lib.operations"
