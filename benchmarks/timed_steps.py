@@ -29,7 +29,7 @@ from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.processes import Processes, join_processes
 from stages.lib.models.lora import Lora
-from stages.lib.models.pretrained import end_and_pad_ids, load_language_model, new_classifier
+from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model, new_classifier
 from stages.lib.models.scalar_scores import SequenceScores
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
@@ -81,9 +81,12 @@ class Setup(NamedTuple):
     def batching(self) -> Any:
         return micro_batching(self.runtime, end_and_pad_ids(self.models / "policy")[1], self.processes)
 
+    def loading(self) -> Loading:
+        return Loading(self.workload.precision, self.runtime, self.processes.device)
+
     def language_model(self) -> Any:
         path = self.models / "policy"
-        model = load_language_model(path, self.workload.precision, self.runtime, self.processes.device)
+        model = load_language_model(path, self.loading())
         Lora(model, self.lora, SEED, path)
         return model
 
@@ -114,8 +117,7 @@ def rm(setup: Setup) -> dict[str, Part]:
     """Pairs of whole sequences, each read at its end."""
     settings = setup.settings("train_rm", train_rm.TrainRm, use_margin=False)
     path = setup.models / "policy"
-    where = (setup.workload.precision, setup.runtime, setup.processes.device)
-    classifier = new_classifier(path, *where, SEED)
+    classifier = new_classifier(path, setup.loading(), SEED)
     Lora(classifier, setup.lora, SEED, path)
     engine = setup.engine(SequenceScores(classifier), settings)
     return pair_step(setup, engine, train_rm.PairLoss(settings, setup.batching()), needs_logits=False)

@@ -22,7 +22,7 @@ from typing import Any
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import read_jsonl, write_json, write_jsonl
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.evaluation.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 from stages.lib.models.model_facts import read_model_facts
@@ -45,7 +45,7 @@ if not asks_for_help():
         read_note,
         read_table,
     )
-    from stages.lib.models.pretrained import end_and_pad_ids, load_classifier, load_language_model
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_classifier, load_language_model
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
@@ -147,19 +147,20 @@ class Evaluation:
         trust_remote_code: bool,
     ) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
-        self.where = (settings.precision, runtime, processes.device)
-        self.options = {"frozen": True, "trust_remote_code": trust_remote_code}
+        self.loading = Loading(
+            settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code
+        )
         self.eos_id, self.pad_id = end_and_pad_ids(sft)
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.sampling = sampling_budget(runtime)
 
     def load_policy(self, path: Path) -> Policy:
-        model = load_language_model(path, *self.where, **self.options)
+        model = load_language_model(path, self.loading)
         module = TokenLogProbs(model, chunk_tokens=self.runtime.logits_chunk_tokens)
         return Policy(module, frozen(module, self.runtime, self.processes), model.config)
 
     def load_reward_model(self, path: Path) -> Callable:
-        classifier = load_classifier(path, *self.where, **self.options)
+        classifier = load_classifier(path, self.loading)
         return frozen(SequenceScores(classifier), self.runtime, self.processes)
 
     def sample(self, policy: Policy, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
@@ -243,7 +244,7 @@ def main(
 ) -> None:
     """Evaluate POLICY against SFT on held-out prompts and pairs."""
     settings = read_params("evaluate", Evaluate)
-    seed = read_value("seed", int)
+    seed = read_seed(settings)
     trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("evaluate")
     processes = join_processes(runtime)

@@ -33,7 +33,7 @@ if not asks_for_help():
         read_table,
         write_table,
     )
-    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_language_model
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.reference_logprobs import LOG_PROBS, VALUES, values_digest
     from stages.lib.operations.progress import Progress
@@ -52,8 +52,15 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     with PartialResults("ref_logprobs", declared, [tokens, model], {"logps": out}, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        where = (settings.precision, runtime, processes.device, settings.base_quantization)
-        language_model = load_language_model(model, *where, frozen=True, trust_remote_code=trust_remote_code)
+        loading = Loading(
+            settings.precision,
+            runtime,
+            processes.device,
+            settings.base_quantization,
+            frozen=True,
+            trust_remote_code=trust_remote_code,
+        )
+        language_model = load_language_model(model, loading)
         module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         hashes = processes.in_main(lambda: {split: dvc_hash(tokens / f"{split}.arrow") for split in tables})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
@@ -42,7 +42,7 @@ if not asks_for_help():
     from stages.lib.compute.sequence_logprobs import pair_logps
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.lora import Lora
-    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_language_model
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.dpo_loss import preference_losses
     from stages.lib.objectives.reference_logprobs import read_reference, require_made_from, require_start
@@ -153,7 +153,7 @@ def main(
 ) -> None:
     """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
     settings = read_params("train_dpo", TrainDpo)
-    seed = read_value("seed", int)
+    seed = read_seed(settings)
     trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
@@ -168,8 +168,11 @@ def main(
             return
         for pairs in (train, held_out):
             processes.in_main(partial(pairs.require_made_from_inputs, model, this_run))
-        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
-        language_model = load_language_model(model, *where, trust_remote_code=trust_remote_code)
+        quantization = quantization_of_base(settings.lora)
+        loading = Loading(
+            settings.precision, runtime, processes.device, quantization, trust_remote_code=trust_remote_code
+        )
+        language_model = load_language_model(model, loading)
         lora = Lora(language_model, settings.lora, seed, model)
         for pairs, split in ((train, "train"), (held_out, "eval")):
             check_table_fits(pairs.tokens, facts_of(language_model), tokens / f"{split}.arrow")

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_same_tokenizer, require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
@@ -41,7 +42,7 @@ if not asks_for_help():
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
     from stages.lib.models.lora import Lora
-    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_classifier, load_language_model
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_classifier, load_language_model
     from stages.lib.models.scalar_scores import SequenceScores, TokenScores
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.rl.advantages import generalized_advantages, masked_moments, token_rewards, whiten
@@ -106,10 +107,12 @@ class Ppo:
     ) -> None:
         self.settings, self.seed, self.runtime, self.processes = settings, seed, runtime, processes
         self.eos_id, self.pad_id = end_and_pad_ids(model)
-        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
+        quantization = quantization_of_base(settings.lora)
+        loading = Loading(
+            settings.precision, runtime, processes.device, quantization, trust_remote_code=trust_remote_code
+        )
         launch = (runtime, processes)
-        trust = {"trust_remote_code": trust_remote_code}
-        self.language_model = load_language_model(model, *where, **trust)
+        self.language_model = load_language_model(model, loading)
         self.lora = Lora(self.language_model, settings.lora, seed, model)
         log_probs = {"temperature": settings.temperature, "chunk_tokens": runtime.logits_chunk_tokens}
         updates = settings.updates_per_iteration
@@ -119,7 +122,7 @@ class Ppo:
             (settings.iterations - settings.critic_warmup_iterations) * updates,
             *launch,
         )
-        classifier = load_classifier(reward_model, *where, **trust)
+        classifier = load_classifier(reward_model, loading)
         critic_lora = Lora(classifier, settings.lora, seed, reward_model)
         # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
         shares_body = settings.lora is not None and runtime.zero_stage < 3
@@ -129,12 +132,12 @@ class Ppo:
         if settings.lora:
             self.reference = WithoutAdapters(self.policy, self.lora)
         else:
-            reference = load_language_model(model, *where, frozen=True, **trust)
+            reference = load_language_model(model, replace(loading, frozen=True))
             self.reference = frozen(TokenLogProbs(reference, **log_probs), *launch)
         if first_head:
             self.reward_model = WithoutAdapters(SequenceScores(first_head), critic_lora)
         else:
-            frozen_classifier = load_classifier(reward_model, *where, frozen=True, **trust)
+            frozen_classifier = load_classifier(reward_model, replace(loading, frozen=True))
             self.reward_model = frozen(SequenceScores(frozen_classifier), *launch)
         self.batching = micro_batching(runtime, self.pad_id, processes)
         self.sampling = sampling_budget(runtime)
@@ -325,7 +328,7 @@ def main(
 ) -> None:
     """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
     settings = read_params("train_ppo", TrainPpo)
-    seed = read_value("seed", int)
+    seed = read_seed(settings)
     trust_remote_code = read_value("trust_remote_code", bool)
     runtime = read_runtime("train_ppo")
     processes = join_processes(runtime)

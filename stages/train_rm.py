@@ -41,7 +41,7 @@ if not asks_for_help():
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
     from stages.lib.models.lora import Lora
-    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, new_classifier
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, new_classifier
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
     from stages.lib.runs.best_weights import BestWeights
@@ -96,9 +96,11 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOp
     with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        where = (settings.precision, runtime, processes.device)
         quantization = quantization_of_base(settings.lora)
-        classifier = new_classifier(model, *where, seed, quantization, trust_remote_code=trust_remote_code)
+        loading = Loading(
+            settings.precision, runtime, processes.device, quantization, trust_remote_code=trust_remote_code
+        )
+        classifier = new_classifier(model, loading, seed)
         lora = Lora(classifier, settings.lora, seed, model)
         for table, split in ((train, "train"), (held_out, "eval")):
             check_table_fits(table, facts_of(classifier), tokens / f"{split}.arrow")

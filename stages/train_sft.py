@@ -28,7 +28,7 @@ if not asks_for_help():
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.token_tables import SFT_SCHEMA, check_table_fits, read_table
     from stages.lib.models.lora import Lora
-    from stages.lib.models.pretrained import end_and_pad_ids, facts_of, load_language_model
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.runs.best_weights import BestWeights
     from stages.lib.runs.training_run import TrainingRun
@@ -74,8 +74,11 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
     with TrainingRun("train_sft", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        where = (settings.precision, runtime, processes.device, quantization_of_base(settings.lora))
-        language_model = load_language_model(model, *where, trust_remote_code=trust_remote_code)
+        quantization = quantization_of_base(settings.lora)
+        loading = Loading(
+            settings.precision, runtime, processes.device, quantization, trust_remote_code=trust_remote_code
+        )
+        language_model = load_language_model(model, loading)
         lora = Lora(language_model, settings.lora, seed, model)
         for table, split in ((train, "train"), (held_out, "eval")):
             check_table_fits(table, facts_of(language_model), tokens / f"{split}.arrow")

@@ -66,6 +66,11 @@ def read_value(key: str, kind: type, path: Path = PARAMS_FILE) -> Any:
     return convert(document[key], Seed if key == "seed" else kind, f"{path}: {key}")
 
 
+def read_seed(settings: Any, path: Path = PARAMS_FILE) -> int:
+    """The seed of a section that may have its own (`settings.seed`), or else the common one."""
+    return read_value("seed", int, path) if settings.seed is None else settings.seed
+
+
 def refuse_unread_sections(document: dict[str, Any], path: Path) -> None:
     """Refuse a top-level key that no stage of `dvc.yaml` declares: it would be a setting that nothing obeys."""
     if path != PARAMS_FILE or not GRAPH_FILE.is_file():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,62 +28,47 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float3
 NOTHING_MISSING: dict[str, tuple] = {"missing_keys": (), "mismatched_keys": ()}
 
 
-def load_language_model(
-    path: Path,
-    precision: str,
-    runtime: Runtime,
-    device: torch.device,
-    quantization: BaseQuantization = None,
-    *,
-    frozen: bool = False,
-    trust_remote_code: bool = False,
-) -> "PreTrainedModel":
-    """Load a causal language model, without dropout. Raises StageError if `path` is no such model.
-
-    Where ZeRO 3 will shard it, it stays in the CPU's memory, and only the first process reads its weights.
+@dataclass(frozen=True)
+class Loading:
+    """Where and how a stage loads a model.
 
     Args:
+        precision: of weights and activations, fp32 or bf16.
         quantization: of the linear layers of the body, which then cannot be trained.
         frozen: no engine will train it, so `frozen_zero_stage` says whether it will be sharded, not `zero_stage`.
         trust_remote_code: Python code that the model brings may be run.
     """
+
+    precision: str
+    runtime: Runtime
+    device: torch.device
+    quantization: BaseQuantization = None
+    frozen: bool = False
+    trust_remote_code: bool = False
+
+
+def load_language_model(path: Path, loading: Loading) -> "PreTrainedModel":
+    """Load a causal language model, without dropout. Raises StageError if `path` is no such model.
+
+    Where ZeRO 3 will shard it, it stays in the CPU's memory, and only the first process reads its weights.
+    """
     from transformers import AutoModelForCausalLM
 
-    where = (path, precision, runtime, device, quantization, frozen)
-    return _load(AutoModelForCausalLM, *where, trust_remote_code=trust_remote_code)
+    return _load(AutoModelForCausalLM, path, loading)
 
 
-def load_classifier(
-    path: Path,
-    precision: str,
-    runtime: Runtime,
-    device: torch.device,
-    quantization: BaseQuantization = None,
-    *,
-    frozen: bool = False,
-    trust_remote_code: bool = False,
-) -> "PreTrainedModel":
+def load_classifier(path: Path, loading: Loading) -> "PreTrainedModel":
     """Load a model with a scalar head named `score`, as `train_rm` writes it. Raises StageError if there is none."""
     from transformers import AutoModelForSequenceClassification
 
     if "SequenceClassification" not in str(read_config(path).get("architectures")):
         raise StageError(f"{path} is not a reward model: its config.json names no sequence classifier")
-    where = (path, precision, runtime, device, quantization, frozen)
-    model = _load(AutoModelForSequenceClassification, *where, num_labels=1, trust_remote_code=trust_remote_code)
+    model = _load(AutoModelForSequenceClassification, path, loading, num_labels=1)
     scalar_head(model, path)
     return model
 
 
-def new_classifier(
-    path: Path,
-    precision: str,
-    runtime: Runtime,
-    device: torch.device,
-    seed: int,
-    quantization: BaseQuantization = None,
-    *,
-    trust_remote_code: bool = False,
-) -> "PreTrainedModel":
+def new_classifier(path: Path, loading: Loading, seed: int) -> "PreTrainedModel":
     """A classifier on the body of the language model at `path`, its head drawn from N(0, 1/(d+1)²) with `seed`.
 
     The head is that of OpenAI's "Learning to summarize" (arXiv 2009.01325): bias-free, standard deviation 1/(d+1).
@@ -96,8 +82,7 @@ def new_classifier(
             "model can be made of it; SFT and DPO work; use another architecture for PPO, such as Llama, Qwen2 or GPT-2"
         )
     head_alone = frozenset({"score.weight"})
-    where = (path, precision, runtime, device, quantization, False, head_alone)
-    model = _load(AutoModelForSequenceClassification, *where, num_labels=1, trust_remote_code=trust_remote_code)
+    model = _load(AutoModelForSequenceClassification, path, loading, head_alone, num_labels=1)
     weight = scalar_head(model, path).weight
     width = weight.shape[1]
     head = torch.empty((1, width), dtype=torch.float32)
@@ -119,16 +104,9 @@ def scalar_head(model: nn.Module, path: Path) -> nn.Linear:
 
 
 def _load(
-    auto_class: Any,
-    path: Path,
-    precision: str,
-    runtime: Runtime,
-    device: torch.device,
-    quantization: BaseQuantization,
-    frozen: bool,
-    may_be_missing: frozenset[str] = frozenset(),
-    **overrides: Any,
+    auto_class: Any, path: Path, loading: Loading, may_be_missing: frozenset[str] = frozenset(), **overrides: Any
 ) -> "PreTrainedModel":
+    runtime, precision, frozen = loading.runtime, loading.precision, loading.frozen
     config = read_config(path)
     require_json_objects(path, MODEL_JSON)
     if runtime.packing and not config.get(CAN_BE_PACKED, True):
@@ -141,10 +119,11 @@ def _load(
     require_flash_package(runtime)
     require_kernel_of(read_model_facts(config, f"{path}/config.json"), runtime, path)
     require_safetensors(path, str(path))
-    sharded = not quantization and (runtime.frozen_zero_stage if frozen else runtime.zero_stage) == 3
-    if quantization == "nf4":
-        overrides |= nf4_options(DTYPES[precision], device)
+    sharded = not loading.quantization and (runtime.frozen_zero_stage if frozen else runtime.zero_stage) == 3
+    if loading.quantization == "nf4":
+        overrides |= nf4_options(DTYPES[precision], loading.device)
     overrides |= {"dtype": DTYPES[precision], "attn_implementation": runtime.attention, "local_files_only": True}
+    overrides |= {"trust_remote_code": loading.trust_remote_code}
     with not_loaded(f"{path} cannot be loaded as {auto_class.__name__}"):
         try:
             if sharded and dist.is_initialized() and dist.get_rank() > 0:
@@ -164,7 +143,7 @@ def _load(
     if runtime.gradient_checkpointing and not frozen:  # it would ask for gradients in a model that has none
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return model if quantization or sharded else model.to(device)
+    return model if loading.quantization or sharded else model.to(loading.device)
 
 
 def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative
 
 
@@ -12,6 +13,7 @@ from stages.lib.settings.bounds import Count, NewTokens, NotNegative
 class Evaluate:
     """Section `evaluate` of params.yaml; the file explains each key."""
 
+    seed: Seed | None
     max_prompts: Count | None
     max_new_tokens: NewTokens
     temperature: NotNegative

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
+from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Positive
 from stages.lib.settings.epochs import EpochSettings
 
@@ -13,6 +14,7 @@ from stages.lib.settings.epochs import EpochSettings
 class TrainDpo(EpochSettings):
     """Section `train_dpo` of params.yaml; the file explains each key."""
 
+    seed: Seed | None
     loss_type: Literal["sigmoid", "ipo"]
     beta: Positive
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)]

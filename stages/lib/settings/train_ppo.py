@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Share, Temperature, WholeNumber
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -12,6 +13,7 @@ from stages.lib.settings.optimizer import OptimizerSettings
 class TrainPpo:
     """Section `train_ppo` of params.yaml; the file explains each key."""
 
+    seed: Seed | None
     iterations: Count
     rollout_batch_size: Count
     max_new_tokens: NewTokens

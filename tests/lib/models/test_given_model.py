@@ -27,6 +27,7 @@ from tests.real_files import PROJECT
 from tests.tiny_models import CPU, EOS, PAD, VOCABULARY
 
 RUNTIME = read_runtime("train_sft", PROJECT / "runtime.yaml")
+LOADING = pretrained.Loading("fp32", RUNTIME, CPU)
 IDS = torch.arange(3, 19)[None]
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -68,7 +69,7 @@ def logps(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt_bigcode", "starcoder2", "falcon"])
 def test_a_loaded_model_in_training_is_what_it_is_in_evaluation(kind: str, tmp_path: Path) -> None:
     new_model(kind).save_pretrained(tmp_path)
-    model = pretrained.load_language_model(tmp_path, "fp32", RUNTIME, CPU)
+    model = pretrained.load_language_model(tmp_path, LOADING)
     assert model.training
     training = [logps(model) for _ in range(2)]
     assert torch.equal(*training)
@@ -108,18 +109,20 @@ def test_where_packed_sequences_see_each_other_packing_is_refused(
     model.save_pretrained(tmp_path / "base")
     assert json.loads((tmp_path / "base/config.json").read_text()).get("can_be_packed", True) == can_be_packed
     # What was trained from it knows it too.
-    pretrained.load_language_model(tmp_path / "base", "fp32", RUNTIME, CPU).save_pretrained(tmp_path / "sft")
+    pretrained.load_language_model(tmp_path / "base", LOADING).save_pretrained(tmp_path / "sft")
     packing = replace(RUNTIME, packing=True)
     if can_be_packed:
-        assert pretrained.load_language_model(tmp_path / "sft", "fp32", packing, CPU) is not None
+        assert pretrained.load_language_model(tmp_path / "sft", replace(LOADING, runtime=packing)) is not None
         return
     with pytest.raises(StageError, match=rf"runtime.yaml: packing: in models of type {kind}, as .*sft is, sequences"):
-        pretrained.load_language_model(tmp_path / "sft", "fp32", packing, CPU)
+        pretrained.load_language_model(tmp_path / "sft", replace(LOADING, runtime=packing))
 
 
 def test_checkpointing_leaves_a_frozen_model_without_gradients(tmp_path: Path) -> None:
     new_model("llama").save_pretrained(tmp_path)
     runtime = replace(RUNTIME, gradient_checkpointing=True)
-    model = pretrained.load_language_model(tmp_path, "fp32", runtime, CPU, frozen=True).requires_grad_(False)
+    model = pretrained.load_language_model(tmp_path, replace(LOADING, runtime=runtime, frozen=True)).requires_grad_(
+        False
+    )
     positions = torch.arange(IDS.shape[1])[None]
     assert not TokenLogProbs(model)(IDS, None, positions, positions > 0)[0].requires_grad

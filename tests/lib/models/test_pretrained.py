@@ -18,6 +18,7 @@ from tests.real_files import PROJECT
 from tests.tiny_models import CPU, tiny_gpt2, tiny_llama
 
 RUNTIME = read_runtime("train_sft", PROJECT / "runtime.yaml")
+LOADING = pretrained.Loading("fp32", RUNTIME, CPU)
 
 
 def folder_of(kind: str, tmp_path: Path) -> Path:
@@ -72,7 +73,7 @@ def test_flash_attention_without_its_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         StageError, match=r"runtime\.yaml: attention: flash_attention_2 cannot be used here: the package"
     ):
-        pretrained.load_language_model(folder_of("llama", tmp_path), "bf16", runtime, CPU)
+        pretrained.load_language_model(folder_of("llama", tmp_path), pretrained.Loading("bf16", runtime, CPU))
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "bloom"])
@@ -85,9 +86,9 @@ def test_an_attention_kernel_that_an_architecture_lacks_is_refused_by_our_key(ki
     )
     for load in (pretrained.load_language_model, partial(pretrained.new_classifier, seed=0)):
         with pytest.raises(StageError, match=message) as refused:
-            load(tmp_path, "fp32", RUNTIME, CPU)
+            load(tmp_path, LOADING)
         assert len(str(refused.value)) < 300
-    assert pretrained.load_language_model(tmp_path, "fp32", replace(RUNTIME, attention="eager"), CPU) is not None
+    assert pretrained.load_language_model(tmp_path, replace(LOADING, runtime=replace(RUNTIME, attention="eager")))
 
 
 def test_an_architecture_without_a_classifier_makes_no_reward_model(tmp_path: Path) -> None:
@@ -97,21 +98,21 @@ def test_an_architecture_without_a_classifier_makes_no_reward_model(tmp_path: Pa
     with pytest.raises(
         StageError, match="has no sequence classifier for models of type cohere, so no reward"
     ) as refused:
-        pretrained.new_classifier(tmp_path, "fp32", RUNTIME, CPU, 0)
+        pretrained.new_classifier(tmp_path, LOADING, 0)
     assert len(str(refused.value)) < 400
-    assert pretrained.load_language_model(tmp_path, "fp32", RUNTIME, CPU) is not None
+    assert pretrained.load_language_model(tmp_path, LOADING) is not None
 
 
 def test_pickles_and_adapters_are_not_loaded(tmp_path: Path) -> None:
     path = folder_of("llama", tmp_path)
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model", "peft_type": "LORA"}')
     with pytest.raises(StageError, match="holds an adapter"):
-        pretrained.load_language_model(path, "fp32", RUNTIME, CPU)
+        pretrained.load_language_model(path, LOADING)
     (path / "adapter_config.json").unlink()
     torch.save(tiny_llama().state_dict(), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     with pytest.raises(StageError, match=r"its weights as a pickle alone \(pytorch_model\.bin\)"):
-        pretrained.load_language_model(path, "fp32", RUNTIME, CPU)
+        pretrained.load_language_model(path, LOADING)
 
 
 def test_a_kernel_that_a_configuration_names_is_not_used(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_kernel_that_a_configuration_names_is_not_used(tmp_path: Path) -> None
     path = folder_of("llama", tmp_path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"attn_implementation": "some/kernel"}))
-    assert pretrained.load_language_model(path, "fp32", RUNTIME, CPU).config._attn_implementation == "sdpa"
+    assert pretrained.load_language_model(path, LOADING).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("content", ["[]", '{"model_type": 5}', '{"model_type": "llama", "vocab_size": []}', "\\"])
@@ -127,4 +128,4 @@ def test_a_configuration_that_makes_no_sense(content: str, tmp_path: Path) -> No
     path = folder_of("llama", tmp_path)
     (path / "config.json").write_text(content)
     with pytest.raises(StageError, match=r"config\.json"):
-        pretrained.load_language_model(path, "fp32", RUNTIME, CPU)
+        pretrained.load_language_model(path, LOADING)
