@@ -157,9 +157,10 @@ EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
 soak: $(VENV) ## The same with one seed after the other: MINUTES=240
 	.venv/bin/python -m tests.proofs.kill_matrix --minutes "$$MINUTES" --kills 6 --seed 1000 --table tests/proofs/kill_soak.md
 
-lint: $(VENV) ## Check style and format
+lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff check benchmarks stages tests
 	.venv/bin/ruff format --check benchmarks stages tests
+	.venv/bin/pyrefly check --summary=none
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
 	rm -rf plots .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ from stages.lib.report.curve_tables import CurveTable, training_and_evaluation
 from stages.lib.report.figures import Line, left_out_note, line_figure, line_sample
 from stages.lib.report.number_formats import decimal, number, percent, signed
 from stages.lib.report.outcome import BASELINE, has_gold, outcome, shown
-from stages.lib.report.pages import joined, render_page, write_page
+from stages.lib.report.pages import joined_names, render_page, write_page
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Metrics, read_inputs
 
 # The curves to see at once; the others of a stage are folded away.
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
     small: str = ""
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     name: str
     cells: list[Cell]
 
@@ -58,7 +58,9 @@ def policies_table(evaluations: Mapping[str, Metrics], absent: list[str]) -> dic
         "distinct-2": lambda metrics: Cell(decimal(metrics["distinct_2"], 3)),
         "preference accuracy": lambda metrics: share(metrics, "preference_accuracy"),
     }
-    rows = [Row(shown(policy), [cell(metrics) for cell in columns.values()]) for policy, metrics in evaluations.items()]
+    rows = [
+        TableRow(shown(policy), [cell(metrics) for cell in columns.values()]) for policy, metrics in evaluations.items()
+    ]
     return {"head": ["", *columns], "rows": rows, "absent": [shown(policy) for policy in absent]}
 
 
@@ -99,7 +101,7 @@ def reward_model_table(inputs: Inputs) -> dict[str, Any]:
         "held-out loss": Cell(decimal(metrics["eval_loss"], 4)),
         "calibration error": Cell(decimal(evaluation["rm_calibration_error"], 3)),
     }
-    return {"head": ["", *cells], "rows": [Row("Reward model", list(cells.values()))]}
+    return {"head": ["", *cells], "rows": [TableRow("Reward model", list(cells.values()))]}
 
 
 def data_table(inputs: Inputs) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def data_table(inputs: Inputs) -> dict[str, Any]:
     for kind, tokens in inputs.tokens.items():
         counts = [inputs.data[f"{kind}/{split}_rows"] for split in SPLITS]
         counts += [tokens[f"{split}_{what}"] for what in ("rows", "tokens") for split in SPLITS]
-        rows.append(Row(kind, [Cell(number(count)) for count in counts]))
+        rows.append(TableRow(kind, [Cell(number(count)) for count in counts]))
     raw_rows = number(inputs.data["raw_rows"]) if "raw_rows" in inputs.data else ""
     return {"head": head, "rows": rows, "raw_rows": raw_rows}
 
@@ -120,7 +122,7 @@ def dropped_table(inputs: Inputs) -> dict[str, Any]:
         **{f"tokenize_data {kind}": metrics for kind, metrics in inputs.tokens.items()},
     }
     rows = [
-        Row(f"{stage}: {key.removeprefix('dropped/').replace('_', ' ')}", [Cell(number(count))])
+        TableRow(f"{stage}: {key.removeprefix('dropped/').replace('_', ' ')}", [Cell(number(count))])
         for stage, metrics in stages.items()
         for key, count in sorted(metrics.items())
         if key.startswith("dropped/") and count
@@ -184,7 +186,7 @@ def page_of(inputs: Inputs) -> str:
     return render_page(
         "report.html.jinja",
         {
-            "title": f"Report on {joined(shown(policy) for policy in inputs.evaluations)}",
+            "title": f"Report on {joined_names(shown(policy) for policy in inputs.evaluations)}",
             "outcome": outcome(inputs.evaluations, inputs.training["train_rm"], inputs.data.get("bayes_accuracy")),
             "policies": policies_table(inputs.evaluations, inputs.absent),
             "reward_model": reward_model_table(inputs),

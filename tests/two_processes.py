@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.real_files import PROJECT
 
 END = """
-from stages.lib.command.run import end_process
+from stages.lib.command.process_end import end_process
 end_process()
 """
 

@@ -38,7 +38,7 @@ def command_of(stage: str) -> str:
     from dvc.repo import Repo
 
     try:
-        found = Repo().stage.collect(stage)
+        found = list(Repo().stage.collect(stage))
     except DvcException as error:
         raise StageError(str(error)) from None
     if len(found) != 1:

@@ -148,7 +148,7 @@ def stage_record(
         "code": None if text is None else [code_entry(*line.split(" ", 1)) for line in text.splitlines()],
         "inputs": inputs,
         "outs": outs,
-        "origin": origin(settings),
+        "origin": origin_of(settings),
         "run": run_that_made({out["path"]: out["md5"] for out in outs}, runs),
     }
 
@@ -210,7 +210,7 @@ def is_earlier(entry: Mapping[str, Any], out: str, lock: Lock, workspace: Worksp
     return entry["state"] == ALTERED and workspace.hash_of(out) == lock.hash_of[out]
 
 
-def origin(settings: Mapping[str, Any]) -> str | None:
+def origin_of(settings: Mapping[str, Any]) -> str | None:
     """Where a stage got what no other stage made, from its settings as recorded; None if it has no `source`."""
     for section in (value for value in settings.values() if isinstance(value, dict) and "source" in value):
         source = section["source"]
@@ -234,23 +234,24 @@ def declared_stages() -> dict[str, Record]:
     from dvc.dependency import ParamsDependency
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
     try:
         with Repo() as repo:
             return {
-                stage.name: {
-                    "cmd": " ".join(words(stage.cmd)),
+                str(stage.name): {
+                    "cmd": " ".join(words_of_command(stage.cmd)),
                     "deps": {dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)},
                     "outs": {out.def_path for out in stage.outs},
                 }
                 for stage in repo.index.stages
-                if stage.cmd
+                if isinstance(stage, PipelineStage) and stage.cmd
             }
     except DvcException as error:
         raise StageError(f"{GRAPH_FILE}: {error}") from None
 
 
-def words(cmd: str | list[str]) -> list[str]:
+def words_of_command(cmd: str | list[str]) -> list[str]:
     """Of a stage's command, or of its several."""
     return (cmd if isinstance(cmd, str) else " ".join(cmd)).split()
 
@@ -267,10 +268,10 @@ def changed_code(name: str, code: list[Record] | None) -> list[str]:
 
 
 def changed_settings(name: str, recorded: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    before, now = flat(recorded), flat({key: params[key] for key in recorded if key in params})
+    before, now = dotted(recorded), dotted({key: params[key] for key in recorded if key in params})
     absent = object()
     return [
-        f"{name} was made with {key} {shown(before.get(key))}, and {PARAMS_FILE} has {shown(now.get(key))}"
+        f"{name} was made with {key} {as_yaml(before.get(key))}, and {PARAMS_FILE} has {as_yaml(now.get(key))}"
         for key in {**before, **now}
         if before.get(key, absent) != now.get(key, absent)
     ]
@@ -280,7 +281,7 @@ def changed_declaration(name: str, record: Mapping[str, Any], declared: Mapping[
     if declared is None:
         return [f"{GRAPH_FILE} has no stage {name} any more"]
     faults = []
-    if words(record["cmd"]) != words(declared["cmd"]):
+    if words_of_command(record["cmd"]) != words_of_command(declared["cmd"]):
         faults.append(f"the command of {name} in {GRAPH_FILE} is another one")
     recorded = {entry["path"] for entry in record["inputs"]}
     data = {dep for dep in declared["deps"] if not is_manifest(dep)}
@@ -305,18 +306,19 @@ def changed_sources(name: str, inputs: Iterable[Mapping[str, Any]]) -> list[str]
     return unrecorded + changed
 
 
-def flat(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     """Dotted key → value, below every non-empty mapping."""
     leaves = {}
     for key, value in values.items():
-        leaves |= flat(value, f"{section}{key}.") if isinstance(value, dict) and value else {f"{section}{key}": value}
+        nested = isinstance(value, dict) and value
+        leaves |= dotted(value, f"{section}{key}.") if nested else {f"{section}{key}": value}
     return leaves
 
 
-def shown(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """A setting as YAML writes it."""
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(as_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

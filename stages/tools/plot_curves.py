@@ -18,7 +18,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.command.run import run
 from stages.lib.report.curve_tables import CurveTable, curve_in, read_curve
 from stages.lib.report.figures import STYLES, Line, left_out_note, line_figure, line_sample
-from stages.lib.report.pages import joined, render_page, write_page
+from stages.lib.report.pages import joined_names, render_page, write_page
 
 CURVES = "metrics/curves"
 WORKSPACE = "workspace"
@@ -134,7 +134,7 @@ def main(
     page = render_page(
         "curves.html.jinja",
         {
-            "title": f"Training curves of {joined(revision.name for revision in revisions)}",
+            "title": f"Training curves of {joined_names(revision.name for revision in revisions)}",
             "revisions": [
                 {"name": revision.name, "line": line_sample(style)} for style, revision in enumerate(revisions)
             ],

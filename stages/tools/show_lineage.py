@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from stages.lib.command.run import run
-from stages.tools.lineage import SAME, Lock, flat, shown, trace
+from stages.tools.lineage import SAME, Lock, Record, as_yaml, dotted, trace
 
 WIDTH = 120
 SHORT = 8  # digits of a hash
@@ -26,10 +26,9 @@ FIRST_LINE = 12  # where the text of a field begins
 NOT_AS_RECORDED = 1
 NO_BREAK = "\N{NO-BREAK SPACE}"
 NO_RUN = "not known: no record of that run here"
-Record = Mapping[str, Any]
 
 
-def short(entry: Record) -> str:
+def file_and_hash(entry: Record) -> str:
     """A file with its hash as recorded, and its state if that is not what is here."""
     state = "" if entry["state"] == SAME else f" ({entry['state'].upper()})"
     return kept_together(f"{entry['path']} {(entry['md5'] or '?')[:SHORT]}{state}")
@@ -41,21 +40,21 @@ def kept_together(text: str) -> str:
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(kept_together(f"{key} {shown(value)}") for key, value in values.items())
+    return ", ".join(kept_together(f"{key} {as_yaml(value)}") for key, value in values.items())
 
 
 def of_code(entries: Iterable[Record] | None) -> str:
     if entries is None:
         return "not recorded"
-    return ", ".join(short({**entry, "path": entry["path"].removeprefix("stages/")}) for entry in entries)
+    return ", ".join(file_and_hash({**entry, "path": entry["path"].removeprefix("stages/")}) for entry in entries)
 
 
 def of_params(params: Mapping[str, Any]) -> str:
     """Settings by section: `seed 17; train_rm: epochs 1.0, batch_size 32`."""
     sections = []
     for name, value in sorted(params.items(), key=lambda item: isinstance(item[1], dict)):
-        below = flat(value) if isinstance(value, dict) else {}
-        sections.append(f"{name}: {pairs(below)}" if below else f"{name} {shown(value)}")
+        below = dotted(value) if isinstance(value, dict) else {}
+        sections.append(f"{name}: {pairs(below)}" if below else f"{name} {as_yaml(value)}")
     return "; ".join(sections) or "none"
 
 
@@ -68,7 +67,7 @@ def of_run(record: Record | None) -> dict[str, str]:
         "run": f"{record['ended']}, {record['seconds']} s, {record['peak_memory_mib']} MiB, "
         f"{count} process{'es' if count > 1 else ''} on {record['device']}",
         "launcher": record["launcher"],
-        "runtime": pairs(flat(runtime)) if runtime else "none",
+        "runtime": pairs(dotted(runtime)) if runtime else "none",
         "versions": pairs({"python": record["python"], **record["versions"]}),
     }
 
@@ -76,7 +75,7 @@ def of_run(record: Record | None) -> dict[str, str]:
 def fields_of(stage: Record, taken: set[str]) -> dict[str, str]:
     others = [entry for entry in stage["outs"] if entry["path"] not in taken]
     return {
-        **({"also made": ", ".join(map(short, others))} if others else {}),
+        **({"also made": ", ".join(map(file_and_hash, others))} if others else {}),
         "params": of_params(stage["params"]),
         "code": f"in stages/: {of_code(stage['code'])}",
         **({"source": stage["origin"]} if stage["origin"] else {}),
@@ -109,7 +108,7 @@ class Tree:
         """Add a stage as the maker of the files `taken`, and all that it was made from below it."""
         branch, below = ("", "") if root else ("└─ ", "   ") if last else ("├─ ", "│  ")
         again = " (see above)" if name in self.done else ""
-        files = ", ".join(map(short, taken))
+        files = ", ".join(map(file_and_hash, taken))
         self.lines += wrapped_after(f"{indent}{branch}{name}{again} → ", f"{indent}{below}{'':{FIRST_LINE}}", files)
         if again:
             return
@@ -125,7 +124,7 @@ class Tree:
                 for corner, entry in zip(branches, entries, strict=True):
                     unrecorded = entry["unrecorded_maker"]
                     made_by = f"{unrecorded}, of which dvc.lock has no run" if unrecorded else "no stage"
-                    text = f"{short(entry)}, made by {made_by}"
+                    text = f"{file_and_hash(entry)}, made by {made_by}"
                     self.lines += wrapped_after(f"{indent}{below}{corner} ", f"{indent}{below}   ", text)
             else:
                 self.add(maker, entries, f"{indent}{below}", last=final)
@@ -148,10 +147,10 @@ def as_text(record: Record) -> str:
         )
         tree.add(name, [entry], root=True)
         tree.lines.append("")
-    return "\n".join([*tree.lines, *verdict(record)])
+    return "\n".join([*tree.lines, *conclusion(record)])
 
 
-def verdict(record: Record) -> list[str]:
+def conclusion(record: Record) -> list[str]:
     """What was compared, and what of it is not as recorded."""
     files = {
         entry["path"]

@@ -14,9 +14,9 @@ from typing import Any
 from stages.lib.command.hashing import dvc_hash, file_hash
 from tests.fuzz.case import put
 from tests.fuzz.child import run_stage
+from tests.pipeline.graph import stage_names
 from tests.proofs.forked_stage import load_libraries
 from tests.proofs.tiny_projects import outs_of
-from tests.stages.conftest import STAGES
 from tests.stages.tiny_pipeline import new_project, read_yaml, stage_options
 
 # No step more than it takes to meet every row, and curves of which a page is drawn in a second.
@@ -29,13 +29,13 @@ SMALLER = {
 SHOWN_COLUMNS = 2
 SCRATCH = ".scratch"
 BASE = "base"
-MADE = tuple(stage for stage in STAGES if stage != "report")
+MADE = tuple(stage for stage in stage_names() if stage != "report")
 LATER = ("pandas", "matplotlib.figure", "matplotlib.backends.backend_svg", "pyarrow.parquet", "jinja2.sandbox")
 
 
 def load() -> None:
     """Import what the stages import, so that a forked child need not."""
-    load_libraries(list(STAGES))
+    load_libraries(list(stage_names()))
     for name in LATER:
         importlib.import_module(name)
 

@@ -19,6 +19,66 @@ def load_graph(root: Path = ROOT) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
 
 
+def paths(entries: list[Any] | None) -> list[str]:
+    """The paths of a list of deps, outs, metrics or plots; an entry with options is a mapping with one key."""
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
+
+
+def outs_of(stage: dict[str, Any]) -> list[str]:
+    return paths([*(stage.get("outs") or []), *(stage.get("metrics") or []), *(stage.get("plots") or [])])
+
+
+def instances(name: str, stage: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A stage as it stands or, of one with a matrix over one key, a copy for each value with the value put in."""
+    if "matrix" not in stage:
+        yield name, stage
+        return
+    ((key, values),) = stage["matrix"].items()
+    for value in values:
+        yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
+
+
+def put_in(node: Any, placeholder: str, value: str) -> Any:
+    if isinstance(node, dict):
+        return {put_in(key, placeholder, value): put_in(item, placeholder, value) for key, item in node.items()}
+    if isinstance(node, list):
+        return [put_in(item, placeholder, value) for item in node]
+    return node.replace(placeholder, value) if isinstance(node, str) else node
+
+
+def all_instances(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return dict(instance for name, stage in graph["stages"].items() for instance in instances(name, stage))
+
+
+def is_code(dep: str) -> bool:
+    return is_at_or_below(dep, str(MANIFESTS))
+
+
+def is_at_or_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def stage_names() -> tuple[str, ...]:
+    """All stages, each instance of one with a matrix, in the order in which they can run."""
+    return tuple(all_instances(load_graph()))
+
+
+def training_stages() -> tuple[str, ...]:
+    """The stages that train a model."""
+    return tuple(name for name in load_graph()["stages"] if name.startswith("train_"))
+
+
+def computing_stages() -> tuple[str, ...]:
+    """The stages that $LAUNCH starts, on several processes if so asked, but for evaluations."""
+    stages = load_graph()["stages"]
+    return tuple(name for name, stage in stages.items() if LAUNCHER in stage["cmd"] and "matrix" not in stage)
+
+
+def trained_policies() -> tuple[str, ...]:
+    """The policies that are evaluated beside the supervised model."""
+    return tuple(policy for policy in load_graph()["stages"]["evaluate"]["matrix"]["policy"] if policy != "sft")
+
+
 def script_of(stage: str) -> str:
     """The script of a stage, or of an instance of one with a matrix: they carry one name."""
     return f"stages/{stage.partition('@')[0]}.py"

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.pipeline.graph import ROOT, load_graph
+from tests.pipeline.graph import FIRST, ROOT, all_instances, code_of, load_graph, outs_of, paths
 from tests.stages.tiny_pipeline import lay_over, new_project, read_yaml, script, stage_options, write_yaml
 
 HEAVY = (
@@ -213,8 +213,6 @@ def access_times_are_kept(folder: Path) -> bool:
 
 def declared_by_stage(params: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     """Deps, outs and params keys of every stage of dvc.yaml, with the values of `params` put in."""
-    from tests.pipeline.graph import FIRST, code_of
-    from tests.pipeline.test_graph import all_instances, outs_of, paths
 
     def filled_in(path: str) -> str:
         return re.sub(r"\$\{(\w+)\.(\w+)\}", lambda match: str(params[match[1]][match[2]]), path)

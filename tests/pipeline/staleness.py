@@ -22,8 +22,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
-from tests.pipeline.graph import FIRST, ROOT, load_graph
-from tests.pipeline.test_graph import MANIFESTS, all_instances, is_code, outs_of, paths
+from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
 
 TABLE = ROOT / "tests/pipeline/staleness.md"
 RAW_DATA = "data/raw/none"
@@ -34,7 +33,7 @@ IN_NO_DEPS = (
 )
 SECTION = "params.yaml: "
 COMMENT = f"{SECTION}a comment"
-REMARK = "a comment in any one Python file of stages/"
+REMARK = ": a comment"  # the end of the row of a Python file in which one is added
 HEAD = """\
 # What a change makes stale
 
@@ -139,10 +138,13 @@ def changes_of(folder: Path) -> dict[str, tuple[Path, str]]:
     return changes
 
 
-def remarks_of(folder: Path) -> dict[Path, str]:
-    """Each Python file of stages/, with one more comment."""
+def remarks_of(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Row of the table → a Python file of stages/, and its text with one more comment."""
     files = [file for file in sorted((folder / "stages").rglob("*.py")) if file.stat().st_size]
-    return {file: file.read_text(encoding="utf-8") + "# A comment.\n" for file in files}
+    return {
+        f"{file.relative_to(folder).as_posix()}{REMARK}": (file, file.read_text(encoding="utf-8") + "# A comment.\n")
+        for file in files
+    }
 
 
 @contextlib.contextmanager
@@ -167,17 +169,15 @@ def fresh_copy(folder: Path) -> Iterator[Any]:
 def stale_one_by_one(folder: Path) -> dict[str, set[str]]:
     """Row of the table → the stages that DVC calls changed after this change alone."""
     with fresh_copy(folder) as repo:
-        answers = {row: asked(repo, folder, {file: text}) for row, (file, text) in changes_of(folder).items()}
-        of_remarks = [asked(repo, folder, {file: text}) for file, text in remarks_of(folder).items()]
-        assert all(stale == of_remarks[0] for stale in of_remarks)
-        return answers | {REMARK: of_remarks[0]}
+        changes = changes_of(folder) | remarks_of(folder)
+        return {row: asked(repo, folder, {file: text}) for row, (file, text) in changes.items()}
 
 
 def stale_by_parts(folder: Path) -> dict[str, set[str]]:
     """The same with few questions to DVC: which manifests a change of code writes is seen without it."""
     with fresh_copy(folder) as repo:
-        changes = changes_of(folder)
-        code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and row.endswith(".py")}
+        changes = changes_of(folder) | remarks_of(folder)
+        code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and edit[0].suffix == ".py"}
         answers = {row: asked(repo, folder, dict([edit])) for row, edit in changes.items() if row not in code}
         stale_with = {}
         for name, text in manifests().items():
@@ -187,8 +187,8 @@ def stale_by_parts(folder: Path) -> dict[str, set[str]]:
                 changed = write_manifests(folder)
             write_manifests(folder)
             answers[row] = {FIRST}.union(*(stale_with[name] for name in changed))
-        answers[REMARK] = asked(repo, folder, remarks_of(folder))
-        return {row: answers[row] for row in (*changes, REMARK)}
+        assert asked(repo, folder, dict(remarks_of(folder).values())) == {FIRST}
+        return {row: answers[row] for row in changes}
 
 
 def asked(repo: Any, folder: Path, edits: dict[Path, str], *, again: bool = True) -> set[str]:

@@ -8,7 +8,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +17,22 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.lib.operations.code_closure import MANIFESTS, manifest_of
-from tests.pipeline.graph import FIRST, ROOT, called_name, code_of, load_graph, manifest_path, params_read, parsed
+from tests.pipeline.graph import (
+    FIRST,
+    ROOT,
+    all_instances,
+    called_name,
+    code_of,
+    computing_stages,
+    is_at_or_below,
+    is_code,
+    load_graph,
+    manifest_path,
+    outs_of,
+    params_read,
+    parsed,
+    paths,
+)
 
 GRAPH = load_graph()
 STAGES = tuple(GRAPH["stages"])
@@ -26,37 +40,6 @@ TEMPLATED = re.compile(r"\$\{(?!item\.)[\w.]+\}")
 IN_GIT = ("metrics/", str(MANIFESTS))
 TOP_FOLDERS = ("data", "metrics", "models", str(MANIFESTS))
 BEFORE_ALL = {"params.yaml", "runtime.yaml", "stages"}  # deps of the first stage
-
-
-def paths(entries: list[Any] | None) -> list[str]:
-    """The paths of a list of deps, outs, metrics or plots; an entry with options is a mapping with one key."""
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
-
-
-def outs_of(stage: dict[str, Any]) -> list[str]:
-    return paths([*(stage.get("outs") or []), *(stage.get("metrics") or []), *(stage.get("plots") or [])])
-
-
-def instances(name: str, stage: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A stage as it stands or, of one with a matrix over one key, a copy for each value with the value put in."""
-    if "matrix" not in stage:
-        yield name, stage
-        return
-    ((key, values),) = stage["matrix"].items()
-    for value in values:
-        yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
-
-
-def put_in(node: Any, placeholder: str, value: str) -> Any:
-    if isinstance(node, dict):
-        return {put_in(key, placeholder, value): put_in(item, placeholder, value) for key, item in node.items()}
-    if isinstance(node, list):
-        return [put_in(item, placeholder, value) for item in node]
-    return node.replace(placeholder, value) if isinstance(node, str) else node
-
-
-def all_instances(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return dict(instance for name, stage in graph["stages"].items() for instance in instances(name, stage))
 
 
 def paths_in_cmd(stage: dict[str, Any]) -> list[str]:
@@ -83,14 +66,6 @@ def paths_not_in_cmd(stage: dict[str, Any]) -> list[str]:
     deps = [dep for dep in paths(stage["deps"]) if not is_code(dep) and not TEMPLATED.fullmatch(dep)]
     declared = [dep for dep in deps if dep not in BEFORE_ALL] + outs_of(stage)
     return [path for path in declared if not any(is_at_or_below(path, named) for named in paths_in_cmd(stage))]
-
-
-def is_code(dep: str) -> bool:
-    return is_at_or_below(dep, str(MANIFESTS))
-
-
-def is_at_or_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
 
 
 def overlapping_outs(graph: dict[str, Any]) -> list[tuple[str, str]]:
@@ -230,10 +205,7 @@ def test_git_ignores_what_dvc_tracks_and_nothing_else_of_the_graph():
     assert set(answer.stdout.split()) == cached | users_own | left_behind
 
 
-TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
-
-
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", computing_stages())
 def test_training_cannot_see_the_gold_utility(name):
     """The gold utility is in the generator's code and in the prepared rows: training has neither."""
     deps = paths(GRAPH["stages"][name]["deps"])

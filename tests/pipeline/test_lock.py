@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.graph import ROOT, load_graph
-from tests.pipeline.test_graph import all_instances
+from tests.pipeline.graph import ROOT, all_instances, load_graph
 
 NO_FILE = "data/raw/none"
 

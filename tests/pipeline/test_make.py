@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tests.pipeline.graph import ROOT, load_graph
-from tests.pipeline.test_graph import all_instances
+from tests.pipeline.graph import ROOT, all_instances, computing_stages, load_graph
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys
@@ -58,12 +57,7 @@ VARIABLES = [
 ]
 STEPS = {
     "tokenize": "tokenize_data",
-    "train-sft": "train_sft",
-    "train-rm": "train_rm",
-    "ref-logprobs": "ref_logprobs",
-    "train-dpo": "train_dpo",
-    "train-ppo": "train_ppo",
-    "train-grpo": "train_grpo",
+    **{name.replace("_", "-"): name for name in computing_stages()},
     "evaluate": "evaluate",
     "report": "report",
 }
@@ -74,7 +68,7 @@ def project(tmp_path):
     """A folder with the Makefile and a finished .venv of stand-ins."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    for name in ("python", "dvc", "ruff"):
+    for name in ("python", "dvc", "ruff", "pyrefly"):
         write_stand_in(tmp_path / ".venv/bin" / name)
     (tmp_path / "requirements.lock").write_text(LOCK)
     for name in (*LOCKS, ".venv/.complete"):
@@ -208,7 +202,14 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
         (["test-fast"], ["python -m pytest -q -m not slow"]),
-        (["lint"], ["ruff check benchmarks stages tests", "ruff format --check benchmarks stages tests"]),
+        (
+            ["lint"],
+            [
+                "ruff check benchmarks stages tests",
+                "ruff format --check benchmarks stages tests",
+                "pyrefly check --summary=none",
+            ],
+        ),
     ],
 )
 def test_the_other_targets(project, arguments, expected):

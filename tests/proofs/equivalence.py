@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.lib.command.run import end_process
+from stages.lib.command.process_end import end_process
 from stages.lib.compute.processes import join_processes
 from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_table
 from stages.lib.settings.runtime import read_runtime

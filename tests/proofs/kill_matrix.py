@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.pipeline.graph import stage_names
 from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
 from tests.proofs.forked_stage import load_libraries, run_forked
@@ -36,7 +37,6 @@ from tests.proofs.forked_trials import forked_rows
 from tests.proofs.kill_table import Row, added_up, report
 from tests.proofs.real_trials import real_rows
 from tests.proofs.tiny_projects import SAVING, STAGES, without_outs, write_lock
-from tests.stages.conftest import STAGES as ALL_STAGES
 from tests.stages.tiny_pipeline import change, new_project
 
 ON_TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
@@ -95,7 +95,7 @@ def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
 def tiny_truth(folder: Path) -> Path:
     """A project in which every stage has run undisturbed, each in a child: this process computes nothing."""
     new_project(folder)
-    for stage in ALL_STAGES:
+    for stage in stage_names():
         ended = run_forked(folder, stage)
         if ended.status:
             raise RuntimeError(f"{stage} fails undisturbed: {ended.output[-3000:]}")
@@ -122,7 +122,7 @@ def copy_for(truth: Path, folder: Path, stage: str = "", settings: dict[str, Any
 def main() -> None:
     options = parse()
     end = time.monotonic() + 60 * options.minutes if options.minutes else None
-    load_libraries(list(ALL_STAGES))
+    load_libraries(list(stage_names()))
     shared_memory = Path("/dev/shm")  # where a sync costs nothing
     with tempfile.TemporaryDirectory(dir=shared_memory if os.access(shared_memory, os.W_OK) else None) as name:
         work = Path(name)

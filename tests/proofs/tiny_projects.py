@@ -8,21 +8,18 @@ import sys
 from pathlib import Path
 
 from stages.lib.command.hashing import dvc_hash, file_hash
-from tests.stages.tiny_pipeline import PROJECT, read_yaml, script, stage_options, write_yaml
+from tests.pipeline import graph
+from tests.pipeline.graph import computing_stages
+from tests.stages.tiny_pipeline import PROJECT, script, stage_options, write_yaml
 
 # Those that are killed.
-STAGES = ("tokenize_data@preference", "train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
-STAGES += ("evaluate@ppo",)
+STAGES = ("tokenize_data@preference", *computing_stages(), "evaluate@ppo")
 SAVING = STAGES[1:]  # tokenize keeps nothing
 
 
 def outs_of(stage: str) -> list[str]:
     """The paths that a stage writes, from dvc.yaml: outs, metrics and plots."""
-    name, _, item = stage.partition("@")
-    entry = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
-    listed = [out for key in ("outs", "metrics", "plots") for out in entry.get(key, [])]
-    paths = [out if isinstance(out, str) else next(iter(out)) for out in listed]
-    return [path.replace("${item.kind}", item).replace("${item.policy}", item) for path in paths]
+    return graph.outs_of(graph.all_instances(graph.load_graph())[stage])
 
 
 def write_lock(folder: Path) -> None:

@@ -35,7 +35,6 @@ from tests.stages.tiny_pipeline import (
 
 STEPS = 20
 ROLLOUTS = "rollouts.json"
-TRAINING = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 # What is evaluated, between the steps too, and published is then an average, sharded like AdamW's moments.
 AVERAGED = {"ema_decay": 0.9}
 EVALUATED = {"eval_every": 6, "keep": "last", "optimizer": AVERAGED}
@@ -48,6 +47,7 @@ TWENTY_STEPS = {
     "train_grpo": {"iterations": 5, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4, "epochs": 2}
     | {"max_new_tokens": 12, "optimizer": AVERAGED},
 }
+TRAINING = tuple(TWENTY_STEPS)
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
 LORA["save_adapter"] = False
 WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}

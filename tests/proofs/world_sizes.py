@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tests.pipeline.graph import computing_stages, trained_policies, training_stages
 from tests.proofs.dvc_projects import copy_of_project, start_dvc
 from tests.proofs.measured_commit import measured_commit
 from tests.stages.tiny_pipeline import change, read_yaml
 
 SHARED = ("prepare_base", "tokenize_data")  # and what they need: the data and the model that all runs start from
-TRAINING = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "train_grpo")
-EVALUATIONS = ("evaluate@dpo", "evaluate@ppo")
+TRAINING = computing_stages()
+EVALUATIONS = tuple(f"evaluate@{policy}" for policy in trained_policies())
 TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
 SMALL_BATCHES = {"micro_batch_tokens": 1024}
 ROUNDING = 1e-5  # relative, of a metric that is the same for all seeds
-FILES = ("train_sft", "train_rm", "train_dpo", "train_ppo", "evaluate/dpo", "evaluate/ppo")
+FILES = (*training_stages(), *(f"evaluate/{policy}" for policy in trained_policies()))
 HEADLINES = [
     "train_sft: eval_loss",
     "train_rm: eval_accuracy",

@@ -6,34 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline.graph import stage_names
 from tests.stages.tiny_pipeline import call, new_project
-
-STAGES = (
-    "code_manifest",
-    "prepare_data",
-    "prepare_base",
-    "tokenize_data@sft",
-    "tokenize_data@preference",
-    "tokenize_data@prompts",
-    "train_sft",
-    "train_rm",
-    "ref_logprobs",
-    "train_dpo",
-    "train_ppo",
-    "train_grpo",
-    "evaluate@sft",
-    "evaluate@dpo",
-    "evaluate@ppo",
-    "evaluate@grpo",
-    "report",
-)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder in which every stage has run. Read only."""
     folder = new_project(tmp_path_factory.mktemp("tiny"))
-    for stage in STAGES:
+    for stage in stage_names():
         call(folder, stage)
     return folder
 

@@ -13,7 +13,7 @@ from stages.lib.operations.code_closure import MANIFESTS
 from stages.lib.settings.check import outs_of_graph
 from stages.prepare_base import check_settings_again
 from stages.tools.use_profile import settings_of
-from tests.pipeline.test_graph import all_instances, outs_of
+from tests.pipeline.graph import all_instances, outs_of
 from tests.stages.tiny_pipeline import (
     PROJECT,
     change,

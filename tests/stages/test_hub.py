@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stages.lib.settings.sections import default_params
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
-from tests.stages.conftest import STAGES
+from tests.pipeline.graph import stage_names
 from tests.stages.test_prepare_data import FILES, prepare, prepared, refused, write_raw
 from tests.stages.tiny_pipeline import PROJECT, call, change, lay_over, new_project, read_yaml, start, write_yaml
 
@@ -191,11 +191,11 @@ def test_the_profile_goes_from_the_hub_to_the_report(hub, tmp_path):
     lay_over(settings, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
     write_yaml(folder / "params.yaml", settings)
     change(folder / "params.yaml", SHORT)
-    for stage in STAGES[:3]:
+    for stage in stage_names()[:3]:
         process = start(folder, stage, base_environment=hub.environment(tmp_path / "cache"))
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    for stage in STAGES[3:]:
+    for stage in stage_names()[3:]:
         call(folder, stage)
     first = pd.read_csv(folder / "metrics/curves/train_dpo.csv").iloc[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)

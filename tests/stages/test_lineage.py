@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
 from stages.lib.settings.sections import default_params
-from stages.tools.lineage import is_manifest, origin
+from stages.tools.lineage import is_manifest, origin_of
 from stages.tools.show_lineage import main
 from tests.stages.tiny_pipeline import PROJECT, change, inside, lay_over, read_yaml
 
@@ -312,10 +312,11 @@ def test_hub_sources_are_named_with_their_revision() -> None:
     lay_over(params, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
     base, data = params["prepare_base"], params["prepare_data"]
     assert (
-        origin({"seed": 1, "prepare_base": base}) == f"Hub model Qwen/Qwen2.5-0.5B at revision {base['hub_revision']}"
+        origin_of({"seed": 1, "prepare_base": base})
+        == f"Hub model Qwen/Qwen2.5-0.5B at revision {base['hub_revision']}"
     )
-    named = origin({"prepare_data": data})
+    named = origin_of({"prepare_data": data})
     assert named.startswith(f"Hub dataset Anthropic/hh-rlhf at revision {data['hub_revision']}")
     assert (f", data_dir {data['hub_data_dir']}" in named) == bool(data["hub_data_dir"])
-    assert origin({"prepare_base": base | {"source": "local", "path": "models/mine"}}) == "local: models/mine"
-    assert origin({"train_rm": {"epochs": 1.0}, "seed": 1}) is None
+    assert origin_of({"prepare_base": base | {"source": "local", "path": "models/mine"}}) == "local: models/mine"
+    assert origin_of({"train_rm": {"epochs": 1.0}, "seed": 1}) is None

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 
 from stages.lib.runs.stage_run import StageRun
+from tests.pipeline.graph import computing_stages
 from tests.proofs.tiny_projects import outs_of
 from tests.stages.tiny_pipeline import call, contents, refusal, stage_options
 
 Copy = Callable[..., Path]
-STAGES: tuple = (
-    "prepare_data",
-    "prepare_base",
-    "tokenize_data@preference",
-    "train_sft",
-    "train_rm",
-    "ref_logprobs",
-    "train_dpo",
-)
-STAGES += ("train_ppo", "train_grpo", "evaluate@ppo", pytest.param("report", marks=pytest.mark.slow))
+STAGES: tuple = ("prepare_data", "prepare_base", "tokenize_data@preference", *computing_stages(), "evaluate@ppo")
+STAGES += (pytest.param("report", marks=pytest.mark.slow),)
 COMPUTING = ("train_sft", "ref_logprobs", "train_ppo", "evaluate@ppo")
 
 

@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard
 
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.settings.runtime import STAGES as STAGES_WITH_RUNTIME
-from tests.pipeline.graph import FIRST, load_graph
-from tests.pipeline.test_graph import all_instances, is_code, outs_of, paths
+from tests.pipeline.graph import FIRST, all_instances, is_code, load_graph, outs_of, paths
 from tests.stages.tiny_pipeline import call, change, read_yaml
 
 INSTANCES = all_instances(load_graph())

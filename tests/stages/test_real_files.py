@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stages.lib.settings.sections import default_params
+from tests.pipeline.graph import stage_names
 from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_pipeline import call, change, lay_over, new_project, read_yaml, write_yaml
 
@@ -21,16 +22,6 @@ SHORT = {
     | {"max_new_tokens": 16},
     "evaluate": {"max_prompts": 16, "max_new_tokens": 16, "bootstrap_resamples": 200},
 }
-STAGES = (
-    "train_sft",
-    "train_rm",
-    "ref_logprobs",
-    "train_dpo",
-    "train_ppo",
-    "train_grpo",
-    "evaluate@sft",
-    "evaluate@dpo",
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     (folder / "models/pretrained").symlink_to(model)
     (folder / "data/raw/hh-rlhf").symlink_to(transcripts)
-    call(folder, "prepare_data")
-    call(folder, "prepare_base")
-    for kind in ("sft", "preference", "prompts"):
-        call(folder, f"tokenize_data@{kind}")
-    for stage in (*STAGES, "evaluate@ppo", "report"):
+    for stage in stage_names():
         call(folder, stage)
     return folder
 

@@ -257,15 +257,15 @@ def test_a_run_that_diverges_is_stopped(copy_of_tiny: Copy) -> None:
 
 
 def test_a_second_writer_is_refused(copy_of_tiny: Copy) -> None:
-    from stages.lib.runs.scratch import Scratch
+    from stages.lib.runs.scratch import ScratchFolder
     from tests.stages.tiny_pipeline import inside
 
     folder = copy_of_tiny()
     with inside(folder):
-        first = Scratch("train_sft", {"a": 1}, [])
+        first = ScratchFolder("train_sft", {"a": 1}, [])
         with pytest.raises(StageError, match="is in use"):
-            Scratch("train_sft", {"a": 1}, [])
-        Scratch("train_sft", {"a": 2}, [])
+            ScratchFolder("train_sft", {"a": 1}, [])
+        ScratchFolder("train_sft", {"a": 2}, [])
         del first
 
 

@@ -168,7 +168,11 @@ class MicroBatching:
         return self._batch(rows, sequences, masks, stand_in)
 
     def _batch(
-        self, rows: list[int], sequences: list[Sequence[int]], masks: list[Sequence[int]], stand_in: Sequence[int]
+        self,
+        rows: list[int],
+        sequences: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]],
+        stand_in: Sequence[int],
     ) -> SequenceBatch:
         lay_out = _packed if self.packing else _padded
         arrays = lay_out(sequences or [stand_in], masks or [[0] * len(stand_in)], self.pad_id)

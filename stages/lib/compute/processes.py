@@ -90,11 +90,12 @@ class Processes:
 
     def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
         """The main process's `tensor` (on its CPU), on the CPU of all processes."""
-        if self.world_size == 1:
+        if self.world_size == 1 and tensor is not None:
             return tensor
-        shape, dtype = self.broadcast((tensor.shape, tensor.dtype) if self.is_main else None)
-        everywhere = torch.empty(shape, dtype=dtype, device=self.device)
-        if self.is_main:
+        kind = self.broadcast(None if tensor is None else (tensor.shape, tensor.dtype))
+        assert kind is not None, "the main process has a tensor"
+        everywhere = torch.empty(kind[0], dtype=kind[1], device=self.device)
+        if self.is_main and tensor is not None:
             everywhere.copy_(tensor)
         dist.broadcast(everywhere, src=0)
         return everywhere.cpu()
@@ -213,7 +214,7 @@ def require_same_work(works: Sequence[Mapping[str, str]]) -> None:
     """Raise StageError if the processes were not started alike: they would wait for each other, or mix two runs."""
     first = works[0]
     for rank, work in enumerate(works):
-        for name in [name for name in first | work if name != "host" and first.get(name) != work.get(name)]:
+        for name in [name for name in {**first, **work} if name != "host" and first.get(name) != work.get(name)]:
             where = f"process {rank} ({work['host']})", f"process 0 ({first['host']})"
             if name == "command":
                 raise StageError(f"{where[0]} runs `{work[name]}`, but {where[1]} runs `{first[name]}`")
@@ -237,7 +238,8 @@ def make_deterministic() -> None:
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # torch knows nothing of that package's kernels
     # Does what use_deterministic_algorithms(True) does, without its import of the compiler, which takes 2 seconds.
     torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+    # Nothing here reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute] (hidden by torch)
     torch.backends.cuda.matmul.allow_tf32 = False
     settle_vector_maths()
 

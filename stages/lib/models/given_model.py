@@ -75,8 +75,10 @@ def load_pretrained(
     if faults:
         raise StageError(f"{name}: {len(faults)} weights are missing or of another shape, the first is {faults[0]}")
     require_finite_weights(model, name)
+    if tokenizer is None:
+        raise StageError(f"{name}: transformers finds no tokenizer in it")
     require_fast(tokenizer, name)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if ids_of(tokenizer) > rows:
         raise StageError(f"{name}: the tokenizer has ids up to {ids_of(tokenizer) - 1}, the embedding {rows} rows")
     return model, tokenizer
@@ -118,7 +120,7 @@ def check_forward_pass(model: "PreTrainedModel", name: str) -> None:
     kind = model.config.model_type
     if model.config.get_text_config() is not model.config:
         raise StageError(f"{name} cannot be trained here: models of type {kind} hold a language model among others")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     ids = torch.arange(min(16, rows))[None]
     first, second = ids.tensor_split(2, dim=1)
     with torch.no_grad():
@@ -157,6 +159,10 @@ def _logps_of(model: "PreTrainedModel", *sequences: "torch.Tensor") -> "torch.Te
 
     positions = torch.cat([torch.arange(part.shape[1]) for part in sequences])[None]
     return TokenLogProbs(model)(torch.cat(sequences, dim=1), None, positions, positions > 0).logps
+
+
+def embedding_rows(model: "PreTrainedModel") -> int:
+    return next(model.get_input_embeddings().parameters()).shape[0]
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerBase") -> int:

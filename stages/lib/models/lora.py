@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from stages.lib.command.quoted import nearest
 from stages.lib.models.pretrained import DTYPES
 from stages.lib.models.quantization import dequantized, quantized_layers
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"  # the name that PEFT gives to the only adapter of a model
 ADAPTER_FOLDER = "adapter"
@@ -37,7 +40,7 @@ class Lora:
         StageError: a target is no linear layer of the model's body.
     """
 
-    def __init__(self, model: nn.Module, settings: LoraSettings | None, seed: int, source: Path) -> None:
+    def __init__(self, model: "PreTrainedModel", settings: LoraSettings | None, seed: int, source: Path) -> None:
         self.model = model
         self.settings = settings
         self.source = source
@@ -48,12 +51,12 @@ class Lora:
         from peft.tuners.lora import LoraLayer
 
         self.targets = find_targets(model, settings.targets, source)
-        inject_adapter_in_model(self._config(), model, ADAPTER)
+        inject_adapter_in_model(self._config(settings), model, ADAPTER)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         for name, layer in self.layers.items():
             start_adapter(layer, seed, name, model.dtype)
         if hasattr(model, "score"):
-            model.score.requires_grad_(True)
+            model.get_submodule("score").requires_grad_(True)
         self.trained_names = {name for name, weight in model.named_parameters() if weight.requires_grad}
         sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         sizes |= {
@@ -62,15 +65,15 @@ class Lora:
         self.trained_parameters = sum(sizes[name] for name in self.trained_names)
         self.total_parameters = sum(sizes.values())
 
-    def _config(self, **changed: Any) -> Any:
+    def _config(self, settings: LoraSettings, **changed: Any) -> Any:
         from peft import LoraConfig
 
         return LoraConfig(
-            r=self.settings.rank,
-            lora_alpha=self.settings.alpha,
+            r=settings.rank,
+            lora_alpha=settings.alpha,
             lora_dropout=0.0,
             target_modules=self.targets,
-            use_rslora=self.settings.rslora,
+            use_rslora=settings.rslora,
             fan_in_fan_out=has_transposed_layers(self.model),
             **changed,
         )
@@ -132,7 +135,8 @@ class Lora:
         }
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         head = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if hasattr(self.model, "score") else {}
-        config = self._config(**{"task_type": "CAUSAL_LM"} | head, base_model_name_or_path=self.source.as_posix())
+        source = self.source.as_posix()
+        config = self._config(self.settings, **{"task_type": "CAUSAL_LM"} | head, base_model_name_or_path=source)
         config.inference_mode = True
         values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
         del values["peft_version"]  # no out holds a library's version
@@ -151,7 +155,7 @@ class Lora:
                 layer.enable_adapters(True)
 
 
-def find_targets(model: nn.Module, targets: str | tuple[str, ...], source: Path) -> list[str]:
+def find_targets(model: "PreTrainedModel", targets: str | tuple[str, ...], source: Path) -> list[str]:
     """The names by which PEFT finds the layers that get an adapter.
 
     Only linear layers of the body can have one: not the LM head, which may be tied to the embeddings, nor a scalar

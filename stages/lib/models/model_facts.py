@@ -152,7 +152,9 @@ def _class_flags(folder: Path, name: str) -> dict[str, Any] | None:
             continue
         for line in node.body:
             if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant):
-                flags.setdefault(line.targets[0].id, line.value.value)
+                target = line.targets[0]
+                if isinstance(target, ast.Name):
+                    flags.setdefault(target.id, line.value.value)
         pending += [base.id for base in node.bases if isinstance(base, ast.Name)]
     return flags
 
@@ -162,7 +164,9 @@ def table(name: str) -> dict[str, Any]:
     """A table of transformers that says what there is for a model type."""
     for file in ("modeling_auto.py", "auto_mappings.py"):
         for node in _parsed(_library() / "models" / "auto" / file).body:
-            target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Call):
+                continue
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if isinstance(target, ast.Name) and target.id == name:
                 return dict(ast.literal_eval(node.value.args[0]))
     raise LookupError(f"transformers has no table {name}")
@@ -174,4 +178,7 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _library() -> Path:
-    return Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    spec = importlib.util.find_spec("transformers")
+    folders = spec and spec.submodule_search_locations
+    assert folders, "transformers is a package"
+    return Path(folders[0])

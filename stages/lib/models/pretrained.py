@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from stages.lib.models.quantization import is_quantized, nf4_options, settle_qua
 from stages.lib.models.weights_files import require_safetensors
 from stages.lib.settings.lora import BaseQuantization
 from stages.lib.settings.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,7 +47,7 @@ class Loading:
     trust_remote_code: bool = False
 
 
-def load_language_model(path: Path, loading: Loading) -> nn.Module:
+def load_language_model(path: Path, loading: Loading) -> "PreTrainedModel":
     """Load a causal language model, without dropout. Raises StageError if `path` is no such model.
 
     Where ZeRO 3 will shard it, it stays in the CPU's memory, and only the first process reads its weights.
@@ -54,16 +57,18 @@ def load_language_model(path: Path, loading: Loading) -> nn.Module:
     return _load(AutoModelForCausalLM, path, loading)
 
 
-def load_classifier(path: Path, loading: Loading) -> nn.Module:
+def load_classifier(path: Path, loading: Loading) -> "PreTrainedModel":
     """Load a model with a scalar head named `score`, as `train_rm` writes it. Raises StageError if there is none."""
     from transformers import AutoModelForSequenceClassification
 
     if "SequenceClassification" not in str(read_config(path).get("architectures")):
         raise StageError(f"{path} is not a reward model: its config.json names no sequence classifier")
-    return require_scalar_head(_load(AutoModelForSequenceClassification, path, loading, num_labels=1), path)
+    model = _load(AutoModelForSequenceClassification, path, loading, num_labels=1)
+    scalar_head(model, path)
+    return model
 
 
-def new_classifier(path: Path, loading: Loading, seed: int) -> nn.Module:
+def new_classifier(path: Path, loading: Loading, seed: int) -> "PreTrainedModel":
     """A classifier on the body of the language model at `path`, its head drawn from N(0, 1/(d+1)²) with `seed`.
 
     The head is that of OpenAI's "Learning to summarize" (arXiv 2009.01325): bias-free, standard deviation 1/(d+1).
@@ -78,28 +83,29 @@ def new_classifier(path: Path, loading: Loading, seed: int) -> nn.Module:
         )
     head_alone = frozenset({"score.weight"})
     model = _load(AutoModelForSequenceClassification, path, loading, head_alone, num_labels=1)
-    require_scalar_head(model, path)
-    width = model.score.weight.shape[1]
+    weight = scalar_head(model, path).weight
+    width = weight.shape[1]
     head = torch.empty((1, width), dtype=torch.float32)
     head.normal_(std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        model.score.weight.copy_(head)
+        weight.copy_(head)
     return model
 
 
-def require_scalar_head(model: nn.Module, path: Path) -> nn.Module:
+def scalar_head(model: nn.Module, path: Path) -> nn.Linear:
+    """The head of a classifier with one output. Raises StageError if it is not as `Scores` needs it."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
         raise StageError(
             f"{path}: {type(model).__name__} has no bias-free scalar head named 'score'; "
             "use a decoder architecture such as Llama, Qwen2, Mistral or GPT-2"
         )
-    return model
+    return head
 
 
 def _load(
     auto_class: Any, path: Path, loading: Loading, may_be_missing: frozenset[str] = frozenset(), **overrides: Any
-) -> nn.Module:
+) -> "PreTrainedModel":
     runtime, precision, frozen = loading.runtime, loading.precision, loading.frozen
     config = read_config(path)
     require_json_objects(path, MODEL_JSON)
@@ -140,7 +146,7 @@ def _load(
     return model if loading.quantization or sharded else model.to(loading.device)
 
 
-def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> nn.Module:
+def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> Any:
     """The model of a folder with weights that nobody has written to, so that they take no memory yet.
 
     For a process that gets its shards from the first one (DeepSpeed hands them out weight by weight).
@@ -201,13 +207,13 @@ def _quiet_loading() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def facts_of(model: nn.Module) -> ModelFacts:
+def facts_of(model: "PreTrainedModel") -> ModelFacts:
     """What the config of a loaded model says of it."""
     return read_model_facts(model.config.to_dict())
 
 
 def save_model(
-    model: nn.Module, weights: dict[str, torch.Tensor], out: Path, *, save_dtype: str, tokenizer_from: Path
+    model: "PreTrainedModel", weights: dict[str, torch.Tensor], out: Path, *, save_dtype: str, tokenizer_from: Path
 ) -> None:
     """Write a model folder: `weights` cast to `save_dtype`, config, generation config, and the tokenizer's files.
 

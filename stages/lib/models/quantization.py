@@ -4,12 +4,15 @@ bitsandbytes holds each linear layer's weight as 4-bit indices into the 16 NF4 v
 weights; a forward pass dequantises a layer at a time into the compute dtype. Embeddings, norms and heads stay whole.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # weights that share a constant
 
@@ -43,7 +46,7 @@ def require_nf4(device: torch.device) -> None:
         raise StageError(f"{where}: bitsandbytes fails there ({' '.join(str(error).split())}); set null") from None
 
 
-def settle_quantized_layers(model: nn.Module) -> None:
+def settle_quantized_layers(model: "PreTrainedModel") -> None:
     """Make a model's 4-bit layers trustworthy, or raise a StageError that says why they are not.
 
     bitsandbytes 0.50 repacks a layer's weight for some CPUs at its first evaluation, after which no gradient passes
@@ -77,7 +80,7 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """The layers of a model whose weight is held in 4 bits, by name."""
     return {
         name: module
@@ -86,19 +89,19 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def dequantized(layer: nn.Module) -> torch.Tensor:
+def dequantized(layer: Any) -> torch.Tensor:
     """The weight that a 4-bit layer computes with, exactly, as float32 on the CPU. Shape: (out, in)."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
 
 
-def whole_twin(model: nn.Module) -> nn.Module:
+def whole_twin(model: "PreTrainedModel") -> "PreTrainedModel":
     """The class and configuration of a quantised model, without quantisation and without weights: to save with."""
     from copy import deepcopy
 
     config = deepcopy(model.config)
-    del config.quantization_config
+    del config.quantization_config  # pyrefly: ignore[missing-attribute] (one of a quantised model)
     with torch.device("meta"):
         twin = type(model)(config)
     if model.can_generate():

@@ -1,10 +1,15 @@
 """Scalar scores of sequences and of their tokens: the reward model and the critic."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from stages.lib.models.token_logprobs import at_least_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ScalarHead(nn.Linear):
@@ -14,9 +19,9 @@ class ScalarHead(nn.Linear):
         super().__init__(weight.shape[1], 1, bias=False, device="meta")
         self.weight = weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, d) → (…, 1)."""
-        return functional.linear(at_least_float32(hidden), at_least_float32(self.weight))
+        return functional.linear(at_least_float32(input), at_least_float32(self.weight))
 
 
 class Scores(nn.Module):
@@ -27,10 +32,17 @@ class Scores(nn.Module):
             is replaced by a `ScalarHead` on the same weights.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
+    classifier: "PreTrainedModel"
+
+    def __init__(self, classifier: "PreTrainedModel") -> None:
         super().__init__()
-        classifier.score = ScalarHead(classifier.score.weight)
+        (weight,) = classifier.get_submodule("score").parameters()
+        classifier.score = ScalarHead(weight)
         self.classifier = classifier
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, d) → (…)."""
+        return self.classifier.get_submodule("score")(hidden).squeeze(-1)
 
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
@@ -52,7 +64,7 @@ class TokenScores(Scores):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
         """Scores (b, t), float32 or wider, of inputs as in `hidden`; those of padding hold no meaning."""
-        return self.classifier.score(self.hidden(input_ids, attention_mask, position_ids)).squeeze(-1)
+        return self.head(self.hidden(input_ids, attention_mask, position_ids))
 
 
 class SequenceScores(Scores):
@@ -67,4 +79,4 @@ class SequenceScores(Scores):
     ) -> torch.Tensor:
         """Scores at the True places of `end_mask` (b, t), row after row. Returns (n,), float32 or wider."""
         hidden = self.hidden(input_ids, attention_mask, position_ids)
-        return self.classifier.score(hidden[end_mask]).squeeze(-1)
+        return self.head(hidden[end_mask])

@@ -1,12 +1,15 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TokenStatistics(NamedTuple):
@@ -31,7 +34,11 @@ class TokenLogProbs(nn.Module):
         with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
     """
 
-    def __init__(self, language_model: nn.Module, *, chunk_tokens: int = 4096, with_entropies: bool = False) -> None:
+    language_model: "PreTrainedModel"
+
+    def __init__(
+        self, language_model: "PreTrainedModel", *, chunk_tokens: int = 4096, with_entropies: bool = False
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
@@ -104,12 +111,17 @@ class TokenLogProbs(nn.Module):
         Under ZeRO 3 the processes gather the LM head for each chunk, together: all need as many as the one with most.
         """
         count = max(1, math.ceil(hidden.shape[0] / self.chunk_tokens))
-        head = next(self.language_model.get_output_embeddings().parameters())
+        head = next(self._head().parameters())
         if not hasattr(head, "ds_id") or not dist.is_initialized():
             return count
         most = torch.tensor(count, device=hidden.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
+
+    def _head(self) -> nn.Module:
+        head = self.language_model.get_output_embeddings()
+        assert head is not None, "a causal language model has a head"
+        return head
 
     def _chunk(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, recompute: bool
@@ -122,7 +134,7 @@ class TokenLogProbs(nn.Module):
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, d), (n,) → (n,), (n,)."""
-        logits = at_least_float32(self.language_model.get_output_embeddings()(hidden))
+        logits = at_least_float32(self._head()(hidden))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if temperature != 1:

@@ -25,7 +25,7 @@ LIBRARIES = (
     *("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "jinja2"),
     *("matplotlib", "deepspeed", "peft", "bitsandbytes"),
 )
-Record = dict[str, Any]
+RunRecord = dict[str, Any]
 # What is read of a record, and what it is.
 FIELDS: dict[str, Any] = {
     "stage": str,
@@ -87,7 +87,7 @@ def launcher_in_use() -> str:
     return os.environ.get("LAUNCH") or started_by_hand
 
 
-def read_runs(folder: Path | None = None) -> list[Record]:
+def read_runs(folder: Path | None = None) -> list[RunRecord]:
     """The records, oldest first; lines that are no record, of a kill in the middle of one, are passed over.
 
     Args:
@@ -105,7 +105,7 @@ def read_runs(folder: Path | None = None) -> list[Record]:
     return records
 
 
-def run_that_made(outs: Mapping[str, str], records: list[Record]) -> Record | None:
+def run_that_made(outs: Mapping[str, str], records: list[RunRecord]) -> RunRecord | None:
     """The newest record whose outs have all of these hashes, or None."""
     made = [record for record in records if outs and outs.items() <= record["outs"].items()]
     return made[-1] if made else None

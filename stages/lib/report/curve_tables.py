@@ -91,13 +91,15 @@ def number_in(cell: str, where: str) -> float | None:
 
 def rising(steps: list[float | None], places: list[str]) -> list[int]:
     """The column `step` as integers."""
+    whole: list[int] = []
     before = -1
     for step, place in zip(steps, places, strict=True):
         if step is None or not before < step < 2**53 or step != int(step):
             found = "nothing" if step is None else f"{step:g}"
             raise StageError(f"{place}: column '{STEP}' holds {found}, expected a whole number above {before}; {AGAIN}")
         before = int(step)
-    return [int(step) for step in steps]
+        whole.append(before)
+    return whole
 
 
 def training_and_evaluation(columns: list[str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def draw(axes: "Axes", line: Line) -> None:
     steps, values = thinned(line.steps, line.values, MOST_POINTS)
     sparse = len(steps) <= MOST_MARKED_POINTS
     colour, dash, marker = STYLES[line.style]
-    look = {"linewidth": 1.5, "marker": marker, "markersize": 3} if sparse else {"linewidth": 1.0}
+    look: dict[str, Any] = {"linewidth": 1.5, "marker": marker, "markersize": 3} if sparse else {"linewidth": 1.0}
     axes.plot(steps, values, color=colour, linestyle=(0, dash) if dash else "-", **look)
 
 
@@ -149,7 +149,7 @@ def line_sample(style: int) -> str:
 def inline_svg(drawn: str, label: str, id_prefix: str) -> str:
     """The `<svg>` element of a drawn file: what only a file needs is gone, its ids are its own."""
     element = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</defs>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    view = re.search(r'viewBox="[^"]*"', element)[0]
+    view = next(re.finditer(r'viewBox="[^"]*"', element))[0]
     element = element[element.index(">") + 1 :].replace("xlink:href=", "href=").replace(TEXT_COLOUR, "currentColor")
     element = re.sub(r' d="[^"]*"', lambda path: shorter(path[0]), element)
     element = with_own_ids(re.sub(r"\n\s*", "\n", element).strip(), id_prefix)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from stages.lib.report.number_formats import decimal, number, percent, signed
 
 BASELINE = "sft"
-Metrics = Mapping[str, float]
+Measured = Mapping[str, float]
 
 
-def outcome(policies: Mapping[str, Metrics], reward_model: Metrics, bayes_accuracy: float | None) -> list[str]:
+def outcome(policies: Mapping[str, Measured], reward_model: Measured, bayes_accuracy: float | None) -> list[str]:
     """Three sentences.
 
     Args:
@@ -21,13 +21,13 @@ def outcome(policies: Mapping[str, Metrics], reward_model: Metrics, bayes_accura
         bayes_accuracy: the best accuracy that can be expected on the held-out pairs, or None where it is unknown.
     """
     return [
-        against_sft({name: metrics for name, metrics in policies.items() if name != BASELINE}),
+        policies_against_sft({name: metrics for name, metrics in policies.items() if name != BASELINE}),
         of_reward_model(reward_model, bayes_accuracy),
         of_drift(policies),
     ]
 
 
-def against_sft(trained: Mapping[str, Metrics]) -> str:
+def policies_against_sft(trained: Mapping[str, Measured]) -> str:
     if not trained:
         return "No policy but SFT was evaluated, so there is nothing to compare it with."
     count = number(next(iter(trained.values()))["prompts"])
@@ -38,7 +38,7 @@ def against_sft(trained: Mapping[str, Metrics]) -> str:
     return f"{sentence}."
 
 
-def comparison(name: str, metrics: Metrics) -> str:
+def comparison(name: str, metrics: Measured) -> str:
     """What became of one policy, by the gold utility where there is one."""
     if not has_gold(metrics):
         return f"{shown(name)} {verdict(metrics, 'reward')} in mean reward ({evidence(metrics, 'reward')})"
@@ -49,7 +49,7 @@ def comparison(name: str, metrics: Metrics) -> str:
     return text
 
 
-def verdict(metrics: Metrics, measure: str) -> str:
+def verdict(metrics: Measured, measure: str) -> str:
     if metrics[f"{measure}_minus_sft_ci_low"] > 0:
         return "beats SFT"
     if metrics[f"{measure}_minus_sft_ci_high"] < 0:
@@ -57,18 +57,18 @@ def verdict(metrics: Metrics, measure: str) -> str:
     return "cannot be told from SFT"
 
 
-def difference(metrics: Metrics, measure: str) -> str:
+def difference(metrics: Measured, measure: str) -> str:
     mean, low, high = (signed(metrics[f"{measure}_minus_sft_{part}"]) for part in ("mean", "ci_low", "ci_high"))
     includes_zero = ", which includes zero" if verdict(metrics, measure) == "cannot be told from SFT" else ""
     return f"{mean}, 95\N{NO-BREAK SPACE}% interval {low} to {high}{includes_zero}"
 
 
-def evidence(metrics: Metrics, measure: str) -> str:
+def evidence(metrics: Measured, measure: str) -> str:
     rate, low, high = (percent(metrics[f"{measure}_win_rate_vs_sft{part}"]) for part in ("", "_ci_low", "_ci_high"))
     return f"{difference(metrics, measure)}; better on {rate} of the prompts, {low} to {high}"
 
 
-def of_reward_model(metrics: Metrics, bayes_accuracy: float | None) -> str:
+def of_reward_model(metrics: Measured, bayes_accuracy: float | None) -> str:
     accuracy, low, high = (metrics[f"eval_accuracy{part}"] for part in ("", "_ci_low", "_ci_high"))
     sentence = (
         f"The reward model agrees with {percent(accuracy)} of the held-out preferences "
@@ -90,7 +90,7 @@ def of_reward_model(metrics: Metrics, bayes_accuracy: float | None) -> str:
     )
 
 
-def of_drift(policies: Mapping[str, Metrics]) -> str:
+def of_drift(policies: Mapping[str, Measured]) -> str:
     ended = {name: percent(metrics["eos_rate"]) for name, metrics in policies.items()}
     endings = f"the share of responses that end by themselves, with EOS, is {listed(ended)}"
     moved = {name: decimal(metrics["kl_to_sft_mean"]) for name, metrics in policies.items() if name != BASELINE}
@@ -110,10 +110,10 @@ def shown(name: str) -> str:
     return name.upper()
 
 
-def has_gold(metrics: Metrics) -> bool:
+def has_gold(metrics: Measured) -> bool:
     return "gold_mean" in metrics
 
 
-def graded_prompts(metrics: Metrics) -> float:
+def graded_prompts(metrics: Measured) -> float:
     """How many of the prompts have a gold utility; the metrics count them only where it is a part."""
     return metrics.get("gold_prompts", metrics["prompts"]) if has_gold(metrics) else 0

@@ -40,7 +40,7 @@ def write_page(out: Path, page: str) -> None:
         partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def joined(names: Iterable[str]) -> str:
+def joined_names(names: Iterable[str]) -> str:
     """'a, b and c'."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last

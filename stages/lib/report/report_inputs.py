@@ -163,9 +163,9 @@ def read_samples(folder: Path, evaluations: Mapping[str, Metrics]) -> dict[str, 
         require_own_metrics(path, rows, metrics)
         samples[policy] = rows
     first = next(iter(samples))
-    prompts = [prompt_of(row) for row in samples[first]]
+    prompts = [sampled_prompt(row) for row in samples[first]]
     for policy, rows in samples.items():
-        if [prompt_of(row) for row in rows] != prompts:
+        if [sampled_prompt(row) for row in rows] != prompts:
             raise StageError(
                 f"{folder / policy}.jsonl is of other prompts than {folder / first}.jsonl; run evaluate@{first} and "
                 f"evaluate@{policy} again"
@@ -216,7 +216,7 @@ def require_own_metrics(path: Path, rows: list[dict[str, Any]], metrics: Metrics
             raise StageError(f"{path}: mean {key} {mean:.7g}, and {metrics.path} has {metrics[name]:.7g}, {again}")
 
 
-def prompt_of(row: dict[str, Any]) -> tuple[int, list[tuple[str, str]]]:
+def sampled_prompt(row: dict[str, Any]) -> tuple[int, list[tuple[str, str]]]:
     return row["row"], [(message["role"], message["content"]) for message in row["prompt"]]
 
 

@@ -29,6 +29,12 @@ class Curve:
         with self.path.open("a") as file:
             file.write(_csv_line(cells))
 
+    def rows(self) -> list[tuple[int, dict[str, float]]]:
+        """The rows so far: step, and the metrics that have a value there, with the digits of the file."""
+        with self.path.open() as file:
+            rows = list(csv.DictReader(file))
+        return [(int(row["step"]), {name: float(row[name]) for name in self.columns[1:] if row[name]}) for row in rows]
+
 
 def _csv_line(cells: Any) -> str:
     line = io.StringIO()

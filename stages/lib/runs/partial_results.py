@@ -65,7 +65,7 @@ class PartialResults(StageRun):
             return kept
         with StopSignal(self.stage, self.processes, self.runtime.stop_seconds) as stop:
             value = compute()
-            self.processes.in_main(lambda: self.scratch.keep(f"{name}.json", self._record(value)))
+            self.processes.in_main(lambda: self.own_scratch.keep(f"{name}.json", self._record(value)))
             if stop.agreed():
                 stop.leave(f"what it has computed is kept, up to {name}")
         return value
@@ -83,7 +83,7 @@ class PartialResults(StageRun):
 
     def _record(self, value: Value) -> bytes:
         # JSON gives every finite float back to the last bit.
-        return json.dumps({"code": self.scratch.code, "sha256": value_hash(value), "value": value}).encode()
+        return json.dumps({"code": self.own_scratch.code, "sha256": value_hash(value), "value": value}).encode()
 
     def _read(self, name: str, rows: int, columns: Mapping[str, str]) -> Any:
         path = self.scratch.kept / f"{name}.json" if self.scratch else None
@@ -93,7 +93,7 @@ class PartialResults(StageRun):
         if record is None or not _is_chunk(record["value"], rows, columns):
             print(f"warning: {path} is damaged (its checksum differs); computing it again", file=sys.stderr)
             return None
-        if record["code"] == self.scratch.code or self.runtime.resume_across_code_change:
+        if record["code"] == self.own_scratch.code or self.runtime.resume_across_code_change:
             return record["value"]
         self.say(f"note: {path} was made by other code (runtime.yaml: resume_across_code_change) and is not used")
         return None

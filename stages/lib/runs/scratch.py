@@ -42,7 +42,7 @@ from stages.lib.runs.checkpoints import (
 )
 
 
-class Scratch:
+class ScratchFolder:
     """The scratch folder of one stage with these settings and inputs, held under a lock. Main process only.
 
     Args:
@@ -247,10 +247,10 @@ class Scratch:
         mark = self.folder / "complete.json"
         if record is None and not mark.exists() and not mark.is_symlink():
             return False
-        damaged = record is None or (record["code"] == self.code and not self._outs_are_whole(record, outs))
-        if damaged:
+        usable = record is not None and record["code"] == self.code and self._outs_are_whole(record, outs)
+        if not usable and (record is None or record["code"] == self.code):
             print(f"warning: the finished outs in {self.folder} are damaged; not using them", file=sys.stderr)
-        if damaged or record["code"] != self.code:
+        if not usable:
             remove(mark)
             return False
         with written_whole(*outs.values()) as partials:
@@ -291,9 +291,13 @@ def _is_record(record: Any) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("code"), str):
         return False
     outs = record.get("outs")
-    return bool(outs and isinstance(outs, dict)) and all(
-        isinstance(out, dict) and all(isinstance(out.get(key), str) for key in ("path", "dvc_hash"))
-        for out in outs.values()
+    return (
+        isinstance(outs, dict)
+        and bool(outs)
+        and all(
+            isinstance(out, dict) and all(isinstance(out.get(key), str) for key in ("path", "dvc_hash"))
+            for out in outs.values()
+        )
     )
 
 

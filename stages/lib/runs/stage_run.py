@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.file_errors import file_message, no_space_explained
 from stages.lib.command.hashing import dvc_hashes
 from stages.lib.command.out_of_memory import is_out_of_memory, reason_of
 from stages.lib.command.outputs import require_places
-from stages.lib.command.run import file_message, no_space_explained
 from stages.lib.compute.processes import Processes
 from stages.lib.operations.run_log import launcher_in_use, log_run
-from stages.lib.runs.scratch import Scratch
+from stages.lib.runs.scratch import ScratchFolder
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.runtime import Runtime
 
@@ -54,7 +54,7 @@ class StageRun:
                 "others would wait for one that repeats its step; set it to stop"
             )
         self.scratch = processes.in_main(
-            lambda: Scratch(
+            lambda: ScratchFolder(
                 stage,
                 self.settings,
                 inputs,
@@ -64,13 +64,19 @@ class StageRun:
         )
         require_same_inputs(processes, inputs, self.scratch.input_hashes if self.scratch else None)
 
+    @property
+    def own_scratch(self) -> ScratchFolder:
+        """The scratch folder, for what the main process does, which alone has it."""
+        assert self.scratch is not None, "only the main process has a scratch folder"
+        return self.scratch
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.scratch:
             self.scratch.release()
-        if is_out_of_memory(error):
+        if error and is_out_of_memory(error):
             raise StageError(memory_advice(error, self.runtime)) from None
 
     def already_complete(self) -> bool:
@@ -91,11 +97,11 @@ class StageRun:
         """Put the outs of a finished run in place. Raises StageError, saying where they are, if that cannot be done."""
         try:
             with no_space_explained():
-                return self.scratch.publish_complete(self.outs)
+                return self.own_scratch.publish_complete(self.outs)
         except OSError as error:
             raise StageError(
-                f"{file_message(error)}. The finished result is kept in {self.scratch.folder / 'outs'}, and is put in "
-                "place when the stage is started again"
+                f"{file_message(error)}. The finished result is kept in {self.own_scratch.folder / 'outs'}, and is put "
+                "in place when the stage is started again"
             ) from None
 
     def say(self, text: str) -> None:
@@ -113,9 +119,9 @@ class StageRun:
 
     def _publish(self, build: Callable[[dict[str, Path]], None]) -> None:
         with no_space_explained():
-            folder = self.scratch.stage_outs()
+            folder = self.own_scratch.stage_outs()
             build({name: folder / name for name in self.outs})
-            self.scratch.complete(self.outs, self._log_run)
+            self.own_scratch.complete(self.outs, self._log_run)
         self._publish_again()
 
     def _log_run(self, hashes: dict[str, str]) -> None:

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.hashing import value_hash
 from stages.lib.command.jsonl import write_json
 from stages.lib.compute.processes import Processes
 from stages.lib.models.pretrained import save_model
@@ -36,6 +36,9 @@ from stages.lib.runs.scratch import Checkpoint
 from stages.lib.runs.stage_run import StageRun
 from stages.lib.settings.runtime import Runtime
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SAVING_PAYS = 10.0  # seconds of training for each second of saving: with billions of weights that takes minutes
 
 
@@ -47,6 +50,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class LargeState(Protocol):
     """A part with tensors too large to be gathered at once: they are saved and read one by one, by name."""
 
@@ -101,18 +105,19 @@ class TrainingRun(StageRun):
     ) -> None:
         super().__init__(stage, settings, inputs, outs, runtime, processes)
         self.columns = columns
-        self.trackers = (
-            Trackers(stage, self.settings, runtime, self.scratch.folder / "tracked.jsonl") if self.scratch else None
-        )
-        self.last_record = 0.0
+        self.trackers: Trackers | None = None
+        if self.scratch:
+            # Another version of the code, or other settings or inputs, make another run of it.
+            identity = value_hash([self.scratch.folder.name, self.scratch.code])[:8]
+            self.trackers = Trackers(stage, self.settings, runtime, identity)
         self.stop = StopSignal(stage, processes, runtime.stop_seconds)
         self.progress: Progress | None = None
         self.curve: Curve | None = None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.trackers:
             self.trackers.close(0 if error is None else 128 + self.stop.number if self.stop.number else 1)
-        super().__exit__(kind, error, trace)
+        super().__exit__(_kind, error, _trace)
 
     def steps(self, total: int, **parts: Stateful | LargeState) -> Iterator[int]:
         """Yield the optimizer steps that are left, 0-based, and checkpoint `parts` on time, on a signal and at the end.
@@ -122,9 +127,11 @@ class TrainingRun(StageRun):
         """
         self.parts = parts
         first = self.saved_step = self._restore(parts)
-        if self.scratch:
+        if self.scratch and self.trackers:
             self.curve = Curve(self.scratch.logs / "curve.csv", self.columns)
             self.progress = Progress(self.stage, total, self.runtime.log_seconds, first=first)
+            self.trackers.start(first + 1, self.curve.rows)
+        self.last_record = time.monotonic()
         pace = Pace(self.runtime.checkpoint_seconds)
         with self.stop:
             for self.step in range(first, total):
@@ -152,7 +159,7 @@ class TrainingRun(StageRun):
         self.saved_step = self.step
 
     def _restore(self, parts: Mapping[str, Stateful | LargeState]) -> int:
-        loaded = self.processes.in_main(lambda: self.scratch.load())
+        loaded = self.processes.in_main(lambda: self.own_scratch.load())
         state = self.processes.broadcast(loaded.state if loaded else None)
         if state is None:
             return 0
@@ -163,7 +170,7 @@ class TrainingRun(StageRun):
                 "set runtime.yaml: resume_across_code_change: false"
             )
         for name, part in parts.items():
-            if hasattr(part, "tensors"):
+            if isinstance(part, LargeState):
                 part.load_state_dict(state["parts"][name], self._reader(loaded, name))
             else:
                 part.load_state_dict(state["parts"][name])
@@ -182,13 +189,13 @@ class TrainingRun(StageRun):
         tensors = (
             (f"{name}/{key}", tensor)
             for name, part in parts.items()
-            if hasattr(part, "tensors")
+            if isinstance(part, LargeState)
             for key, tensor in part.tensors()
         )
 
         def save() -> None:
             try:
-                self.scratch.save(step, state, tensors)
+                self.own_scratch.save(step, state, tensors)
             finally:
                 collections.deque(tensors, maxlen=0)  # the others are gathering with us, to the last one
 
@@ -201,7 +208,7 @@ class TrainingRun(StageRun):
 
         `units`: tokens that the model has read in it, without padding; for PPO those of the responses alone.
         """
-        if self.curve and self.progress:
+        if self.curve and self.progress and self.trackers:
             self.curve.append(step + 1, metrics)
             self.trackers.log(step + 1, {**metrics, **self._performance(units)})
             self.progress.update(step + 1, units, {name: metrics[name] for name in shown if name in metrics})
@@ -212,8 +219,7 @@ class TrainingRun(StageRun):
         The seconds are all that went by, those of an evaluation or a checkpoint included.
         """
         now = time.monotonic()
-        since = self.last_record or self.progress.started
-        self.last_record = now
+        since, self.last_record = self.last_record, now
         values = {
             "perf/tokens_per_second": units / max(now - since, 1e-9),
             "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -232,13 +238,13 @@ class TrainingRun(StageRun):
         def build_all(staged: dict[str, Path]) -> None:
             build(staged)
             if "curve" in self.outs:
-                staged["curve"].write_bytes((self.scratch.logs / "curve.csv").read_bytes())
+                staged["curve"].write_bytes((self.own_scratch.logs / "curve.csv").read_bytes())
 
         super().publish(build_all)
 
     def publish_model(
         self,
-        model: nn.Module,
+        model: "PreTrainedModel",
         weights: dict[str, torch.Tensor],
         results: Mapping[str, float],
         *,
@@ -263,7 +269,7 @@ class TrainingRun(StageRun):
 
         self.publish(build)
         if self.trackers and self.progress:
-            self.trackers.add_results(self.progress.total, results)
+            self.trackers.add_results(results)
 
 
 def other_things(saved: Any, own: dict[str, Any], where: str = "") -> str:

@@ -8,18 +8,15 @@ from typing import Any
 
 from tests.fuzz.case import Area, Case, Expected, put
 from tests.fuzz.mutations import ODD_VALUES, Raw, json_text, mutated_bytes, mutated_tree
+from tests.pipeline.graph import all_instances, load_graph, outs_of, training_stages
 
-METRICS = (
-    "prepare_data",
-    "tokenize_data/sft",
-    "tokenize_data/preference",
-    "tokenize_data/prompts",
-    "train_sft",
-    "train_rm",
-    "train_dpo",
+METRICS = tuple(
+    out.removeprefix("metrics/").removesuffix(".json")
+    for stage in all_instances(load_graph()).values()
+    for out in outs_of(stage)
+    if out.startswith("metrics/") and out.endswith(".json")
 )
-METRICS += ("train_ppo", "train_grpo", "evaluate/sft", "evaluate/dpo", "evaluate/ppo", "evaluate/grpo")
-CURVES = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
+CURVES = training_stages()
 STAGE = ("report",)
 
 

@@ -21,7 +21,7 @@ from stages.lib.command.hashing import dvc_hash, file_hash
 from stages.lib.operations.scratch_root import scratch_root
 from stages.lib.runs import checkpoints
 from stages.lib.runs import scratch as module
-from stages.lib.runs.scratch import Scratch, completed_record
+from stages.lib.runs.scratch import ScratchFolder, completed_record
 from stages.tools import prune_scratch
 from tests.proofs.forked_stage import in_child
 
@@ -32,11 +32,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def new_scratch(settings: dict | None = None, inputs: tuple[Path, ...] = (), **options: bool | int) -> Scratch:
-    return Scratch("train_rm", settings or {"learning_rate": 1}, inputs, **options)
+def new_scratch(settings: dict | None = None, inputs: tuple[Path, ...] = (), **options: bool | int) -> ScratchFolder:
+    return ScratchFolder("train_rm", settings or {"learning_rate": 1}, inputs, **options)
 
 
-def release(scratch: Scratch) -> None:
+def release(scratch: ScratchFolder) -> None:
     scratch._lock.close()
 
 
@@ -112,7 +112,7 @@ DEEP = "[" * 100_000
 OUTSIDE = {"../../../outside": "0" * 64}
 
 
-def two_checkpoints() -> tuple[Scratch, Path]:
+def two_checkpoints() -> tuple[ScratchFolder, Path]:
     """A scratch folder with checkpoints of step 1 and 2, and the folder of the latter."""
     scratch = new_scratch()
     for step in (1, 2):
@@ -126,7 +126,7 @@ def sign(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps({"step": 2, "sha256": hashes}))
 
 
-def comes_back_with_step_1(scratch: Scratch, capsys: pytest.CaptureFixture) -> None:
+def comes_back_with_step_1(scratch: ScratchFolder, capsys: pytest.CaptureFixture) -> None:
     loaded = scratch.load()
     assert (loaded.state["step"], loaded.read("a").tolist()) == (1, [1.0, 1.0])
     (line,) = capsys.readouterr().err.splitlines()
@@ -301,12 +301,12 @@ def test_a_state_belongs_to_its_settings_and_inputs(root: Path) -> None:
     assert len(set(folders)) == 3
 
 
-def of_code(monkeypatch: pytest.MonkeyPatch, code: str, **options: bool) -> Scratch:
+def of_code(monkeypatch: pytest.MonkeyPatch, code: str, **options: bool) -> ScratchFolder:
     monkeypatch.setattr(module, "running_hash", lambda: code * 64)
     return new_scratch(**options)
 
 
-def save_with_log(scratch: Scratch, *steps: int) -> None:
+def save_with_log(scratch: ScratchFolder, *steps: int) -> None:
     """Checkpoints of these steps, each with a line of the log."""
     for step in steps:
         with (scratch.logs / "curve.csv").open("a") as log:
@@ -367,8 +367,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(monkeypatch: 
 def test_the_same_inputs_in_other_roles_are_another_run(root: Path) -> None:
     for name in ("dpo", "sft"):
         (root / name).write_text(name)
-    policy_first = Scratch("evaluate", {}, [root / "dpo", root / "sft"])
-    sft_first = Scratch("evaluate", {}, [root / "sft", root / "dpo"])
+    policy_first = ScratchFolder("evaluate", {}, [root / "dpo", root / "sft"])
+    sft_first = ScratchFolder("evaluate", {}, [root / "sft", root / "dpo"])
     assert policy_first.folder != sft_first.folder
 
 
@@ -376,7 +376,7 @@ def test_a_folder_that_cannot_be_written_is_named(root: Path, monkeypatch: pytes
     (root / "file").write_text("")
     monkeypatch.setenv("STAGEWISE_SCRATCH", str(root / "file/scratch"))
     with pytest.raises(StageError, match=r"training state cannot be kept in .*file/scratch/train_sft"):
-        Scratch("train_sft", {}, [])
+        ScratchFolder("train_sft", {}, [])
 
 
 def test_a_second_process_is_refused() -> None:
@@ -388,14 +388,17 @@ def test_a_second_process_is_refused() -> None:
 
 
 def test_a_killed_process_leaves_no_lock() -> None:
-    code = (
-        "import os, sys; from stages.lib.runs.scratch import Scratch\ns = Scratch('a', {}, []); os.kill(os.getpid(), 9)"
-    )
+    code = """
+import os
+from stages.lib.runs.scratch import ScratchFolder
+held = ScratchFolder('a', {}, [])
+os.kill(os.getpid(), 9)
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    Scratch("a", {}, [])
+    ScratchFolder("a", {}, [])
 
 
-def finish(scratch: Scratch, root: Path, log: Callable[[dict[str, str]], None] = len) -> dict[str, Path]:
+def finish(scratch: ScratchFolder, root: Path, log: Callable[[dict[str, str]], None] = len) -> dict[str, Path]:
     folder = scratch.stage_outs()
     (folder / "model").mkdir()
     (folder / "model/weights").write_text("w")

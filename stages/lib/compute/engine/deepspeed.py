@@ -10,7 +10,7 @@ from torch import nn
 from stages.lib.command.errors import StageError
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.deepspeed_setup import deepspeed_config, initialize, require_whole_weights
-from stages.lib.compute.engine.torch import sum_gradients
+from stages.lib.compute.engine.torch import gradients_of, sum_gradients
 from stages.lib.settings.runtime import Runtime
 
 
@@ -52,7 +52,7 @@ class DeepSpeedEngine(Engine):
         """
 
         def is_other(weight: nn.Parameter) -> bool:
-            mapping = weight._hp_mapping
+            mapping = getattr(weight, "_hp_mapping")  # noqa: B009 (DeepSpeed's)
             if mapping is None:  # another process's
                 return False
             where = mapping.lp_fragment_address
@@ -80,7 +80,7 @@ class DeepSpeedEngine(Engine):
             return float(self.inner.get_global_grad_norm())
         weights = list(self.trained.values())
         sum_gradients(weights, self.processes)
-        norm = float(torch.nn.utils.get_total_norm([weight.grad for weight in weights]))
+        norm = float(torch.nn.utils.get_total_norm(gradients_of(weights)))
         self.inner.step()
         return norm
 
@@ -94,6 +94,7 @@ class DeepSpeedEngine(Engine):
             self._link_states()
         shape = getattr(weight, "ds_shape", weight.shape)
         value = safe_get_full_fp32_param(weight) if key is None else safe_get_full_optimizer_state(weight, key)
+        assert value is not None, "DeepSpeed holds a part of every weight that is trained"
         return value.reshape(shape).cpu()
 
     def full_weight(self, weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.run import NO_SPACE
+from stages.lib.command.file_errors import NO_SPACE
 from stages.lib.compute.processes import Processes
 from stages.lib.models.quantization import quantized_layers
 from stages.lib.operations.lost_contact import is_lost_contact
@@ -46,7 +46,7 @@ def _hand_out(module: nn.Module, config: dict[str, Any], processes: Processes) -
 
     layout = {name: (weight.shape, weight.dtype) for name, weight in module.named_parameters()}
     first = processes.broadcast(layout if processes.is_main else None)
-    if processes.any(list(layout.items()) != list(first.items())):
+    if processes.any(first is None or list(layout.items()) != list(first.items())):
         raise StageError(
             "ZeRO 3 cannot hand out this model: its files hold other weights than its config.json tells of (is "
             "tie_word_embeddings right?); correct that, or set zero_stage and frozen_zero_stage below 3"
@@ -63,9 +63,9 @@ def require_whole_weights(module: nn.Module, stage: int) -> None:
         raise StageError("runtime.yaml: ZeRO 3 cannot shard a base of base_quantization: nf4; use ZeRO 0, 1 or 2")
 
 
-def deepspeed_config(own: dict[str, Any], runtime: Runtime, processes: Processes) -> dict[str, Any]:
+def deepspeed_config(own: dict[str, Any], runtime: Runtime, processes: Processes) -> "ReadKeys":
     """DeepSpeed's configuration: ours, with the keys of `runtime.yaml`'s `deepspeed` laid over it."""
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": processes.world_size,

@@ -1,6 +1,6 @@
 """The engine of plain torch: every process holds all of the model, gradients are summed over the processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class TorchEngine(Engine):
     def _apply(self) -> float:
         masters = list(self.masters.values())
         sum_gradients(masters, self.processes)
-        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
+        norm = torch.nn.utils.get_total_norm(gradients_of(masters))
         if not bool(torch.isfinite(norm)):
             return float(norm)
         torch.nn.utils.clip_grads_with_norm_(masters, self.settings.max_grad_norm, norm)
@@ -69,19 +69,25 @@ class TorchEngine(Engine):
                     weight.copy_(self.masters[name])
 
 
-def sum_gradients(weights: list[torch.Tensor], processes: Processes) -> None:
+def gradients_of(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of these weights; one that has none gets zeros."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    return [weight.grad for weight in weights if weight.grad is not None]
+
+
+def sum_gradients(weights: Sequence[torch.Tensor], processes: Processes) -> None:
     """Sum the gradients of these weights over the processes; one that has none gets zeros.
 
     Small ones are exchanged together, about `PIECE` numbers at a time, and large ones in place.
     """
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+    gradients = gradients_of(weights)
     if processes.world_size == 1:
         return
     gathered: list[torch.Tensor] = []
     room = PIECE
-    for gradient in (weight.grad for weight in weights):
+    for gradient in gradients:
         if gradient.numel() >= PIECE and gradient.is_contiguous():
             processes.sum_tensor(gradient)
             continue
