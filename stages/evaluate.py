@@ -31,7 +31,7 @@ from stages.lib.tasks.table import grades, require_known_tasks
 
 if not asks_for_help():
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from stages.lib.compute.batching import MicroBatching, micro_batching, sampling_budget
     from stages.lib.compute.frozen_model import frozen
@@ -110,7 +110,7 @@ class Policy(NamedTuple):
     """A frozen language model under evaluation."""
 
     path: Path
-    language_model: nn.Module
+    language_model: PreTrainedModel
     call: Callable  # `TokenLogProbs` of it, sharded if runtime.yaml asks for it
 
 

@@ -34,7 +34,7 @@ if not asks_for_help():
     from stages.lib.rl.advantages import group_relative, group_summary
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.kl_control import kl_estimate
-    from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.reward_model import RewardModel
@@ -53,7 +53,7 @@ COLUMNS += ("response/eos_rate", "group/distinct", "group/without_variance", "po
 COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate")
 
 
-def train(
+def grpo_phases(
     settings: TrainGrpo, seed: int, prompts: Dataset, collector: Collector, this_run: TrainingRun, log: RolloutLog
 ) -> None:
     """The phases that are left."""
@@ -72,13 +72,13 @@ def train(
         row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": engine.learning_rate}
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
-        learner = Learner("policy", engine, batching, rollouts, partial(policy_loss, settings, advantages))
+        learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
         batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
         row |= mean_of_each([learner.update(rows) for rows in batches])
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 
-def policy_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> Sums:
+def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L, and how far the policy is from the one that sampled and from the reference."""
     mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
@@ -120,7 +120,7 @@ def main(
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
         reward = RewardModel(load_reward_model(reward_model, loading, processes), batching)
-        train(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
+        grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}
         publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()

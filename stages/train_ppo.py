@@ -40,7 +40,7 @@ if not asks_for_help():
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
-    from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.reward_model import RewardModel
@@ -118,7 +118,7 @@ def load_parts(
     return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
 
-def train(
+def ppo_phases(
     settings: TrainPpo, seed: int, prompts: Dataset, parts: Parts, this_run: TrainingRun, log: RolloutLog
 ) -> None:
     """The phases that are left."""
@@ -194,7 +194,7 @@ def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, criti
     return mean_of_each(found) | {"policy/updates": float(updates)}
 
 
-def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> Sums:
+def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L_π, and how far the policy is from the one that sampled."""
     mask = rollouts.response_mask[one.rows]
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
@@ -203,7 +203,7 @@ def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts
     return {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
 
 
-def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> Sums:
+def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L_V."""
     mask = rollouts.response_mask[one.rows]
     values = one.batch.on_completions(values_before(one.engine, one.batch), mask.shape[1])
@@ -238,7 +238,7 @@ def main(
         folders, decode = (model, reward_model), partial(decode_completion, log.tokenizer)
         parts = load_parts(settings, seed, loading, processes, *folders, decode, this_run.may_stop)
         require_fit(prompts, inputs[0], parts.collector.policy.language_model, settings.max_new_tokens, "train_ppo")
-        train(settings, seed, prompts, parts, this_run, log)
+        ppo_phases(settings, seed, prompts, parts, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
         publish_policy(

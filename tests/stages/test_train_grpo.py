@@ -40,7 +40,7 @@ def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[di
     module = TokenLogProbs(tiny_llama(5))
     settings = SimpleNamespace(temperature=1.0, clip_range=0.2, kl_coef=kl_coef)
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
-    sums = train_grpo.policy_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
+    sums = train_grpo.grpo_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
     return (
         {name: value.detach() for name, value in sums.items()},

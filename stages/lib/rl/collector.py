@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.data.prompts import Prompt
-from stages.lib.rl.rewards.reward import Reward, scores_of
+from stages.lib.rl.rewards.scoring import Reward, scores_of
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.rl.samplers.sampler import Sampler
 from stages.lib.rl.trained_policy import TrainedPolicy

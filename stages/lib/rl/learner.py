@@ -10,7 +10,7 @@ from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.rl.rollouts import Rollouts
 
-Sums = Mapping[str, torch.Tensor]  # over response tokens, by name; "loss" is the one that carries gradient
+TokenSums = Mapping[str, torch.Tensor]  # over response tokens, by name; "loss" is the one that carries gradient
 
 
 class Pass(NamedTuple):
@@ -54,7 +54,7 @@ class Learner:
         engine: Engine,
         batching: MicroBatching,
         rollouts: Rollouts,
-        loss: Callable[[Rollouts, Pass], Sums],
+        loss: Callable[[Rollouts, Pass], TokenSums],
     ) -> None:
         self.name = name
         self.engine = engine

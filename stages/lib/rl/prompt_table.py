@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from torch import nn
-
 from stages.lib.compute.batching import rows_of_step
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
@@ -15,6 +13,7 @@ from stages.lib.rl.sampling import require_room
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 class Phases(Protocol):
@@ -34,7 +33,7 @@ def read_prompts(path: Path, model: Path, reward_model: Path) -> "Dataset":
     return read_table(path, PROMPT_SCHEMA)
 
 
-def require_fit(table: "Dataset", path: Path, model: nn.Module, max_new_tokens: int, stage: str) -> None:
+def require_fit(table: "Dataset", path: Path, model: "PreTrainedModel", max_new_tokens: int, stage: str) -> None:
     """Raise StageError if the model has no such token, or no room for a prompt with its response."""
     check_table_fits(table, facts_of(model), path)
     require_room(table["prompt_ids"], model.config, max_new_tokens, f"{path} with {stage}.max_new_tokens")

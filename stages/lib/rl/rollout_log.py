@@ -67,7 +67,7 @@ class RolloutLog:
         return found
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def shares_of_groups(rollouts: list[dict[str, Any]]) -> dict[str, float]:

@@ -33,6 +33,7 @@ class FirstHead(nn.Module):
         super().__init__()
         self.config = classifier.config
         self.base_model = classifier.base_model
-        weight = nn.Parameter(classifier.score.weight.detach().clone(), requires_grad=False)
+        (trained,) = classifier.get_submodule("score").parameters()
+        weight = nn.Parameter(trained.detach().clone(), requires_grad=False)
         self.score = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
         self.score.weight = weight

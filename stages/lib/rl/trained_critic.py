@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
@@ -15,6 +15,9 @@ from stages.lib.models.scalar_scores import SequenceScores, TokenScores
 from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TrainedCritic(NamedTuple):
@@ -44,7 +47,8 @@ def load_critic(
     first_head = FirstHead(classifier) if lora_settings and runtime.zero_stage < 3 else None
     engine = new_engine(TokenScores(classifier), optimizer, updates, runtime, processes)
     if first_head:
-        return TrainedCritic(engine, WithoutAdapters(SequenceScores(first_head), lora))
+        scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
+        return TrainedCritic(engine, WithoutAdapters(scores, lora))
     return TrainedCritic(engine, load_reward_model(path, loading, processes))
 
 

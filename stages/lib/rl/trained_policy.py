@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import nn
+from typing import TYPE_CHECKING, NamedTuple
 
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
@@ -18,11 +16,14 @@ from stages.lib.rl.shared_base import WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class TrainedPolicy(NamedTuple):
     """Engine and reference give the log-probs of tokens, the engine their entropies too."""
 
-    language_model: nn.Module
+    language_model: "PreTrainedModel"
     lora: Lora
     engine: Engine
     reference: Callable

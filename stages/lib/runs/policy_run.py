@@ -50,7 +50,7 @@ def publish_policy(
 
         this_run.publish_model(
             policy.language_model,
-            this_run.processes.in_main(lambda: lora.merged(weights)),
+            this_run.processes.in_main(lambda: lora.merged(weights)) or {},
             {**results, **lora.counts()},
             save_dtype=save_dtype,
             tokenizer_from=tokenizer_from,

@@ -11,7 +11,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.scalar_scores import TokenScores
-from stages.lib.rl.learner import Learner, Pass, Sums, mean_of_each, minibatches
+from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
 from stages.lib.rl.rollouts import Rollouts, values_before
 from stages.lib.settings.optimizer import OptimizerSettings
 from tests.lib.rl.test_rollouts import PROMPTS, RESPONSES, read
@@ -25,7 +25,7 @@ def engine(steps: int = 4) -> TorchEngine:
     return TorchEngine(TokenScores(tiny_classifier()), OPTIMIZER, steps, PLAIN_TORCH, Processes(0, 1, CPU))
 
 
-def squared_values(rollouts: Rollouts, one: Pass) -> Sums:
+def squared_values(rollouts: Rollouts, one: Pass) -> TokenSums:
     mask = rollouts.response_mask[one.rows]
     values = one.batch.on_completions(values_before(one.engine, one.batch), mask.shape[1])
     return {"loss": values.square().sum(), "tokens": mask.sum().to(values.dtype)}
@@ -78,7 +78,7 @@ def test_measuring_changes_nothing() -> None:
 def test_a_broken_loss_takes_no_step() -> None:
     own = engine()
 
-    def broken(rollouts: Rollouts, one: Pass) -> Sums:
+    def broken(rollouts: Rollouts, one: Pass) -> TokenSums:
         return {"loss": squared_values(rollouts, one)["loss"] * math.nan}
 
     with pytest.raises(StageError, match="value loss is nan at optimizer step 1: training has diverged"):

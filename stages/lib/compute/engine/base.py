@@ -104,6 +104,10 @@ class Engine(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's part of the loss (already divided by the global denominator)."""
 
+    def discard_gradients(self) -> None:
+        """Forget what was added up since the last step, for a pass that is repeated: plain torch alone can."""
+        raise NotImplementedError
+
     @abstractmethod
     def _apply(self) -> float:
         """What `step` does, but for the count."""

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from stages.lib.compute.batching import MicroBatching
+from stages.lib.compute.sequence_scores import all_scores
 from stages.lib.rl.episodes import Episode
 
 
@@ -20,16 +19,7 @@ class RewardModel:
     scores: Callable
     batching: MicroBatching
 
-    @torch.no_grad()
     def __call__(self, episodes: Sequence[Episode]) -> list[float | None]:
         """As `Reward` says."""
         prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
-
-        def passes() -> dict[int, float | None]:
-            found: dict[int, float | None] = {}
-            for batch in self.batching.sequences(prompts, responses):
-                scores = self.scores(*batch.inputs, batch.end_mask).tolist()
-                found |= dict(zip(batch.rows, scores, strict=True))
-            return found
-
-        return self.batching.processes.gather_rows(self.batching.budget.attempt(passes))
+        return [*all_scores(self.scores, prompts, responses, self.batching)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from stages.lib.rl.episodes import Episode
 from stages.lib.rl.sampling import invert_distribution, positions_of, uniform_draws
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Draw(NamedTuple):
@@ -49,7 +52,7 @@ class OwnSampler:
     """
 
     policy: Callable
-    language_model: nn.Module
+    language_model: "PreTrainedModel"
     seed: int
     temperature: float
     max_new_tokens: int

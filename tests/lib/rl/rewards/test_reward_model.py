@@ -5,8 +5,8 @@ import torch
 
 from stages.lib.command.errors import StageError
 from stages.lib.models.scalar_scores import SequenceScores
-from stages.lib.rl.rewards.reward import scores_of
 from stages.lib.rl.rewards.reward_model import RewardModel
+from stages.lib.rl.rewards.scoring import scores_of
 from tests.lib.rl.test_rollouts import EPISODES, PROMPTS, RESPONSES
 from tests.tiny_models import batching, tiny_classifier
 
