@@ -17,7 +17,17 @@ from stages.lib.settings.optimizer import OptimizerSettings
 from tests.lib.rl.test_rollouts import PROMPTS, RESPONSES, read
 from tests.tiny_models import CPU, batching, tiny_classifier
 
-OPTIMIZER = OptimizerSettings(0.1, "linear", 0.0, 0.1, 0.0, 0.9, 0.95, 1e9, None)
+OPTIMIZER = OptimizerSettings(
+    learning_rate=0.1,
+    schedule="linear",
+    warmup_ratio=0.0,
+    min_learning_rate_ratio=0.1,
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    max_grad_norm=1e9,
+    ema_decay=None,
+)
 PLAIN_TORCH = SimpleNamespace(activation_offload=False)
 
 
