@@ -179,7 +179,7 @@ def test_epsilon_bounds_what_becomes_of_next_to_no_difference():
 def test_a_group_without_variance_has_no_advantage_at_all(value):
     """The mean of equal numbers is not always that number."""
     for size in (3, 6, 7):
-        rewards = torch.full((1, size), value)
+        rewards = torch.full((1, size), value, dtype=torch.float64)
         assert group_relative_advantages(rewards, scale="group_std", epsilon=1e-9).count_nonzero() == 0
         assert without_variance(rewards).tolist() == [True]
     assert without_variance(torch.tensor([[1.0, 1.0], [1.0, 1.5]])).tolist() == [True, False]
