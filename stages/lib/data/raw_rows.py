@@ -83,8 +83,14 @@ def data_files(path: Path) -> list[Path]:
         raise StageError(f"{path} holds no data file: expected at least one of {', '.join(READERS)}")
     if passed_over:
         names = ", ".join(entry.relative_to(path).as_posix() for entry in passed_over)
-        print(one_line(f"{path}: documents and hidden files are not read: {names}"))
+        tell_once(one_line(f"{path}: documents and hidden files are not read: {names}"))
     return files
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Print a line, be the folder that it is about read as often as it may."""
+    print(line)
 
 
 def files_below(folder: Path, top: Path, passed_over: list[Path]) -> Iterator[Path]:

@@ -71,9 +71,10 @@ def load_pretrained(
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name
             **options,
         )
-    faults = [*sorted(map(str, report["missing_keys"])), *sorted(map(str, report["mismatched_keys"]))]
+    faults = sorted({*map(str, report["missing_keys"]), *(key[0] for key in report["mismatched_keys"])})
     if faults:
         raise StageError(f"{name}: {len(faults)} weights are missing or of another shape, the first is {faults[0]}")
     require_known_quantization(model, name)

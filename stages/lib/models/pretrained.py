@@ -146,15 +146,19 @@ def _load(
             if sharded and dist.is_initialized() and dist.get_rank() > 0:
                 model, report = _without_weights(auto_class, path, **overrides), NOTHING_MISSING
             else:
-                options = {"output_loading_info": True, "use_safetensors": True}
+                # Weights of another shape are told below by name, where transformers would not name them.
+                options = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
                 model, report = auto_class.from_pretrained(path, **options, **overrides)
         except ImportError as error:
             if not runtime.attention.startswith("flash"):
                 raise
             raise StageError(f"runtime.yaml: attention: {runtime.attention} cannot be used here: {error}") from None
-    missing = {*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])} - may_be_missing
+    missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])} - may_be_missing
     if missing:
-        raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
+        raise StageError(
+            f"{path}: {len(missing)} weights are missing or of another shape than config.json says, the first is "
+            f"{min(missing)}"
+        )
     if not may_be_missing:  # else the language model's head is there in place of the new one
         refuse_unread_weights(report["unexpected_keys"], path)
     switch_off_dropout(model)
