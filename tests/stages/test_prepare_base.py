@@ -318,6 +318,29 @@ def test_a_model_that_scales_its_logits_is_refused(copy_of_scratch, tmp_path):
         prepare(tmp_path, **local(copy_of_scratch))
 
 
+def test_what_a_model_brings_and_nothing_uses_is_told(copy_of_scratch, tmp_path, capsys):
+    file = copy_of_scratch / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.7.extra": torch.ones(2)}, file, {"format": "pt"})
+    config = json.loads((copy_of_scratch / "config.json").read_text())
+    changes = {"eos_token_id": [1, 2], "auto_map": {"AutoModelForCausalLM": "own.Model"}}
+    (copy_of_scratch / "config.json").write_text(json.dumps(config | changes))
+    prepare(tmp_path, **local(copy_of_scratch))
+    told = capsys.readouterr().err
+    assert f"{copy_of_scratch}: 1 of its weights are not read, since" in told
+    assert "has no place for them, the first is model.layers.7.extra\n" in told
+    assert f"{copy_of_scratch}: the Python code that it brings (config.json: auto_map) is not run; what" in told
+    assert f"{copy_of_scratch}: config.json has [1, 2] as eos_token_id, the tokenizer 1 (<|endoftext|>): the" in told
+    assert len(told.splitlines()) == 3
+
+
+def test_a_quantization_that_transformers_does_not_know_is_refused(copy_of_scratch, tmp_path):
+    config = json.loads((copy_of_scratch / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "none"}
+    (copy_of_scratch / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageError, match=r"knows no quantization_config like \{'quant_method': 'none'\}; remove it if"):
+        prepare(tmp_path, **local(copy_of_scratch))
+
+
 def test_a_tokenizer_of_another_model(copy_of_scratch, tmp_path):
     source = tiny_pretrained(tmp_path / "other", copy_of_scratch, 100)
     with pytest.raises(StageError, match=r"the tokenizer has ids up to \d+, the embedding 100 rows"):

@@ -24,7 +24,8 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
     """The row with messages in place of the texts that hold them as JSON.
 
     A text counts as messages where nothing else is possible: in `messages`, `conversations` and `history`; beside a
-    ShareGPT conversation; and elsewhere if it is a list of messages as are all replies beside it.
+    ShareGPT conversation; and elsewhere if it is a list of messages as are all replies beside it, where a prompt that
+    is any list in JSON is meant as messages, too.
 
     Raises:
         MalformedRowError: a text is meant as messages and is not JSON, or stands beside replies of plain text.
@@ -45,6 +46,8 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
             "give either all replies as messages, or all as texts",
             "messages_as_text",
         )
+    if is_text_of_list(row.get("prompt")):  # beside replies that are messages it is no sentence, be it as it may
+        texts["prompt"] = row["prompt"]
     return row | read | {column: parsed(text, places[column]) for column, text in texts.items()}
 
 
@@ -59,6 +62,16 @@ def is_text_of_messages(value: Any) -> bool:
     if all(isinstance(item, dict) and "role" in item for item in items):
         return True  # also with another key misspelt, which is then told
     return any(all(isinstance(item, dict) and item.keys() >= {*keys} for item in items) for keys in KEYS)
+
+
+def is_text_of_list(value: Any) -> bool:
+    """True for the text of any list in JSON."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return False
+    try:
+        return isinstance(json.loads(value), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def parsed(text: str, where: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stages.lib.command.errors import StageError
+from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.jsonl import parse_json, parse_object
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def local_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files below a folder; documents and hidden files in it are passed over.
+    """The file itself, or the data files below a folder; one line names the documents and hidden files in it.
 
     Raises:
         StageError: something else lies there: a broken link, a folder behind a link, a FIFO, a socket, a device.
@@ -77,15 +77,27 @@ def data_files(path: Path) -> list[Path]:
         raise StageError(f"{path} does not exist: expected a data file ({known}) or a folder of them") from None
     if not path.is_dir():
         return [regular(path)]
-    files = sorted(files_below(path, path))
+    passed_over: list[Path] = []
+    files = sorted(files_below(path, path, passed_over))
     if not files:
         raise StageError(f"{path} holds no data file: expected at least one of {', '.join(FILE_READERS)}")
+    if passed_over:
+        names = ", ".join(entry.relative_to(path).as_posix() for entry in passed_over)
+        tell_once(one_line(f"{path}: documents and hidden files are not read: {names}"))
     return files
 
 
-def files_below(folder: Path, top: Path) -> Iterator[Path]:
+@functools.cache
+def tell_once(line: str) -> None:
+    """Print a line, be the folder that it is about read as often as it may."""
+    print(line)
+
+
+def files_below(folder: Path, top: Path, passed_over: list[Path]) -> Iterator[Path]:
+    """The data files below a folder; documents and hidden entries of it are added to `passed_over`."""
     for entry in sorted(folder.iterdir()):
         if is_document(entry.relative_to(top)):
+            passed_over.append(entry)
             continue
         if not entry.is_dir():
             yield regular(entry)
@@ -95,7 +107,7 @@ def files_below(folder: Path, top: Path) -> Iterator[Path]:
                 "its knowledge; put the folder itself there, or name it as the path"
             )
         else:
-            yield from files_below(entry, top)
+            yield from files_below(entry, top, passed_over)
 
 
 def regular(path: Path) -> Path:

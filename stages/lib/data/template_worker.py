@@ -14,20 +14,28 @@ beyond what the libraries take.
 
 import contextlib
 import json
+import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 TEMPLATE_TEXT = 1_000_000  # characters that a template may add to a conversation,
 TIMES_THE_CONVERSATION = 10  # with each character of the messages written so many times
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 
 
 def main() -> None:
+    import jinja2.sandbox
     from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
+
+    # A text must be the same at every run. Each template is compiled in an environment of this class.
+    jinja2.sandbox.ImmutableSandboxedEnvironment = partial(
+        jinja2.sandbox.ImmutableSandboxedEnvironment, finalize=without_address
+    )
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # A text must be the same at every run.
     del DEFAULT_FILTERS["random"], DEFAULT_NAMESPACE["lipsum"]
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     limit_memory(memory)
@@ -50,6 +58,15 @@ def answered(render: Any, template: str, variables: dict[str, Any], conversation
         return json.dumps(rendered(render, template, variables, **conversation))
     except MemoryError:
         return json.dumps({"excess": "more memory than it may have"})
+
+
+def without_address(value: Any) -> Any:
+    """What a template prints, unless it is text with an address in memory, such as that of a generator."""
+    from jinja2 import TemplateError
+
+    if value is not None and not isinstance(value, str | int | float) and ADDRESS.search(str(value)):
+        raise TemplateError(f"it prints a {type(value).__name__}, whose text is another one at every run")
+    return value
 
 
 def limit_memory(more: int) -> None:

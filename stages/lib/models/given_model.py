@@ -1,9 +1,10 @@
 """A causal language model that was trained elsewhere: fetched, loaded, and refused if it cannot be trained here."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.lib.command.errors import StageError
+from stages.lib.command.errors import StageError, one_line
 from stages.lib.data.chat import require_fast
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import (
@@ -12,6 +13,7 @@ from stages.lib.models.model_facts import (
     ModelFacts,
     read_config,
     read_model_facts,
+    read_object,
     require_json_objects,
 )
 from stages.lib.models.weights_files import require_safetensors
@@ -69,15 +71,19 @@ def load_pretrained(
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name
             **options,
         )
-    faults = [*sorted(map(str, report["missing_keys"])), *sorted(map(str, report["mismatched_keys"]))]
+    faults = sorted({*map(str, report["missing_keys"]), *(key[0] for key in report["mismatched_keys"])})
     if faults:
         raise StageError(f"{name}: {len(faults)} weights are missing or of another shape, the first is {faults[0]}")
+    require_known_quantization(model, name)
     require_finite_weights(model, name)
     if tokenizer is None:
         raise StageError(f"{name}: transformers finds no tokenizer in it")
     require_fast(tokenizer, name)
+    tell_what_is_not_used(folder, name, sorted(map(str, report["unexpected_keys"])), own_code=trust_remote_code)
+    tell_of_another_end(model, tokenizer, name)
     rows = embedding_rows(model)
     if ids_of(tokenizer) > rows:
         raise StageError(f"{name}: the tokenizer has ids up to {ids_of(tokenizer) - 1}, the embedding {rows} rows")
@@ -95,6 +101,47 @@ def require_files(folder: Path, name: str) -> ModelFacts:
         raise StageError(f"{name} has no tokenizer: expected {' or '.join(TOKENIZER_CHOICES)}")
     require_json_objects(folder, (*MODEL_JSON, *TOKENIZER_JSON))
     return read_model_facts(read_config(folder), f"{name}: config.json")
+
+
+def require_known_quantization(model: "PreTrainedModel", name: str) -> None:
+    """Raise a StageError for a quantization_config that transformers does not know: it reads the weights as plain."""
+    found = getattr(model.config, "quantization_config", None)
+    if found and getattr(model, "hf_quantizer", None) is None:
+        raise StageError(
+            f"{name}: config.json: the installed transformers knows no quantization_config like {found!r:.200}; "
+            "remove it if the weights are plain numbers, else use a model that is not quantised"
+        )
+
+
+def tell_what_is_not_used(folder: Path, name: str, weights: list[str], *, own_code: bool) -> None:
+    """Warn of weights that the architecture has no place for, and of code that may not be run and need not be."""
+    if weights:
+        print(
+            one_line(
+                f"warning: {name}: {len(weights)} of its weights are not read, since the model of its config.json has "
+                f"no place for them, the first is {weights[0]}"
+            ),
+            file=sys.stderr,
+        )
+    files = (folder / file for file in ("config.json", "tokenizer_config.json"))
+    with_code = [file.name for file in files if not own_code and file.is_file() and read_object(file).get("auto_map")]
+    if with_code:
+        print(
+            f"warning: {name}: the Python code that it brings ({', '.join(with_code)}: auto_map) is not run; what "
+            "transformers has for models of its type is used; trust_remote_code: true in params.yaml would run it",
+            file=sys.stderr,
+        )
+
+
+def tell_of_another_end(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Say that config.json names another EOS than the tokenizer, whose own is the one that is used."""
+    ends, end = model.config.eos_token_id, tokenizer.eos_token_id
+    if end is not None and ends not in (None, end):
+        print(
+            f"{name}: config.json has {ends!r:.200} as eos_token_id, the tokenizer {end} ({tokenizer.eos_token}): "
+            "the tokenizer's is used, unless prepare_base.eos_token names another",
+            file=sys.stderr,
+        )
 
 
 def require_finite_weights(model: "PreTrainedModel", name: str) -> None:

@@ -30,4 +30,7 @@ def not_loaded(what: str) -> Iterator[None]:
                 f"{what}: it brings Python code of its own (auto_map), which is not run; if you trust that code, "
                 "set trust_remote_code: true in params.yaml"
             ) from None
-        raise StageError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        reason = " ".join(str(error).split())
+        if not reason or isinstance(error, KeyError | AttributeError | TypeError):  # which say little by themselves
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        raise StageError(f"{what}: {reason}") from None

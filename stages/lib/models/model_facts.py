@@ -25,6 +25,8 @@ LARGEST = 2**31 - 1  # ids are 32-bit
 MOST_LAYERS = 10_000  # of a model that would be built before its weights, which are not there, are missed
 # Names that architectures have for their sizes, none of which may be 0.
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+# Names that architectures have for what a norm adds to a variance, around 1e-5: much more, and it returns nothing.
+NORM_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 ALL_KERNELS = frozenset({"eager", "sdpa", "flash_attention_2"})
 KERNEL_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
@@ -76,6 +78,10 @@ def read_model_facts(config: dict[str, Any], where: str = "config.json") -> Mode
     for size in SIZES:
         if type(config.get(size)) is int and config[size] < 1:
             raise StageError(f"{where}: expected at least 1 as '{size}', found {config[size]}")
+    for epsilon in NORM_EPSILONS:
+        if type(config.get(epsilon)) in (int, float) and not 0 <= config[epsilon] < 1:
+            found = _shown(config[epsilon])
+            raise StageError(f"{where}: expected a number from 0 to below 1 as '{epsilon}', found {found}")
     own_code = _checked(config, "auto_map", dict, where) or {}
     return ModelFacts(
         model_type,

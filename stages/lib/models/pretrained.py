@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-NOTHING_MISSING: dict[str, tuple] = {"missing_keys": (), "mismatched_keys": ()}
+NOTHING_MISSING: dict[str, tuple] = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,37 @@ def _load(
             if sharded and dist.is_initialized() and dist.get_rank() > 0:
                 model, report = _without_weights(auto_class, path, **overrides), NOTHING_MISSING
             else:
-                options = {"output_loading_info": True, "use_safetensors": True}
+                # Weights of another shape are told below by name, where transformers would not name them.
+                options = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
                 model, report = auto_class.from_pretrained(path, **options, **overrides)
         except ImportError as error:
             if not runtime.attention.startswith("flash"):
                 raise
             raise StageError(f"runtime.yaml: attention: {runtime.attention} cannot be used here: {error}") from None
-    missing = {*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])} - may_be_missing
+    missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])} - may_be_missing
     if missing:
-        raise StageError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
+        raise StageError(
+            f"{path}: {len(missing)} weights are missing or of another shape than config.json says, the first is "
+            f"{min(missing)}"
+        )
+    if not may_be_missing:  # else the language model's head is there in place of the new one
+        refuse_unread_weights(report["unexpected_keys"], path)
     switch_off_dropout(model)
     settle_quantized_layers(model)
     if runtime.gradient_checkpointing and not frozen:  # it would ask for gradients in a model that has none
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model if loading.quantization or sharded else model.to(loading.device)
+
+
+def refuse_unread_weights(names: Iterable[str], path: Path) -> None:
+    """Raise StageError if a folder that a stage wrote holds weights for which its config.json has no place."""
+    unread = sorted(map(str, names))
+    if unread:
+        raise StageError(
+            f"{path} holds {len(unread)} weights for which the model of its config.json has no place, the first is "
+            f"{unread[0]}: the two do not belong together; make the folder again"
+        )
 
 
 def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> Any:

@@ -47,7 +47,8 @@ def as_csv(rows: Rows) -> bytes:
 
 def as_parquet(rows: Rows) -> bytes:
     made = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), made)
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # pyarrow takes those of the first row alone
+    pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in columns}), made)
     return made.getvalue()
 
 

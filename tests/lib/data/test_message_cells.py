@@ -55,6 +55,14 @@ def test_what_is_meant_as_messages_and_cannot_be_read_is_refused(row, message):
     assert caught.value.reason == "messages_as_text"
 
 
+@pytest.mark.parametrize("text", ["[null]", '["a"]', "[]"])
+def test_a_prompt_that_is_a_list_stands_for_messages_beside_replies_that_do(text):
+    row = {"prompt": text, "chosen": MESSAGES, "rejected": MESSAGES}
+    assert with_messages_read(row, "here")["prompt"] == json.loads(text)
+    for prompt in ("[1", "[see above] why?", "a"):
+        assert with_messages_read(row | {"prompt": prompt}, "here")["prompt"] == prompt
+
+
 @pytest.mark.parametrize(
     "text",
     ['[{"value": 1}, {"value": 2}]', '{"role": "user", "content": "a"}', "[{role: x, content: y}]", "[" * 100_000],

@@ -57,12 +57,14 @@ def test_json_lines_under_the_name_of_an_array_are_read(tmp_path):
     assert [row for _, row in local_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + LINES.encode()))] == ROWS
 
 
-def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_path, capsys):
     for name in ("b/train.jsonl", "a/test.jsonl", "c.jsonl"):
         write(tmp_path / name, json.dumps({"file": name}) + "\n")
     for name in ("README.md", "LICENSE", "b/NOTE.md", ".gitignore", ".cache/x.jsonl", "README.upstream.md"):
         write(tmp_path / name, "words")
     assert [row["file"] for _, row in local_rows(tmp_path)] == ["a/test.jsonl", "b/train.jsonl", "c.jsonl"]
+    names = ".cache, .gitignore, LICENSE, README.md, README.upstream.md, b/NOTE.md"
+    assert capsys.readouterr().out == f"{tmp_path}: documents and hidden files are not read: {names}\n"
 
 
 @pytest.mark.parametrize(

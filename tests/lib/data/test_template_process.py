@@ -25,6 +25,14 @@ def test_a_text_comes_back_as_the_template_writes_it(process):
     assert process.render(ECHO, {}, (USER, False)) == "hä\ud83c\nFalse"
 
 
+def test_what_has_no_address_is_printed_as_jinja_prints_it(process):
+    template = "{{ none }} {{ 1.5 }} {{ range(2) }} {{ [1, 'a'] }} {{ 'abc' | batch(2) | list }} {{ not_there }}"
+    said = "<x at 0x7f>"  # by a user
+    printed = "None 1.5 range(0, 2) [1, 'a'] [['a', 'b'], ['c']] <x at 0x7f>"
+    message = [{"role": "user", "content": said}]
+    assert process.render(template + "{{ messages[0].content }}", {}, (message, True)) == printed
+
+
 def test_results_of_many_are_those_of_each(process):
     conversations = [([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(300)]
     process.render_ahead(ECHO, VARIABLES, conversations)
@@ -47,6 +55,8 @@ def test_results_of_many_are_those_of_each(process):
         ("{% for i in range(1000001) %}{% endfor %}", "OverflowError: Range too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
         ("{{ raise_exception('no\nsystem') }}", "no system"),
+        ("{{ 'abc' | batch(2) }}", "it prints a generator, whose text is another one at every run"),
+        ("{{ [raise_exception] }}", "it prints a list, whose text is another one at every run"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{% for m in messages %}", "TemplateSyntaxError: Unexpected end of template"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError: "),

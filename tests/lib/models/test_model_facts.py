@@ -1,6 +1,7 @@
 """What is known of a model before it is loaded, against what transformers says once torch is there."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,6 +100,11 @@ def test_limits_of_a_model(config, expected):
         ({"vocab_size": 10**400}, "'vocab_size', found a number of more than 100 digits"),
         ({"max_position_embeddings": 7.5}, "expected a whole number as 'max_position_embeddings', found 7.5"),
         ({"num_hidden_layers": 10**9}, "expected a whole number from 1 to 10000 as 'num_hidden_layers'"),
+        ({"hidden_size": 0}, "expected at least 1 as 'hidden_size', found 0"),
+        ({"num_key_value_heads": -1}, "expected at least 1 as 'num_key_value_heads', found -1"),
+        ({"rms_norm_eps": 1e300}, "expected a number from 0 to below 1 as 'rms_norm_eps', found 1e+300"),
+        ({"layer_norm_epsilon": -1e-5}, "expected a number from 0 to below 1 as 'layer_norm_epsilon', found -1e-05"),
+        ({"rms_norm_eps": float("nan")}, "expected a number from 0 to below 1 as 'rms_norm_eps', found nan"),
         ({"rope_scaling": "longrope"}, "expected an object as 'rope_scaling', found 'longrope'"),
         ({"rope_parameters": [1]}, "expected an object as 'rope_parameters'"),
         ({"text_config": []}, "expected an object as 'text_config', found []"),
@@ -133,3 +139,15 @@ def test_a_folder_without_a_configuration_is_not_a_model(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(StageError, match=r"tokenizer_config\.json: expected a JSON object, found list"):
         require_json_objects(tmp_path, ("tokenizer.json", "tokenizer_config.json"))
+
+
+def test_a_fifo_in_place_of_a_file_is_not_read(tmp_path):
+    """Reading one waits for a writer who may never come."""
+    os.mkfifo(tmp_path / "tokenizer.json")
+    code = (
+        "import sys; from pathlib import Path; from stages.lib.models.model_facts import require_json_objects; "
+        "require_json_objects(Path(sys.argv[1]), ('config.json', 'tokenizer.json'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT, check=False, capture_output=True, text=True, timeout=30)
+    assert done.stderr.endswith("tokenizer.json is not a file\n")

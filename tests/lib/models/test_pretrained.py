@@ -104,6 +104,26 @@ def test_an_architecture_without_a_classifier_makes_no_reward_model(tmp_path: Pa
     assert pretrained.load_language_model(tmp_path, LOADING) is not None
 
 
+def test_weights_without_a_place_in_the_model_are_refused(tmp_path: Path) -> None:
+    path = folder_of("llama", tmp_path)
+    pretrained.new_classifier(path, "fp32", RUNTIME, CPU, 0)  # which has no place for lm_head.weight
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    message = r"holds 9 weights for which .* has no place, the first is model\.layers\.1\.input_layernorm\.weight: "
+    with pytest.raises(StageError, match=message):
+        pretrained.load_language_model(path, "fp32", RUNTIME, CPU)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    path = folder_of("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
+    message = r": 6 weights are missing or of another shape .*, the first is model\.layers\.0\.mlp\.down_proj\.weight$"
+    for load in (pretrained.load_language_model, partial(pretrained.new_classifier, seed=0)):
+        with pytest.raises(StageError, match=message):
+            load(path, "fp32", RUNTIME, CPU)
+
+
 def test_pickles_and_adapters_are_not_loaded(tmp_path: Path) -> None:
     path = folder_of("llama", tmp_path)
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model", "peft_type": "LORA"}')
