@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import write_json, write_jsonl
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.data.prompts import Prompt, prompts_of
@@ -143,7 +144,7 @@ def main(
     """Evaluate POLICY against SFT on held-out prompts and pairs."""
     settings = read_params("evaluate", Evaluate)
     seed = read_seed(settings)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("evaluate")
     processes = join_processes(runtime)
     require_same_tokenizer(sft, policy)
@@ -151,7 +152,7 @@ def main(
     for table in (prompt_tokens, preference_tokens):
         require_tokens_of(table, sft)
     held_out = HeldOut(prompt_tokens, preference_tokens, ref_logprobs, settings.max_prompts)
-    declared = {"evaluate": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"evaluate": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     inputs = [policy, sft, reward_model, prompt_tokens, preference_tokens, ref_logprobs]
     outs = {"metrics": metrics, "samples": samples}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)

@@ -22,6 +22,7 @@ import typer
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hashes
 from stages.lib.command.jsonl import read_json, read_jsonl
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
@@ -311,7 +312,7 @@ def main(out: Annotated[Path, typer.Option(help="Folder to write the base model 
     started = time.monotonic()
     settings = read_params("prepare_base", PrepareBase)
     seed = read_value("seed", int)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     template_process()  # it loads while this one does
     if settings.source == "scratch":
         model, tokenizer = scratch_base(settings, seed)
@@ -324,7 +325,8 @@ def main(out: Annotated[Path, typer.Option(help="Folder to write the base model 
         write_model_card(
             folder,
             stage="prepare_base",
-            settings={"prepare_base": shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code},
+            settings={"prepare_base": shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code}
+            | {"kernels": kernels},
             inputs=dvc_hashes(
                 Path(path) for path in (settings.path, settings.corpus, settings.chat_template) if path != NO_FILE
             ),

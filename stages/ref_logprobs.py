@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
@@ -43,12 +44,12 @@ if not asks_for_help():
 def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
     """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
     settings = read_params("ref_logprobs", RefLogprobs)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("ref_logprobs")
     processes = join_processes(runtime)
     tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
     require_tokens_of(tokens, model)
-    declared = {"ref_logprobs": settings, "trust_remote_code": trust_remote_code}
+    declared = {"ref_logprobs": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with PartialResults("ref_logprobs", declared, [tokens, model], {"logps": out}, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
@@ -90,7 +91,7 @@ def main(
     """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
     settings = read_params("train_dpo", TrainDpo)
     seed = read_seed(settings)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
     train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
@@ -98,7 +99,7 @@ def main(
     require_tokens_of(tokens, model)
     outs = {"model": out, "metrics": metrics, "curve": curve}
     inputs = [tokens, ref_logprobs, model]
-    declared = {"train_dpo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"train_dpo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
@@ -101,19 +102,18 @@ def main(
     """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
     settings = read_params("train_grpo", TrainGrpo)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
-    runtime = read_runtime("train_grpo")
+    runtime, kernels = read_runtime("train_grpo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
     prompts = read_prompts(tokens / "train.arrow", model, reward_model)
     inputs = [tokens / "train.arrow", model, reward_model]
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
-    declared = {"train_grpo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"train_grpo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with TrainingRun("train_grpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
-        updates = settings.iterations * settings.updates_per_iteration
-        policy = load_policy(model, settings.lora, settings.optimizer, updates, seed, loading, processes)
+        policy = load_policy(model, settings.lora, settings.optimizer, settings.total_updates, seed, loading, processes)
         require_fit(prompts, inputs[0], policy.language_model, settings.max_new_tokens, "train_grpo")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)

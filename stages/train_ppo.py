@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
@@ -223,12 +224,13 @@ def main(
     """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
     settings = read_params("train_ppo", TrainPpo)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
+    kernels = read_value("kernels", Kernels)
     runtime = read_runtime("train_ppo")
     processes = join_processes(runtime)
     prompts = read_prompts(tokens / "train.arrow", model, reward_model)
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
     inputs = [tokens / "train.arrow", model, reward_model]
-    declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with TrainingRun("train_ppo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return

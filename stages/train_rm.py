@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.evaluation.intervals import wilson_interval
@@ -48,13 +49,13 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOp
     settings = read_params("train_rm", TrainRm)
     model = Path(settings.init_from)
     seed = read_value("seed", int)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_rm")
     processes = join_processes(runtime)
     train, held_out = (read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval"))
     require_tokens_of(tokens, model)
     outs = {"model": out, "metrics": metrics, "curve": curve}
-    declared = {"train_rm": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"train_rm": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -10,6 +10,7 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
 
 from __future__ import annotations
 
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
@@ -38,13 +39,13 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
     """Fine-tune MODEL on the completions in TOKENS."""
     settings = read_params("train_sft", TrainSft)
     seed = read_value("seed", int)
-    trust_remote_code = read_value("trust_remote_code", bool)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_sft")
     processes = join_processes(runtime)
     train, held_out = (read_table(tokens / f"{split}.arrow", SFT_SCHEMA) for split in ("train", "eval"))
     require_tokens_of(tokens, model)
     outs = {"model": out, "metrics": metrics, "curve": curve}
-    declared = {"train_sft": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared = {"train_sft": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     with TrainingRun("train_sft", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return

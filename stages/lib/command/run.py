@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from stages.lib.command import signals_while_loading  # noqa: F401 (from here on, before the imports of libraries)
+from stages.lib.command import signals_while_loading
 from stages.lib.command.errors import StageError, StoppedError, one_line
 from stages.lib.command.file_errors import file_message, no_space_explained
+from stages.lib.command.kernels import choose_kernels
 from stages.lib.command.out_of_memory import is_out_of_memory, out_of_memory_message
 from stages.lib.command.process_end import end_now, end_process
 from stages.lib.operations.code_closure import require_recorded_code
@@ -22,6 +23,11 @@ from stages.lib.operations.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 USER_ERROR_EXIT_CODE = 2
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
+
+
+# Here, since torch reads its environment as soon as a script imports it.
+if signals_while_loading.is_a_stage("__main__"):
+    choose_kernels()
 
 
 def asks_for_help() -> bool:

@@ -17,11 +17,11 @@ def _end_at_once(number: int, _frame: object) -> NoReturn:
     os._exit(128 + number)
 
 
-def _is_a_stage(name: str) -> bool:
+def is_a_stage(name: str) -> bool:
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return spec is not None and spec.name.startswith("stages.")
 
 
-if _is_a_stage("__main__"):
+if is_a_stage("__main__"):
     for _number in STOP_SIGNALS:
         signal.signal(_number, _end_at_once)

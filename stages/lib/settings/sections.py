@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import StrictBool
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import PARAMS_FILE, Seed, build
 from stages.lib.command.quoted import nearest
 from stages.lib.command.strict_yaml import load_yaml, short
@@ -29,6 +30,11 @@ class Params(Settings):
     trust_remote_code: StrictBool = key(
         False,
         "run the Python code that a model or tokenizer brings (auto_map); only if you trust whoever wrote it",
+    )
+    kernels: Kernels = key(
+        "portable",
+        "of the CPU: portable: those of AVX2, which round alike on every x86-64 processor that has it | fastest: the "
+        "widest of this one",
     )
     prepare_data: PrepareData = key(block(PrepareData), "where rows come from, and what is made of them")
     prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")

@@ -60,3 +60,7 @@ class TrainGrpo(Settings):
     @property
     def updates_per_iteration(self) -> int:
         return self.epochs * (self.responses_per_iteration // self.minibatch_size)
+
+    @property
+    def total_updates(self) -> int:
+        return self.iterations * self.updates_per_iteration

@@ -106,12 +106,12 @@ def test_an_architecture_without_a_classifier_makes_no_reward_model(tmp_path: Pa
 
 def test_weights_without_a_place_in_the_model_are_refused(tmp_path: Path) -> None:
     path = folder_of("llama", tmp_path)
-    pretrained.new_classifier(path, "fp32", RUNTIME, CPU, 0)  # which has no place for lm_head.weight
+    pretrained.new_classifier(path, LOADING, 0)  # which has no place for lm_head.weight
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
     message = r"holds 9 weights for which .* has no place, the first is model\.layers\.1\.input_layernorm\.weight: "
     with pytest.raises(StageError, match=message):
-        pretrained.load_language_model(path, "fp32", RUNTIME, CPU)
+        pretrained.load_language_model(path, LOADING)
 
 
 def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     message = r": 6 weights are missing or of another shape .*, the first is model\.layers\.0\.mlp\.down_proj\.weight$"
     for load in (pretrained.load_language_model, partial(pretrained.new_classifier, seed=0)):
         with pytest.raises(StageError, match=message):
-            load(path, "fp32", RUNTIME, CPU)
+            load(path, LOADING)
 
 
 def test_pickles_and_adapters_are_not_loaded(tmp_path: Path) -> None:
