@@ -37,7 +37,9 @@ def read_params(section: str, settings: type[Built], path: Path = PARAMS_FILE) -
 
 def read_value(key: str, kind: Any, path: Path = PARAMS_FILE) -> Any:
     """Read one top-level value, such as `seed`, checked to be of type `kind`."""
-    return _top_value(key, Seed if key == "seed" else Annotated[kind, Strict()], path)
+    if key == "seed":
+        return _top_value(key, Seed, path)
+    return _top_value(key, Annotated[kind, Strict()] if isinstance(kind, type) else kind, path)
 
 
 def read_seed(settings: Any, path: Path = PARAMS_FILE) -> int:
