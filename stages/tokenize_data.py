@@ -211,7 +211,9 @@ def encode_row(
     except RefusedRowError as error:
         if settings.on_unusable_row == "drop":
             raise UnusableRowError(error.reason) from None
-        raise StageError(f"{where}: {error}; or set tokenize_data.on_unusable_row: drop") from None
+        raise StageError(
+            f"{where}: {error}; mend the row or the chat template, or set tokenize_data.on_unusable_row: drop"
+        ) from None
     except StageError as error:
         raise StageError(f"{where}: {error}") from None
     lengths = [len(reply) for reply in replies]

@@ -73,6 +73,8 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOp
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
+        if not settings.use_margin and train.data.column("margin").null_count < len(train):
+            this_run.say("train_rm: the pairs' margins are not read (use_margin: false)")
         best = fit(
             this_run,
             engine,
