@@ -227,7 +227,8 @@ def test_what_the_template_refuses_is_named_with_its_row(tmp_path, base):
     message = refusal(tmp_path, base, "prompts", [PROMPT, {"prompt": [{"role": "system", "content": "h"}]}])
     place = "data/prepared/prompts/train.jsonl, line 2"
     assert message == (
-        f"{place}: the chat template refuses these messages: no system role; or set tokenize_data.on_unusable_row: drop"
+        f"{place}: the chat template refuses these messages: no system role; mend the row or the chat "
+        "template, or set tokenize_data.on_unusable_row: drop"
     )
 
 
@@ -295,7 +296,7 @@ def test_a_prompt_that_the_template_refuses(tmp_path, template, row, reason, mes
     refused = refusal(tmp_path, base, "prompts", rows)
     assert refused.startswith("data/prepared/prompts/train.jsonl, line 2: the chat template ")
     assert message in refused
-    assert refused.endswith("; or set tokenize_data.on_unusable_row: drop")
+    assert refused.endswith(", or set tokenize_data.on_unusable_row: drop")
     metrics = tokenize_here(tmp_path, base, "prompts", rows, on_unusable_row="drop")
     assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (2, 1)
     assert read_table(tmp_path / "data/tokens/prompts/train.arrow", PROMPT_SCHEMA)["row"][:] == [0, 2]
