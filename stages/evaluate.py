@@ -161,7 +161,7 @@ def main(
     ) as this_run:
         if this_run.already_complete():
             return
-        processes.in_main(lambda: held_out.require_reference_of(sft, this_run.scratch.input_hashes))
+        processes.in_main(lambda: held_out.require_reference_of(sft, this_run.own_scratch.input_hashes))
         evaluation = load(settings, seed, loading, processes, {"policy": policy, "sft": sft, "reward": reward_model})
         held_out.require_fit(evaluation.policy.language_model.config, settings.max_new_tokens)
         theirs = answer(this_run, evaluation, held_out, evaluation.sft)

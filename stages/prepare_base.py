@@ -29,7 +29,7 @@ from stages.lib.command.run import run
 from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt, special_tokens
 from stages.lib.data.conversations import Message, UnusableRowError, messages_from
 from stages.lib.data.template_process import template_process
-from stages.lib.models.given_model import check_forward_pass, download, ids_of, load_pretrained
+from stages.lib.models.given_model import check_forward_pass, download, embedding_rows, ids_of, load_pretrained
 from stages.lib.models.model_facts import read_model_facts
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.operations.run_log import log_run
@@ -152,12 +152,12 @@ def start_new_rows(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
     """
     import torch
 
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if ids_of(tokenizer) > rows:
         model.resize_token_embeddings(ids_of(tokenizer), mean_resizing=False)
     generator = torch.Generator().manual_seed(stage_seed(seed))
-    matrices = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    matrices: list[Any] = [model.get_input_embeddings().weight]
+    head: Any = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.weight)
     if head is not None and getattr(head, "bias", None) is not None:
@@ -226,7 +226,7 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Pa
     logging.disable_progress_bar()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported to save a model, warns without it
     if hasattr(model.config, "auto_map") and type(model).__module__.startswith("transformers."):
-        del model.config.auto_map
+        delattr(model.config, "auto_map")
     model.save_pretrained(out, max_shard_size="1TB")
     tokenizer.save_pretrained(out)
     _write_plain_tokenizer_config(out / "tokenizer_config.json")
@@ -283,6 +283,8 @@ def given_base(
     """A model of a folder or of the Hub, with the tokens that the pipeline needs."""
     folder, name = Path(settings.path), settings.path
     if settings.source == "hub":
+        assert settings.hub_model is not None, "the settings name one with source hub"
+        assert settings.hub_revision is not None, "and give its commit"
         folder = download(settings.hub_model, settings.hub_revision, trust_remote_code=trust_remote_code)
         check_settings_again()
         name = f"Hub model {settings.hub_model}"

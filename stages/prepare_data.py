@@ -45,6 +45,8 @@ def raw_rows(settings: PrepareData) -> Iterator[tuple[str, RawRow]]:
     if settings.source == "local":
         rows = local_rows(Path(settings.path))
     else:
+        assert settings.hub_dataset is not None, "the settings name one with source hub"
+        assert settings.hub_revision is not None, "and give its commit"
         rows = hub_rows(settings.hub_dataset, settings.hub_revision, settings.hub_data_dir, settings.hub_split)
     yield from islice(rows, settings.max_rows)
 
@@ -108,6 +110,7 @@ def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterato
     first.columns.refuse_unseen()
     if not beginnings:
         raise StageError(f"{origin(settings)}: {why_none_is_left(counts)}")
+    assert first.format.name is not None, "it has read rows"
     print(first.columns.summary(first.format.name))
     held_out = eval_prompts(beginnings, settings.eval_fraction)
     seen_replies: set[bytes] = set()

@@ -85,9 +85,10 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             }
 
         def build(staged: dict[str, Path]) -> None:
+            assert hashes is not None, "the main process builds, and it has them"
             staged["logps"].mkdir()
             notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
-            notes |= {"model": this_run.scratch.input_hashes[str(model)]}
+            notes |= {"model": this_run.own_scratch.input_hashes[str(model)]}
             for split, values in columns.items():
                 of_split = {"tokens": hashes[split], VALUES: values_digest(*(values[name] for name in LOG_PROBS))}
                 schema = REFERENCE_SCHEMA.with_metadata(notes | of_split)

@@ -71,7 +71,7 @@ class Pairs:
     def require_made_from_inputs(self, model: Path, this_run: TrainingRun) -> None:
         """Raise StageError if the reference is of other tokens, or of another model than the policy starts from."""
         tokens = (self.tokens_path, dvc_hash(self.tokens_path))
-        require_made_from(self.path, tokens=tokens, model=(model, this_run.scratch.input_hashes[str(model)]))
+        require_made_from(self.path, tokens=tokens, model=(model, this_run.own_scratch.input_hashes[str(model)]))
 
     def __len__(self) -> int:
         return len(self.tokens)

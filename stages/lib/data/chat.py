@@ -54,6 +54,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     require_json_objects(folder, TOKENIZER_JSON)
     with not_loaded(f"{folder}: the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer is None:
+        raise StageError(f"{folder}: transformers finds no tokenizer in it")
     require_fast(tokenizer, str(folder))
     if tokenizer.eos_token is None:
         raise StageError(f"{folder}: the tokenizer has no EOS token; prepare_base sets one")
@@ -104,8 +106,9 @@ def render_ahead(
 
 def _template_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, dict[str, str]]:
     """The template, and the variables that transformers gives it beside the messages."""
-    dated = "strftime_now" in tokenizer.chat_template
-    return (WITHOUT_DATE if dated else "") + tokenizer.chat_template, tokenizer.special_tokens_map
+    template = tokenizer.chat_template
+    assert isinstance(template, str), "load_tokenizer refuses anything else"
+    return (WITHOUT_DATE if "strftime_now" in template else "") + template, tokenizer.special_tokens_map
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:

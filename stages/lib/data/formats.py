@@ -128,6 +128,7 @@ class FormatOfRows:
                     "give data of one format, or name in format what all rows are to be read as"
                 )
             self._known.add(kind)
+        assert self.name is not None, "the first row gives it, if the settings do not"
         return self.name
 
 
@@ -159,7 +160,8 @@ def pair_candidates(row: RawRow) -> list[Format]:
     replies = (row["chosen"], row["rejected"])
     if all(hh_transcripts.is_transcript(reply) for reply in replies):
         return ["hh", "preference"] if "prompt" in row else ["hh"]
-    named = [name for name in ("preference", "sharegpt_preference") if not missing_columns(row, name)]
+    either: tuple[Format, ...] = ("preference", "sharegpt_preference")
+    named = [name for name in either if not missing_columns(row, name)]
     if named:
         return named
     if all(isinstance(reply, list) for reply in replies) or row.keys() <= BESIDE_AN_IMPLICIT_PROMPT:

@@ -285,7 +285,7 @@ def hub_splits(dataset: str, revision: str, data_dir: str | None, split: str | N
         )
     wanted = f"data set {dataset} at revision {revision}" + (f", folder {data_dir}" if data_dir else "")
     try:
-        loaded = datasets.load_dataset(dataset, data_dir=data_dir, revision=revision, split=split)
+        loaded: Any = datasets.load_dataset(dataset, data_dir=data_dir, revision=revision, split=split)
     except Exception as error:  # of many unrelated types: from the network, the Hub's answers and the files themselves
         # This one only says that a file could not be read; what it was raised from says why.
         told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None

@@ -35,6 +35,9 @@ class TemplateProcess:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the stage, which then closes the pipe
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.writer, self.reader = self.process.stdin, self.process.stdout
 
     def render(self, template: str, variables: Mapping[str, Any], conversation: Conversation) -> str:
         """The text of a conversation.
@@ -53,16 +56,18 @@ class TemplateProcess:
 
     def render_ahead(self, template: str, variables: Mapping[str, Any], conversations: Sequence[Conversation]) -> None:
         """Render all at once, which saves the two processes most of their waiting; `render` then has the results."""
-        lines = [[{"messages": messages, "add_generation_prompt": open_} for messages, open_ in conversations]]
+        lines: list[Any] = [
+            [{"messages": messages, "add_generation_prompt": open_} for messages, open_ in conversations]
+        ]
         if (template, variables) != self.settings:
             self.settings = (template, variables)
             lines.insert(0, {"template": template, "variables": variables})
         self.results = {}
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            self.process.stdin.flush()
+            self.writer.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self.writer.flush()
         for conversation in conversations:
-            answer = self.process.stdout.readline()
+            answer = self.reader.readline()
             result = _result(json.loads(answer)) if answer else self._ended()
             self.results[_key(conversation)] = result
             if isinstance(result, StageError):  # it ends the stage: the others need not take their time

@@ -31,7 +31,7 @@ def main() -> None:
     from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
 
     # A text must be the same at every run. Each template is compiled in an environment of this class.
-    jinja2.sandbox.ImmutableSandboxedEnvironment = partial(
+    jinja2.sandbox.ImmutableSandboxedEnvironment = partial(  # pyrefly: ignore[bad-assignment]  # called, never subclassed
         jinja2.sandbox.ImmutableSandboxedEnvironment, finalize=without_address
     )
     from transformers.utils.chat_template_utils import render_jinja_template

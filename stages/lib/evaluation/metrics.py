@@ -43,9 +43,11 @@ def response_metrics(own: Responses, sft: Responses, resamples: int, seed: int) 
     """
     results: dict[str, float] = {"prompts": len(own.ids)}
     results |= against_sft("reward", own.rewards, sft.rewards, resamples, seed)
-    graded = [pair for pair in zip(own.grades, sft.grades, strict=True) if None not in pair]
+    both = zip(own.grades, sft.grades, strict=True)
+    graded = [(ours, sfts) for ours, sfts in both if ours is not None and sfts is not None]
     if graded:
-        results |= against_sft("gold", *zip(*graded, strict=True), resamples, seed)
+        grades, grades_of_sft = [ours for ours, _ in graded], [sfts for _, sfts in graded]
+        results |= against_sft("gold", grades, grades_of_sft, resamples, seed)
     if 0 < len(graded) < len(own.ids):
         results["gold_prompts"] = len(graded)
     low, high = paired_bootstrap_interval(own.kl, seed, resamples)
