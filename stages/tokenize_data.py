@@ -231,7 +231,7 @@ def metrics_of(kind: Kind, counts: dict[str, Counts], dropped: Counter[str]) -> 
     return metrics | {f"dropped/{reason}": dropped[reason] for reason in reasons}
 
 
-def facts_of(model: Path, settings: Tokenize) -> ModelFacts:
+def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
     """What is known of the model. Raises StageError unless sequences of `max_length` have a position in the model."""
     file = model / "config.json"
     facts = read_model_facts(read_config(model), str(file))
@@ -256,7 +256,7 @@ def main(
     started = time.monotonic()
     settings = read_params("tokenize_data", Tokenize)
     template_process()  # it loads while this one does
-    facts = facts_of(tokenizer, settings)
+    facts = facts_with_room(tokenizer, settings)
     loaded = load_tokenizer(tokenizer)
     notes = {TOKENIZER_NOTE: tokenizer_hash(tokenizer)}
     counts: dict[str, Counts] = {}

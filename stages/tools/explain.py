@@ -64,18 +64,18 @@ def found_at(key: str, top: Declared) -> list[Declared]:
 
 def explained(name: str, declared: Declared) -> Iterator[str]:
     """The lines on a key, and on every key below it."""
-    yield from wrapped(f"{name}: {in_words(declared)}{default_of(declared)}", 0)
-    yield from wrapped(declared.node.get("description", ""), 2)
+    yield from wrapped_lines(f"{name}: {in_words(declared)}{default_of(declared)}", 0)
+    yield from wrapped_lines(declared.node.get("description", ""), 2)
     for kind, block in (declared.types or {"": declared}).items():
         if kind:
-            yield from wrapped(f"{KIND}: {kind}", 1)
-            yield from wrapped(block.below(KIND).node["description"], 3)
+            yield from wrapped_lines(f"{KIND}: {kind}", 1)
+            yield from wrapped_lines(block.below(KIND).node["description"], 3)
         for key in block.keys:
             if key != KIND:
                 yield from (INDENT * (2 if kind else 1) + line for line in explained(key, block.below(key)))
 
 
-def wrapped(text: str, level: int) -> list[str]:
+def wrapped_lines(text: str, level: int) -> list[str]:
     """Lines of a text at a level, with room for three levels more on the left."""
     margin = INDENT * level
     return textwrap.wrap(text, WIDTH - 3 * len(INDENT), initial_indent=margin, subsequent_indent=margin)

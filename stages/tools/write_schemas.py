@@ -16,7 +16,7 @@ from stages.lib.settings.schemas import params_schema, runtime_schema
 SCHEMAS = {"params.schema.json": params_schema, "runtime.schema.json": runtime_schema}
 
 
-def text_of(schema: dict[str, Any]) -> str:
+def schema_text(schema: dict[str, Any]) -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -25,7 +25,7 @@ def main(out: Annotated[Path, typer.Option(help="The folder to write them to.")]
     out.mkdir(exist_ok=True)
     for name, schema in SCHEMAS.items():
         with written_whole(out / name) as (partial,):
-            partial.write_text(text_of(schema()), encoding="utf-8")
+            partial.write_text(schema_text(schema()), encoding="utf-8")
 
 
 if __name__ == "__main__":

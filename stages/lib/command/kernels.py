@@ -45,16 +45,17 @@ def choose_kernels(
     is refused where the stage reads its section.
 
     Raises:
-        RuntimeError: torch has been imported.
+        RuntimeError: torch has been imported under another choice.
     """
-    if "torch" in sys.modules:
-        raise RuntimeError("torch has been imported and has chosen its kernels")
     try:
         kernels = load_yaml(params).get("kernels")
     except (StageError, OSError):
         return
-    if kernels == "portable" and has_avx2(cpu_facts):
-        environment.update(AVX2_ALONE)
-    elif kernels == "fastest":
-        for name in AVX2_ALONE:
-            environment.pop(name, None)
+    if kernels not in ("portable", "fastest") or not has_avx2(cpu_facts):
+        return
+    chosen = AVX2_ALONE if kernels == "portable" else {}
+    if "torch" in sys.modules and chosen != {name: environment[name] for name in AVX2_ALONE if name in environment}:
+        raise RuntimeError("torch has been imported, and computes with other kernels")
+    for name in AVX2_ALONE:
+        environment.pop(name, None)
+    environment.update(chosen)

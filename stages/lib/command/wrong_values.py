@@ -11,7 +11,7 @@ from stages.lib.command.json_schema import KIND, NOTHING, Declared, item
 from stages.lib.command.quoted import LONGEST_TEXT, describe, describe_number, did_you_mean, nearest
 from stages.lib.command.strict_yaml import short
 
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 EXPECTED = {
     "bool_type": "true or false",
     "int_type": "a whole number",
@@ -49,7 +49,7 @@ def refusal(error: ValidationError, kind: Any, values: Any, where: str) -> str:
     return wrong_value(fault, schema.at(place, values), shown_place(where, place))
 
 
-def place_of(fault: ErrorDetails, values: Any) -> Place:
+def place_of(fault: ErrorDetails, values: Any) -> KeyPath:
     """The keys and indices down to a fault, without the names of the types that pydantic tried on the way."""
     place: list[str | int] = []
     for part in fault["loc"][: -2 if fault["loc"][-1:] == ("[key]",) else None]:
@@ -59,7 +59,7 @@ def place_of(fault: ErrorDetails, values: Any) -> Place:
     return (*place, fault["loc"][-1]) if fault["type"] == "missing" else tuple(place)
 
 
-def shown_place(where: str, place: Place) -> str:
+def shown_place(where: str, place: KeyPath) -> str:
     return where + "".join(f"[{part}]" if isinstance(part, int) else f".{short(part)}" for part in place)
 
 
@@ -90,7 +90,7 @@ def one_of(value: Any, choices: Sequence[Any], where: str) -> str:
     return f"{where}: {describe(value)} is not one of: {', '.join(map(str, choices))}{close}"
 
 
-def nearest_key(schema: Declared, place: Place, values: Any) -> str:
+def nearest_key(schema: Declared, place: KeyPath, values: Any) -> str:
     """'; did you mean …?' with a key of the same block, or of one below it."""
     block, unknown = schema.at(place[:-1], values), str(place[-1])
     inside = [f"{name}.{key}" for name in block.keys for key in block.below(name).keys]

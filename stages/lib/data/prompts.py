@@ -25,7 +25,7 @@ def prompts_of(columns: Mapping[str, list]) -> list[Prompt]:
     """The prompts of rows of a token table, as `table[rows]` gives them."""
     rows = zip(columns["row"], columns["prompt_ids"], columns["messages"], columns["facts"], strict=True)
     return [
-        Prompt(row, ids, messages_in(messages, f"row {row}, messages"), facts_in(facts, f"row {row}, facts"))
+        Prompt(row, ids, messages_in_cell(messages, f"row {row}, messages"), facts_in(facts, f"row {row}, facts"))
         for row, ids, messages, facts in rows
     ]
 
@@ -42,7 +42,7 @@ def json_text(value: Any) -> str:
     return text
 
 
-def messages_in(text: str, where: str) -> list[Message]:
+def messages_in_cell(text: str, where: str) -> list[Message]:
     """The messages of a table's cell. Raises a StageError, beginning with `where`, if it holds none."""
     messages = messages_from(parse_json(text, where), where)
     if not messages:

@@ -78,7 +78,7 @@ def data_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [regular(path)]
     passed_over: list[Path] = []
-    files = sorted(files_below(path, path, passed_over))
+    files = sorted(raw_files_below(path, path, passed_over))
     if not files:
         raise StageError(f"{path} holds no data file: expected at least one of {', '.join(FILE_READERS)}")
     if passed_over:
@@ -93,7 +93,7 @@ def tell_once(line: str) -> None:
     print(line)
 
 
-def files_below(folder: Path, top: Path, passed_over: list[Path]) -> Iterator[Path]:
+def raw_files_below(folder: Path, top: Path, passed_over: list[Path]) -> Iterator[Path]:
     """The data files below a folder; documents and hidden entries of it are added to `passed_over`."""
     for entry in sorted(folder.iterdir()):
         if is_document(entry.relative_to(top)):
@@ -107,7 +107,7 @@ def files_below(folder: Path, top: Path, passed_over: list[Path]) -> Iterator[Pa
                 "its knowledge; put the folder itself there, or name it as the path"
             )
         else:
-            yield from files_below(entry, top, passed_over)
+            yield from raw_files_below(entry, top, passed_over)
 
 
 def regular(path: Path) -> Path:

@@ -15,7 +15,7 @@ from stages.lib.data import template_worker
 
 SECONDS = 10.0  # processor time of one rendering, which takes a fraction of a millisecond
 MEMORY = 2**29  # bytes that rendering may take beyond what the loaded libraries have
-Conversation = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether a reply is to follow them
+ConversationToRender = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether a reply is to follow them
 
 
 class RenderingError(Exception):
@@ -39,7 +39,7 @@ class TemplateProcess:
         assert self.process.stdout is not None
         self.writer, self.reader = self.process.stdin, self.process.stdout
 
-    def render(self, template: str, variables: Mapping[str, Any], conversation: Conversation) -> str:
+    def render(self, template: str, variables: Mapping[str, Any], conversation: ConversationToRender) -> str:
         """The text of a conversation.
 
         Raises:
@@ -54,7 +54,9 @@ class TemplateProcess:
             raise result
         return result
 
-    def render_ahead(self, template: str, variables: Mapping[str, Any], conversations: Sequence[Conversation]) -> None:
+    def render_ahead(
+        self, template: str, variables: Mapping[str, Any], conversations: Sequence[ConversationToRender]
+    ) -> None:
         """Render all at once, which saves the two processes most of their waiting; `render` then has the results."""
         lines: list[Any] = [
             [{"messages": messages, "add_generation_prompt": open_} for messages, open_ in conversations]
@@ -89,7 +91,7 @@ class TemplateProcess:
         )
 
 
-def _key(conversation: Conversation) -> Any:
+def _key(conversation: ConversationToRender) -> Any:
     messages, open_ = conversation
     return tuple((message["role"], message["content"]) for message in messages), open_
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.prompts import facts_in, messages_in
+from stages.lib.data.prompts import facts_in, messages_in_cell
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -208,7 +208,7 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(("messages", "facts"), (("the text is null", pc.is_null),)),
 }
 # Columns of text → what reads a cell, or raises a StageError that begins with the place it is given.
-TEXTS: dict[str, Callable[[str, str], Any]] = {"messages": messages_in, "facts": facts_in}
+TEXTS: dict[str, Callable[[str, str], Any]] = {"messages": messages_in_cell, "facts": facts_in}
 MASK_CHECKS: tuple[tuple[str, Callable[[pa.ListArray, pa.ListArray], pa.Array]], ...] = (
     (
         "the mask has another length than input_ids",

@@ -34,7 +34,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     ):
         if getattr(reference, key) != own:
             raise StageError(
-                f"params.yaml: ref_logprobs.{key} is {shown(getattr(reference, key))} and {theirs} {shown(own)}: "
+                f"params.yaml: ref_logprobs.{key} is {or_null(getattr(reference, key))} and {theirs} {or_null(own)}: "
                 "the first step's margin would not be 0; give both the same"
             )
     if params["train_rm"].use_margin and params["prepare_data"].source == "film_reviews":
@@ -47,7 +47,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
         require_unsharded_quantization(stage, params[stage], runtime, where)
 
 
-def shown(value: str | None) -> str:
+def or_null(value: str | None) -> str:
     return "null" if value is None else value
 
 

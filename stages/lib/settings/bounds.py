@@ -47,8 +47,8 @@ Precision = Literal["fp32", "bf16"]
 SaveDtype = Literal["float32", "bfloat16"]
 ErrorOrDrop = Literal["error", "drop"]
 
-Item = TypeVar("Item")
-Several = Annotated[tuple[Item, ...], Strict(False)]  # YAML has lists, not tuples
+Element = TypeVar("Element")
+Several = Annotated[tuple[Element, ...], Strict(False)]  # YAML has lists, not tuples
 Whole = BeforeValidator(whole)
 
 # A value of a section whose keys belong to another program: what JSON can hold, to any depth.

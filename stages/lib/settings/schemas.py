@@ -8,7 +8,7 @@ from stages.lib.settings.runtime import STAGES, Runtime
 from stages.lib.settings.sections import Params
 
 DIALECT = GenerateJsonSchema.schema_dialect
-Node = dict[str, Any]
+Schema = dict[str, Any]
 
 
 class WithoutTitles(GenerateJsonSchema):
@@ -18,12 +18,12 @@ class WithoutTitles(GenerateJsonSchema):
         return False
 
 
-def params_schema() -> Node:
+def params_schema() -> Schema:
     """What params.yaml may hold."""
     return {"$schema": DIALECT, **Params.model_json_schema(schema_generator=WithoutTitles)}
 
 
-def runtime_schema() -> Node:
+def runtime_schema() -> Schema:
     """What runtime.yaml may hold: every key in the section `default`, and some of them in a stage's."""
     one = Runtime.model_json_schema(schema_generator=WithoutTitles)
     shared = one.pop("$defs", {})

@@ -52,6 +52,7 @@ def test_a_choice_that_comes_too_late_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="torch has been imported"):
         chosen(tmp_path, "kernels: portable\n", FLAGS["AVX-512"], {})
+    chosen(tmp_path, "kernels: portable\n", FLAGS["AVX-512"], kernels.AVX2_ALONE)
 
 
 @pytest.mark.skipif(not kernels.has_avx2(), reason="this processor has no AVX2, so torch has nothing to choose from")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.prompts import Prompt, facts_from, facts_in, json_text, messages_in, prompts_of
+from stages.lib.data.prompts import Prompt, facts_from, facts_in, json_text, messages_in_cell, prompts_of
 
 MESSAGES = [{"role": "system", "content": "Füße \u2028"}, {"role": "user", "content": 'a "b"\n'}]
 FACTS = {"task": "sums", "answer": 0.1, "deep": [{"z": None, "a": True}]}
@@ -47,7 +47,7 @@ SURROGATE = json.dumps("\ud800")
 )
 def test_a_cell_without_messages_is_refused(text, message):
     with pytest.raises(StageError) as refused:
-        messages_in(text, "t.arrow, row 4, messages")
+        messages_in_cell(text, "t.arrow, row 4, messages")
     assert str(refused.value).startswith("t.arrow, row 4, messages")
     assert message in str(refused.value)
 

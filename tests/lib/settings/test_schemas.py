@@ -10,7 +10,7 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.schemas import params_schema, runtime_schema
 from stages.lib.settings.sections import default_params
 from stages.tools.use_profile import settings_of
-from stages.tools.write_schemas import SCHEMAS, text_of
+from stages.tools.write_schemas import SCHEMAS, schema_text
 from tests.real_files import PROJECT
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -26,7 +26,7 @@ def faults(name: str, document: Any) -> list[str]:
 def test_the_committed_schemas_are_current(name: str) -> None:
     schema = SCHEMAS[name]()
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert (PROJECT / "schemas" / name).read_text(encoding="utf-8") == text_of(schema), "make schemas"
+    assert (PROJECT / "schemas" / name).read_text(encoding="utf-8") == schema_text(schema), "make schemas"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -115,4 +115,4 @@ def test_schemas_say_what_an_editor_shows() -> None:
     assert loss["default"] == {"type": "sigmoid", "beta": 0.2, "label_smoothing": 0.0}
     target = params_schema()["$defs"]["AdaptiveKl"]["properties"]["target"]
     assert target["description"] == "[nats per response] KL to hold"
-    assert json.loads(text_of(runtime_schema())) == runtime_schema()
+    assert json.loads(schema_text(runtime_schema())) == runtime_schema()
