@@ -1,16 +1,6 @@
-"""The order of the test files: those that take minutes come first, so that none is left for one process alone.
-
-Tests compute with the kernels that the stages they start are told to use.
-"""
-
-import os
+"""The order of the test files: those that take minutes come first, so that none is left for one process alone."""
 
 import pytest
-
-from stages.lib.command.kernels import AVX2_ALONE, has_avx2
-
-if has_avx2():
-    os.environ.update(AVX2_ALONE)  # before any test imports torch
 
 LONG = (
     "tests/pipeline/test_repro.py",

@@ -139,7 +139,7 @@ def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
     of_sft = [again for name, again, _ in titles if name.startswith("train_sft")]
     assert of_sft == ["", *[" (see above)"] * 3]  # below rm, ppo, ref_logprobs and dpo
     for words in (
-        "params      seed 17; trust_remote_code false; train_ppo: ",
+        "params      kernels portable; seed 17; trust_remote_code false; train_ppo: ",
         "iterations 3, ",
         "source      generated film reviews",
         "threads 1, ",
@@ -155,7 +155,7 @@ def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
 def test_all_models_are_shown_if_none_is_named(recorded: Path) -> None:
     code, record = of(recorded)
     assert code == 0
-    assert sorted(record["asked"]) == [f"models/{name}" for name in ("base", "dpo", "ppo", "rm", "sft")]
+    assert sorted(record["asked"]) == [f"models/{name}" for name in ("base", "dpo", "grpo", "ppo", "rm", "sft")]
 
 
 def append(text: str) -> Callable[[Path], None]:
@@ -301,7 +301,7 @@ def test_a_path_that_no_stage_makes_is_refused_with_the_outs_there_are(project: 
     code, text, error = lineage(project, "models/pppo")
     assert (code, text) == (2, "")
     assert error.startswith("error: models/pppo: no stage in dvc.lock makes it; did you mean 'models/ppo'?; ")
-    assert "models/base, models/dpo, models/ppo" in error
+    assert "models/base, models/dpo, models/grpo, models/ppo" in error
     (project / "dvc.lock").unlink()
     code, _, error = lineage(project, "models/ppo")
     assert (code, error) == (2, "error: dvc.lock is missing: nothing has been made here yet; run `make repro`\n")

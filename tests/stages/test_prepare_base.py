@@ -75,7 +75,7 @@ def write_settings(folder, changes, seed, *, trust=False):
     folder.mkdir(parents=True, exist_ok=True)
     row = {"messages": [{"role": "user", "content": "a film of note"}, {"role": "assistant", "content": "a fine film"}]}
     (folder / "sft.jsonl").write_text((json.dumps(row) + "\n") * 20)
-    settings = {"seed": seed, "trust_remote_code": trust, "prepare_base": SECTION | changes}
+    settings = {"seed": seed, "kernels": "portable", "trust_remote_code": trust, "prepare_base": SECTION | changes}
     (folder / "params.yaml").write_text(json.dumps(settings))
 
 
@@ -297,7 +297,7 @@ def test_weights_that_are_cut_short_or_incomplete(copy_of_scratch, tmp_path):
     with pytest.raises(StageError, match=r"1 weights are missing or of another shape.*layers\.1\.mlp\.up_proj"):
         prepare(tmp_path, **local(copy_of_scratch))
     save_file({**weights, "model.layers.1.mlp.up_proj.weight": lost[:3]}, file, metadata={"format": "pt"})
-    with pytest.raises(StageError, match=r"source (cannot be loaded|: 1 weights are missing or of another shape)"):
+    with pytest.raises(StageError, match=r"source( cannot be loaded|: 1 weights are missing or of another shape)"):
         prepare(tmp_path, **local(copy_of_scratch))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(StageError, match="source cannot be loaded as a causal language model"):

@@ -366,7 +366,7 @@ HUB = {"source": "hub", "path": "data/raw/none", "hub_dataset": "owner/name", "h
         ({"columns": {"": "x"}}, "prepare_data"),
         ({"ignore_columns": ["a", "a"]}, "ignore_columns names a column twice"),
         ({"ignore_columns": ["a"], "columns": {"a": "prompt"}}, "'a' is in columns and in ignore_columns: choose one"),
-        ({"eval_fraction": 0}, "eval_fraction must be above 0 and below 1, found 0.0"),
+        ({"eval_fraction": 0}, "eval_fraction must be above 0 and below 1, found 0"),
         ({"eval_fraction": 1.0}, "eval_fraction must be above 0 and below 1, found 1.0"),
     ],
 )

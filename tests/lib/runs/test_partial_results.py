@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def test_a_chunk_comes_back_to_the_last_bit() -> None:
 
 
 def test_the_chunks_of_all_rows_are_joined_in_order() -> None:
-    runtime = replace(read_runtime("evaluate"), rows_per_partial_result=2)
+    runtime = read_runtime("evaluate").model_copy(update={"rows_per_partial_result": 2})
     computed: list[range] = []
 
     def compute(chunk: range) -> dict[str, list]:

@@ -128,7 +128,7 @@ def test_the_sections_are_those_of_the_committed_file() -> None:
     ("text", "message"),
     [
         ("train_mr: {}\n", "no stage reads 'train_mr'; did you mean 'train_rm'?"),
-        ("seed: 1\ntrust_remote_code: false\n", "prepare_data is missing"),
+        ("seed: 1\nkernels: portable\ntrust_remote_code: false\n", "prepare_data is missing"),
     ],
 )
 def test_a_section_unknown_or_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
