@@ -169,7 +169,6 @@ def test_a_model_is_loaded_by_name_and_by_snapshot(hub, tmp_path, model_folder):
         assert float(line.split()[-1]) == pytest.approx(total, abs=1e-5)
 
 
-NO_TEMPLATE = {"chat_template": "data/raw/none"}
 SHORT = {
     "prepare_data": {"eval_fraction": 0.3},
     "tokenize_data": {"max_length": 128, "max_prompt_length": 112},

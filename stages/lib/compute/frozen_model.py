@@ -1,4 +1,4 @@
-"""Models without gradients: the reference, the reward model in PPO, a policy under evaluation."""
+"""Models that nothing trains: no gradients, and sharded if runtime.yaml asks for it."""
 
 from collections.abc import Callable
 

@@ -142,10 +142,10 @@ def generalized_advantages(
 
 @torch.no_grad()
 def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum, sum of squares, count) of the unmasked values, as float64 scalars that can be stacked and all-reduced.
+    """(sum, sum of squares, count) of the unmasked values, as float64 scalars, which add up over parts of a batch.
 
-    After the reduction, mean = sum / count and variance = sum of squares / count - mean^2. In float32 that
-    difference would cancel; in float64 it keeps about 8 digits for a mean of 1e4 standard deviations.
+    mean = sum / count and variance = sum of squares / count - mean^2. In float32 that difference would cancel; in
+    float64 it keeps about 8 digits for a mean of 1e4 standard deviations.
 
     Args:
         values: (b, t).
@@ -164,8 +164,8 @@ def whiten(
     Args:
         advantages: (b, t).
         mask: True on response tokens, (b, t).
-        mean, variance: of the unmasked advantages of the GLOBAL batch (population variance, dividing by the count), or
-            the result would depend on the number of processes. A variance below 0 is rounding and counts as 0.
+        mean, variance: of the unmasked advantages of the whole phase (population variance, dividing by the count), or
+            the result would depend on how it is cut up. A variance below 0 is rounding and counts as 0.
     Returns:
         whitened advantages (b, t), in the type of `advantages`.
     """

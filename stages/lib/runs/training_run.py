@@ -8,7 +8,7 @@ The loop itself stands in the script, or in `objectives.fit`:
         ...
         for step in run.steps(total_steps, engine=engine):
             ...
-            run.record(step, tokens, metrics)
+            run.record(step, tokens, metrics, shown)
         run.publish(build)
 """
 
@@ -206,7 +206,7 @@ class TrainingRun(StageRun):
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
         """Add the row of a finished step (0-based) to the curve and show some of it.
 
-        `units`: tokens that the model has read in it, without padding; for PPO those of the responses alone.
+        `units`: tokens that the model has read in it, without padding; in RL those of the responses alone.
         """
         if self.curve and self.progress and self.trackers:
             self.curve.append(step + 1, metrics)

@@ -18,7 +18,6 @@ from tests.fuzz.mutations import json_text, mutated_bytes, mutated_tree
 
 TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 CHUNKED = ("ref_logprobs", "evaluate@dpo")
-PLACES = ("complete.json", "manifest.json", "state", "tensors", "curve.csv")
 
 
 def scratch(folder: Path, stage: str) -> Path:

@@ -9,7 +9,8 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import build, declared_sections, load_yaml, read_params, read_seed, read_value
+from stages.lib.command.params import build, declared_sections, read_params, read_seed, read_value
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.bounds import AnyValue, Several, Text, Whole
 from stages.lib.settings.declaration import Settings, block, key
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute import activation_offload
 from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.settings.runtime import Runtime

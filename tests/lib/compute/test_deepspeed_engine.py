@@ -66,7 +66,7 @@ import json, sys
 import torch
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute.processes import Processes
 from stages.lib.settings.runtime import Runtime
 from tests.lib.compute.test_engine import CPU, PROJECT, settings

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.processes import Processes

@@ -7,7 +7,7 @@ import torch
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.out_of_memory import is_out_of_memory, reason_of
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.memory_budget import MemoryBudget

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.command.errors import StoppedError
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.operations.tensorboard_tracker import flat_settings
 from stages.lib.operations.trackers import Trackers
 from stages.lib.settings.runtime import Runtime, read_runtime

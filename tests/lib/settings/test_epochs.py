@@ -3,7 +3,8 @@
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import build, load_yaml
+from stages.lib.command.params import build
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_rm import TrainRm

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import load_yaml
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.settings.runtime import STAGES, read_runtime, read_runtimes
 from tests.real_files import PROJECT
 
