@@ -16,8 +16,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
-from stages.lib.command.params import GRAPH_FILE, PARAMS_FILE, load_yaml
+from stages.lib.command.params import GRAPH_FILE, PARAMS_FILE
 from stages.lib.command.quoted import nearest
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
 from stages.lib.operations.run_log import read_runs, run_that_made
 from stages.tools.dvc_lock import LOCK_FILE

@@ -20,7 +20,6 @@ class PolicyTerms(NamedTuple):
     loss_sum: torch.Tensor
     clipped_sum: torch.Tensor
     approx_kl_sum: torch.Tensor
-    count: torch.Tensor
 
 
 class ClipSettings(Protocol):
@@ -57,8 +56,7 @@ def clip_loss(
     with torch.no_grad():
         clipped_sum = (clipped > plain).sum().to(loss_sum.dtype)
         approx_kl_sum = (torch.expm1(log_ratio) - log_ratio).sum()
-        count = response_mask.sum().to(loss_sum.dtype)
-    return PolicyTerms(loss_sum, clipped_sum, approx_kl_sum, count)
+    return PolicyTerms(loss_sum, clipped_sum, approx_kl_sum)
 
 
 # (logps, old logps, advantages, response mask, settings) → terms; the settings hold the keys that the loss reads.

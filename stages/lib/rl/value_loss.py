@@ -17,7 +17,6 @@ class ValueTerms(NamedTuple):
 
     loss_sum: torch.Tensor
     clipped_sum: torch.Tensor
-    count: torch.Tensor
 
 
 def value_loss_terms(
@@ -46,8 +45,7 @@ def value_loss_terms(
     loss_sum = 0.5 * torch.maximum(plain, clipped).sum()
     with torch.no_grad():
         clipped_sum = (clipped > plain).sum().to(loss_sum.dtype)
-        count = response_mask.sum().to(loss_sum.dtype)
-    return ValueTerms(loss_sum, clipped_sum, count)
+    return ValueTerms(loss_sum, clipped_sum)
 
 
 @torch.no_grad()

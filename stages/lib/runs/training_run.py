@@ -30,9 +30,9 @@ from stages.lib.models.pretrained import save_model
 from stages.lib.operations.progress import Progress
 from stages.lib.operations.stop_signal import StopSignal
 from stages.lib.operations.trackers import Trackers
+from stages.lib.runs.checkpoints import Checkpoint
 from stages.lib.runs.curve import Curve
 from stages.lib.runs.model_card import write_model_card
-from stages.lib.runs.scratch import Checkpoint
 from stages.lib.runs.stage_run import StageRun
 from stages.lib.settings.runtime import Runtime
 
@@ -260,7 +260,7 @@ class TrainingRun(StageRun):
                 staged["model"],
                 stage=self.stage,
                 settings=self.settings,
-                inputs=self.scratch.input_hashes if self.scratch else {},
+                inputs=self.own_scratch.input_hashes,
                 metrics=results,
             )
             write_json(staged["metrics"], dict(results))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import nearest
+from stages.lib.command.quoted import nearest
 from stages.lib.data.prompts import Prompt
 from stages.lib.tasks import film_reviews
 from stages.lib.tasks.task import TASK, Task
