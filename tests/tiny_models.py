@@ -62,5 +62,5 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 def batching(
     tokens: int, packing: bool = False, pad_id: int = PAD, processes: Processes | None = None
 ) -> MicroBatching:
-    """Micro-batches of so many tokens, on one process or as one of several."""
+    """Micro-batches of at most `tokens` tokens, on one process or on several."""
     return MicroBatching(MemoryBudget("micro_batch_tokens", tokens), packing, pad_id, processes or Processes(0, 1, CPU))

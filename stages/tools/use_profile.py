@@ -3,11 +3,11 @@
     python -m stages.tools.use_profile --profile profiles/hh-local.yaml
     python -m stages.tools.use_profile --profile profiles/default.yaml
 
-The defaults are those that the settings declare (`make explain`); a profile is only what it changes, and `default`,
-which is no file, changes nothing. So a profile never stands on what params.yaml happened to hold. Comments, order and
-layout stay as they are, and what is written has the form in which DVC writes the file (`dvc exp run -S`), so that an
-experiment changes its own lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are
-not overwritten unless asked to.
+A profile lists its changes to the defaults that the settings declare (`make explain`); `default` needs no file, since it
+changes nothing. The result never depends on what params.yaml happened to hold before. Comments, order and layout stay as
+they are, and the file has the form in which DVC writes it (`dvc exp run -S`), so that an experiment changes its own
+lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are not overwritten unless
+asked to.
 """
 
 from collections.abc import Iterator

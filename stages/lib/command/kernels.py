@@ -1,4 +1,4 @@
-"""Which kernels torch computes with on a CPU: of every x86-64 processor with AVX2 the same, or the fastest of this one.
+"""Which kernels torch computes with on a CPU: those of AVX2 on any x86-64 processor that has it, or its fastest.
 
 With vectors of another width sums are added up in another order, so an AVX-512 processor and one with AVX2 alone round
 differently, and training makes much of it. The libraries read their environment variables once, when they are loaded.

@@ -40,5 +40,5 @@ def block(model: type[Settings], **changed: Any) -> dict[str, Any]:
 
 
 def plain(settings: Any) -> Any:
-    """Settings as JSON-like values, for model cards and what identifies a run; what is no model stays as it is."""
+    """Settings as plain JSON values, for model cards and fingerprints of runs; any other value is returned as it is."""
     return settings.model_dump() if isinstance(settings, BaseModel) else settings

@@ -33,8 +33,8 @@ class Params(Settings):
     )
     kernels: Kernels = key(
         "portable",
-        "of the CPU: portable: those of AVX2, which round alike on every x86-64 processor that has it | fastest: the "
-        "widest of this one",
+        "of the CPU: portable: AVX2's alone, for the same bytes on other x86-64 processors | fastest: the widest that "
+        "this one has",
     )
     prepare_data: PrepareData = key(block(PrepareData), "where rows come from, and what is made of them")
     prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
