@@ -3,10 +3,10 @@
     python -m stages.tools.use_profile --profile profiles/hh-local.yaml
     python -m stages.tools.use_profile --profile profiles/default.yaml
 
-A profile lists its changes to the defaults that the settings declare (`make explain`); `default` needs no file, since it
-changes nothing. The result never depends on what params.yaml happened to hold before. Comments, order and layout stay as
-they are, and the file has the form in which DVC writes it (`dvc exp run -S`), so that an experiment changes its own
-lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are not overwritten unless
+A profile lists its changes to the defaults that the settings declare (`make explain`); `default` needs no file, since
+it changes nothing. The result never depends on what params.yaml happened to hold before. Comments, order and layout
+stay as they are, and the file has the form in which DVC writes it (`dvc exp run -S`), so that an experiment changes its
+own lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are not overwritten unless
 asked to.
 """
 
