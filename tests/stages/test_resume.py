@@ -292,8 +292,9 @@ def test_what_was_computed_before_a_kill_is_not_computed_again(
     assert outs(folder, stage) == outs(tiny, stage)
 
 
+@pytest.mark.parametrize("stage", ["train_ppo", "train_grpo"])
 def test_a_signal_while_sampling_saves_the_iterations_before(
-    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    stage: str, copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from stages.lib.rl.samplers.own import OwnSampler
 
@@ -308,14 +309,14 @@ def test_a_signal_while_sampling_saves_the_iterations_before(
     with monkeypatch.context() as patch:
         patch.setattr(OwnSampler, "sample", signalled)
         with pytest.raises(SystemExit) as ended:
-            call(folder, "train_ppo")
+            call(folder, stage)
     assert ended.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr()
-    assert said.err.endswith("train_ppo: stopped by SIGTERM; state saved at step 1\n")
+    assert said.err.endswith(f"{stage}: stopped by SIGTERM; state saved at step 1\n")
     assert "  2/3  " not in said.out
-    call(folder, "train_ppo")
+    call(folder, stage)
     assert "resuming from step 1" in capsys.readouterr().out
-    assert outs(folder, "train_ppo") == outs(tiny, "train_ppo")
+    assert outs(folder, stage) == outs(tiny, stage)
 
 
 def catches(process: subprocess.Popen, number: int) -> bool:

@@ -13,7 +13,6 @@ import torch
 from stages import train_grpo
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.learner import Pass
-from stages.lib.rl.samplers.own import OwnSampler
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -138,28 +137,6 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
     capsys.readouterr()
     call(folder, "train_grpo")
     assert "resuming from step 2" in capsys.readouterr().out
-    assert outs(folder, "train_grpo") == outs(tiny, "train_grpo")
-
-
-def test_a_signal_while_sampling_saves_the_phases_before(
-    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder = copy_of_tiny()  # checkpoints once a minute: none before the signal
-    sample = OwnSampler.sample
-
-    def signalled(sampler: OwnSampler, prompts: list, step: int, *options: int) -> object:
-        if step == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return sample(sampler, prompts, step, *options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OwnSampler, "sample", signalled)
-        with pytest.raises(SystemExit) as ended:
-            call(folder, "train_grpo")
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert capsys.readouterr().err.endswith("train_grpo: stopped by SIGTERM; state saved at step 1\n")
-    call(folder, "train_grpo")
-    assert "resuming from step 1" in capsys.readouterr().out
     assert outs(folder, "train_grpo") == outs(tiny, "train_grpo")
 
 
