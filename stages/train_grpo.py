@@ -41,11 +41,10 @@ if not asks_for_help():
     from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
-    from stages.lib.rl.samplers.own import own_sampler
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_critic import load_reward_model
-    from stages.lib.rl.trained_policy import load_policy
+    from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun
 

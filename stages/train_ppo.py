@@ -47,11 +47,10 @@ if not asks_for_help():
     from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
-    from stages.lib.rl.samplers.own import own_sampler
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_critic import load_critic
-    from stages.lib.rl.trained_policy import load_policy
+    from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
     from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun

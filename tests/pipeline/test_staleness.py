@@ -33,7 +33,10 @@ SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
 NOT_RUN = {
     "prepare_base": dict.fromkeys(
-        ("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py", "stages/lib/data/token_tables.py"),
+        (
+            *("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py"),
+            *("stages/lib/data/token_tables.py", "stages/lib/data/prompts.py"),
+        ),
         "for a model that was trained elsewhere; here a new one is made",
     ),
     **dict.fromkeys(training_stages(), DEEPSPEED),

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from stages.lib.compute.batching import sampling_budget
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
-from stages.lib.models.pretrained import Loading, load_language_model
+from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.shared_base import WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,3 +56,40 @@ def load_policy(
     copy = load_language_model(path, replace(loading, frozen=True))
     reference = frozen(TokenLogProbs(copy, chunk_tokens=chunks), runtime, processes)
     return TrainedPolicy(language_model, lora, engine, reference)
+
+
+class Sampling(Protocol):
+    """What `own_sampler` reads of a section of params.yaml."""
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+def own_sampler(
+    policy: TrainedPolicy,
+    model: Path,
+    settings: Sampling,
+    seed: int,
+    runtime: Runtime,
+    processes: Processes,
+    decode: Callable[[list[int]], str],
+    after_batch: Callable[[], None],
+) -> OwnSampler:
+    """The sampler of a policy that is trained; `model` is the folder that it started from."""
+    eos_id, pad_id = end_and_pad_ids(model)
+    return OwnSampler(
+        policy.engine,
+        policy.language_model,
+        seed,
+        settings.temperature,
+        settings.max_new_tokens,
+        eos_id,
+        pad_id,
+        decode,
+        sampling_budget(runtime),
+        processes,
+        after_batch=after_batch,
+    )

@@ -3,22 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from stages.lib.compute.batching import pad_left, sampling_budget
+from stages.lib.compute.batching import pad_left
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
 from stages.lib.data.prompts import Prompt
-from stages.lib.models.pretrained import end_and_pad_ids
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.sampling import invert_distribution, positions_of, uniform_draws
-from stages.lib.rl.trained_policy import TrainedPolicy
-from stages.lib.settings.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,43 +123,6 @@ class OwnSampler:
             mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
             positions = positions[:, -1:] + 1
         return torch.stack(tokens, dim=1)
-
-
-class Sampling(Protocol):
-    """What `own_sampler` reads of a section of params.yaml."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def max_new_tokens(self) -> int: ...
-
-
-def own_sampler(
-    policy: TrainedPolicy,
-    model: Path,
-    settings: Sampling,
-    seed: int,
-    runtime: Runtime,
-    processes: Processes,
-    decode: Callable[[list[int]], str],
-    after_batch: Callable[[], None],
-) -> OwnSampler:
-    """The sampler of a policy that is trained; `model` is the folder that it started from."""
-    eos_id, pad_id = end_and_pad_ids(model)
-    return OwnSampler(
-        policy.engine,
-        policy.language_model,
-        seed,
-        settings.temperature,
-        settings.max_new_tokens,
-        eos_id,
-        pad_id,
-        decode,
-        sampling_budget(runtime),
-        processes,
-        after_batch=after_batch,
-    )
 
 
 @contextmanager
