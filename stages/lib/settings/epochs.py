@@ -16,6 +16,6 @@ class EpochSettings(Settings):
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     eval_every: Count = key(100, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
-    keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest held-out loss")
+    keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest validation loss")
     lora: LoraSettings | None = key(None, "null: every weight is trained; else adapters on a frozen base, a block")
     optimizer: OptimizerSettings = key(block(OptimizerSettings), "AdamW, its schedule and clipping")
