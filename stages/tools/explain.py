@@ -1,7 +1,7 @@
 """Say of a section, a block or a key of params.yaml or runtime.yaml what it may hold.
 
-    python -m stages.tools.explain train_dpo.dpo.loss      a block of params.yaml
-    python -m stages.tools.explain train_sft.sft.epochs    a key
+    python -m stages.tools.explain train_dpo.loss          a block of params.yaml
+    python -m stages.tools.explain train_sft.epochs        a key
     python -m stages.tools.explain runtime.default.threads a key of runtime.yaml
     python -m stages.tools.explain                         the sections of both files
 
@@ -25,7 +25,6 @@ from stages.lib.settings.schemas import params_schema, runtime_schema
 RUNTIME = "runtime"
 WIDTH = 100
 INDENT = "  "
-ANY_NAME = "<name>"  # of an entry
 WORDS = {
     "boolean": "true | false",
     "integer": "whole number",
@@ -52,9 +51,6 @@ def found_at(key: str, top: Declared) -> list[Declared]:
     parts = key.split(".")
     for number, part in enumerate(parts):
         blocks = [block for place in places for block in place.types.values() or [place]]
-        if any(block.of_any_name for block in blocks):
-            places = [block.below(part) for block in blocks if block.of_any_name]
-            continue
         known = list(dict.fromkeys(name for block in blocks for name in block.keys))
         if part not in known:
             above = "".join(f"{name}." for name in parts[:number])
@@ -74,7 +70,7 @@ def explained(name: str, declared: Declared) -> Iterator[str]:
         if kind:
             yield from wrapped_lines(f"{KIND}: {kind}", 1)
             yield from wrapped_lines(block.below(KIND).node["description"], 3)
-        for key in [*block.keys, *([ANY_NAME] if block.below(ANY_NAME).keys else [])]:
+        for key in block.keys:
             if key != KIND:
                 yield from (INDENT * (2 if kind else 1) + line for line in explained(key, block.below(key)))
 
@@ -106,8 +102,6 @@ def default_of(declared: Declared) -> str:
     default = declared.default
     if isinstance(default, dict) and declared.types:
         default = default[KIND]
-    if isinstance(default, dict) and declared.below(ANY_NAME).keys:
-        return f"; default {', '.join(default) or 'none'}"
     if default is NOTHING or (isinstance(default, dict) and declared.keys):
         return ""
     return f"; default {default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)}"
@@ -122,7 +116,7 @@ def sections(declared: Declared, above: str = "") -> Iterator[str]:
 
 
 def main(
-    key: Annotated[str, typer.Argument(help="Dotted, such as train_dpo.dpo.loss or runtime.default.threads.")] = "",
+    key: Annotated[str, typer.Argument(help="Dotted, such as train_dpo.loss or runtime.default.threads.")] = "",
 ) -> None:
     """Say what a section, block or key of params.yaml or runtime.yaml may hold; without KEY list the sections."""
     top = files()

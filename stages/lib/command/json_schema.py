@@ -68,17 +68,12 @@ class Declared(NamedTuple):
         is_default = isinstance(self.default, Mapping) and self.default.get(KIND) == kind
         return chosen._replace(node=chosen.node | {"default": self.default}) if is_default else chosen
 
-    @property
-    def of_any_name(self) -> Node:
-        """What is declared of each value of a mapping from names that the user chooses; empty if this is none."""
-        return next(iter(self.node.get("patternProperties", {}).values()), self.node.get("additionalProperties") or {})
-
     def below(self, part: str | int) -> "Declared":
         """What is declared of a key of a block, or of an item of a list; empty if nothing is."""
         if isinstance(part, int):
             found = self.node.get("items", {})
         else:
-            found = self.node.get("properties", {}).get(part) or self.of_any_name
+            found = self.node.get("properties", {}).get(part) or self.node.get("additionalProperties") or {}
         if isinstance(self.default, Mapping) and part in self.default:  # what stands nearer the top counts
             found = found | {"default": self.default[part]}
         return self._replace(node=found).resolved()

@@ -99,10 +99,11 @@ def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> 
             require_there(path, key)
     if base.chat_template != NO_FILE and is_there(base.chat_template) and not Path(base.chat_template).is_file():
         raise StageError(f"params.yaml: prepare_base.chat_template: {base.chat_template} is not a file")
-    if base.source == "scratch" and Path(base.corpus).is_relative_to(PREPARED / "sft") and "sft" not in data.kinds:
+    made = Path(os.path.normpath(base.corpus))
+    if base.source == "scratch" and made.is_relative_to(PREPARED) and made.stem not in data.kinds:
         raise StageError(
-            f"params.yaml: prepare_base.corpus: {base.corpus} is empty without sft among prepare_data.kinds; add it, "
-            "or name another file of messages"
+            f"params.yaml: prepare_base.corpus: {base.corpus} is not made without {made.stem} among "
+            "prepare_data.kinds; add it, or name another file of messages"
         )
 
 

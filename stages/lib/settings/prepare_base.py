@@ -48,7 +48,7 @@ class PrepareBase(Settings):
     hub_model: Text | None = key(None, "source hub: owner/name; null with any other source")
     hub_revision: Text | None = key(None, "source hub: full commit hash, 40 hexadecimal digits; else null")
     corpus: Text = key(
-        "data/prepared/sft/train.jsonl",
+        "data/prepared/train/sft.jsonl",
         f"source scratch: rows the tokenizer is trained on; {NO_FILE} with any other",
     )
     chat_template: Text = key(
