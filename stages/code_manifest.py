@@ -19,16 +19,17 @@ from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import GRAPH_FILE
 from stages.lib.command.run import run
 from stages.lib.command.strict_yaml import load_yaml
-from stages.lib.operations.code_closure import MANIFESTS, differing_files, manifest_of
+from stages.lib.operations.code_closure import MANIFESTS, differing_files, manifest_of, script_name
 from stages.lib.settings.check import check_settings
 
 OWN_NAME = Path(__file__).stem
 
 
 def manifests() -> dict[str, str]:
-    """Stage of dvc.yaml → its manifest."""
-    names = [name for name in load_yaml(GRAPH_FILE)["stages"] if name != OWN_NAME]
-    return {name: manifest_of(f"stages/{name}.py") for name in names}
+    """Script of the stages of dvc.yaml → its manifest."""
+    stages = load_yaml(GRAPH_FILE)["stages"].values()
+    names = dict.fromkeys(script_name(stage.get("do", stage)["cmd"]) for stage in stages)
+    return {name: manifest_of(f"stages/{name}.py") for name in names if name != OWN_NAME}
 
 
 def changes(folder: Path) -> list[str]:

@@ -76,9 +76,22 @@ def running_hash() -> str:
 @cache
 def running_manifest() -> str | None:
     """The manifest of the stage that this process was started as, or None if it was started as something else."""
+    name = _own_name()
+    return manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT) if name else None
+
+
+def _own_name() -> str:
+    """The stage that this process was started as, such as "train_rm"; empty if it was started as something else."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = spec.name if spec else ""
-    return manifest_of(f"{name.replace('.', '/')}.py", PROJECT) if _is_ours(name) else None
+    return spec.name.removeprefix(f"{PACKAGE}.") if spec and _is_ours(spec.name) else ""
+
+
+def script_name(cmd: str) -> str:
+    """The script that a stage of dvc.yaml runs, such as "train_rm": several groups of stages may run one."""
+    found = re.search(rf"(?:-m {PACKAGE}\.|{PACKAGE}/launch\.sh )(\w+)", cmd)
+    if found is None:
+        raise StageError(f"dvc.yaml: no script of {PACKAGE} is run by the command {cmd!r}")
+    return found[1]
 
 
 def require_recorded_code() -> None:
@@ -86,8 +99,8 @@ def require_recorded_code() -> None:
 
     DVC reads the manifests as it starts: code that was edited while an earlier stage ran would go under the old record.
     """
-    stage = os.environ.get("DVC_STAGE", "").partition("@")[0]
-    manifest, own = MANIFESTS / f"{stage}.txt", running_manifest()
+    stage, own = os.environ.get("DVC_STAGE"), running_manifest()
+    manifest = MANIFESTS / f"{_own_name()}.txt"
     if not stage or own is None or not manifest.is_file():
         return
     differing = differing_files(manifest.read_text(encoding="utf-8"), own)
