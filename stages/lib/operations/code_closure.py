@@ -49,10 +49,11 @@ def manifest_of(script: str, root: Path = Path()) -> str:
         script: path of the stage's script below `root`, such as "stages/train_rm.py".
         root: the project's top folder.
     """
-    return _listed([file for file in closure([script], root) if not file.startswith(LEFT_OUT)], root)
+    return lines_of([file for file in closure([script], root) if not file.startswith(LEFT_OUT)], root)
 
 
-def _listed(files: list[str], root: Path) -> str:
+def lines_of(files: list[str], root: Path = Path()) -> str:
+    """The lines of a manifest for these files below `root`."""
     return "".join(f"{code_hash(root / file)} {file}\n" for file in files)
 
 
@@ -65,7 +66,7 @@ def running_code() -> str:
     modules = [module for name, module in list(sys.modules.items()) if name == "__main__" or _is_ours(name)]
     files = [Path(file).resolve() for module in modules if (file := getattr(module, "__file__", None))]
     roots = [file.relative_to(PROJECT).as_posix() for file in files if file.is_relative_to(PROJECT / PACKAGE)]
-    return _listed(closure(roots, PROJECT), PROJECT)
+    return lines_of(closure(roots, PROJECT), PROJECT)
 
 
 def running_hash() -> str:
@@ -104,6 +105,7 @@ def require_recorded_code() -> None:
     if not stage or own is None or not manifest.is_file():
         return
     differing = differing_files(manifest.read_text(encoding="utf-8"), own)
+    differing = [file for file in differing if file.endswith(".py")]  # templates that settings choose are data
     if differing:
         raise StageError(
             f"{differing[0]} is not what {manifest} says, which DVC records for {stage}: it was edited after this run "
@@ -205,8 +207,8 @@ def _without_remarks(text: str, docstrings: set[int]) -> tuple[str, frozenset[st
 
 @cache
 def _templates(root: Path) -> list[tuple[str, str]]:
-    """(path below `root`, name) of each file below `stages/` that is not Python."""
-    files = [file for file in sorted((root / PACKAGE).rglob("*")) if file.is_file() and file.suffix == ".jinja"]
+    """(path below `root`, name) of each template that code fills. Chat templates are chosen by settings."""
+    files = [file for file in sorted((root / PACKAGE / "templates").rglob("*")) if file.suffix == ".jinja"]
     return [(file.relative_to(root).as_posix(), file.name) for file in files]
 
 
