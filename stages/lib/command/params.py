@@ -2,14 +2,8 @@
 
 Every key that is declared must be in the file and every key of the file must be declared: nothing is filled in, so
 `params.yaml` is the whole truth about a run. Only YAML 1.2 is read (as DVC reads it): `1e-5` is a number.
-
-A section of named entries maps the name of what is made to its settings. A script is told the entry by DVC, which sets
-$DVC_STAGE to "train_dpo@dpo", or by `--name dpo`.
 """
 
-import os
-import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,14 +11,13 @@ from annotated_types import Ge, Lt
 from pydantic import Strict, TypeAdapter, ValidationError
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.quoted import describe, nearest
+from stages.lib.command.quoted import nearest
 from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.command.wrong_values import refusal
 
 PARAMS_FILE = Path("params.yaml")
 GRAPH_FILE = Path("dvc.yaml")
 Seed = Annotated[int, Strict(), Ge(0), Lt(2**32)]  # what every generator of random numbers here takes
-NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of an entry: part of paths, and of a stage's name
 Built = TypeVar("Built")
 
 
@@ -40,53 +33,6 @@ def read_params(section: str, settings: type[Built], path: Path = PARAMS_FILE) -
     if section not in document:
         raise StageError(f"{path}: section '{section}' is missing{nearest(section, document)}")
     return build(settings, document[section], f"{path}: {section}")
-
-
-def read_entry(
-    section: str, settings: type[Built], name: str | None = None, path: Path = PARAMS_FILE
-) -> tuple[str, Built]:
-    """Read one entry of a section of named entries: its name and its settings.
-
-    Args:
-        name: which; None: the one of $DVC_STAGE, or the only one.
-
-    Raises:
-        StageError: as `read_params`, or the section has no such entry, or it has several and none is named.
-    """
-    document = load_yaml(path)
-    refuse_unread_sections(document, path)
-    if section not in document:
-        raise StageError(f"{path}: section '{section}' is missing{nearest(section, document)}")
-    entries = document[section]
-    if not isinstance(entries, dict):
-        raise StageError(f"{path}: {section}: expected a mapping from names to settings, found {describe(entries)}")
-    name = chosen_name(section, entries, name, f"{path}: {section}")
-    return name, build(settings, entries[name], f"{path}: {section}.{name}")
-
-
-def chosen_name(stage: str, known: Collection[str], name: str | None, where: str) -> str:
-    """The entry that a run of `stage` is for: `name`, or that of $DVC_STAGE, or the only one.
-
-    Raises:
-        StageError: there is no such entry, or none, or several and none is named; or it can be no part of a path.
-    """
-    started, _, instance = os.environ.get("DVC_STAGE", "").partition("@")
-    name = name or (instance if started == stage else None)
-    if not known:
-        raise StageError(f"{where} is empty, so there is nothing for {stage} to do")
-    if name is None and len(known) > 1:
-        raise StageError(f"{where} has {', '.join(map(str, known))}: say which with --name")
-    name = next(iter(known)) if name is None else name
-    if name not in known:
-        raise StageError(f"{where} has no '{short(name)}'{nearest(name, known)}")
-    require_name(name, where)
-    return name
-
-
-def require_name(name: Any, where: str) -> None:
-    """Raise StageError unless `name` can be a part of paths and of a stage's name."""
-    if not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise StageError(f"{where}: a name has 1 to 100 letters, digits, - and _, found {describe(name)}")
 
 
 def read_value(key: str, kind: Any, path: Path = PARAMS_FILE) -> Any:

@@ -23,9 +23,6 @@ from stages.lib.operations.stop_watch import STOP_SIGNALS, STOP_WATCH
 
 USER_ERROR_EXIT_CODE = 2
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
-NameOption = Annotated[
-    str | None, typer.Option(help="The entry of params.yaml; DVC names it in $DVC_STAGE, and a single one needs none.")
-]
 
 
 # Here, since torch reads its environment as soon as a script imports it.

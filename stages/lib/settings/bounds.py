@@ -12,7 +12,6 @@ from pydantic_core import PydanticKnownError
 from typing_extensions import TypeAliasType
 
 from stages.lib.command.json_schema import LARGEST_NUMBER, LARGEST_WHOLE
-from stages.lib.command.params import NAME
 from stages.lib.command.quoted import LONGEST_TEXT
 
 
@@ -44,7 +43,6 @@ BetweenZeroAndOne = Annotated[float, Gt(0), Lt(1)]
 Temperature = Annotated[float, Ge(1e-3), Le(LARGEST_NUMBER)]  # logits or utilities are divided by it
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT), AfterValidator(without_nul)]
-Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]  # of an entry of a mapping
 Precision = Literal["fp32", "bf16"]
 SaveDtype = Literal["float32", "bfloat16"]
 ErrorOrDrop = Literal["error", "drop"]

@@ -9,5 +9,7 @@ class RefLogprobs(Settings):
     """Log-probs of the pairs under a reference model, which train_dpo reads."""
 
     model: Text = key("models/sft", "folder of the reference model")
-    precision: Precision = key("fp32", "that of a train_dpo that starts from the same model, or its first step's margin is not 0")
+    precision: Precision = key(
+        "fp32", "as that of a train_dpo that starts from this model, or its first margin is not 0"
+    )
     base_quantization: BaseQuantization = key(None, "as lora.base_quantization of such a train_dpo")

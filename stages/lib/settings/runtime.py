@@ -112,7 +112,7 @@ class Runtime(Settings):
     )
     rows_per_partial_result: Count = key(
         512,
-        "that ref_logprobs, evaluate, score_samples and evaluate_rm compute before they keep them in the scratch folder",
+        "that stages which train nothing compute before they keep them in the scratch folder",
         unit="rows or prompts",
     )
     log_seconds: NotNegative = key(

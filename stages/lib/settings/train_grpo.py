@@ -33,14 +33,17 @@ class TrainGrpo(Settings):
     )
     advantage_epsilon: Positive = key(1e-4, "added to group_std", unit="of the reward")
     clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
-    kl_coef: NotNegative = key(0.05, "β of the KL to the reference in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4")
+    kl_coef: NotNegative = key(
+        0.05, "β of the KL to the reference in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4"
+    )
     missing_eos_penalty: NotNegative = key(
         2.0, "taken off the score of a response that does not end", unit="of the reward"
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     lora: LoraSettings | None = key(
-        None, "null: every weight is trained; else a block: the frozen base also serves as the reference where that is the same model"
+        None,
+        "null: every weight is trained; else a block: the frozen base is also the reference, if that is the same model",
     )
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02),

@@ -30,7 +30,8 @@ class TrainPpo(Settings):
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
     reward_model: Text = key("models/rm", "folder of the reward model")
     critic: Text = key(
-        "models/rm", "folder of the model that the critic starts from: a reward model, or a language model with a new head"
+        "models/rm",
+        "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
     )
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
