@@ -30,7 +30,7 @@ from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt, special_tokens
-from stages.lib.data.conversations import Message, UnusableRowError, messages_from
+from stages.lib.data.conversations import Message, UnusableRowError, messages_from, text_from
 from stages.lib.data.template_process import template_process
 from stages.lib.models.given_model import check_forward_pass, download, embedding_rows, ids_of, load_pretrained
 from stages.lib.models.model_facts import read_model_facts
@@ -53,16 +53,24 @@ if TYPE_CHECKING:
 
 AnyModel = NewModel | ModelOfFolder | ModelOfHub
 TEMPLATES = Path("stages/chat_templates")
+CORPUS_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion")
 MARKER_NOISE = 0.1  # in standard deviations of the rows it is added to
 
 
 def corpus_texts(path: Path) -> Iterator[str]:
-    """The texts of all messages of an sft file. Raises StageError naming file and line."""
+    """The texts of all rows of a prepared file, of whatever kind. Raises StageError naming file and line."""
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, line {number}"
-        if "messages" not in row:
-            raise StageError(f"{where}: 'messages' is missing (the row has {', '.join(row) or 'no keys'})")
-        yield from (message["content"] for message in messages_from(row["messages"], f"{where}, 'messages'"))
+        columns = [column for column in CORPUS_COLUMNS if column in row]
+        if not columns:
+            found = ", ".join(row) or "no keys"
+            raise StageError(f"{where}: expected one of {', '.join(CORPUS_COLUMNS)}, found {found}")
+        for column in columns:
+            if column == "text":
+                yield text_from(row[column], f"{where}, 'text'")
+            else:
+                messages = messages_from(row[column], f"{where}, '{column}'")
+                yield from (message["content"] for message in messages)
 
 
 def train_tokenizer(corpus: Path, settings: NewModel) -> "PreTrainedTokenizerBase":

@@ -20,6 +20,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_reading import RewardReading
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -38,12 +39,11 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import RewardModel
+    from stages.lib.rl.rewards.reward_model import load_reward_model
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
-    from stages.lib.rl.trained_critic import load_reward_model
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.runs.policy_run import publish_policy, record_phase
     from stages.lib.runs.training_run import TrainingRun
@@ -103,7 +103,7 @@ def main(
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime, kernels = read_runtime("train_grpo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
-    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
+    prompts = read_prompts(tokens / "train.arrow", model)
     inputs = [tokens / "train.arrow", model, reward_model]
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
     declared = {"train_grpo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
@@ -118,7 +118,8 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = RewardModel(load_reward_model(reward_model, loading, processes), batching)
+        reading = RewardReading(reward_head=None, reward_label=None)
+        reward = load_reward_model(reward_model, reading, loading, batching, processes, model)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}
         publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)

@@ -25,6 +25,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_reading import RewardReading
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -36,7 +37,7 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
-    from stages.lib.models.pretrained import Loading
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
@@ -44,7 +45,6 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -110,10 +110,12 @@ def load_parts(
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
     launch = (seed, loading, processes)
     policy = load_policy(model, settings.lora, settings.policy_optimizer, of_policy, *launch)
-    critic = load_critic(reward_model, settings.lora, settings.critic_optimizer, of_critic, *launch)
+    batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
+    folders, reading = (reward_model, reward_model, model), RewardReading(reward_head=None, reward_label=None)
+    of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
+    critic = load_critic(*folders, reading, *of_training, batching, processes)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
-    batching = micro_batching(loading.runtime, sampler.pad_id, processes)
-    collector = Collector(sampler, RewardModel(critic.reward_model, batching), policy, critic.engine, batching)
+    collector = Collector(sampler, critic.reward_model, policy, critic.engine, batching)
     controller = new_controller(settings.kl_controller)
     return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
@@ -226,7 +228,7 @@ def main(
     kernels = read_value("kernels", Kernels)
     runtime = read_runtime("train_ppo")
     processes = join_processes(runtime)
-    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
+    prompts = read_prompts(tokens / "train.arrow", model)
     outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
     inputs = [tokens / "train.arrow", model, reward_model]
     declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}

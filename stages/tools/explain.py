@@ -99,7 +99,13 @@ def in_words(declared: Declared) -> str:
     elif node.get("type") == "array":
         words = f"a list of {in_words(declared.below(0))}"
     else:
-        words = "keys" if declared.keys else "names, each with" if declared.entry else f"{WORDS[node['type']]} {declared.bounds()}".rstrip()
+        words = (
+            "keys"
+            if declared.keys
+            else "names, each with"
+            if declared.entry
+            else f"{WORDS[node['type']]} {declared.bounds()}".rstrip()
+        )
     return f"null | {words}" if node.get("nullable") else words
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from annotated_types import MaxLen
 from pydantic import StringConstraints, model_validator
 
-from stages.lib.settings.bounds import Count, Layers, Several, Text, Width
+from stages.lib.command.wrong_values import TEMPLATE_NAME
+from stages.lib.settings.bounds import Count, Layers, Name, Several, Text, Width
 from stages.lib.settings.declaration import Settings, block, key
 
 BASE = "base"  # the name of the model whose tokenizer encodes the data
@@ -14,9 +15,7 @@ PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 BYTES = 256
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-TEMPLATE_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja"
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
-TemplateName = Annotated[str, StringConstraints(pattern=f"^{TEMPLATE_NAME}$", max_length=128)]
+TemplateName = Annotated[str, StringConstraints(pattern=TEMPLATE_NAME, max_length=128)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 CHAT_TEMPLATE = "name of a file of stages/chat_templates: chat.jinja, or one of your own that you put there"
 SPECIAL_TOKENS = "added if absent"
@@ -97,11 +96,11 @@ class ModelOfHub(_GivenModel):
 class PrepareBase(Settings):
     """Models by name, each written to models/<name>; one of them is named base."""
 
-    scratch: Annotated[dict[ModelName, NewModel], MaxLen(100)] = key(
+    scratch: Annotated[dict[Name, NewModel], MaxLen(100)] = key(
         {BASE: block(NewModel)}, "new models, by name: random weights, a tokenizer trained on the corpus"
     )
-    files: Annotated[dict[ModelName, ModelOfFolder], MaxLen(100)] = key({}, "models of folders, by name")
-    hub: Annotated[dict[ModelName, ModelOfHub], MaxLen(100)] = key({}, "models of the Hugging Face Hub, by name")
+    files: Annotated[dict[Name, ModelOfFolder], MaxLen(100)] = key({}, "models of folders, by name")
+    hub: Annotated[dict[Name, ModelOfHub], MaxLen(100)] = key({}, "models of the Hugging Face Hub, by name")
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareBase":
