@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.lib.command.errors import StageError
 from stages.lib.command.entries import EntryOption, read_entry
+from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
@@ -45,9 +45,7 @@ if not asks_for_help():
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 
 
-def main(
-    train_tokens: PathOption, validation_tokens: PathOption, out: PathOption, name: EntryOption = None
-) -> None:
+def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOption, name: EntryOption = None) -> None:
     """Write the log-probs of the pairs in TRAIN_TOKENS and VALIDATION_TOKENS under a reference model."""
     name, settings = read_entry("ref_logprobs", RefLogprobs, name)
     model = Path(settings.model)
@@ -99,7 +97,10 @@ def main(
             notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
             notes |= {"model": hashes[str(model)], MODEL_PATH: shareable_path(settings.model)}
             for split, values in columns.items():
-                of_split = {"tokens": hashes[str(paths[split])], VALUES: values_digest(*(values[name] for name in LOG_PROBS))}
+                of_split = {
+                    "tokens": hashes[str(paths[split])],
+                    VALUES: values_digest(*(values[name] for name in LOG_PROBS)),
+                }
                 schema = REFERENCE_SCHEMA.with_metadata(notes | of_split)
                 write_table(staged["logps"] / f"{split}.arrow", values, schema)
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.lib.command.errors import StageError
 from stages.lib.command.entries import EntryOption, read_entry
+from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
@@ -139,7 +139,9 @@ def main(
                 require_start(engine, pairs[rows], batching, pairs.path, settings.precision)
             else:
                 h = mean_margin(engine, pairs[rows], batching)
-                this_run.say(f"{this_run.stage}: mean |h| to the reference of {pairs.path} is {h:.4g} nats at the start")
+                this_run.say(
+                    f"{this_run.stage}: mean |h| to the reference of {pairs.path} is {h:.4g} nats at the start"
+                )
         best = fit(
             this_run,
             engine,

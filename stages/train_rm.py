@@ -17,8 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.lib.command.errors import StageError
 from stages.lib.command.entries import EntryOption, read_entry
+from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run

@@ -78,7 +78,9 @@ def main(
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         objective = SftObjective(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
         base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
-        this_run.say(f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}")
+        this_run.say(
+            f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}"
+        )
         best = fit(
             this_run,
             engine,

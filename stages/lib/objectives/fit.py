@@ -53,7 +53,7 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those for which it has a column validation/<metric>.
+    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>.
 
     Args:
         seed: of the order of rows.

@@ -6,9 +6,8 @@ from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision, Text
+from stages.lib.settings.bounds import Count, Name, NewTokens, NotNegative, Precision, Text
 from stages.lib.settings.declaration import Settings, key
-from stages.lib.settings.prepare_base import ModelName
 
 Resamples = Annotated[int, Ge(100), Le(1_000_000)]
 
@@ -16,7 +15,7 @@ Resamples = Annotated[int, Ge(100), Le(1_000_000)]
 class Evaluate(Settings):
     """Policies on the test rows, each beside a reference: perplexity, replies to prompts, implicit rewards of pairs."""
 
-    policies: dict[ModelName, Text] = key(
+    policies: dict[Name, Text] = key(
         {name: f"models/{name}" for name in ("sft", "dpo", "ppo", "grpo")},
         "name of each policy to evaluate: its model's folder",
     )

@@ -1,12 +1,12 @@
-"""Section `evaluate_rm` of params.yaml: which reward models are measured on test pairs."""
+"""Section `evaluate_rm` of params.yaml: reward models that are measured on test pairs, by name."""
 
 from stages.lib.settings.bounds import Precision, Text
-from stages.lib.settings.declaration import Settings, key
-from stages.lib.settings.prepare_base import ModelName
+from stages.lib.settings.declaration import key
+from stages.lib.settings.reward_reading import RewardReading
 
 
-class EvaluateRm(Settings):
-    """Accuracy and calibration of reward models on the test pairs."""
+class EvaluateRm(RewardReading):
+    """Accuracy and calibration of a reward model on the test pairs."""
 
-    reward_models: dict[ModelName, Text] = key({"rm": "models/rm"}, "name of each reward model to evaluate: its folder")
+    reward_model: Text = key("models/rm", "folder of the reward model")
     precision: Precision = key("fp32", "of weights and activations")

@@ -3,18 +3,16 @@
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Precision, Several, Text
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.bounds import Name, Precision, Several, Text
+from stages.lib.settings.declaration import key
 from stages.lib.settings.evaluate import Resamples
-from stages.lib.settings.prepare_base import ModelName
+from stages.lib.settings.reward_reading import RewardReading
 
 
-class ScoreSamples(Settings):
+class ScoreSamples(RewardReading):
     """Scores of the replies of policies, beside those of the reference to the same prompts."""
 
-    policies: Several[ModelName] = key(
-        ["sft", "dpo", "ppo", "grpo"], "of evaluate.policies; none: [], nothing is scored"
-    )
+    policies: Several[Name] = key(["sft", "dpo", "ppo", "grpo"], "of evaluate.policies; none: [], nothing is scored")
     reward_model: Text | None = key("models/rm", "folder of the reward model; null with policies: []")
     seed: Seed | None = key(None, "of the intervals; null: the common seed")
     precision: Precision = key("fp32", "of weights and activations")

@@ -7,12 +7,13 @@ from pydantic import model_validator
 
 from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
-from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_reading import RewardReading
 
 
-class TrainGrpo(Settings):
+class TrainGrpo(RewardReading):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
