@@ -51,7 +51,7 @@ def declared_params() -> Declared:
 
 
 def merged(default: Any, values: Any, declared: Declared) -> Any:
-    """`values` over `default`, block by block; another set of names, or another type of a block, replaces what is there.
+    """`values` over `default`, block by block; other names, or another type, replace those there.
 
     What a profile leaves out of a new name or type has the default that its key declares.
     """
