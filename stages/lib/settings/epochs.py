@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype
+from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -11,6 +11,7 @@ from stages.lib.settings.optimizer import OptimizerSettings
 class EpochSettings(Settings):
     """What the sections train_sft, train_rm and train_dpo of params.yaml share."""
 
+    model: Text = key("models/sft", "folder of the language model that training starts from")
     epochs: Positive = key(1.0, "passes over the rows, may be a fraction")
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="rows")
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")

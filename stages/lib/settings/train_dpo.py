@@ -11,7 +11,6 @@ from stages.lib.settings.preference_loss import PreferenceLoss, SigmoidLoss
 class TrainDpo(EpochSettings):
     """A policy trained on pairs, without a reward model."""
 
-    model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("data/ref_logprobs/sft", "folder of the reference's log-probs, as ref_logprobs writes it")
     epochs: Positive = key(0.3, "passes over the rows, may be a fraction")
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
