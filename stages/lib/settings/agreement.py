@@ -4,19 +4,21 @@ Each check raises a StageError that names the keys, or returns warnings, before 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
-from stages.lib.settings.prepare_base import NO_FILE, PrepareBase
-from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.prepare_base import PrepareBase
+from stages.lib.settings.prepare_data import NO_FILE, PrepareData
 from stages.lib.settings.runtime import Runtime
 
 PREPARED = Path("data/prepared")
+TEMPLATES = Path("stages/chat_templates")
 TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 NEEDED_BY = {
     "sft": "train_sft and all that starts from its model",
@@ -85,26 +87,36 @@ def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> 
         outs: paths of dvc.yaml's outs, a matrix's cut off before its item.
     """
     own = [Path(out) for out in outs]
-    for key, path in (
-        ("prepare_data.path", data.path),
-        ("prepare_base.path", base.path),
-        ("prepare_base.corpus", base.corpus),
-        ("prepare_base.chat_template", base.chat_template),
-    ):
-        if path == NO_FILE:
-            continue
-        made_before = key == "prepare_base.corpus" and Path(os.path.normpath(path)).is_relative_to(PREPARED)
-        if not made_before:
+    for key, path in (("prepare_data.path", data.path),):
+        if path != NO_FILE:
             refuse_what_a_stage_writes(path, own, key)
             require_there(path, key)
-    if base.chat_template != NO_FILE and is_there(base.chat_template) and not Path(base.chat_template).is_file():
-        raise StageError(f"params.yaml: prepare_base.chat_template: {base.chat_template} is not a file")
-    made = Path(os.path.normpath(base.corpus))
-    if base.source == "scratch" and made.is_relative_to(PREPARED) and made.stem not in data.kinds:
-        raise StageError(
-            f"params.yaml: prepare_base.corpus: {base.corpus} is not made without {made.stem} among "
-            "prepare_data.kinds; add it, or name another file of messages"
-        )
+    for name, model in base.scratch.items():
+        require_corpus(model.corpus, own, data.kinds, f"prepare_base.scratch.{name}.corpus")
+    for name, model in base.files.items():
+        refuse_what_a_stage_writes(model.path, own, f"prepare_base.files.{name}.path")
+        require_there(model.path, f"prepare_base.files.{name}.path")
+    for group in ("scratch", "files", "hub"):
+        for name, model in getattr(base, group).items():
+            require_template(model.chat_template, f"prepare_base.{group}.{name}.chat_template")
+
+
+def require_corpus(path: str, outs: list[Path], kinds: Collection[str], key: str) -> None:
+    """Raise StageError unless a tokenizer's corpus is there, or is a file that prepare_data writes."""
+    normal = Path(os.path.normpath(path))
+    if not normal.is_relative_to(PREPARED):
+        refuse_what_a_stage_writes(path, outs, key)
+        require_there(path, key)
+    elif normal.suffix != ".jsonl" or normal.stem not in kinds or normal.parent.name not in SPLITS:
+        known = ", ".join(f"{PREPARED}/train/{kind}.jsonl" for kind in kinds)
+        raise StageError(f"params.yaml: {key}: prepare_data writes no {path}; it is to write {known}")
+
+
+def require_template(name: str | None, key: str) -> None:
+    """Raise StageError unless there is such a file of the folder that the first stage of the graph depends on."""
+    if name is not None and not (TEMPLATES / name).is_file():
+        there = ", ".join(sorted(file.name for file in TEMPLATES.glob("*.jinja")))
+        raise StageError(f"params.yaml: {key}: {TEMPLATES} has no file {name}; put it there, or name one of {there}")
 
 
 def refuse_what_a_stage_writes(path: str, outs: list[Path], key: str) -> None:
