@@ -4,6 +4,7 @@ A column or a key of a message that would change what the data says, and that no
 ignored by name. Others that nothing reads, such as an id, are told in one line.
 """
 
+import re
 from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
@@ -24,10 +25,21 @@ MEANINGFUL_COLUMNS = frozenset(
         "history",
         "input",
         "margin",
-        "label",
         "kto_tag",
         "weight",
+        "label",
         "score",
+        "scores",
+        "rating",
+        "ratings",
+        "rank",
+        "ranks",
+        "votes",
+        "winner",
+        "preference",
+        "preferred",
+        "better_response_id",
+        "safer_response_id",
         "tools",
         "tool_calls",
         "functions",
@@ -64,50 +76,75 @@ MEANINGFUL_KEYS = frozenset(
 )
 
 
+# What a column holds that says which of two replies is better, whatever it is called.
+WINNER = re.compile(
+    r"-1|[0-2]|[a-c]|tie|both|neither|none|left|right|first|second|true|false"
+    r"|(model|response|answer|reply|assistant|output|option|candidate|completion)[ _-]?([0-2]|[a-c]|one|two)"
+)
+VALUES_KEPT = 8  # different ones of a column; one with more says something else
+
+
 class RawColumns:
     """The columns of the rows of one reading, and the names that all of them had.
 
     Args:
         renames: own column: ours.
         ignored: own columns, and keys of messages, that are left out.
+        facts: own columns that ride on as facts.
+        place: of the source in params.yaml, for messages.
     """
 
-    def __init__(self, renames: dict[str, str], ignored: tuple[str, ...]) -> None:
-        self.renames, self.ignored = renames, frozenset(ignored)
+    def __init__(
+        self, renames: dict[str, str], ignored: tuple[str, ...], facts: tuple[str, ...] = (), place: str = "sources"
+    ) -> None:
+        self.renames, self.ignored, self.facts, self.place = renames, frozenset(ignored), facts, place
         self.own: set[str] = set()
         self.ours: set[str] = set()
         self.keys: set[str] = set()
+        self.values: dict[str, set[str] | None] = {}  # own column that nothing reads: what it holds, if that is little
 
-    def take(self, row: RawRow, where: str) -> RawRow:
-        """The row with our names for its columns, and without those ignored.
+    def take(self, row: RawRow, where: str) -> tuple[RawRow, dict[str, Any]]:
+        """The row with our names for its columns and without those ignored, and its facts.
 
         Raises:
             StageError: a column gets the name of another one that the row has.
-            MalformedRowError: the row lacks a column to rename that not every row may lack.
+            MalformedRowError: the row lacks a column to rename that not every row may lack, or one of the facts.
         """
         self.own.update(row)
         taken = {}
         for own, value in row.items():
             ours = self.renames.get(own, own)
-            if own in self.ignored:
+            if own in self.ignored or (own in self.facts and ours not in COLUMNS):
                 continue
             if ours in taken:
                 raise StageError(
-                    f"{where}: by prepare_data.columns two columns are named '{ours}', one of them from the start; "
-                    "rename that one, too, or put it into prepare_data.ignore_columns"
+                    f"{where}: by {self.place}.columns two columns are named '{ours}', one of them from the start; "
+                    f"rename that one, too, or put it into {self.place}.ignore_columns"
                 )
             taken[ours] = value
-        for own, ours in self.renames.items():
-            if own not in row and ours not in OPTIONAL_COLUMNS:
+            if ours not in COLUMNS:
+                self.note_value(own, value)
+        for own, setting in [*((own, "to rename") for own in self.renames), *((own, "of facts") for own in self.facts)]:
+            if own not in row and (setting == "of facts" or self.renames[own] not in OPTIONAL_COLUMNS):
                 found = ", ".join(row) or "none"
-                raise MalformedRowError(f"{where}: no column '{own}' to rename, found {found}", "missing_column")
+                raise MalformedRowError(f"{where}: no column '{own}' {setting}, found {found}", "missing_column")
         self.ours.update(taken)
-        return taken
+        return taken, {own: row[own] for own in self.facts}
+
+    def note_value(self, own: str, value: Any) -> None:
+        """Keep what an unread column holds, while it is no more than a few different values."""
+        held = self.values.setdefault(own, set())
+        if held is None or value is None or value == "":
+            return
+        held.add(str(value).strip().lower()[:100])
+        if len(held) > VALUES_KEPT:
+            self.values[own] = None
 
     def refuse_unread(self, row: RawRow, name: Format, where: str) -> None:
         """Raise a StageError if the row says something that format `name` does not read (see the lists above)."""
         read = {*READERS[name].columns, *READERS[name].optional}
-        for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read):
+        known = {self.renames.get(own, own) for own in self.facts}
+        for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
                 raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
         for column in sorted(row.keys() & read & MESSAGE_COLUMNS):
@@ -125,20 +162,40 @@ class RawColumns:
             for name in sorted(names):
                 if name not in known:
                     raise StageError(
-                        f"prepare_data.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
+                        f"{self.place}.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
                     )
 
-    def summary(self, name: Format) -> str:
-        """One line that says which columns and keys of messages were read, and which not."""
+    def refuse_possible_winner(self) -> None:
+        """Raise a StageError if two columns were named chosen and rejected, and another may say which of them won.
+
+        Such a column holds little but numbers such as 0 and 1, letters, or the names of the two: to read the columns in
+        one order would turn round the pairs of which it says the other.
+        """
+        sides = {own for own, ours in self.renames.items() if ours in ("chosen", "rejected")}
+        if not sides:
+            return
+        names = {own.lower() for own in sides}
+        for column, held in sorted(self.values.items()):
+            if held and len(held) > 1 and all(WINNER.fullmatch(value) or value in names for value in held):
+                raise StageError(
+                    f"{self.place}.columns names {' and '.join(sorted(sides))} as chosen and rejected, and the column "
+                    f"'{column}' (values {', '.join(sorted(held))}) may say in which rows it is the other way round. "
+                    "If it says which reply is better, read the rows as a comparison by that column; if it does not, "
+                    f"put it into {self.place}.ignore_columns or facts"
+                )
+
+    def summary(self, name: Format) -> list[str]:
+        """A line each of which columns and keys of messages were read, and which not."""
         read = {*READERS[name].columns, *READERS[name].optional}
+        renamed = {ours: f"{ours} (from {own})" for own, ours in self.renames.items()}
         parts = {
-            "columns read": self.ours & read,
-            "not read": self.ours - read,
+            "columns read": {renamed.get(ours, ours) for ours in self.ours & read},
+            "facts": set(self.facts),
+            "not read": {renamed.get(ours, ours) for ours in self.ours - read},
             "ignored by name": (self.own | self.keys) & self.ignored,
             "keys of messages not read": self.keys - MESSAGE_KEYS - self.ignored,
         }
-        told = [f"{what}: {', '.join(sorted(names))}" for what, names in parts.items() if names]
-        return one_line(f"format {name}; {'; '.join(told)}")
+        return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
 
 
 def messages_in(value: Any) -> list[dict[str, Any]]:

@@ -12,11 +12,12 @@ from stages.lib.settings.agreement import require_agreement, require_model_fits,
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
 from stages.lib.settings.runtime import read_runtimes
 from stages.lib.settings.sections import read_all_params
+from stages.lib.settings.source_agreement import require_served
 
 
 def outs_of_graph(graph: dict[str, Any]) -> list[str]:
     """The paths that the stages write; of a matrix the part before its item."""
-    stages = graph.get("stages", {}).values()
+    stages = [stage.get("do", stage) for stage in graph.get("stages", {}).values()]
     entries = [entry for stage in stages for kind in ("outs", "metrics", "plots") for entry in stage.get(kind) or ()]
     paths = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
     return [path.partition("${")[0].rstrip("/") for path in paths]
@@ -55,9 +56,10 @@ def cached_config(model: ModelOfHub) -> dict[str, Any] | None:
 def check_settings() -> list[str]:
     """Raise a StageError for the first fault. Returns warnings."""
     params, runtimes = read_all_params(), read_runtimes()
-    data, base = params["prepare_data"], params["prepare_base"]
+    sources, data, base = params["sources"], params["prepare_data"], params["prepare_base"]
     require_agreement(params, runtimes)
-    require_paths(data, base, outs_of_graph(load_yaml(GRAPH_FILE)))
+    require_served(data, sources)
+    require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE)))
     scratch_root()
     warnings = warn_of_kinds(data)
     for facts, name in known_models(base):
