@@ -1,17 +1,16 @@
 """Messages that stand in a cell as text, which is how tables without types (CSV) hold them.
 
-JSON is read; what Python or pandas prints of a list is not JSON and is an error, so that no reply is ever the text of
-a list of messages.
+JSON is read, and so is what Python prints of a list of dictionaries; what is neither is an error, so that no reply is
+ever the text of a list of messages.
 """
 
 import json
 import re
 from typing import Any
 
-from stages.lib.command.errors import StageError
-from stages.lib.command.jsonl import parse_json
-from stages.lib.data.conversations import MalformedRowError
+from stages.lib.data.cell_values import value_in_cell
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.row_errors import MalformedRowError
 
 LISTS = ("messages", "conversations", "history")  # columns that never hold a text
 REPLIES = ("chosen", "rejected", "completion")
@@ -75,13 +74,10 @@ def is_text_of_list(value: Any) -> bool:
 
 
 def parsed(text: str, where: str) -> Any:
+    """The value of a text that is meant as messages; nothing is an empty list of them."""
     if not text.strip():
         return []
     try:
-        return parse_json(text, where)
-    except StageError as error:
-        raise MalformedRowError(
-            f"{error}: expected messages, as a list or as JSON text; what pandas or Python prints of a list is "
-            "neither (write JSON lines or Parquet instead)",
-            "messages_as_text",
-        ) from None
+        return value_in_cell(text, where)
+    except MalformedRowError as error:
+        raise MalformedRowError(f"{error}, for messages stand here", "messages_as_text") from None
