@@ -28,10 +28,11 @@ from stages.lib.command.jsonl import write_json
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError, assistant
-from stages.lib.data.formats import FormatOfRows, read_example
+from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError
+from stages.lib.data.detection import FormatOfRows
+from stages.lib.data.formats import AS_THEY_ARE, examples_of
 from stages.lib.data.message_cells import with_messages_read
-from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, PreparedRow, Split, preference_pair
+from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, PreparedRow, Split
 from stages.lib.data.prompt_splits import eval_prompts, prompt_digests
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import RawRow, hub_rows, local_rows
@@ -82,7 +83,7 @@ class Reading:
         row = with_messages_read(self.columns.take(row, where), where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
-        example = read_example(row, name, where)
+        (example,) = examples_of(row, name, AS_THEY_ARE, where, renames=self.settings.columns, counts=self.counts)
         if example.rejected is None and "preference" in self.settings.kinds:
             raise StageError(
                 f"{where}: format '{name}' has no rejected replies, so kind 'preference' cannot be made; "
@@ -119,10 +120,11 @@ def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterato
         digest = prompt_digests(example.prompt, seed)[-1]
         split: Split = "eval" if digest in held_out else "train"
         if example.rejected is not None:
-            values = preference_pair(example.prompt, example.reply, example.rejected, example.margin)
+            values = {"prompt": example.prompt, "chosen": [example.reply], "rejected": [example.rejected]}
+            values |= {} if example.margin is None else {"margin": example.margin}
             yield PreparedRow("preference", split, values)
-        if is_new(content_digest([example.prompt, example.reply]), seen_replies):
-            yield PreparedRow("sft", split, {"messages": [*example.prompt, assistant(example.reply)]})
+        if example.reply is not None and is_new(content_digest([example.prompt, example.reply]), seen_replies):
+            yield PreparedRow("sft", split, {"messages": [*example.prompt, example.reply]})
         if is_new(digest, seen_prompts):
             yield PreparedRow("prompts", split, {"prompt": example.prompt})
 

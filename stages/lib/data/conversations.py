@@ -88,8 +88,10 @@ def names_of_keys(value: Any, where: str) -> tuple[str, str]:
         for role_key, content_key in NAMES_OF_KEYS:
             if role_key in value and (content_key in value or value.get("tool_calls") or value.get("function_call")):
                 return role_key, content_key
-    found = f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-    expected = " or ".join(f"'{role}' and '{content}'" for role, content in NAMES_OF_KEYS)
+    keys = value.keys() if isinstance(value, dict) else set()
+    found = f"keys {', '.join(keys)}" if isinstance(value, dict) else type(value).__name__
+    role_key, content_key = next((names for names in NAMES_OF_KEYS if {*names} & keys), NAMES_OF_KEYS[0])
+    expected = f"'{role_key}' and '{content_key}'"
     raise MalformedRowError(f"{where}: expected a message with {expected}, found {found}", "not_messages")
 
 

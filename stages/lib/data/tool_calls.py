@@ -1,4 +1,4 @@
-"""Calls of tools and descriptions of tools, in the one shape that chat templates take: OpenAI's, arguments as objects."""
+"""Calls and descriptions of tools, in the shape that chat templates take: OpenAI's, with arguments as objects."""
 
 from typing import Any
 

@@ -14,54 +14,12 @@ from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.row_place import is_given
 from stages.lib.settings.reading import in_a_cell
 
-WORDS_OF_A_WINNER = frozenset(
-    {
-        "winner",
-        "winning",
-        "won",
-        "win",
-        "preferred",
-        "preference",
-        "preferences",
-        "better",
-        "best",
-        "safer",
-        "choice",
-        "verdict",
-        "judgment",
-        "judgement",
-        "vote",
-        "votes",
-        "voted",
-        "favored",
-        "favoured",
-        "label",
-        "labels",
-        "rank",
-        "ranking",
-    }
+WORD_OF_A_WINNER = re.compile(
+    "win|winner|winning|won|preferred|preferences?|better|best|safer|choice|verdict|judge?ment|vote[sd]?|favou?red|"
+    "labels?|rank|ranking"
 )
-# What a winner is written as, as `in_a_cell` and in lower case.
-VOTES = frozenset(
-    {
-        "-1",
-        "0",
-        "1",
-        "2",
-        "3",
-        "a",
-        "b",
-        "true",
-        "false",
-        "tie",
-        "left",
-        "right",
-        "first",
-        "second",
-        "model_a",
-        "model_b",
-    }
-)
+# How a winner is written, as `in_a_cell` gives it.
+VOTE = re.compile("-1|[0-3]|[ab]|true|false|tie|left|right|first|second|model_[ab]", re.IGNORECASE)
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
@@ -83,11 +41,11 @@ def refuse_winner_columns(row: RawRow, used: Collection[str], renames: Mapping[s
 
 
 def names_a_winner(column: str) -> bool:
-    return any(word.lower() in WORDS_OF_A_WINNER for word in WORD.findall(column))
+    return any(WORD_OF_A_WINNER.fullmatch(word.lower()) for word in WORD.findall(column))
 
 
 def is_like_a_vote(value: Any, own: list[str]) -> bool:
     """True for a number, a letter or a name that could stand for one of two columns, or a list of such."""
     values = value if isinstance(value, list) else [value]
-    known = VOTES | {name.lower() for name in own}
-    return all(isinstance(vote, str | int | float) and in_a_cell(vote).lower() in known for vote in values)
+    votes = [in_a_cell(vote) for vote in values if isinstance(vote, str | int | float)]
+    return len(votes) == len(values) and all(VOTE.fullmatch(vote) or vote in own for vote in votes)

@@ -83,8 +83,9 @@ def scored_responses(
         scores = scores_in(row, responses, settings, place)
     usable = [(response, score) for response, score in zip(responses, scores, strict=True) if score is not None]
     given = [(response, score) for response, score in usable if is_given(response.value)]
-    place.counts["responses_left_out/no_score"] += len(responses) - len(usable)
-    place.counts["responses_left_out/empty_reply"] += len(usable) - len(given)
+    for reason, number in (("no_score", len(responses) - len(usable)), ("empty_reply", len(usable) - len(given))):
+        if number:
+            place.counts[f"responses_left_out/{reason}"] += number
     return [response for response, _ in given], [score for _, score in given]
 
 

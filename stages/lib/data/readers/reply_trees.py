@@ -78,7 +78,7 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
     All rows are held in memory, since a reply may come before what it answers. Replies keep the order of the rows.
 
     Raises:
-        StageError: a row lacks an id, two have one, a row answers a message that is not there, or by way of others itself.
+        StageError: a row lacks an id, two have one, a row answers one that is not there, or messages a circle.
     """
     id_key, parent_key = settings.id_key, settings.parent_key
     assert id_key is not None, "else rows are trees already"
@@ -92,7 +92,7 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
             raise StageError(f"{where}: the id {identity!r} stands twice, first at {nodes[identity][0]}")
         nodes[identity] = (where, {**row, settings.replies_key: []})
     roots = []
-    for identity, (where, row) in nodes.items():
+    for where, row in nodes.values():
         parent = row.get(parent_key)
         if parent in (None, ""):
             roots.append((where, row))
@@ -101,9 +101,8 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
         else:
             nodes[parent][1][settings.replies_key].append(row)
     if reached(roots, settings) < len(nodes):
-        raise StageError(
-            f"{next(iter(nodes.values()))[0]} and what follows: among the rows messages answer each other in a circle"
-        )
+        where = next(iter(nodes.values()))[0]
+        raise StageError(f"{where} and the rows after it: messages answer each other in a circle")
     yield from roots
 
 
