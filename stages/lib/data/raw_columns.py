@@ -9,13 +9,13 @@ from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
-from stages.lib.data.conversations import MalformedRowError
-from stages.lib.data.formats import COLUMNS, READERS, SHAREGPT_KEYS, Format, is_given, unread_value
+from stages.lib.data.conversations import READ_KEYS, MalformedRowError
+from stages.lib.data.formats import COLUMNS, READERS, Format
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.readers.row_place import is_given, unread_value
 
 MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
-MESSAGE_KEYS = {"role", "content", *SHAREGPT_KEYS}
 # Names with a meaning of their own in data for fine-tuning (TRL, OpenAI, LLaMA-Factory, Axolotl), by which a row says
 # something else than its texts alone.
 MEANINGFUL_COLUMNS = frozenset(
@@ -55,17 +55,10 @@ MEANINGFUL_COLUMNS = frozenset(
 )
 MEANINGFUL_KEYS = frozenset(
     {
-        "name",
-        "weight",
         "train",
         "loss",
         "tools",
-        "tool_calls",
-        "tool_call_id",
-        "function_call",
         "refusal",
-        "thinking",
-        "reasoning_content",
         "image",
         "images",
         "video",
@@ -193,7 +186,7 @@ class RawColumns:
             "facts": set(self.facts),
             "not read": {renamed.get(ours, ours) for ours in self.ours - read},
             "ignored by name": (self.own | self.keys) & self.ignored,
-            "keys of messages not read": self.keys - MESSAGE_KEYS - self.ignored,
+            "keys of messages not read": self.keys - READ_KEYS - self.ignored,
         }
         return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
 
