@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,21 +25,23 @@ from stages.lib.command.jsonl import write_json
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError
-from stages.lib.data.formats import FormatOfRows, read_example
+from stages.lib.data.conversations import Example
+from stages.lib.data.detection import FormatOfRows
+from stages.lib.data.formats import examples_of
 from stages.lib.data.hub_data import HubData, hub_rows
 from stages.lib.data.message_cells import with_messages_read
-from stages.lib.data.prompts import Prompt, facts_from
+from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import FileOptions, RawRow, local_rows
+from stages.lib.data.readers.reply_trees import trees_of_rows
+from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.shown_rows import shown_row
 from stages.lib.data.source_rows import SourceRow, source_rows
 from stages.lib.operations.run_log import log_run
+from stages.lib.settings.reading import TreeComparison
 from stages.lib.settings.sources import FileSource, HubSource, Sources, TaskSettings
 from stages.lib.tasks.table import TASKS
 from stages.lib.tasks.task import TASK
-
-Read = tuple[Example, dict[str, Any]]
 
 
 @dataclass
@@ -103,8 +105,8 @@ class Reading:
     def __init__(self, settings: FileSource | HubSource, place: str) -> None:
         self.settings, self.place = settings, place
         self.counts: Counter[str] = Counter(rows_read=0, rows_kept=0)
-        self.columns = RawColumns(settings.columns, settings.ignore_columns, settings.facts, place)
-        self.format = FormatOfRows(settings.format)
+        self.columns = RawColumns(settings.columns, settings.ignore_columns, settings.facts, settings, place)
+        self.format = FormatOfRows(settings.format, settings, settings.facts)
 
     def rows(self) -> Iterator[SourceRow]:
         """The rows of all raw rows that keep to the rules; what is dropped is counted by reason."""
@@ -112,7 +114,7 @@ class Reading:
         for where, raw in raw_rows(settings):
             self.counts["rows_read"] += 1
             try:
-                example, facts = self.read(raw, where)
+                examples = self.examples(raw, where)
             except UnusableRowError as dropped:
                 self.counts[f"dropped/{dropped}"] += 1
             except MalformedRowError as error:
@@ -121,24 +123,26 @@ class Reading:
                 self.counts[f"dropped/{error.reason}"] += 1
             else:
                 self.counts["rows_kept"] += 1
-                for row in source_rows(example, settings.kinds, settings.split, where):
-                    yield row | ({"facts": facts | row.get("facts", {})} if facts else {})
+                for example in examples:
+                    yield from source_rows(example, settings.kinds, settings.split, where)
 
-    def read(self, raw: RawRow, where: str) -> Read:
+    def examples(self, raw: RawRow, where: str) -> list[Example]:
+        """What one raw row says."""
+        settings = self.settings
         taken, facts = self.columns.take(raw, where)
         row = with_messages_read(taken, where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
-        example = read_example(row, name, where)
-        if self.settings.task is not None:
-            facts = {TASK: self.settings.task, **facts}
-            require_gradable(example, facts, where)
-        return example, facts_from(facts, f"{where}, facts")
+        if settings.task is not None:
+            facts = {**facts, TASK: settings.task}
+        examples = examples_of(row, name, settings, where, facts=facts, renames=settings.columns, counts=self.counts)
+        if settings.task is not None:
+            require_gradable(examples, where)
+        return examples
 
     def finish(self) -> list[str]:
         """Lines that say what was read and what was not. Raises StageError if nothing is left, or a setting lied."""
         self.columns.refuse_unseen()
-        self.columns.refuse_possible_winner()
         if not self.counts["rows_kept"]:
             raise StageError(f"{self.place}: {why_none_is_left(self.counts)}")
         assert self.format.name is not None, "it has read rows"
@@ -146,29 +150,36 @@ class Reading:
         return [f"format {self.format.name}: {named}", *self.columns.summary(self.format.name)]
 
 
-def require_gradable(example: Example, facts: dict[str, Any], where: str) -> None:
-    """Raise StageError unless the task that the facts name can grade a response to this prompt."""
-    try:
-        TASKS[facts[TASK]].grade(Prompt(0, [], example.prompt, facts), "")
-    except StageError as error:
-        raise StageError(f"{where}: {error}; name the columns that hold them in the source's facts") from None
+def require_gradable(examples: list[Example], where: str) -> None:
+    """Raise StageError unless the task that the facts name can grade responses to the prompts."""
+    for example in examples:
+        try:
+            TASKS[example.facts[TASK]].grade(Prompt(0, [], example.prompt, example.facts), "")
+        except StageError as error:
+            raise StageError(f"{where}: {error}; name the columns that hold them in the source's facts") from None
 
 
 def raw_rows(settings: FileSource | HubSource) -> Iterator[tuple[str, RawRow]]:
-    """(where, row) of the raw data, at most `max_rows` of them."""
+    """(where, row) of the raw data, at most `max_rows` of them; of a flat file of messages its trees."""
     if isinstance(settings, FileSource):
-        rows = local_rows(Path(settings.path), FileOptions(settings.delimiter, settings.rows_key))
-        yield from islice(rows, settings.max_rows)
+        options = FileOptions(settings.delimiter, settings.rows_key)
+        rows = islice(local_rows(Path(settings.path), options), settings.max_rows)
     else:
-        data = HubData(
-            settings.dataset,
-            settings.revision,
-            settings.config,
-            settings.data_dir,
-            settings.hub_split,
-            settings.streaming,
-        )
-        yield from hub_rows(data, settings.max_rows)
+        rows = hub_rows(hub_data(settings), settings.max_rows)
+    if isinstance(settings.comparison, TreeComparison) and settings.comparison.id_key is not None:
+        rows = trees_of_rows(rows, settings.comparison)
+    yield from rows
+
+
+def hub_data(settings: HubSource) -> HubData:
+    return HubData(
+        settings.dataset,
+        settings.revision,
+        settings.config,
+        settings.data_dir,
+        settings.hub_split,
+        settings.streaming,
+    )
 
 
 def why_none_is_left(counts: Counter[str]) -> str:

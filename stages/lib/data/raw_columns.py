@@ -4,15 +4,15 @@ A column or a key of a message that would change what the data says, and that no
 ignored by name. Others that nothing reads, such as an id, are told in one line.
 """
 
-import re
 from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
 from stages.lib.data.conversations import READ_KEYS, MalformedRowError
-from stages.lib.data.formats import COLUMNS, READERS, Format
+from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, READERS, Format, columns_read, picked_facts
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.row_place import is_given, unread_value
+from stages.lib.settings.reading import ReadingOptions
 
 MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
@@ -35,11 +35,6 @@ MEANINGFUL_COLUMNS = frozenset(
         "rank",
         "ranks",
         "votes",
-        "winner",
-        "preference",
-        "preferred",
-        "better_response_id",
-        "safer_response_id",
         "tools",
         "tool_calls",
         "functions",
@@ -69,14 +64,6 @@ MEANINGFUL_KEYS = frozenset(
 )
 
 
-# What a column holds that says which of two replies is better, whatever it is called.
-WINNER = re.compile(
-    r"-1|[0-2]|[a-c]|tie|both|neither|none|left|right|first|second|true|false"
-    r"|(model|response|answer|reply|assistant|output|option|candidate|completion)[ _-]?([0-2]|[a-c]|one|two)"
-)
-VALUES_KEPT = 8  # different ones of a column; one with more says something else
-
-
 class RawColumns:
     """The columns of the rows of one reading, and the names that all of them had.
 
@@ -84,17 +71,25 @@ class RawColumns:
         renames: own column: ours.
         ignored: own columns, and keys of messages, that are left out.
         facts: own columns that ride on as facts.
+        options: how rows are read beyond their format: they name columns, too.
         place: of the source in params.yaml, for messages.
     """
 
     def __init__(
-        self, renames: dict[str, str], ignored: tuple[str, ...], facts: tuple[str, ...] = (), place: str = "sources"
+        self,
+        renames: dict[str, str],
+        ignored: tuple[str, ...] = (),
+        facts: tuple[str, ...] = (),
+        options: ReadingOptions = AS_THEY_ARE,
+        place: str = "sources",
     ) -> None:
-        self.renames, self.ignored, self.facts, self.place = renames, frozenset(ignored), facts, place
+        self.renames, self.ignored, self.facts = renames, frozenset(ignored), facts
+        self.options, self.place = options, place
+        compared = columns_read("comparison", options) if options.comparison is not None else frozenset()
+        self.named = COLUMNS | compared  # what a reader may look at
         self.own: set[str] = set()
         self.ours: set[str] = set()
         self.keys: set[str] = set()
-        self.values: dict[str, set[str] | None] = {}  # own column that nothing reads: what it holds, if that is little
 
     def take(self, row: RawRow, where: str) -> tuple[RawRow, dict[str, Any]]:
         """The row with our names for its columns and without those ignored, and its facts.
@@ -107,7 +102,7 @@ class RawColumns:
         taken = {}
         for own, value in row.items():
             ours = self.renames.get(own, own)
-            if own in self.ignored or (own in self.facts and ours not in COLUMNS):
+            if own in self.ignored or (own in self.facts and ours not in self.named):
                 continue
             if ours in taken:
                 raise StageError(
@@ -115,27 +110,16 @@ class RawColumns:
                     f"rename that one, too, or put it into {self.place}.ignore_columns"
                 )
             taken[ours] = value
-            if ours not in COLUMNS:
-                self.note_value(own, value)
-        for own, setting in [*((own, "to rename") for own in self.renames), *((own, "of facts") for own in self.facts)]:
-            if own not in row and (setting == "of facts" or self.renames[own] not in OPTIONAL_COLUMNS):
+        for own, ours in self.renames.items():
+            if own not in row and ours not in OPTIONAL_COLUMNS:
                 found = ", ".join(row) or "none"
-                raise MalformedRowError(f"{where}: no column '{own}' {setting}, found {found}", "missing_column")
+                raise MalformedRowError(f"{where}: no column '{own}' to rename, found {found}", "missing_column")
         self.ours.update(taken)
-        return taken, {own: row[own] for own in self.facts}
-
-    def note_value(self, own: str, value: Any) -> None:
-        """Keep what an unread column holds, while it is no more than a few different values."""
-        held = self.values.setdefault(own, set())
-        if held is None or value is None or value == "":
-            return
-        held.add(str(value).strip().lower()[:100])
-        if len(held) > VALUES_KEPT:
-            self.values[own] = None
+        return taken, picked_facts(row, self.facts, where)
 
     def refuse_unread(self, row: RawRow, name: Format, where: str) -> None:
         """Raise a StageError if the row says something that format `name` does not read (see the lists above)."""
-        read = {*READERS[name].columns, *READERS[name].optional}
+        read = columns_read(name, self.options)
         known = {self.renames.get(own, own) for own in self.facts}
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
@@ -158,28 +142,9 @@ class RawColumns:
                         f"{self.place}.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
                     )
 
-    def refuse_possible_winner(self) -> None:
-        """Raise a StageError if two columns were named chosen and rejected, and another may say which of them won.
-
-        Such a column holds little but numbers such as 0 and 1, letters, or the names of the two: to read the columns in
-        one order would turn round the pairs of which it says the other.
-        """
-        sides = {own for own, ours in self.renames.items() if ours in ("chosen", "rejected")}
-        if not sides:
-            return
-        names = {own.lower() for own in sides}
-        for column, held in sorted(self.values.items()):
-            if held and len(held) > 1 and all(WINNER.fullmatch(value) or value in names for value in held):
-                raise StageError(
-                    f"{self.place}.columns names {' and '.join(sorted(sides))} as chosen and rejected, and the column "
-                    f"'{column}' (values {', '.join(sorted(held))}) may say in which rows it is the other way round. "
-                    "If it says which reply is better, read the rows as a comparison by that column; if it does not, "
-                    f"put it into {self.place}.ignore_columns or facts"
-                )
-
     def summary(self, name: Format) -> list[str]:
         """A line each of which columns and keys of messages were read, and which not."""
-        read = {*READERS[name].columns, *READERS[name].optional}
+        read = columns_read(name, self.options)
         renamed = {ours: f"{ours} (from {own})" for own, ours in self.renames.items()}
         parts = {
             "columns read": {renamed.get(ours, ours) for ours in self.ours & read},

@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, MaxLen
 from pydantic import StrictBool, model_validator
 
+from stages.lib.command.errors import StageError
 from stages.lib.command.json_schema import LARGEST_WHOLE
-from stages.lib.data.formats import WITHOUT_PAIRS, Format
+from stages.lib.data.formats import WITHOUT_PAIRS, Format, refuse_disagreement
 from stages.lib.data.hub_data import refuse_unreadable_split
 from stages.lib.data.prepared_rows import Kind, Split
 from stages.lib.data.raw_columns import refuse_unknown_targets
 from stages.lib.settings.bounds import Count, ErrorOrDrop, Name, Positive, Several, Text
 from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.reading import ReadingOptions
 from stages.lib.settings.task_sources import FilmReviewSettings
 
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -22,7 +24,7 @@ TaskName = Literal["film_reviews"]
 TaskSettings = FilmReviewSettings  # of whichever task: a union told apart by `task`, once there are several
 
 
-class RowSettings(Settings):
+class RowSettings(ReadingOptions):
     """How the raw rows of a source are read, and which of them are used for what."""
 
     kinds: Several[Kind] = key(["sft"], "kinds of rows it serves; pairs serve sft by the chosen reply, and prompts too")
@@ -61,6 +63,10 @@ class RowSettings(Settings):
             raise ValueError(f"format {self.format} has no rejected replies: leave preference out of kinds")
         if self.task is not None and "prompts" not in self.kinds:
             raise ValueError("task is what grades responses to prompts: serve prompts, or leave it null")
+        try:
+            refuse_disagreement(self.format, self)
+        except StageError as error:
+            raise ValueError(str(error)) from None
         self._check_columns()
         return self
 
