@@ -269,8 +269,8 @@ SAMPLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("response", "reference_response"), (is_text, "text")),
     "kl": (is_usable, A_NUMBER),
     "length": (is_count, "a whole number of tokens"),
-    "ended": (is_truth_value, "true or false"),
+    **dict.fromkeys(("ended", "reference_ended"), (is_truth_value, "true or false")),
     **dict.fromkeys(("gold", "reference_gold"), (is_usable, A_NUMBER)),
 }
 # Where the prompt has a gold utility; and where the policy is not the reference itself.
-OPTIONAL = ("gold", "reference_gold", "kl", "reference_response")
+OPTIONAL = ("gold", "reference_gold", "kl", "reference_response", "reference_ended")
