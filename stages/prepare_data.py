@@ -1,4 +1,4 @@
-"""Raw data becomes prepared rows of three kinds, in train and eval splits that share no prompt.
+"""Raw data becomes prepared rows of three kinds, in splits for training, validation and test that share no prompt.
 
     sft         {"messages": [...]}                     the prompt and its (preferred) reply
     preference  {"prompt", "chosen", "rejected"}        and "margin" where the raw data has one
@@ -31,8 +31,8 @@ from stages.lib.command.run import run
 from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError, assistant
 from stages.lib.data.formats import FormatOfRows, read_example
 from stages.lib.data.message_cells import with_messages_read
-from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, PreparedRow, Split, preference_pair
-from stages.lib.data.prompt_splits import eval_prompts, prompt_digests
+from stages.lib.data.prepared_rows import SPLITS, Kind, PreparedRow, Split, preference_pair
+from stages.lib.data.prompt_splits import held_out_prompts, prompt_digests
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import RawRow, hub_rows, local_rows
 from stages.lib.operations.run_log import log_run
@@ -112,12 +112,13 @@ def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterato
         raise StageError(f"{origin(settings)}: {why_none_is_left(counts)}")
     assert first.format.name is not None, "it has read rows"
     print(first.columns.summary(first.format.name))
-    held_out = eval_prompts(beginnings, settings.eval_fraction)
+    fractions: dict[Split, float] = {"test": settings.test_fraction, "validation": settings.validation_fraction}
+    held_out = held_out_prompts(beginnings, fractions)
     seen_replies: set[bytes] = set()
     seen_prompts: set[bytes] = set()
     for example in Reading(settings).examples():
         digest = prompt_digests(example.prompt, seed)[-1]
-        split: Split = "eval" if digest in held_out else "train"
+        split = held_out.get(digest, "train")
         if example.rejected is not None:
             values = preference_pair(example.prompt, example.reply, example.rejected, example.margin)
             yield PreparedRow("preference", split, values)
@@ -146,15 +147,15 @@ def origin(settings: PrepareData) -> str:
     return settings.path if settings.source == "local" else hub
 
 
-def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders: dict[Kind, Path]) -> Counter:
-    """Write every row to the file of its kind and split; a kind that is not wanted gets empty files. Returns counts."""
-    written = Counter({f"{kind}/{split}_rows": 0 for kind in KINDS for split in SPLITS})
+def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders: dict[Split, Path]) -> Counter:
+    """Write every row of a kind that is wanted to the file of its kind and split. Returns counts."""
+    written = Counter({f"{kind}/{split}_rows": 0 for kind in kinds for split in SPLITS})
     with ExitStack() as stack:
         files = {}
-        for kind, folder in folders.items():
+        for split, folder in folders.items():
             folder.mkdir(parents=True)
-            for split in SPLITS:
-                files[kind, split] = stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8"))
+            for kind in kinds:
+                files[kind, split] = stack.enter_context((folder / f"{kind}.jsonl").open("w", encoding="utf-8"))
         for kind, split, values in rows:
             if kind in kinds:
                 files[kind, split].write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -163,7 +164,7 @@ def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write sft, preference and prompts below.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the rows below, a folder for each split.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of the counts to write.")],
 ) -> None:
     """Turn raw data into prepared rows for SFT, preference learning and RL."""
@@ -177,11 +178,11 @@ def main(
         rows, known = task.rows(task_settings, seed), task.known(task_settings, seed)
     else:
         rows = converted_rows(settings, seed, counts)
-    with written_whole(*(out / kind for kind in KINDS), metrics) as (*folders, metrics_partial):
-        written = write_prepared(rows, settings.kinds, dict(zip(KINDS, folders, strict=True)))
+    with written_whole(*(out / split for split in SPLITS), metrics) as (*folders, metrics_partial):
+        written = write_prepared(rows, settings.kinds, dict(zip(SPLITS, folders, strict=True)))
         values = dict(sorted({**counts, **written, **known}.items()))
         write_json(metrics_partial, values)
-    log_run("prepare_data", dvc_hashes([*(out / kind for kind in KINDS), metrics]), time.monotonic() - started)
+    log_run("prepare_data", dvc_hashes([*(out / split for split in SPLITS), metrics]), time.monotonic() - started)
     for key, value in values.items():
         print(f"{key:32} {value}")
 

@@ -1,4 +1,4 @@
-"""Prepared rows: what prepare_data writes and tokenize_data reads, as JSON lines in a file for each kind and split.
+"""Prepared rows: what prepare_data writes and tokenize_data reads, as JSON lines in `<split>/<kind>.jsonl`.
 
 sft         {"messages": [...]}                     a prompt and its reply
 preference  {"prompt", "chosen", "rejected"}        one reply each, and "margin" where there is one
@@ -12,7 +12,7 @@ from stages.lib.data.conversations import Message, assistant, margin_from, messa
 from stages.lib.data.prompts import facts_from
 
 Kind = Literal["sft", "preference", "prompts"]
-Split = Literal["train", "eval"]
+Split = Literal["train", "validation", "test"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
 

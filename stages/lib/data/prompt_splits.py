@@ -1,4 +1,4 @@
-"""Train and eval splits that share no prompt: each group of prompts falls to one side, whatever rows they are in.
+"""Splits that share no prompt: each group of prompts falls to one of them, whatever rows they are in.
 
 A group is a prompt and all prompts that go on from it: conversations in which its messages are the first ones. Prompts
 that are alike after Unicode normalisation (NFKC), in all but case and white space, are one prompt.
@@ -7,10 +7,11 @@ that are alike after Unicode normalisation (NFKC), in all but case and white spa
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import Message
+from stages.lib.data.prepared_rows import Split
 
 DIGEST_BYTES = 16
 
@@ -35,33 +36,45 @@ def normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def eval_prompts(beginnings: Mapping[bytes, bytes], eval_fraction: float) -> set[bytes]:
-    """The digests of the prompts held out: the groups with the smallest digests, a draw since digests are uniform.
+def held_out_prompts(beginnings: Mapping[bytes, bytes], fractions: Mapping[Split, float]) -> dict[bytes, Split]:
+    """The split of each prompt that is held out: groups with small digests, a draw since digests are uniform.
 
-    A group goes by the digest of its shortest prompt. One that is larger than what is still to be held out stays in
-    train, so the held-out part has the size asked for unless all groups are larger; then it is the smallest one.
-    At least one prompt falls to each side. A group's place hardly depends on other groups, so that more data moves few
-    prompts from one side to the other.
+    A group goes by the digest of its shortest prompt. The splits take groups in the order of these digests, one split
+    after the other. One that is larger than what a split still lacks stays for the next, and at last for train: so a
+    split has the size asked for unless all groups are larger, and then it is the smallest one. At least one prompt
+    falls to each side. A group's place hardly depends on other groups, so more data moves few prompts to another split.
 
     Args:
         beginnings: for each distinct prompt, its digest, and those of its shorter beginnings one after the other.
+        fractions: of the distinct prompts, for each split to hold out; one of fraction 0 gets none.
     Raises:
-        StageError: fewer than two groups.
+        StageError: fewer groups than splits.
     """
     first_of = {digest: shortest_beginning(digest, beginnings) for digest in beginnings}
     sizes = Counter(first_of.values())
-    if len(sizes) < 2:
-        found = "1 distinct prompt is" if len(beginnings) == 1 else f"{len(beginnings)} prompts of one conversation are"
-        raise StageError(f"{found} left: train and eval need at least one each, give more rows")
-    room = min(max(1, round(eval_fraction * len(beginnings))), len(beginnings) - 1)
-    held_out = set()
-    for first in sorted(sizes):
-        if sizes[first] <= room:
+    wanted = [split for split, fraction in fractions.items() if fraction > 0]
+    if len(sizes) <= len(wanted):
+        found = f"{len(beginnings)} distinct prompt{'' if len(beginnings) == 1 else 's'} of {len(sizes)} conversations"
+        raise StageError(
+            f"{found} cannot be divided among {' and '.join(['train', *wanted])}, which need at least one each; "
+            "give more rows"
+        )
+    place: dict[bytes, Split] = {}
+    for later, split in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        place |= dict.fromkeys(groups_for(sizes, place.keys(), round(fractions[split] * len(beginnings)), later), split)
+    return {digest: place[first] for digest, first in first_of.items() if first in place}
+
+
+def groups_for(sizes: Counter[bytes], taken: Collection[bytes], size: int, left: int) -> set[bytes]:
+    """The groups that a split of about `size` prompts takes of those not taken, with at least `left` left over."""
+    free = sorted(sizes.keys() - taken)
+    held_out: set[bytes] = set()
+    room = max(1, size)
+    for first in free:
+        if sizes[first] <= room and len(held_out) < len(free) - left:
             held_out.add(first)
             room -= sizes[first]
-    if not held_out:
-        held_out.add(min(sizes, key=lambda first: (sizes[first], first)))
-    return {digest for digest, first in first_of.items() if first in held_out}
+    return held_out or {min(free, key=lambda first: (sizes[first], first))}
 
 
 def shortest_beginning(digest: bytes, beginnings: Mapping[bytes, bytes]) -> bytes:

@@ -26,9 +26,10 @@ class Phases(Protocol):
     def rollout_batch_size(self) -> int: ...
 
 
-def read_prompts(path: Path, model: Path) -> "Dataset":
-    """The prompts' token table. Raises StageError if it is of another tokenizer than the policy."""
-    require_tokens_of(path, model)
+def read_prompts(path: Path, *models: Path) -> "Dataset":
+    """The prompts' token table. Raises StageError if it is of another tokenizer than policy and reference."""
+    for model in models:
+        require_tokens_of(path, model)
     return read_table(path, PROMPT_SCHEMA)
 
 

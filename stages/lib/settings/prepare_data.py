@@ -17,7 +17,7 @@ from stages.lib.settings.declaration import Settings, block, key
 
 NO_FILE = "data/raw/none"
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-# Far below the number of distinct prompts (eval: about 250 000), so drawing new ones stays quick.
+# Below the number of distinct prompts (test: about 125 000), so drawing new ones stays quick.
 GeneratedRows = Annotated[int, Ge(1), Le(100_000)]
 
 
@@ -27,14 +27,15 @@ class FilmReviewSettings(Settings):
     sft_rows: GeneratedRows = key(7500, "of the train split", unit="rows")
     preference_rows: GeneratedRows = key(8000, "of the train split", unit="pairs")
     prompt_rows: GeneratedRows = key(1500, "of the train split", unit="prompts")
-    eval_rows: GeneratedRows = key(1500, "of the eval split of each kind", unit="rows")
+    validation_rows: GeneratedRows = key(500, "of the validation split of each kind", unit="rows")
+    test_rows: GeneratedRows = key(1500, "of the test split of each kind", unit="rows")
     label_temperature: Temperature = key(
         2.0, "of the Bradley-Terry labels; higher is noisier", unit="of the gold utility"
     )
 
 
 class PrepareData(Settings):
-    """Raw rows become conversations, in a train and an eval split."""
+    """Raw rows become conversations, in splits for training, validation and test."""
 
     source: Literal["film_reviews", "local", "hub"] = key(
         "film_reviews",
@@ -68,13 +69,16 @@ class PrepareData(Settings):
     )
     kinds: Several[Kind] = key(
         ["sft", "preference", "prompts"],
-        "kinds to make; one left out gets empty files, and the stages that need it refuse them",
+        "kinds to make; one left out has no files",
     )
     max_rows: Annotated[int, Ge(2), Le(LARGEST_WHOLE)] | None = key(
         None, "use the first so many; null: all; null with film_reviews", unit="raw rows"
     )
-    eval_fraction: BetweenZeroAndOne = key(
-        0.1, "held out from every kind; for local and hub data", unit="share of the distinct prompts"
+    validation_fraction: BetweenZeroAndOne = key(
+        0.05, "held out from training, to choose by; for local and hub data", unit="share of the distinct prompts"
+    )
+    test_fraction: BetweenZeroAndOne = key(
+        0.05, "held out for the evaluation alone; for local and hub data", unit="share of the distinct prompts"
     )
     film_reviews: FilmReviewSettings = key(block(FilmReviewSettings), "sizes of the generated task")
 
@@ -88,6 +92,10 @@ class PrepareData(Settings):
             raise ValueError(
                 f"format {self.format} has no rejected replies, so kind preference cannot be made of it; "
                 "leave it out of kinds"
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction leave nothing for training: they must be below 1 together"
             )
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ValueError("kinds must name at least one kind, and each once")
