@@ -11,7 +11,7 @@ from typing import Any
 from stages.lib.command.errors import StageError
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-Message = dict[str, str]
+Message = dict[str, Any]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
