@@ -14,6 +14,7 @@ from stages.lib.settings.sections import default_params
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "code_manifest"  # the stage that checks the settings and writes the manifests
 LAUNCHER = "stages/launch.sh"
+READS_FOR_OTHERS = "stages/lib/command/entries.py"  # the section that `read_entry` is given
 
 
 def load_graph(root: Path = ROOT) -> dict[str, Any]:
@@ -108,7 +109,9 @@ def trained_policies() -> tuple[str, ...]:
 
 def script_of(stage: str) -> str:
     """The script of a stage, or of an instance of a group: several groups may run one."""
-    return f"stages/{script_name(body_of(load_graph()['stages'][stage.partition('@')[0]])['cmd'])}.py"
+    name = stage.partition("@")[0]
+    group = load_graph()["stages"].get(name)
+    return f"stages/{script_name(body_of(group)['cmd']) if group else name}.py"
 
 
 def manifest_path(stage: str) -> str:
@@ -124,7 +127,9 @@ def params_read(files: list[str], root: Path = ROOT) -> set[str]:
     """Top-level keys of params.yaml that code reads, by its calls of `read_params` and their like."""
     keys = set()
     for file in files:
-        for node in ast.walk(parsed(root / file)) if file.endswith(".py") else ():
+        if not file.endswith(".py") or file == READS_FOR_OTHERS:
+            continue
+        for node in ast.walk(parsed(root / file)):
             if isinstance(node, ast.Call) and called_name(node) == "read_seed":
                 keys.add("seed")
             elif isinstance(node, ast.Call) and called_name(node) in ("read_params", "read_value", "read_entry"):
