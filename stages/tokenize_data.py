@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import pyarrow
 import typer
 
+from stages.lib.command.entries import entry_name
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash, dvc_hashes
 from stages.lib.command.jsonl import read_jsonl, write_json
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params
 from stages.lib.command.run import run
-from stages.lib.command.stage_item import item_of_stage
 from stages.lib.data.chat import (
     NOT_REVERSIBLE,
     SPECIAL_TOKEN_IN_TEXT,
@@ -247,14 +247,6 @@ def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
     return facts
 
 
-def known_kind(given: str | None) -> Kind:
-    """The kind that the command line or DVC names. Raises StageError where it is none."""
-    kind = item_of_stage(given, "--kind")
-    if kind not in KINDS:
-        raise StageError(f"--kind: {kind!r} is no kind of rows; known: {', '.join(KINDS)}")
-    return kind
-
-
 def main(
     prepared: Annotated[Path, typer.Option(help="Folder of the prepared rows, a folder for each split.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder with the base model's tokenizer and config.json.")],
@@ -264,7 +256,7 @@ def main(
 ) -> None:
     """Encode the prepared rows of one kind."""
     started = time.monotonic()
-    kind = known_kind(kind)
+    kind = cast(Kind, entry_name(kind, KINDS, "tokenize_data"))
     settings = read_params("tokenize_data", Tokenize)
     template_process()  # it loads while this one does
     facts = facts_with_room(tokenizer, settings)

@@ -22,8 +22,10 @@ from stages.lib.settings.named_models import (
     settings_by_key,
 )
 from stages.lib.settings.prepare_base import PrepareBase
-from stages.lib.settings.prepare_data import NO_FILE, PrepareData
+from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
 TEMPLATES = Path("stages/chat_templates")
@@ -35,10 +37,8 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_kinds(params)
     require_like_reference(params)
     for name, settings in params["train_rm"].items():
-        if settings.use_margin and params["prepare_data"].source == "film_reviews":
-            raise StageError(
-                f"params.yaml: train_rm.{name}.use_margin: prepare_data.source film_reviews gives its pairs no margin"
-            )
+        if settings.use_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for settings in settings_by_key(stage, params).values():
@@ -75,17 +75,16 @@ def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, 
         raise StageError(f"{where}: {zero}: 3 cannot shard a base of base_quantization: {own}; use 0, 1 or 2")
 
 
-def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
+def require_paths(sources: Sources, data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
     """Raise StageError where a path of params.yaml is not there, or is what a stage writes.
 
     Args:
         outs: paths of dvc.yaml's outs, a matrix's cut off before its item.
     """
     own = [Path(out) for out in outs]
-    for key, path in (("prepare_data.path", data.path),):
-        if path != NO_FILE:
-            refuse_what_a_stage_writes(path, own, key)
-            require_there(path, key)
+    for name, source in sources.files.items():
+        refuse_what_a_stage_writes(source.path, own, f"sources.files.{name}.path")
+        require_there(source.path, f"sources.files.{name}.path")
     for name, model in base.scratch.items():
         require_corpus(model.corpus, own, data.kinds, f"prepare_base.scratch.{name}.corpus")
     for name, model in base.files.items():

@@ -12,6 +12,7 @@ from stages.lib.settings.agreement import require_agreement, require_model_fits,
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
 from stages.lib.settings.runtime import read_runtimes
 from stages.lib.settings.sections import read_all_params
+from stages.lib.settings.source_agreement import require_served
 
 
 def outs_of_graph(graph: dict[str, Any], document: dict[str, Any]) -> list[str]:
@@ -71,9 +72,10 @@ def cached_config(model: ModelOfHub) -> dict[str, Any] | None:
 def check_settings() -> list[str]:
     """Raise a StageError for the first fault. Returns warnings."""
     params, runtimes = read_all_params(), read_runtimes()
-    data, base = params["prepare_data"], params["prepare_base"]
+    sources, data, base = params["sources"], params["prepare_data"], params["prepare_base"]
     require_agreement(params, runtimes)
-    require_paths(data, base, outs_of_graph(load_yaml(GRAPH_FILE), load_yaml(PARAMS_FILE)))
+    require_served(data, sources)
+    require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE), load_yaml(PARAMS_FILE)))
     scratch_root()
     warnings: list[str] = []
     for facts, name in known_models(base):

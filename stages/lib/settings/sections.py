@@ -18,6 +18,7 @@ from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs
 from stages.lib.settings.score_samples import ScoreSamples
+from stages.lib.settings.sources import Sources
 from stages.lib.settings.tokenize_data import Tokenize
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -39,7 +40,8 @@ class Params(Settings):
         "of the CPU: portable: AVX2's alone, for the same bytes on other x86-64 processors | fastest: the widest that "
         "this one has",
     )
-    prepare_data: PrepareData = key(block(PrepareData), "where rows come from, and what is made of them")
+    sources: Sources = key(block(Sources), "where rows come from, and how they are read")
+    prepare_data: PrepareData = key(block(PrepareData), "what is made of the rows, and what is held out")
     prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
     tokenize_data: Tokenize = key(block(Tokenize), "budgets of tokens")
     # Each of these maps the name of what is made to its settings; an empty one makes nothing.

@@ -39,7 +39,7 @@ SURROGATE = json.dumps("\ud800")
         ("[]", "expected messages, found an empty list"),
         ('["a"]', "message 1: expected a message with 'role' and 'content', found str"),
         ('[{"role": "user"}]', "message 1: expected a message with 'role' and 'content', found keys role"),
-        ('[{"role": "tool", "content": "a"}]', "unknown role 'tool'"),
+        ('[{"role": "judge", "content": "a"}]', "unknown role 'judge'"),
         ('[{"role": "user", "content": 3}]', "'content': expected text, found int"),
         (f'[{{"role": "user", "content": {SURROGATE}}}]', "half a surrogate pair"),
         ("[" * 100_000, "brackets nested too deeply"),
