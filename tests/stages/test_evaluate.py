@@ -19,7 +19,7 @@ from tests.stages.tiny_pipeline import call, change, refusal
 from tests.tables import Columns, rewrite
 
 Copy = Callable[..., Path]
-PROMPTS = "data/tokens/prompts/eval.arrow"
+PROMPTS = "data/tokens/test/prompts.arrow"
 
 
 def metrics(folder: Path, name: str) -> dict[str, float]:
@@ -45,7 +45,7 @@ def test_fine_tuning_beside_itself_is_a_tie(tiny: Path) -> None:
 def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) -> None:
     """However evaluate cuts its batches, in which a log-prob in bf16 is another one than in those of ref_logprobs."""
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}, "evaluate": {"precision": "bf16"}})
+    change(folder / "params.yaml", {"ref_logprobs": {"sft": {"precision": "bf16"}}, "evaluate": {"precision": "bf16"}})
     call(folder, "ref_logprobs")
     change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 500}})
     call(folder, "evaluate@sft")
@@ -55,7 +55,7 @@ def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) 
 def test_a_reference_of_another_precision_is_computed_anew(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
     before = {policy: metrics(tiny, f"evaluate/{policy}") for policy in ("sft", "dpo")}
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}})
+    change(folder / "params.yaml", {"ref_logprobs": {"sft": {"precision": "bf16"}}})
     call(folder, "ref_logprobs")
     for policy, expected in before.items():
         call(folder, f"evaluate@{policy}")
@@ -64,7 +64,7 @@ def test_a_reference_of_another_precision_is_computed_anew(copy_of_tiny: Copy, t
 
 def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
     samples = samples_of(tiny, "ppo")
-    prepared = [json.loads(line) for line in (tiny / "data/prepared/prompts/eval.jsonl").read_text().splitlines()]
+    prepared = [json.loads(line) for line in (tiny / "data/prepared/validation/prompts.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == [prepared[sample["row"]]["prompt"] for sample in samples]
     gold = [gold_utility(prepared[sample["row"]]["facts"], sample["response"]) for sample in samples]
     assert [sample["gold"] for sample in samples] == gold

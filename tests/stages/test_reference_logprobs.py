@@ -76,7 +76,7 @@ def test_wrong_values_are_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("column", BOTH)
 def test_a_value_that_is_no_log_prob_is_named_with_its_row(copy_of_tiny: Copy, column: str, value: float) -> None:
     folder = copy_of_tiny()
-    path = folder / "data/ref_logprobs/train.arrow"
+    path = folder / "data/ref_logprobs/sft/train.arrow"
 
     def put_in(columns: Columns) -> Columns:
         columns[column][5] = value
@@ -95,8 +95,8 @@ def test_one_value_changed_anywhere_is_noticed(copy_of_tiny: Copy, capsys: pytes
         columns["reference_chosen_logps"][-1] -= 1e-3
         return columns
 
-    rewrite(folder / "data/ref_logprobs/train.arrow", REFERENCE_SCHEMA, shifted_last, keep_digest=True)
-    assert "data/ref_logprobs/train.arrow does not hold the values" in refusal(folder, "train_dpo", capsys)
+    rewrite(folder / "data/ref_logprobs/sft/train.arrow", REFERENCE_SCHEMA, shifted_last, keep_digest=True)
+    assert "data/ref_logprobs/sft/train.arrow does not hold the values" in refusal(folder, "train_dpo", capsys)
 
 
 def test_a_table_of_other_tokens_is_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
@@ -123,7 +123,7 @@ def test_a_table_of_another_model_is_refused(copy_of_tiny: Copy, capsys: pytest.
 
 def test_a_table_of_earlier_code_is_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
     folder = copy_of_tiny()
-    path = folder / "data/ref_logprobs/train.arrow"
+    path = folder / "data/ref_logprobs/sft/train.arrow"
     columns = read_table(path, REFERENCE_SCHEMA)[:]
     path.unlink()
     write_table(path, columns, REFERENCE_SCHEMA.with_metadata({"precision": "fp32", "base_quantization": "None"}))
@@ -135,12 +135,15 @@ def test_in_bf16_rounding_passes_and_other_values_do_not(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture, knobs: dict
 ) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}, "train_dpo": {"precision": "bf16"}})
+    change(
+        folder / "params.yaml",
+        {"ref_logprobs": {"sft": {"precision": "bf16"}}, "train_dpo": {"dpo": {"precision": "bf16"}}},
+    )
     call(folder, "ref_logprobs")
     change(folder / "runtime.yaml", {"default": knobs})
     call(folder, "train_dpo")
-    assert abs(pd.read_csv(folder / "metrics/curves/train_dpo.csv")["rewards/margins"][0]) < 0.05
-    rewrite(folder / "data/ref_logprobs/train.arrow", REFERENCE_SCHEMA, rolled)
+    assert abs(pd.read_csv(folder / "metrics/curves/dpo.csv")["rewards/margins"][0]) < 0.05
+    rewrite(folder / "data/ref_logprobs/sft/train.arrow", REFERENCE_SCHEMA, rolled)
     assert "rounding in bf16 explains" in refusal(folder, "train_dpo", capsys)
 
 
