@@ -68,10 +68,12 @@ def project(folder: Path, sources: dict[str, dict[str, Any]], models: dict[str, 
     """A project with these sources of the Hub, and models beside the new one."""
     folder.mkdir()
     params = default_params()
-    source = block(HubSource, dataset=DATA, revision=DATA_COMMIT)
-    params["sources"]["hub"] = {name: source | values for name, values in sources.items()}
-    base = block(ModelOfHub, model=MODEL, revision=MODEL_COMMIT, eos_token="<|im_end|>")
-    params["prepare_base"]["hub"] = {name: base | values for name, values in (models or {}).items()}
+    source, base = {"dataset": DATA, "revision": DATA_COMMIT}, {"model": MODEL, "revision": MODEL_COMMIT}
+    params["sources"]["hub"] = {name: block(HubSource, **source | values) for name, values in sources.items()}
+    named = (models or {}).items()
+    params["prepare_base"]["hub"] = {
+        name: block(ModelOfHub, **base | values, eos_token="<|im_end|>") for name, values in named
+    }
     write_yaml(folder / "params.yaml", params)
     for name in ("dvc.yaml", "runtime.yaml", "stages"):
         (folder / name).symlink_to(PROJECT / name)
@@ -117,14 +119,14 @@ def test_what_was_fetched_is_read_without_a_network(hub: HubServer, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     last = [line for line in done.stdout.splitlines() if "as the Hub has them" in line]
     assert [line.partition(",")[0] for line in last] == [
-        "1/4 sources.hub.short: 3 files",
-        "2/4 sources.hub.folder: 2 files",
-        "3/4 sources.hub.one: 3 files",
-        "4/4 prepare_base.hub.qwen: 5 files",
+        "1/4 sources.hub.folder: 2 files",
+        "2/4 sources.hub.one: 3 files",
+        "3/4 sources.hub.short: 3 files",
+        "4/4 prepare_base.hub.qwen: 6 files",
     ]
     got = [request for request in hub.requests[asked:] if request.startswith("GET /") and "/resolve/" in request]
     assert len({*got}) == len(got)  # each file once
-    assert not any("one/" in request or "pytorch_model" in request for request in got)
+    assert not any("/one/" in request or "pytorch_model" in request for request in got)
     online = project(tmp_path / "online", sources, QWEN)
     for where, environment in (
         (folder, offline(tmp_path / "cache")),
@@ -213,26 +215,21 @@ def test_each_item_that_cannot_be_had_is_one_line(repositories: list[HubReposito
         done = fetch(folder, hub.environment(tmp_path / "cache"))
     assert done.returncode == 2
     errors = done.stderr.splitlines()
-    named = [f"sources.hub.{name}" for name in sources if name != "good"]
-    named += [f"prepare_base.hub.{name}" for name in models]
-    assert [line.split(": ")[2] for line in errors] == named, done.stderr
-    assert all(line.startswith("error: params.yaml: ") for line in errors)
-    for line, words in zip(
-        errors,
-        [
-            "could not be loaded from the Hub",
-            "could not be loaded from the Hub",
-            "none",
-            "it has no split validation, but train",
-            "set streaming: false to fetch it",
-            "train.jsonl differs from what the Hub says of it, also after it was fetched again",
-            "check the name, the revision and the network",
-            "there are no weights in safetensors files",
-        ],
-        strict=True,
-    ):
+    says = {
+        "sources.hub.liar": "train.jsonl differs from what the Hub says of it, also after it was fetched again",
+        "sources.hub.no-commit": "could not be loaded from the Hub",
+        "sources.hub.no-config": "'none' not found",
+        "sources.hub.no-name": "could not be loaded from the Hub",
+        "sources.hub.no-split": "it has no split validation, but train",
+        "sources.hub.streamed": "set streaming: false to fetch it",
+        "prepare_base.hub.none": "check the name, the revision and the network",
+        "prepare_base.hub.pickled": "there are no weights in safetensors files",
+    }
+    assert len(errors) == len(says), done.stderr
+    for line, (key, words) in zip(errors, says.items(), strict=True):
+        assert line.startswith(f"error: params.yaml: {key}: ")
         assert words in line
-    assert "7/9 sources.hub.good: 3 files" in done.stdout
+    assert "1/9 sources.hub.good: 3 files" in done.stdout
 
 
 def test_a_project_that_names_nothing_of_the_hub(tmp_path: Path) -> None:
