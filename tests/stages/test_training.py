@@ -55,7 +55,7 @@ def test_fine_tuning_lowers_the_held_out_loss(tiny: Path) -> None:
     # An untrained model knows nothing: a uniform choice among v tokens costs ln v, and random logits of variance σ²
     # another σ²/2; with weights of variance 1/d that σ² is 1.
     config = json.loads((tiny / "models/base/config.json").read_text())
-    assert results["validation_loss_before"] == pytest.approx(math.log(config["vocab_size"]) + 0.5, abs=0.2)
+    assert results["validation_loss_before"] == pytest.approx(math.log(config["vocab_size"]) + 0.5, abs=0.25)
 
 
 def test_preference_optimization_starts_at_ln_2(tiny: Path) -> None:
