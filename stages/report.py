@@ -8,7 +8,7 @@ and data say is escaped; the same metrics give the same bytes.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -143,7 +143,17 @@ def data_table(inputs: Inputs) -> dict[str, Any]:
         counts = [inputs.data[f"{kind}/{split}_rows"] for split in SPLITS]
         counts += [tokens[f"{split}_{what}"] for what in ("rows", "tokens") for split in SPLITS]
         rows.append(TableRow(kind, [Cell(number(count)) for count in counts]))
+        rows += [TableRow(f"{kind}, {source}", cells) for source, cells in prepared_by_source(inputs, kind)]
     return {"head": head, "rows": rows}
+
+
+def prepared_by_source(inputs: Inputs, kind: str) -> Iterator[tuple[str, list[Cell]]]:
+    """Of each source, where there are several, its prepared rows in each split."""
+    ending = f"/{kind}/{SPLITS[0]}_rows"
+    sources = [key.removesuffix(ending) for key in inputs.data if key.endswith(ending)]
+    for source in sources if len(sources) > 1 else ():
+        prepared = [Cell(number(inputs.data[f"{source}/{kind}/{split}_rows"])) for split in SPLITS]
+        yield source, prepared + [Cell(NOTHING)] * 2 * len(SPLITS)
 
 
 def dropped_table(inputs: Inputs) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.lib.command.run import run_or_say_why_not
+from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.sections import default_params
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
@@ -26,9 +27,11 @@ REPORT_FOLDERS = (
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
 TINY = {
-    "prepare_data": {
-        "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
-        | {"test_rows": 12}
+    "sources": {
+        "tasks": {
+            "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
+            | {"test_rows": 12}
+        }
     },
     "prepare_base": {
         "scratch": {
@@ -101,16 +104,22 @@ def new_project(folder: Path) -> Path:
 def stage_options(stage: str, **changed: str) -> list[str]:
     """The options with which dvc.yaml starts a stage, as a flat list; `changed` replaces single paths."""
     name, _, item = stage.partition("@")
-    group = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
-    words = group.get("do", group)["cmd"].split()
+    words = command(stage).split()
     options = words[words.index(next(word for word in words if word.startswith("--"))) :]
     for option, value in changed.items():
         options[options.index(f"--{option.replace('_', '-')}") + 1] = value
     return [*options, *([ITEM_OPTIONS.get(name, "--name"), item] if item else [])]
 
 
+def command(stage: str) -> str:
+    """What dvc.yaml runs, without the name of an entry, which DVC gives in the environment."""
+    group = read_yaml(PROJECT / "dvc.yaml")["stages"][stage.partition("@")[0]]
+    return group.get("do", group)["cmd"]
+
+
 def script(stage: str) -> str:
-    return stage.partition("@")[0]
+    """Several groups of stages may run one."""
+    return script_name(command(stage))
 
 
 @contextlib.contextmanager

@@ -90,10 +90,12 @@ def flat_numbers(path: Path, maker: str) -> dict[str, float]:
 def expectation(key: str) -> tuple[Callable[[Any], bool], str]:
     """What the value of a key of metrics must be: a test, and words for it.
 
-    `<metric>/<source>` is as `<metric>`; `<kind>/<split>_rows` counts what its end says.
+    `<metric>/<source>` is as `<metric>`; `<kind>/<split>_rows`, also below a source's name, counts what its end says.
     """
     name, _, below = key.partition("/")
-    name = below if name in KINDS else name
+    name = below if name in KINDS or "/" in below else name
+    if name.startswith("mean_"):
+        return is_usable, A_NUMBER
     for end in ENDS:
         name = name.removesuffix(end)
     if name.endswith(SHARES):

@@ -28,6 +28,7 @@ STAGES = (
     "score_samples",
     "evaluate_rm",
 )
+DATA_STAGES = ("tokenize_data",)  # they use `workers` alone
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
 # What params.yaml and the other keys decide.
 OUR_DEEPSPEED_KEYS = {
@@ -114,6 +115,9 @@ class Runtime(Settings):
         512,
         "that stages which train nothing compute before they keep them in the scratch folder",
         unit="rows or prompts",
+    )
+    workers: Count | None = key(
+        None, "that tokenize_data encodes on, with one thread each; null: as many as there are cores", unit="processes"
     )
     log_seconds: NotNegative = key(
         5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
@@ -212,7 +216,7 @@ def read_runtimes(path: Path = RUNTIME_FILE) -> dict[str, Runtime]:
 
 def runtime_of(stage: str, document: dict[str, Any], path: Path) -> Runtime:
     for section in document:
-        if section not in ("default", *STAGES):
+        if section not in ("default", *STAGES, *DATA_STAGES):
             name = FORMER_NAMES.get(section)
             hint = f"; it is called {name} now, as the stage is" if name else nearest(section, STAGES)
             raise StageError(f"{path}: no stage is named '{short(section)}'{hint}")
