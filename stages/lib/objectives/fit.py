@@ -1,6 +1,6 @@
 """The loop of every stage that trains on a fixed table: take steps, evaluate, keep the last weights or the best.
 
-best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",))
+best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",), after_step=…)
 """
 
 from collections.abc import Callable, Iterator, Mapping
