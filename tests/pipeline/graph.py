@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.lib.operations.code_closure import MANIFESTS, closure
+from stages.lib.operations.code_closure import MANIFESTS, closure, script_name
 from stages.lib.settings.sections import default_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,11 +105,18 @@ def trained_policies() -> tuple[str, ...]:
 
 def script_of(stage: str) -> str:
     """The script of a stage, or of an instance of one with a matrix: they carry one name."""
-    return f"stages/{stage.partition('@')[0]}.py"
+    return f"stages/{name_of_script(stage)}.py"
+
+
+def name_of_script(stage: str) -> str:
+    """What a stage of dvc.yaml runs; a name that is none of these is a script's own."""
+    name = stage.partition("@")[0]
+    group = load_graph()["stages"].get(name)
+    return script_name(body_of(group)["cmd"]) if group else name
 
 
 def manifest_path(stage: str) -> str:
-    return f"{MANIFESTS}/{stage.partition('@')[0]}.txt"
+    return f"{MANIFESTS}/{name_of_script(stage)}.txt"
 
 
 def code_of(stage: str, root: Path = ROOT) -> list[str]:

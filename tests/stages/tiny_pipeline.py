@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.lib.command.run import run_or_say_why_not
+from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.sections import default_params
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
@@ -26,9 +27,11 @@ REPORT_FOLDERS = (
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
 TINY = {
-    "prepare_data": {
-        "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
-        | {"test_rows": 12}
+    "sources": {
+        "tasks": {
+            "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
+            | {"test_rows": 12}
+        }
     },
     "prepare_base": {
         "scratch": {
@@ -88,8 +91,6 @@ def new_project(folder: Path) -> Path:
     runtime["default"]["threads"] = 1  # more gain nothing at this size, and hinder what runs beside
     write_yaml(folder / "runtime.yaml", runtime)
     (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
-    (folder / "data/raw").mkdir(parents=True)
-    (folder / "data/raw/none").write_text("none\n")
     for kept in REPORT_FOLDERS:
         (folder / kept).mkdir(parents=True)
         (folder / kept / ".gitkeep").touch()
@@ -110,7 +111,9 @@ def stage_options(stage: str, **changed: str) -> list[str]:
 
 
 def script(stage: str) -> str:
-    return stage.partition("@")[0]
+    """The script of a stage: several groups of stages may run one."""
+    group = read_yaml(PROJECT / "dvc.yaml")["stages"][stage.partition("@")[0]]
+    return script_name(group.get("do", group)["cmd"])
 
 
 @contextlib.contextmanager
