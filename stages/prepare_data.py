@@ -31,7 +31,7 @@ from stages.lib.command.run import run
 from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import AS_THEY_ARE, examples_of
-from stages.lib.data.message_cells import with_messages_read
+from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, PreparedRow, Split
 from stages.lib.data.prompt_splits import eval_prompts, prompt_digests
 from stages.lib.data.raw_columns import RawColumns
@@ -83,6 +83,7 @@ class Reading:
         row = with_messages_read(self.columns.take(row, where), where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
+        row = without_keys(row, self.settings.ignore_columns)
         (example,) = examples_of(row, name, AS_THEY_ARE, where, renames=self.settings.columns, counts=self.counts)
         if example.rejected is None and "preference" in self.settings.kinds:
             raise StageError(
