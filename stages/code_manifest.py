@@ -16,19 +16,29 @@ import typer
 
 from stages.lib.command.errors import one_line
 from stages.lib.command.outputs import written_whole
-from stages.lib.command.params import GRAPH_FILE
+from stages.lib.command.params import GRAPH_FILE, read_params
 from stages.lib.command.run import run
 from stages.lib.command.strict_yaml import load_yaml
-from stages.lib.operations.code_closure import MANIFESTS, differing_files, manifest_of
+from stages.lib.operations.code_closure import MANIFESTS, differing_files, lines_of, manifest_of, script_name
+from stages.lib.settings.agreement import TEMPLATES
 from stages.lib.settings.check import check_settings
+from stages.lib.settings.prepare_base import PrepareBase
 
 OWN_NAME = Path(__file__).stem
 
 
 def manifests() -> dict[str, str]:
-    """Stage of dvc.yaml → its manifest."""
-    names = [name for name in load_yaml(GRAPH_FILE)["stages"] if name != OWN_NAME]
-    return {name: manifest_of(f"stages/{name}.py") for name in names}
+    """Script of the stages of dvc.yaml → its manifest."""
+    stages = load_yaml(GRAPH_FILE)["stages"].values()
+    names = dict.fromkeys(script_name(stage.get("do", stage)["cmd"]) for stage in stages)
+    texts = {name: manifest_of(f"stages/{name}.py") for name in names if name != OWN_NAME}
+    return texts | {"prepare_base": texts["prepare_base"] + lines_of(chat_templates())}
+
+
+def chat_templates() -> list[str]:
+    """The files that the models to start from get their chat templates from: chosen by settings, so not in the code."""
+    models = read_params("prepare_base", PrepareBase).models.values()
+    return sorted({f"{TEMPLATES}/{model.chat_template}" for model in models if model.chat_template})
 
 
 def changes(folder: Path) -> list[str]:

@@ -1,10 +1,12 @@
-"""The base model, made fit for every later stage: one EOS, a pad id of its own, role markers, a chat template.
+"""A model to start from, made fit for every later stage: one EOS, a pad id of its own, role markers, a chat template.
 
 A model made from scratch gets a byte-level BPE tokenizer trained on the corpus and seeded random weights; a model from
 a folder or from the Hub keeps its weights. The embedding rows of added tokens start at the mean of the rows that were
 there, those of markers with a little seeded noise so that they differ.
 
-    python -m stages.prepare_base --out models/base
+The section `prepare_base` of params.yaml names the models; each is a stage of its own.
+
+    python -m stages.prepare_base --name base --out models
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stages.lib.command.entries import EntryOption, entry_name
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hashes
 from stages.lib.command.jsonl import read_json, read_jsonl
@@ -27,7 +30,7 @@ from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt, special_tokens
-from stages.lib.data.conversations import Message, UnusableRowError, messages_from
+from stages.lib.data.conversations import Message, UnusableRowError, messages_from, text_from
 from stages.lib.data.template_process import template_process
 from stages.lib.models.given_model import check_forward_pass, download, embedding_rows, ids_of, load_pretrained
 from stages.lib.models.model_facts import read_model_facts
@@ -35,25 +38,42 @@ from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.operations.run_log import log_run
 from stages.lib.runs.model_card import shareable_path, write_model_card
 from stages.lib.settings.declaration import plain
-from stages.lib.settings.prepare_base import EOS_TOKEN, NO_FILE, PAD_TOKEN, PrepareBase, Scratch
+from stages.lib.settings.prepare_base import (
+    EOS_TOKEN,
+    PAD_TOKEN,
+    ModelOfFolder,
+    ModelOfHub,
+    NewModel,
+    PrepareBase,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+AnyModel = NewModel | ModelOfFolder | ModelOfHub
+TEMPLATES = Path("stages/chat_templates")
+CORPUS_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion")
 MARKER_NOISE = 0.1  # in standard deviations of the rows it is added to
 
 
 def corpus_texts(path: Path) -> Iterator[str]:
-    """The texts of all messages of an sft file. Raises StageError naming file and line."""
+    """The texts of all rows of a prepared file, of whatever kind. Raises StageError naming file and line."""
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, line {number}"
-        if "messages" not in row:
-            raise StageError(f"{where}: 'messages' is missing (the row has {', '.join(row) or 'no keys'})")
-        yield from (message["content"] for message in messages_from(row["messages"], f"{where}, 'messages'"))
+        columns = [column for column in CORPUS_COLUMNS if column in row]
+        if not columns:
+            found = ", ".join(row) or "no keys"
+            raise StageError(f"{where}: expected one of {', '.join(CORPUS_COLUMNS)}, found {found}")
+        for column in columns:
+            if column == "text":
+                yield text_from(row[column], f"{where}, 'text'")
+            else:
+                messages = messages_from(row[column], f"{where}, '{column}'")
+                yield from (message["content"] for message in messages)
 
 
-def train_tokenizer(corpus: Path, settings: PrepareBase) -> "PreTrainedTokenizerBase":
+def train_tokenizer(corpus: Path, settings: NewModel) -> "PreTrainedTokenizerBase":
     """A byte-level BPE tokenizer: any text can be encoded and comes back as it was. It has no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +82,7 @@ def train_tokenizer(corpus: Path, settings: PrepareBase) -> "PreTrainedTokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=settings.scratch.vocab_size,
+        vocab_size=settings.vocab_size,
         special_tokens=[PAD_TOKEN, EOS_TOKEN, *settings.special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -72,12 +92,12 @@ def train_tokenizer(corpus: Path, settings: PrepareBase) -> "PreTrainedTokenizer
         tokenizer_object=tokenizer,
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
-        model_max_length=settings.scratch.max_positions,
+        model_max_length=settings.max_positions,
         clean_up_tokenization_spaces=False,
     )
 
 
-def new_model(tokenizer: "PreTrainedTokenizerBase", settings: Scratch, seed: int) -> "PreTrainedModel":
+def new_model(tokenizer: "PreTrainedTokenizerBase", settings: NewModel, seed: int) -> "PreTrainedModel":
     """A Llama with tied embeddings and random weights from `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,31 +127,31 @@ def stage_seed(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"prepare_base {seed}".encode()).digest()[:4])
 
 
-def set_template(tokenizer: "PreTrainedTokenizerBase", template: Path, name: str) -> None:
-    """Give the tokenizer the template of a file, or keep its own where `template` is the placeholder for none."""
-    if template.as_posix() != NO_FILE:
-        if not template.is_file():
-            raise StageError(f"{template} does not exist: prepare_base.chat_template must be a file, or {NO_FILE}")
+def set_template(tokenizer: "PreTrainedTokenizerBase", template: str | None, name: str) -> None:
+    """Give the tokenizer a template of `stages/chat_templates`, or keep its own where `template` is None."""
+    if template is not None:
         try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+            tokenizer.chat_template = (TEMPLATES / template).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise StageError(f"{template}: not UTF-8 text ({error.reason}): expected a chat template") from None
+            raise StageError(
+                f"{TEMPLATES / template}: not UTF-8 text ({error.reason}): expected a chat template"
+            ) from None
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template:
         raise StageError(
-            f"{name} has no chat template of its own; set prepare_base.chat_template to a file, "
-            "for instance stages/templates/chat.jinja"
+            f"{name} has no chat template of its own; set its chat_template to a file of {TEMPLATES}, "
+            "for instance chat.jinja"
         )
 
 
 def set_eos(tokenizer: "PreTrainedTokenizerBase", eos_token: str | None, name: str) -> None:
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise StageError(f"prepare_base.eos_token: {name} has no token {eos_token}")
+            raise StageError(f"eos_token: {name} has no token {eos_token}")
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token is None:
-        raise StageError(f"{name} names no EOS token; set prepare_base.eos_token to the token that ends a reply")
+        raise StageError(f"{name} names no EOS token; set its eos_token to the token that ends a reply")
 
 
 def add_tokens(tokenizer: "PreTrainedTokenizerBase", markers: tuple[str, ...]) -> None:
@@ -212,7 +232,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         if any(text in ending for text in special_tokens(tokenizer).text_of.values()):
             raise StageError(
                 f"the chat template ends a reply with {ending!r}, but EOS is {tokenizer.eos_token}: "
-                "set prepare_base.eos_token to the token that ends a reply, or prepare_base.chat_template to a file"
+                "set the model's eos_token to the token that ends a reply, or its chat_template to a file"
             )
 
 
@@ -261,42 +281,49 @@ def _write_plain_tokenizer_config(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def shareable(settings: PrepareBase) -> dict[str, Any]:
+def shareable(settings: AnyModel) -> dict[str, Any]:
     """The settings as a model card shows them."""
-    paths = {key: shareable_path(getattr(settings, key)) for key in ("path", "corpus", "chat_template")}
-    return plain(settings) | paths
+    values = plain(settings)
+    return values | {key: shareable_path(values[key]) for key in ("path", "corpus") if key in values}
 
 
-def scratch_base(settings: PrepareBase, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def new_base(settings: NewModel, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A new model and a tokenizer trained on the corpus."""
     import torch
 
     tokenizer = train_tokenizer(Path(settings.corpus), settings)
-    set_template(tokenizer, Path(settings.chat_template), "the new tokenizer")
-    model = new_model(tokenizer, settings.scratch, seed).to(getattr(torch, settings.dtype))
+    set_template(tokenizer, settings.chat_template, "the new tokenizer")
+    model = new_model(tokenizer, settings, seed).to(getattr(torch, settings.dtype))
     return model, tokenizer
 
 
 def given_base(
-    settings: PrepareBase, seed: int, *, trust_remote_code: bool
+    settings: ModelOfFolder | ModelOfHub, seed: int, *, trust_remote_code: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A model of a folder or of the Hub, with the tokens that the pipeline needs."""
-    folder, name = Path(settings.path), settings.path
-    if settings.source == "hub":
-        assert settings.hub_model is not None, "the settings name one with source hub"
-        assert settings.hub_revision is not None, "and give its commit"
-        folder = download(settings.hub_model, settings.hub_revision, trust_remote_code=trust_remote_code)
+    if isinstance(settings, ModelOfHub):
+        folder = download(settings.model, settings.revision, trust_remote_code=trust_remote_code)
         check_settings_again()
-        name = f"Hub model {settings.hub_model}"
+        name = f"Hub model {settings.model}"
+    else:
+        folder, name = Path(settings.path), settings.path
     model, tokenizer = load_pretrained(folder, settings.dtype, name, trust_remote_code=trust_remote_code)
     check_forward_pass(model, name)
     warn_of_no_classifier(model, name)
-    set_template(tokenizer, Path(settings.chat_template), name)
+    set_template(tokenizer, settings.chat_template, name)
     set_eos(tokenizer, settings.eos_token, name)
     known = ids_of(tokenizer)
     add_tokens(tokenizer, settings.special_tokens)
     start_new_rows(model, tokenizer, known, seed)
     return model, tokenizer
+
+
+def input_hashes(settings: AnyModel) -> dict[str, str]:
+    """Content hash of each file that the model is made from, but for a Hub model, whose commit says it."""
+    values = plain(settings)
+    paths = [values[key] for key in ("path", "corpus") if key in values]
+    paths += [str(TEMPLATES / settings.chat_template)] if settings.chat_template else []
+    return dvc_hashes(Path(path) for path in paths)
 
 
 def warn_of_no_classifier(model: "PreTrainedModel", name: str) -> None:
@@ -309,34 +336,36 @@ def warn_of_no_classifier(model: "PreTrainedModel", name: str) -> None:
         )
 
 
-def main(out: Annotated[Path, typer.Option(help="Folder to write the base model into.")]) -> None:
-    """Make the base model."""
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write the model's folder into, which has its name.")],
+    name: EntryOption = None,
+) -> None:
+    """Make a model to start from."""
     started = time.monotonic()
-    settings = read_params("prepare_base", PrepareBase)
-    seed = read_value("seed", int)
+    models = read_params("prepare_base", PrepareBase).models
+    name = entry_name(name, models, "prepare_base")
+    settings, seed = models[name], read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     template_process()  # it loads while this one does
-    if settings.source == "scratch":
-        model, tokenizer = scratch_base(settings, seed)
+    if isinstance(settings, NewModel):
+        model, tokenizer = new_base(settings, seed)
     else:
         model, tokenizer = given_base(settings, seed, trust_remote_code=trust_remote_code)
     agree_on_ids(model, tokenizer)
     check_template(tokenizer)
-    with written_whole(out) as (folder,):
+    with written_whole(out / name) as (folder,):
         save(model, tokenizer, folder)
         write_model_card(
             folder,
             stage="prepare_base",
             settings={"prepare_base": shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code}
             | {"kernels": kernels},
-            inputs=dvc_hashes(
-                Path(path) for path in (settings.path, settings.corpus, settings.chat_template) if path != NO_FILE
-            ),
+            inputs=input_hashes(settings),
             metrics={"parameters": model.num_parameters(), "tokens": len(tokenizer)},
-            base_model=settings.hub_model,
+            base_model=settings.model if isinstance(settings, ModelOfHub) else None,
         )
-    log_run("prepare_base", dvc_hashes([out]), time.monotonic() - started)
-    print(f"base model: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, pad {tokenizer.pad_token}")
+    log_run(f"prepare_base@{name}", dvc_hashes([out / name]), time.monotonic() - started)
+    print(f"{out / name}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, pad {tokenizer.pad_token}")
 
 
 if __name__ == "__main__":

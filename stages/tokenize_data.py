@@ -4,8 +4,8 @@ Prompt and reply are encoded apart and joined as ids (`stages.lib.data.chat`): m
 exactly one EOS, and the ids are checked to decode to the text. Rows that cannot be encoded so are dropped and counted;
 with `on_unusable_row: drop` so are rows that the chat template refuses or changes.
 
-    python -m stages.tokenize_data --kind sft --rows data/prepared/sft --tokenizer models/base \\
-        --out data/tokens/sft --metrics metrics/tokenize_data/sft.json
+    python -m stages.tokenize_data --kind sft --prepared data/prepared --tokenizer models/base \\
+        --tokens data/tokens --metrics metrics/tokenize_data
 """
 
 import sys
@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import pyarrow
 import typer
 
+from stages.lib.command.entries import entry_name
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash, dvc_hashes
 from stages.lib.command.jsonl import read_jsonl, write_json
@@ -37,6 +38,7 @@ from stages.lib.data.chat import (
 )
 from stages.lib.data.conversations import UnusableRowError
 from stages.lib.data.prepared_rows import (
+    KINDS,
     SPLITS,
     Conversation,
     Kind,
@@ -246,14 +248,15 @@ def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
 
 
 def main(
-    kind: Annotated[Kind, typer.Option(help="What the rows are.")],
-    rows: Annotated[Path, typer.Option(help="Folder with train.jsonl and eval.jsonl.")],
+    prepared: Annotated[Path, typer.Option(help="Folder of the prepared rows, a folder for each split.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder with the base model's tokenizer and config.json.")],
-    out: Annotated[Path, typer.Option(help="Folder to write train.arrow and eval.arrow into.")],
-    metrics: Annotated[Path, typer.Option(help="JSON file for the counts.")],
+    tokens: Annotated[Path, typer.Option(help="Folder to write the tables below, in a folder for each split.")],
+    metrics: Annotated[Path, typer.Option(help="Folder to write the counts into, as <kind>.json.")],
+    kind: Annotated[str | None, typer.Option(help="What the rows are; else what DVC runs the stage for.")] = None,
 ) -> None:
     """Encode the prepared rows of one kind."""
     started = time.monotonic()
+    kind = cast(Kind, entry_name(kind, KINDS, "tokenize_data"))
     settings = read_params("tokenize_data", Tokenize)
     template_process()  # it loads while this one does
     facts = facts_with_room(tokenizer, settings)
@@ -261,16 +264,15 @@ def main(
     notes = {TOKENIZER_NOTE: tokenizer_hash(tokenizer)}
     counts: dict[str, Counts] = {}
     dropped: Counter[str] = Counter()
-    with written_whole(out, metrics) as (folder, metrics_partial):
-        folder.mkdir()
-        for split in SPLITS:
-            table = folder / f"{split}.arrow"
-            counts[split], lost = encode_file(loaded, kind, rows / f"{split}.jsonl", table, settings, notes)
+    outs = [*(tokens / split / f"{kind}.arrow" for split in SPLITS), metrics / f"{kind}.json"]
+    with written_whole(*outs) as (*tables, metrics_partial):
+        for split, table in zip(SPLITS, tables, strict=True):
+            rows = prepared / split / f"{kind}.jsonl"
+            counts[split], lost = encode_file(loaded, kind, rows, table, settings, notes)
             dropped += lost
-            schema = ENCODINGS[kind].schema
-            check_table_fits(read_table(table, schema), facts, rows / f"{split}.jsonl")
+            check_table_fits(read_table(table, ENCODINGS[kind].schema), facts, rows)
         write_json(metrics_partial, metrics_of(kind, counts, dropped))
-    log_run(f"tokenize_data@{kind}", dvc_hashes([out, metrics]), time.monotonic() - started)
+    log_run(f"tokenize_data@{kind}", dvc_hashes(outs), time.monotonic() - started)
     summary = ", ".join(f"{counts[split].rows:,} {split} rows ({counts[split].tokens:,} tokens)" for split in SPLITS)
     print(f"tokenize {kind}: {summary}, {dropped.total():,} rows dropped")
 

@@ -23,6 +23,7 @@ from stages.lib.command.run import run
 from stages.lib.settings.schemas import params_schema, runtime_schema
 
 RUNTIME = "runtime"
+NAME = "<name>"  # stands for any name of a mapping
 WIDTH = 100
 INDENT = "  "
 WORDS = {
@@ -50,6 +51,9 @@ def found_at(key: str, top: Declared) -> list[Declared]:
     places = [top]
     parts = key.split(".")
     for number, part in enumerate(parts):
+        if all(place.entry for place in places):
+            places = [place.entry for place in places if place.entry]
+            continue
         blocks = [block for place in places for block in place.types.values() or [place]]
         known = list(dict.fromkeys(name for block in blocks for name in block.keys))
         if part not in known:
@@ -66,6 +70,8 @@ def explained(name: str, declared: Declared) -> Iterator[str]:
     """The lines on a key, and on every key below it."""
     yield from wrapped_lines(f"{name}: {in_words(declared)}{default_of(declared)}", 0)
     yield from wrapped_lines(declared.node.get("description", ""), 2)
+    if declared.entry:
+        yield from (INDENT + line for line in explained(NAME, declared.entry))
     for kind, block in (declared.types or {"": declared}).items():
         if kind:
             yield from wrapped_lines(f"{KIND}: {kind}", 1)
@@ -93,7 +99,13 @@ def in_words(declared: Declared) -> str:
     elif node.get("type") == "array":
         words = f"a list of {in_words(declared.below(0))}"
     else:
-        words = "keys" if declared.keys else f"{WORDS[node['type']]} {declared.bounds()}".rstrip()
+        words = (
+            "keys"
+            if declared.keys
+            else "names, each with"
+            if declared.entry
+            else f"{WORDS[node['type']]} {declared.bounds()}".rstrip()
+        )
     return f"null | {words}" if node.get("nullable") else words
 
 
@@ -104,6 +116,8 @@ def default_of(declared: Declared) -> str:
         default = default[KIND]
     if default is NOTHING or (isinstance(default, dict) and declared.keys):
         return ""
+    if declared.entry:
+        return f"; default {', '.join(default) or 'none'}"
     return f"; default {default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.lib.operations.code_closure import MANIFESTS, closure
+from stages.lib.settings.sections import default_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "code_manifest"  # the stage that checks the settings and writes the manifests
@@ -34,6 +35,9 @@ def instances(name: str, stage: dict[str, Any]) -> Iterator[tuple[str, dict[str,
         yield name, stage
         return
     ((key, values),) = stage["matrix"].items()
+    if isinstance(values, str):  # a list of params.yaml: ${section.key}
+        section, _, name = values.strip("${}").partition(".")
+        values = default_params()[section][name]
     for value in values:
         yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from transformers import (
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt
-from stages.prepare_base import MARKER_NOISE, NO_FILE, main
+from stages.prepare_base import MARKER_NOISE, corpus_texts, main
 from tests.hub_server import HubServer, repository_of_folder
 from tests.real_files import PROJECT, real_file
 
@@ -45,7 +46,11 @@ FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
-SCRATCH = {
+NEW = {
+    "corpus": "sft.jsonl",
+    "chat_template": "chat.jinja",
+    "special_tokens": MARKERS,
+    "dtype": "float32",
     "vocab_size": 300,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -54,35 +59,35 @@ SCRATCH = {
     "key_value_heads": 2,
     "max_positions": 64,
 }
-SECTION = {
-    "source": "scratch",
-    "path": NO_FILE,
-    "hub_model": None,
-    "hub_revision": None,
-    "corpus": "sft.jsonl",
-    "chat_template": TEMPLATE,
-    "special_tokens": MARKERS,
-    "eos_token": None,
-    "dtype": "float32",
-    "scratch": SCRATCH,
-}
+GIVEN = {"chat_template": "chat.jinja", "special_tokens": MARKERS, "eos_token": None, "dtype": "float32"}
 PROMPT = [{"role": "user", "content": "Once upon a time"}]
 REPLY = {"role": "assistant", "content": "there was a film"}
 
 
-def write_settings(folder, changes, seed, *, trust=False):
-    """Write corpus and settings below `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_settings(folder, base, seed, *, trust=False):
+    """Write corpus, chat templates and settings below `folder`; `base` is {group of prepare_base: its settings}."""
+    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    if not (folder / "stages/chat_templates").exists():
+        shutil.copytree(PROJECT / "stages/chat_templates", folder / "stages/chat_templates")
     row = {"messages": [{"role": "user", "content": "a film of note"}, {"role": "assistant", "content": "a fine film"}]}
     (folder / "sft.jsonl").write_text((json.dumps(row) + "\n") * 20)
-    settings = {"seed": seed, "kernels": "portable", "trust_remote_code": trust, "prepare_base": SECTION | changes}
+    models = {group: {"base": base[group]} if group in base else {} for group in ("scratch", "files", "hub")}
+    settings = {"seed": seed, "kernels": "portable", "trust_remote_code": trust, "prepare_base": models}
     (folder / "params.yaml").write_text(json.dumps(settings))
 
 
-def run_script(folder, seed=17, env=None, *, trust=False, **changes):
-    write_settings(folder, changes, seed, trust=trust)
+def new(**changes):
+    return {"scratch": NEW | changes}
+
+
+def local(path, **changes):
+    return {"files": {"path": str(path), **GIVEN, **changes}}
+
+
+def run_script(folder, base=None, seed=17, env=None, *, trust=False):
+    write_settings(folder, base or new(), seed, trust=trust)
     return subprocess.run(
-        [sys.executable, "-m", "stages.prepare_base", "--out", "models/base"],
+        [sys.executable, "-m", "stages.prepare_base", "--out", "models"],
         cwd=folder,
         stdin=subprocess.DEVNULL,  # whoever asks gets no answer
         env={**(env or os.environ), "PYTHONPATH": str(PROJECT)},
@@ -92,21 +97,17 @@ def run_script(folder, seed=17, env=None, *, trust=False, **changes):
     )
 
 
-def prepare(folder, seed=17, *, trust=False, **changes):
+def prepare(folder, base=None, seed=17, *, trust=False):
     """The stage in this process, without the seconds that a script takes to start; returns the base model's folder."""
-    write_settings(folder, changes, seed, trust=trust)
+    write_settings(folder, base or new(), seed, trust=trust)
     with contextlib.chdir(folder):
-        main(out=Path("models/base"))
+        main(out=Path("models"))
     return folder / "models/base"
 
 
 def without_card(base):
     """A base model's files but for its card, which names the model that it was made from."""
     return {path.name: path.read_bytes() for path in base.iterdir() if path.name != "README.md"}
-
-
-def local(path, **changes):
-    return {"source": "local", "path": str(path), "corpus": NO_FILE, **changes}
 
 
 def loaded(base):
@@ -171,7 +172,7 @@ def test_another_seed_gives_other_weights_and_the_same_tokenizer(scratch_runs, t
 
 
 def test_weights_have_the_dtype_asked_for(tmp_path):
-    base = prepare(tmp_path, dtype="bfloat16")
+    base = prepare(tmp_path, new(dtype="bfloat16"))
     assert {tensor.dtype for tensor in load_file(base / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((base / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -196,7 +197,7 @@ def tiny_pretrained(folder, tokenizer_folder, rows, config_class=LlamaConfig, **
 
 def test_stories260k_gets_a_pad_and_markers_and_keeps_its_weights(tmp_path):
     source = real_file("models/stories260K")
-    base = prepare(tmp_path, **local(source))
+    base = prepare(tmp_path, local(source))
     assert_fit_for_use(base)
     before, after = load_file(source / "model.safetensors"), load_file(base / "model.safetensors")
     name = "model.embed_tokens.weight"
@@ -211,12 +212,12 @@ def test_stories260k_gets_a_pad_and_markers_and_keeps_its_weights(tmp_path):
     noise = (after[name][512:515] - mean) / (MARKER_NOISE * spread)
     assert 0.8 < noise.std() < 1.2
     assert encode_prompt(tokenizer, PROMPT)[:2] == [1, 513]
-    assert dvc_hash(prepare(tmp_path / "again", **local(source))) == dvc_hash(base)
+    assert dvc_hash(prepare(tmp_path / "again", local(source))) == dvc_hash(base)
 
 
 def test_a_model_whose_pad_eos_and_bos_are_one_token_gets_a_pad(tmp_path):
     source = tiny_pretrained(tmp_path / "gpt2", real_file("tokenizers/gpt2"), 50257, GPT2Config)
-    base = prepare(tmp_path, **local(source))
+    base = prepare(tmp_path, local(source))
     assert_fit_for_use(base)
     tokenizer = loaded(base)[1]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50260, 50261)
@@ -226,7 +227,7 @@ def test_a_model_whose_pad_eos_and_bos_are_one_token_gets_a_pad(tmp_path):
 def test_a_free_row_is_used_and_a_template_of_its_own_is_kept(tmp_path):
     tokenizer_folder = real_file("tokenizers/smollm2-135m-instruct")
     source = tiny_pretrained(tmp_path / "smollm2", tokenizer_folder, 49160, tie_word_embeddings=False)
-    base = prepare(tmp_path, **local(source, chat_template=NO_FILE, special_tokens=[]))
+    base = prepare(tmp_path, local(source, chat_template=None, special_tokens=[]))
     assert_fit_for_use(base)
     model, tokenizer = loaded(base)
     assert (tokenizer.eos_token, tokenizer.pad_token_id, model.config.vocab_size) == ("<|im_end|>", 49152, 49160)
@@ -239,7 +240,7 @@ def test_a_free_row_is_used_and_a_template_of_its_own_is_kept(tmp_path):
 
 
 def test_a_pad_of_its_own_is_kept(scratch_runs, tmp_path):
-    base = prepare(tmp_path, **local(scratch_runs[0]))
+    base = prepare(tmp_path, local(scratch_runs[0]))
     assert without_card(base) == without_card(scratch_runs[0])
 
 
@@ -254,16 +255,16 @@ def chatml(folder, tokenizer_folder):
 
 def test_the_token_that_ends_a_turn_becomes_eos(tmp_path):
     source = chatml(tmp_path / "chatml", real_file("tokenizers/smollm2-135m-instruct"))
-    own = local(source, chat_template=NO_FILE, special_tokens=[])
-    message = r"ends a reply with '<\|im_end\|>', but EOS is <\|endoftext\|>: set prepare_base\.eos_token"
+    own = partial(local, source, chat_template=None, special_tokens=[])
+    message = r"ends a reply with '<\|im_end\|>', but EOS is <\|endoftext\|>: set the model's eos_token"
     with pytest.raises(StageError, match=message):
-        prepare(tmp_path, **own)
-    base = prepare(tmp_path, **own, eos_token="<|im_end|>")
+        prepare(tmp_path, own())
+    base = prepare(tmp_path, own(eos_token="<|im_end|>"))
     assert_fit_for_use(base)
     tokenizer = loaded(base)[1]
     assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == ("<|im_end|>", "<|endoftext|>", 49152)
-    with pytest.raises(StageError, match=r"prepare_base\.eos_token: .* has no token <\|nothing\|>"):
-        prepare(tmp_path, **own, eos_token="<|nothing|>")
+    with pytest.raises(StageError, match=r"eos_token: .* has no token <\|nothing\|>"):
+        prepare(tmp_path, own(eos_token="<|nothing|>"))
 
 
 # What is refused.
@@ -285,7 +286,7 @@ def copy_of_scratch(scratch_runs, tmp_path):
 def test_a_folder_that_is_no_model(copy_of_scratch, tmp_path, removed, what):
     (copy_of_scratch / removed).unlink()
     with pytest.raises(StageError, match=f"source {what}"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     assert not (tmp_path / "models/base").exists()
 
 
@@ -295,13 +296,13 @@ def test_weights_that_are_cut_short_or_incomplete(copy_of_scratch, tmp_path):
     lost = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(StageError, match=r"1 weights are missing or of another shape.*layers\.1\.mlp\.up_proj"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     save_file({**weights, "model.layers.1.mlp.up_proj.weight": lost[:3]}, file, metadata={"format": "pt"})
     with pytest.raises(StageError, match=r"source( cannot be loaded|: 1 weights are missing or of another shape)"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(StageError, match="source cannot be loaded as a causal language model"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
 
 
 def test_a_model_that_scales_its_logits_is_refused(copy_of_scratch, tmp_path):
@@ -313,9 +314,9 @@ def test_a_model_that_scales_its_logits_is_refused(copy_of_scratch, tmp_path):
             copy_of_scratch
         )
         if scaling == 1.0:
-            assert (prepare(tmp_path / "plain", **local(copy_of_scratch)) / "model.safetensors").is_file()
+            assert (prepare(tmp_path / "plain", local(copy_of_scratch)) / "model.safetensors").is_file()
     with pytest.raises(StageError, match=r"cannot be trained here: models of type granite compute their logits"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
 
 
 def test_what_a_model_brings_and_nothing_uses_is_told(copy_of_scratch, tmp_path, capsys):
@@ -324,7 +325,7 @@ def test_what_a_model_brings_and_nothing_uses_is_told(copy_of_scratch, tmp_path,
     config = json.loads((copy_of_scratch / "config.json").read_text())
     changes = {"eos_token_id": [1, 2], "auto_map": {"AutoModelForCausalLM": "own.Model"}}
     (copy_of_scratch / "config.json").write_text(json.dumps(config | changes))
-    prepare(tmp_path, **local(copy_of_scratch))
+    prepare(tmp_path, local(copy_of_scratch))
     told = capsys.readouterr().err
     assert f"{copy_of_scratch}: 1 of its weights are not read, since" in told
     assert "has no place for them, the first is model.layers.7.extra\n" in told
@@ -338,19 +339,19 @@ def test_a_quantization_that_transformers_does_not_know_is_refused(copy_of_scrat
     config["quantization_config"] = {"quant_method": "none"}
     (copy_of_scratch / "config.json").write_text(json.dumps(config))
     with pytest.raises(StageError, match=r"knows no quantization_config like \{'quant_method': 'none'\}; remove it if"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
 
 
 def test_a_tokenizer_of_another_model(copy_of_scratch, tmp_path):
     source = tiny_pretrained(tmp_path / "other", copy_of_scratch, 100)
     with pytest.raises(StageError, match=r"the tokenizer has ids up to \d+, the embedding 100 rows"):
-        prepare(tmp_path, **local(source))
+        prepare(tmp_path, local(source))
 
 
 def test_no_template_at_all(copy_of_scratch, tmp_path):
     (copy_of_scratch / "chat_template.jinja").unlink()
-    with pytest.raises(StageError, match=r"source has no chat template of its own; set prepare_base\.chat_template"):
-        prepare(tmp_path, **local(copy_of_scratch, chat_template=NO_FILE))
+    with pytest.raises(StageError, match=r"source has no chat template of its own; set its chat_template"):
+        prepare(tmp_path, local(copy_of_scratch, chat_template=None))
 
 
 @pytest.mark.parametrize(
@@ -363,46 +364,70 @@ def test_no_template_at_all(copy_of_scratch, tmp_path):
     ],
 )
 def test_a_template_that_does_not_work(tmp_path, template, message):
-    (tmp_path / "own.jinja").write_text(template)
+    write_settings(tmp_path, new(), 17)
+    (tmp_path / "stages/chat_templates/own.jinja").write_text(template)
     with pytest.raises(StageError, match=message):
-        prepare(tmp_path, chat_template="own.jinja")
+        prepare(tmp_path, new(chat_template="own.jinja"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("base", "message"),
     [
-        ({"source": "local"}, "path must be a model folder with source local"),
-        ({"path": "models/pretrained"}, "path must be a model folder with source local, and data/raw/none with any"),
-        ({"source": "local", "path": "models/pretrained"}, "corpus must be a file with source scratch"),
-        ({"hub_model": "a/b"}, "hub_model and hub_revision must be null with source scratch"),
+        ({}, "no model is named base: one of scratch, files or hub must be"),
+        (new() | local("models/pretrained"), "two models are named base, of scratch, files and hub"),
         (
-            {"source": "hub", "corpus": NO_FILE, "hub_model": "a/b", "hub_revision": "main"},
-            "hub_revision must be a full commit hash of 40 hexadecimal digits, found main",
+            {"hub": {"model": "a/b", "revision": "main", **GIVEN}},
+            "revision must be a full commit hash of 40 hexadecimal digits, found main",
         ),
-        ({"chat_template": NO_FILE}, "chat_template must be a file with source scratch"),
-        ({"chat_template": "nowhere.jinja"}, "nowhere.jinja does not exist"),
-        ({"special_tokens": ["<a>", "<a>"]}, "special_tokens holds a token twice"),
-        ({"scratch": SCRATCH | {"vocab_size": 260}}, r"vocab_size must be at least 261"),
-        ({"scratch": SCRATCH | {"heads": 3}}, r"hidden_size \(16\) must be a multiple of twice heads \(3\)"),
-        ({"scratch": SCRATCH | {"key_value_heads": 3}}, r"heads \(4\) must be a multiple of key_value_heads \(3\)"),
+        ({"hub": {"model": "a/b/c", "revision": "0" * 40, **GIVEN}}, "model must be owner/name, found a/b/c"),
+        (new(chat_template=None), "chat_template: expected text, found nothing"),
+        (new(chat_template="../own.jinja"), r"chat_template: expected the name of a file, .* found '\.\./own\.jinja'"),
+        (new(special_tokens=["<a>", "<a>"]), "special_tokens holds a token twice"),
+        (local("models/pretrained", special_tokens=["<a>", "<a>"]), "special_tokens holds a token twice"),
+        (new(special_tokens=["<|pad|>"]), r"special_tokens must not hold <\|pad\|>"),
+        (new(vocab_size=260), r"vocab_size must be at least 261"),
+        (new(heads=3), r"hidden_size \(16\) must be a multiple of twice heads \(3\)"),
+        (new(key_value_heads=3), r"heads \(4\) must be a multiple of key_value_heads \(3\)"),
     ],
 )
-def test_settings_that_contradict(tmp_path, changes, message):
-    with pytest.raises(StageError, match=message):
-        prepare(tmp_path, **changes)
+def test_settings_that_contradict(tmp_path, base, message):
+    write_settings(tmp_path, base, 17)
+    with contextlib.chdir(tmp_path), pytest.raises(StageError, match=message):
+        main(out=Path("models"), name="base")
+
+
+def test_a_model_is_made_under_its_own_name(scratch_runs, tmp_path):
+    write_settings(tmp_path, new(), 17)
+    params = json.loads((tmp_path / "params.yaml").read_text())
+    params["prepare_base"]["files"]["instruct"] = {"path": str(scratch_runs[0]), **GIVEN}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    with contextlib.chdir(tmp_path):
+        main(out=Path("models"), name="instruct")
+        with pytest.raises(StageError, match="section 'prepare_base' has base, instruct: say which with --name"):
+            main(out=Path("models"))
+    assert without_card(tmp_path / "models/instruct") == without_card(scratch_runs[0])
+    assert not (tmp_path / "models/base").exists()
 
 
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path):
-    process = run_script(tmp_path, **local("nowhere"))
+    process = run_script(tmp_path, local("nowhere"))
     assert process.returncode == 2
     assert process.stderr.splitlines() == ["error: nowhere is not a model folder: there is no such folder"]
     assert not (tmp_path / "models/base").exists()
 
 
-def test_a_corpus_row_without_messages_is_named(tmp_path):
-    (tmp_path / "other.jsonl").write_text('{"messages": []}\n{"prompt": []}\n')
-    with pytest.raises(StageError, match=r"other\.jsonl, line 2: 'messages' is missing \(the row has prompt\)"):
-        prepare(tmp_path, corpus="other.jsonl")
+def test_a_corpus_row_without_text_is_named(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"messages": []}\n{"answer": []}\n')
+    with pytest.raises(StageError, match=r"other\.jsonl, line 2: expected one of text, messages, .*, found answer"):
+        prepare(tmp_path, new(corpus="other.jsonl"))
+
+
+def test_the_corpus_may_be_rows_of_any_kind(tmp_path):
+    pair = {"prompt": [{"role": "user", "content": "one"}], "chosen": [REPLY], "rejected": [REPLY | {"content": "two"}]}
+    lines = [{"text": "three"}, pair, {"prompt": pair["prompt"], "completion": [REPLY], "label": True}]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = ["three", "one", REPLY["content"], "two", "one", REPLY["content"]]
+    assert list(corpus_texts(tmp_path / "mixed.jsonl")) == texts
 
 
 @pytest.mark.parametrize(
@@ -441,7 +466,7 @@ def test_a_file_of_a_model_that_makes_no_sense(copy_of_scratch, tmp_path, name, 
         content = json.dumps(json.loads(file.read_text()) | content).encode()
     file.write_bytes(content)
     with pytest.raises(StageError, match=message):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     assert not (tmp_path / "models/base").exists()
 
 
@@ -452,7 +477,7 @@ def test_weights_that_are_not_numbers_are_named(copy_of_scratch, tmp_path):
         weights["model.embed_tokens.weight"][-1, 3] = value  # of an id that no trial would look at
         save_file(weights, file, metadata={"format": "pt"})
         with pytest.raises(StageError, match=r"its weight model\.embed_tokens\.weight holds NaN or infinite numbers"):
-            prepare(tmp_path, **local(copy_of_scratch))
+            prepare(tmp_path, local(copy_of_scratch))
 
 
 class Dangerous:
@@ -473,7 +498,7 @@ def test_a_pickle_is_never_read(copy_of_scratch, tmp_path, name):
         index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
         (copy_of_scratch / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(StageError) as refused:
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     message = str(refused.value)
     assert "has its weights as a pickle alone" in message
     assert "save_pretrained(FOLDER)` writes model.safetensors" in message
@@ -482,7 +507,7 @@ def test_a_pickle_is_never_read(copy_of_scratch, tmp_path, name):
     index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
     (copy_of_scratch / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(StageError, match=r"names '.*': expected a \.safetensors file of the same folder"):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
     assert not (tmp_path / "mark").exists()
 
 
@@ -501,7 +526,7 @@ def test_an_index_of_weights_that_cannot_be(copy_of_scratch, tmp_path, shards, m
     (copy_of_scratch / "model.safetensors").rename(tmp_path / "other.safetensors")
     (copy_of_scratch / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(StageError, match=re.escape(message)):
-        prepare(tmp_path, **local(copy_of_scratch))
+        prepare(tmp_path, local(copy_of_scratch))
 
 
 def test_a_model_in_shards(copy_of_scratch, scratch_runs, tmp_path):
@@ -509,20 +534,20 @@ def test_a_model_in_shards(copy_of_scratch, scratch_runs, tmp_path):
     (copy_of_scratch / "model.safetensors").unlink()
     model.save_pretrained(copy_of_scratch, max_shard_size="10KB")
     assert len(list(copy_of_scratch.glob("model-*.safetensors"))) > 1
-    assert without_card(prepare(tmp_path, **local(copy_of_scratch))) == without_card(scratch_runs[0])
+    assert without_card(prepare(tmp_path, local(copy_of_scratch))) == without_card(scratch_runs[0])
 
 
 def test_a_model_folder_that_is_a_file(tmp_path):
     (tmp_path / "model").write_text("x")
     with pytest.raises(StageError, match="model is not a model folder: there is no such folder"):
-        prepare(tmp_path, **local("model"))
+        prepare(tmp_path, local("model"))
 
 
 def test_an_architecture_without_a_classifier_is_a_warning(copy_of_scratch, tmp_path, capsys):
     rows = json.loads((copy_of_scratch / "config.json").read_text())["vocab_size"]
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     CohereForCausalLM(CohereConfig(vocab_size=rows, logit_scale=1.0, **sizes)).save_pretrained(copy_of_scratch)
-    assert (prepare(tmp_path, **local(copy_of_scratch)) / "model.safetensors").is_file()
+    assert (prepare(tmp_path, local(copy_of_scratch)) / "model.safetensors").is_file()
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "transformers has no sequence classifier for models of type cohere: train_rm" in warning
 
@@ -560,7 +585,7 @@ def with_own_code(folder, mark, *, model=True, tokenizer=True, model_type="own_l
 @pytest.mark.parametrize("parts", [{"tokenizer": False}, {"model": False}, {}])
 def test_code_of_a_model_is_not_run_unasked(copy_of_scratch, tmp_path, parts):
     mark = tmp_path / "mark"
-    process = run_script(tmp_path, **local(with_own_code(copy_of_scratch, mark, **parts)))
+    process = run_script(tmp_path, local(with_own_code(copy_of_scratch, mark, **parts)))
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert "it brings Python code of its own (auto_map), which is not run; if you trust" in line
@@ -573,21 +598,21 @@ def test_a_known_architecture_is_the_librarys_whatever_code_it_brings(copy_of_sc
     mark = tmp_path / "mark"
     source = with_own_code(copy_of_scratch, mark, tokenizer=False, model_type="llama")
     add(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", auto_map=OWN_TOKENIZER)
-    base = prepare(tmp_path, **local(source))
+    base = prepare(tmp_path, local(source))
     assert without_card(base) == without_card(scratch_runs[0])  # it is forgotten that there was code
     assert not mark.exists()
 
 
 def test_a_kernel_that_a_configuration_names_is_not_used(copy_of_scratch, scratch_runs, tmp_path):
     add(copy_of_scratch / "config.json", attn_implementation="some/kernel")  # of the Hub: code
-    assert without_card(prepare(tmp_path, **local(copy_of_scratch))) == without_card(scratch_runs[0])
+    assert without_card(prepare(tmp_path, local(copy_of_scratch))) == without_card(scratch_runs[0])
 
 
 def test_code_that_is_trusted_is_run_and_goes_with_the_model(copy_of_scratch, scratch_runs, tmp_path):
     mark = tmp_path / "mark"
     source = with_own_code(copy_of_scratch, mark)
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    process = run_script(tmp_path, env=env, trust=True, **local(source))
+    process = run_script(tmp_path, local(source), env=env, trust=True)
     assert process.returncode == 0, process.stderr
     assert mark.read_text() == "run"
     base = tmp_path / "models/base"
@@ -607,16 +632,16 @@ def test_code_that_is_trusted_is_run_and_goes_with_the_model(copy_of_scratch, sc
 def test_a_model_of_the_hub(scratch_runs, tmp_path):
     """The bytes of the folder it was served from; a revision that is not there is one message."""
     commit = "060db6499f32faf8b98477b0a26969ef7d8b9987"
-    hub = {"source": "hub", "corpus": NO_FILE, "hub_model": "some/model", "hub_revision": commit}
+    hub = {"model": "some/model", "revision": commit, **GIVEN}
     with HubServer([repository_of_folder("models", "some/model", commit, scratch_runs[0])]) as server:
         env = server.environment(tmp_path / "cache")
-        process = run_script(tmp_path, env=env, **hub)
+        process = run_script(tmp_path, {"hub": hub}, env=env)
         assert process.returncode == 0, process.stderr
         assert without_card(tmp_path / "models/base") == without_card(scratch_runs[0])
         card = ModelCard.load(tmp_path / "models/base/README.md")
         assert card.data.base_model == "some/model"
-        assert f'"hub_revision": "{commit}"' in card.text
-        process = run_script(tmp_path / "other", env=env, **hub | {"hub_revision": "0" * 40})
+        assert f'"revision": "{commit}"' in card.text
+        process = run_script(tmp_path / "other", {"hub": hub | {"revision": "0" * 40}}, env=env)
     assert process.returncode == 2
     (message,) = process.stderr.splitlines()
     assert message.startswith(f"error: Hub model some/model at revision {'0' * 40} cannot be downloaded (")

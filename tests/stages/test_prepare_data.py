@@ -192,7 +192,7 @@ def test_replies_without_pairs_make_the_kinds_asked_for_only(tmp_path):
             "raw.jsonl: all 2 rows were dropped (empty_reply 1, equal_replies 1)",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "1 distinct prompt is left"),
-        ('{"words": "a"}\n', "raw.jsonl, line 1: columns words fit no format"),
+        ('{"text": "a"}\n', "raw.jsonl, line 1: columns text fit no format"),
     ],
 )
 def test_bad_data_is_one_message_and_nothing_is_written(tmp_path, content, message):
@@ -213,14 +213,10 @@ def test_bad_data_is_one_message_and_nothing_is_written(tmp_path, content, messa
         ({"prompt": [{"role": "us\ner", "content": "a"}]}, "line 9, 'prompt', message 1: unknown role 'us\\ner'"),
         ({"prompt": True}, "line 9, 'prompt': expected text, found bool"),
         ({"chosen": 5}, "line 9, 'chosen': expected text, found int"),
-        ({"images": "[]", "a\nb": 1}, "line 9: the column 'images' (format 'preference') is read by nothing here"),
+        ({"tools": "[]", "a\nb": 1}, "line 9: the column 'tools' (format 'preference') is read by nothing here"),
         ({"conversations": []}, "line 9: columns prompt, chosen, rejected, conversations could be of the formats"),
         ({"system": {"a": 1}}, "line 9, 'system': expected text, found dict"),
-        ({"prompt": [{"role": "user", "content": "a", "loss": 0}]}, "line 9, 'prompt', message 1: the key 'loss'"),
-        (
-            {"prompt": [{"role": "user", "content": "a", "weight": 1}]},
-            "message 1: the key 'weight' belongs to the assistant",
-        ),
+        ({"prompt": [{"role": "user", "content": "a", "weight": 0}]}, "line 9, 'prompt', message 1: the key 'weight'"),
     ],
 )
 def test_a_bad_row_after_good_ones_is_one_message(tmp_path, row, message):
@@ -241,9 +237,11 @@ def conversation(*turns):
 def test_unusable_rows_end_the_stage_or_are_counted_each_by_its_reason(tmp_path):
     asked, told = conversation("ask", "yes")
     unusable = {
-        "unsupported_role": [[asked, {"role": role, "content": "x"}, told] for role in ("ipython", "judge")],
-        "content_not_text": [[{"role": "user", "content": [{"type": "image_url"}]}, told]],
-        "not_messages": ["ask", [asked, {"by": "gpt", "value": "yes"}]],
+        "unsupported_role": [
+            [asked, {"role": role, "content": "x"}, told] for role in ("tool", "developer", "function")
+        ],
+        "content_not_text": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}, told]],
+        "not_messages": ["ask", [asked, {"from": "gpt", "value": "yes"}]],
     }
     rows = [{"messages": conversation(f"ask {number}", "yes")} for number in range(8)]
     for reason, conversations in unusable.items():
@@ -268,13 +266,13 @@ def test_what_the_rules_drop_is_dropped_whatever_is_said_of_unusable_rows(tmp_pa
 
 def test_columns_that_say_something_are_ignored_by_name_only(tmp_path):
     rows = [pair(f"ask {number}") | {"score": number, "id": number} for number in range(8)]
-    rows[5]["chosen"] = [{"role": "assistant", "content": "yes", "train": False}]
+    rows[5]["chosen"] = [{"role": "assistant", "content": "yes", "weight": 0}]
     raw = write_raw(tmp_path, rows)
-    refused(prepare(tmp_path, raw), tmp_path, "line 1: the column 'score'", "ignore_columns")
-    refused(prepare(tmp_path, raw, ignore_columns=["score"]), tmp_path, "line 6, 'chosen', message 1: the key 'train'")
-    wrong = prepare(tmp_path, raw, ignore_columns=["score", "train", "sore"])
+    refused(prepare(tmp_path, raw), tmp_path, "line 1: the column 'score'", "prepare_data.ignore_columns")
+    refused(prepare(tmp_path, raw, ignore_columns=["score"]), tmp_path, "line 6, 'chosen', message 1: the key 'weight'")
+    wrong = prepare(tmp_path, raw, ignore_columns=["score", "weight", "sore"])
     refused(wrong, tmp_path, "prepare_data.ignore_columns names 'sore', which no row has; did you mean 'score'?")
-    process = prepare(tmp_path, raw, ignore_columns=["score", "train"])
+    process = prepare(tmp_path, raw, ignore_columns=["score", "weight"])
     rows_of, _ = prepared(process, tmp_path)
     assert len(rows_of["preference/train"] + rows_of["preference/eval"]) == 8
     told = "format preference; columns read: chosen, prompt, rejected; not read: id; ignored by name: score, weight"

@@ -12,6 +12,7 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.data import template_process
+from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
 from stages.lib.models.tokenizer_files import tokenizer_hash
@@ -56,19 +57,19 @@ def lines(rows):
 
 
 def arguments(folder, base, kind, train, held_out, changes):
-    """Write rows (or the raw text of a file) and settings; the eval split is one good row unless given."""
-    rows = folder / f"data/prepared/{kind}"
-    rows.mkdir(parents=True, exist_ok=True)
-    for split, content in (("train", train), ("eval", [GOOD[kind]] if held_out is None else held_out)):
-        text = content if isinstance(content, str) else lines(content)
-        (rows / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    """Write rows (or the raw text of a file) and settings; the test split is one good row unless given."""
+    held_out = [GOOD[kind]] if held_out is None else held_out
+    for split, content in {"train": train, "validation": [GOOD[kind]], "test": held_out}.items():
+        rows = folder / f"data/prepared/{split}/{kind}.jsonl"
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(content if isinstance(content, str) else lines(content), encoding="utf-8")
     (folder / "params.yaml").write_text(json.dumps({"tokenize_data": SECTION | changes}))
     return {
         "kind": kind,
-        "rows": f"data/prepared/{kind}",
+        "prepared": "data/prepared",
         "tokenizer": str(base),
-        "out": f"data/tokens/{kind}",
-        "metrics": f"metrics/tokenize_data/{kind}.json",
+        "tokens": "data/tokens",
+        "metrics": "metrics/tokenize_data",
     }
 
 
@@ -92,7 +93,7 @@ def tokenize_here(folder, base, kind, train, held_out=None, **changes):
     paths = {name: Path(value) for name, value in options.items() if name != "kind"}
     with contextlib.chdir(folder):
         main(kind=kind, **paths)
-    return json.loads((folder / options["metrics"]).read_text())
+    return json.loads((folder / options["metrics"] / f"{kind}.json").read_text())
 
 
 def refusal(folder, base, kind, train, held_out=None, **changes):
@@ -125,9 +126,11 @@ def test_sft_by_hand(tmp_path, base):
     process = tokenize(tmp_path, base, "sft", rows, overlong="drop", max_length=12, max_prompt_length=8)
     assert metrics_of(process, tmp_path, "sft") == {
         "train_rows": 2,
-        "eval_rows": 1,
+        "validation_rows": 1,
+        "test_rows": 1,
         "train_tokens": 6 + 12,
-        "eval_tokens": 6,
+        "validation_tokens": 6,
+        "test_tokens": 6,
         "max_prompt_tokens": 8,
         "max_tokens": 12,
         "dropped/not_reversible": 1,
@@ -136,7 +139,7 @@ def test_sft_by_hand(tmp_path, base):
         "dropped/too_long": 1,
     }
     two_turns = [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT, SPACE, ID_O, NEWLINE, EOS]
-    assert list(read_table(tmp_path / "data/tokens/sft/train.arrow", SFT_SCHEMA)) == [
+    assert list(read_table(tmp_path / "data/tokens/train/sft.arrow", SFT_SCHEMA)) == [
         {
             "row": 0,
             "input_ids": [USER, ID_H, ID_I, ASSISTANT, HO, EOS],
@@ -150,7 +153,7 @@ def test_preference_by_hand(tmp_path, base):
     rows = [PAIR, {**PAIR, "chosen": [assistant("<u>")]}, {**PAIR, "margin": 0.5}]
     metrics = tokenize_here(tmp_path, base, "preference", rows)
     ids = {"prompt_ids": [USER, ID_H, ID_I, ASSISTANT], "chosen_ids": [HO, EOS], "rejected_ids": [ID_O, EOS]}
-    table = read_table(tmp_path / "data/tokens/preference/train.arrow", PREFERENCE_SCHEMA)
+    table = read_table(tmp_path / "data/tokens/train/preference.arrow", PREFERENCE_SCHEMA)
     assert list(table) == [{"row": 0, **ids, "margin": None}, {"row": 2, **ids, "margin": 0.5}]
     assert metrics["train_tokens"] == 16
     assert metrics["max_tokens"] == 6
@@ -164,7 +167,7 @@ def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
         metrics_of(tokenize(tmp_path / run, base, "prompts", rows, max_prompt_length=8), tmp_path / run, "prompts")
         for run in ("one", "two")
     ]
-    table = read_table(tmp_path / "one/data/tokens/prompts/train.arrow", PROMPT_SCHEMA)
+    table = read_table(tmp_path / "one/data/tokens/train/prompts.arrow", PROMPT_SCHEMA)
     assert table[1198]["messages"] == '[{"content": "hi", "role": "user"}]'
     assert table[1198]["facts"] == '{"a": [1.5], "b": "é"}'
     ids = [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]
@@ -178,7 +181,7 @@ def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
     process = tokenize(tmp_path, base, "prompts", [PROMPT, {"prompt": [user("hihih")]}])
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        "error: data/prepared/prompts/train.jsonl, line 2: prompt has 7 tokens, budget is 6; "
+        "error: data/prepared/train/prompts.jsonl, line 2: prompt has 7 tokens, budget is 6; "
         "raise tokenize_data.max_prompt_length or set tokenize_data.overlong: drop"
     ]
     assert_nothing_written(tmp_path)
@@ -187,7 +190,7 @@ def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
 def test_a_reply_over_the_budget(tmp_path, base):
     rows = [PAIR, {**PAIR, "rejected": [assistant("o" * 6)]}]
     assert refusal(tmp_path, base, "preference", [PAIR], rows) == (
-        "data/prepared/preference/eval.jsonl, line 2: prompt and reply have 11 tokens, budget is 10; "
+        "data/prepared/test/preference.jsonl, line 2: prompt and reply have 11 tokens, budget is 10; "
         "raise tokenize_data.max_length or set tokenize_data.overlong: drop"
     )
 
@@ -195,11 +198,11 @@ def test_a_reply_over_the_budget(tmp_path, base):
 @pytest.mark.parametrize(
     ("kind", "train", "message"),
     [
-        ("sft", "", "train.jsonl is empty"),
-        ("sft", lines([SFT]) + "{no", "train.jsonl, line 2: not valid JSON"),
-        ("sft", [SFT, PAIR], "train.jsonl, line 2: 'messages' is missing (the row has prompt, chosen, rejected)"),
-        ("sft", [{"messages": [user("h")]}], "train.jsonl, line 1: 'messages' must hold a prompt and end with"),
-        ("sft", [{"messages": [user("h"), assistant(" ")]}], "train.jsonl, line 1: the reply is empty"),
+        ("sft", "", "train/sft.jsonl is empty"),
+        ("sft", lines([SFT]) + "{no", "train/sft.jsonl, line 2: not valid JSON"),
+        ("sft", [SFT, PAIR], "train/sft.jsonl, line 2: 'messages' is missing (the row has prompt, chosen, rejected)"),
+        ("sft", [{"messages": [user("h")]}], "train/sft.jsonl, line 1: 'messages' must hold a prompt and end with"),
+        ("sft", [{"messages": [user("h"), assistant(" ")]}], "train/sft.jsonl, line 1: the reply is empty"),
         ("preference", [PAIR, {**PAIR, "chosen": []}], "line 2: 'chosen' must hold exactly one message"),
         (
             "preference",
@@ -212,11 +215,19 @@ def test_a_reply_over_the_budget(tmp_path, base):
             "line 1, 'rejected', message 1, 'content': expected text",
         ),
         ("prompts", [{"prompt": [assistant("h")]}], "line 1: 'prompt' must hold messages and not end with"),
-        ("prompts", [PROMPT, {**PROMPT, "facts": [1]}], "train.jsonl, line 2, 'facts': expected an object, found list"),
-        ("prompts", [{**PROMPT, "facts": None}], "train.jsonl, line 1, 'facts': expected an object, found NoneType"),
+        (
+            "prompts",
+            [PROMPT, {**PROMPT, "facts": [1]}],
+            "train/prompts.jsonl, line 2, 'facts': expected an object, found list",
+        ),
+        (
+            "prompts",
+            [{**PROMPT, "facts": None}],
+            "train/prompts.jsonl, line 1, 'facts': expected an object, found NoneType",
+        ),
         ("prompts", lines([PROMPT])[:-2] + ', "facts": {"a": 1e999}}', "line 1, 'facts': a number is larger than any"),
         ("prompts", [{**PROMPT, "facts": {"a": "\ud800"}}], "line 1, 'facts': a text holds half a surrogate pair"),
-        ("prompts", [{"prompt": [user("<u>")]}], "train.jsonl: no row is left (1 special_token_in_text)"),
+        ("prompts", [{"prompt": [user("<u>")]}], "train/prompts.jsonl: no row is left (1 special_token_in_text)"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, base, kind, train, message):
@@ -225,7 +236,7 @@ def test_a_bad_row_is_named(tmp_path, base, kind, train, message):
 
 def test_what_the_template_refuses_is_named_with_its_row(tmp_path, base):
     message = refusal(tmp_path, base, "prompts", [PROMPT, {"prompt": [{"role": "system", "content": "h"}]}])
-    place = "data/prepared/prompts/train.jsonl, line 2"
+    place = "data/prepared/train/prompts.jsonl, line 2"
     assert message == (
         f"{place}: the chat template refuses these messages: no system role; mend the row or the chat "
         "template, or set tokenize_data.on_unusable_row: drop"
@@ -236,7 +247,11 @@ def test_what_the_template_refuses_is_named_with_its_row(tmp_path, base):
     ("config", "section", "message"),
     [
         ({"max_position_embeddings": 9}, {}, "tokenize_data.max_length is 10, but the model of {base} has 9 positions"),
-        ({"vocab_size": 10}, {}, "eval.jsonl, row 0, chosen_ids: token id 10 is outside the vocabulary of 10"),
+        (
+            {"vocab_size": 10},
+            {},
+            "validation/preference.jsonl, row 0, chosen_ids: token id 10 is outside the vocabulary of 10",
+        ),
         ({}, {"max_prompt_length": 10}, "params.yaml: tokenize_data: max_prompt_length (10) must be below"),
         ({}, {"overlong": "cut"}, "params.yaml: tokenize_data.overlong: 'cut' (str) is not one of: error, drop"),
     ],
@@ -294,12 +309,12 @@ def test_a_prompt_that_the_template_refuses(tmp_path, template, row, reason, mes
     base = base_with(tmp_path / "base", template)
     rows = [PROMPT, {"prompt": [row, *([user("h")] if row["role"] == "system" else [])]}, PROMPT]
     refused = refusal(tmp_path, base, "prompts", rows)
-    assert refused.startswith("data/prepared/prompts/train.jsonl, line 2: the chat template ")
+    assert refused.startswith("data/prepared/train/prompts.jsonl, line 2: the chat template ")
     assert message in refused
     assert refused.endswith(", or set tokenize_data.on_unusable_row: drop")
     metrics = tokenize_here(tmp_path, base, "prompts", rows, on_unusable_row="drop")
     assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (2, 1)
-    assert read_table(tmp_path / "data/tokens/prompts/train.arrow", PROMPT_SCHEMA)["row"][:] == [0, 2]
+    assert read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)["row"][:] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +328,7 @@ def test_a_reply_that_the_template_changes(tmp_path, template, reply, reason, me
     base = base_with(tmp_path / "base", template)
     rows = [SFT, {"messages": [user("o"), assistant(reply)]}]
     refused = refusal(tmp_path, base, "sft", rows)
-    assert refused.startswith("data/prepared/sft/train.jsonl, line 2: the chat template ")
+    assert refused.startswith("data/prepared/train/sft.jsonl, line 2: the chat template ")
     assert message in refused
     metrics = tokenize_here(tmp_path, base, "sft", rows, on_unusable_row="drop")
     assert (metrics["train_rows"], metrics[f"dropped/{reason}"]) == (1, 1)
@@ -338,7 +353,7 @@ def test_a_template_without_end_names_the_row_whatever_is_dropped(tmp_path, monk
     template_process._process_of.cache_clear()
     base = base_with(tmp_path / "base", LOOPS + MARKED)
     refused = refusal(tmp_path, base, "prompts", [PROMPT, PROMPT, {"prompt": [user("o")]}], on_unusable_row="drop")
-    place = "data/prepared/prompts/train.jsonl, line 3"
+    place = "data/prepared/train/prompts.jsonl, line 3"
     assert refused == f"{place}: the chat template was stopped: rendering these messages took more than 0.5 s"
 
 
@@ -350,8 +365,8 @@ def test_faults_are_named_in_the_order_of_rows(tmp_path, base):
 
 def test_a_table_names_its_tokenizer(tmp_path, base):
     tokenize_here(tmp_path, base, "prompts", [PROMPT])
-    for split in ("train", "eval"):
-        assert read_note(tmp_path / f"data/tokens/prompts/{split}.arrow", "tokenizer") == tokenizer_hash(base)
+    for split in SPLITS:
+        assert read_note(tmp_path / f"data/tokens/{split}/prompts.arrow", "tokenizer") == tokenizer_hash(base)
 
 
 @pytest.mark.parametrize("margin", [1e39, float("inf"), float("nan"), True, 10**400, -1])

@@ -16,10 +16,14 @@ from ruamel.yaml import YAML
 from stages.lib.command.run import run_or_say_why_not
 from stages.lib.settings.sections import default_params
 
+ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
 TINY = {
-    "prepare_data": {"film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "eval_rows": 12}},
+    "prepare_data": {
+        "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
+        | {"test_rows": 12}
+    },
     "prepare_base": {
         "scratch": {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
         | {"key_value_heads": 2}
@@ -93,6 +97,8 @@ def stage_options(stage: str, **changed: str) -> list[str]:
             word = str(params[section][key])
         word = word.replace("${item.kind}", item).replace("${item.policy}", item)
         options.append(word)
+    if item and item not in options:
+        options += [ITEM_OPTIONS.get(name, "--name"), item]
     for option, value in changed.items():
         options[options.index(f"--{option.replace('_', '-')}") + 1] = value
     return options
@@ -126,7 +132,7 @@ def call(folder: Path, stage: str, **changed: str) -> None:
     }
     module = importlib.import_module(f"stages.{script(stage)}")
     for name, value in arguments.items():
-        arguments[name] = value if name == "kind" else Path(value)
+        arguments[name] = value if name in ("kind", "name") else Path(value)
     with inside(folder):
         module.main(**arguments)
 

@@ -51,6 +51,13 @@ class Declared(NamedTuple):
         return list(dict.fromkeys(key for block in blocks for key in block.node.get("properties", ())))
 
     @property
+    def entry(self) -> "Declared | None":
+        """What every entry of a mapping from names to blocks holds; None if it is something else."""
+        found = of_any_name(self.node)
+        declared = self._replace(node=found).resolved() if found else None
+        return declared if declared and (declared.keys or declared.types) else None
+
+    @property
     def choices(self) -> list[Any]:
         """The values of which one is to be chosen; none if it is no such choice."""
         return self.node.get("enum") or ([self.node["const"]] if "const" in self.node else [])
@@ -58,6 +65,13 @@ class Declared(NamedTuple):
     @property
     def default(self) -> Any:
         return self.node.get("default", NOTHING)
+
+    @property
+    def defaults(self) -> Any:
+        """The value that a key has by default or, of a block, those of its keys."""
+        if self.default is NOTHING and "properties" in self.node:
+            return {name: self.below(name).defaults for name in self.keys if name != KIND}
+        return self.default
 
     def narrowed(self, values: Any) -> "Declared":
         """Of a block of several types the one that `values` name; else the same."""
@@ -73,7 +87,7 @@ class Declared(NamedTuple):
         if isinstance(part, int):
             found = self.node.get("items", {})
         else:
-            found = self.node.get("properties", {}).get(part) or self.node.get("additionalProperties") or {}
+            found = self.node.get("properties", {}).get(part) or of_any_name(self.node)
         if isinstance(self.default, Mapping) and part in self.default:  # what stands nearer the top counts
             found = found | {"default": self.default[part]}
         return self._replace(node=found).resolved()
@@ -96,6 +110,12 @@ class Declared(NamedTuple):
                 if not is_general or (value is not None and sign * value > sign * limit):
                     shown.append(f"{words[name]} {limit}")
         return " and ".join(shown)
+
+
+def of_any_name(node: Node) -> Node:
+    """What a mapping holds under names that are not declared, or only as a pattern; empty if it may hold none."""
+    patterns = [*node.get("patternProperties", {}).values()]
+    return patterns[0] if patterns else node.get("additionalProperties") or {}
 
 
 def item(values: Any, part: str | int) -> Any:

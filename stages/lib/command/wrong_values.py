@@ -26,6 +26,12 @@ EXPECTED = {
     "model_type": "a section with keys",
     "union_tag_invalid": "a number, text, true, false, keys or a list",
 }
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]*$"
+TEMPLATE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja$"
+OF_PATTERNS = {
+    NAME: "a name of letters, digits, _ and -",
+    TEMPLATE_NAME: "the name of a file, of letters, digits, _, - and ., that ends in .jinja",
+}
 OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -78,6 +84,8 @@ def wrong_value(fault: ErrorDetails, declared: Declared, where: str) -> str:
         return f"{where}.{KIND} is missing; it is one of: {', '.join(declared.types)}"
     if kind == "union_tag_invalid" and declared.types:
         return one_of(value[KIND], list(declared.types), f"{where}.{KIND}")
+    if kind == "string_pattern_mismatch":
+        return f"{where}: expected {OF_PATTERNS[fault['ctx']['pattern']]}, found {describe(value)}"
     if kind == "string_unicode":
         return f"{where}: the text {describe(value)} holds a character that no file can"
     if kind == "float_type" and type(value) is int:

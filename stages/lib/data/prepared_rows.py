@@ -1,8 +1,13 @@
-"""Prepared rows: what prepare_data writes and tokenize_data reads, as JSON lines in a file for each kind and split.
+"""Prepared rows: what prepare_data writes and tokenize_data reads, as JSON lines in `<split>/<kind>.jsonl`.
 
-sft         {"messages": [...]}                     a prompt and its reply
+sft         {"messages": [...]}                     a prompt and its reply; or {"text"}, trained on as a whole
 preference  {"prompt", "chosen", "rejected"}        one reply each, and "margin" where there is one
-prompts     {"prompt"}                              and "facts", an object, where something is known of the prompt
+unpaired    {"prompt", "completion", "label"}       one reply, and whether it is a good one
+prompts     {"prompt"}                              or {"text"}, which no template is laid around
+
+Each has "source", the name of its source, and where there are any "facts", an object of what is known of the row;
+"tools", which the chat template lists; and "template_arguments", which it is given. A source's own rows, which
+read_source writes and prepare_data reads, have "kind" besides, and "split" where the source decides it.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,8 +16,8 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import Message, assistant, margin_from, messages_from
 from stages.lib.data.prompts import facts_from
 
-Kind = Literal["sft", "preference", "prompts"]
-Split = Literal["train", "eval"]
+Kind = Literal["sft", "preference", "unpaired", "prompts"]
+Split = Literal["train", "validation", "test"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
 

@@ -49,10 +49,11 @@ def manifest_of(script: str, root: Path = Path()) -> str:
         script: path of the stage's script below `root`, such as "stages/train_rm.py".
         root: the project's top folder.
     """
-    return _listed([file for file in closure([script], root) if not file.startswith(LEFT_OUT)], root)
+    return lines_of([file for file in closure([script], root) if not file.startswith(LEFT_OUT)], root)
 
 
-def _listed(files: list[str], root: Path) -> str:
+def lines_of(files: list[str], root: Path = Path()) -> str:
+    """The lines of a manifest for these files below `root`."""
     return "".join(f"{code_hash(root / file)} {file}\n" for file in files)
 
 
@@ -65,7 +66,7 @@ def running_code() -> str:
     modules = [module for name, module in list(sys.modules.items()) if name == "__main__" or _is_ours(name)]
     files = [Path(file).resolve() for module in modules if (file := getattr(module, "__file__", None))]
     roots = [file.relative_to(PROJECT).as_posix() for file in files if file.is_relative_to(PROJECT / PACKAGE)]
-    return _listed(closure(roots, PROJECT), PROJECT)
+    return lines_of(closure(roots, PROJECT), PROJECT)
 
 
 def running_hash() -> str:
@@ -76,9 +77,22 @@ def running_hash() -> str:
 @cache
 def running_manifest() -> str | None:
     """The manifest of the stage that this process was started as, or None if it was started as something else."""
+    name = _own_name()
+    return manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT) if name else None
+
+
+def _own_name() -> str:
+    """The stage that this process was started as, such as "train_rm"; empty if it was started as something else."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = spec.name if spec else ""
-    return manifest_of(f"{name.replace('.', '/')}.py", PROJECT) if _is_ours(name) else None
+    return spec.name.removeprefix(f"{PACKAGE}.") if spec and _is_ours(spec.name) else ""
+
+
+def script_name(cmd: str) -> str:
+    """The script that a stage of dvc.yaml runs, such as "train_rm": several groups of stages may run one."""
+    found = re.search(rf"(?:-m {PACKAGE}\.|{PACKAGE}/launch\.sh )(\w+)", cmd)
+    if found is None:
+        raise StageError(f"dvc.yaml: no script of {PACKAGE} is run by the command {cmd!r}")
+    return found[1]
 
 
 def require_recorded_code() -> None:
@@ -86,11 +100,12 @@ def require_recorded_code() -> None:
 
     DVC reads the manifests as it starts: code that was edited while an earlier stage ran would go under the old record.
     """
-    stage = os.environ.get("DVC_STAGE", "").partition("@")[0]
-    manifest, own = MANIFESTS / f"{stage}.txt", running_manifest()
+    stage, own = os.environ.get("DVC_STAGE"), running_manifest()
+    manifest = MANIFESTS / f"{_own_name()}.txt"
     if not stage or own is None or not manifest.is_file():
         return
     differing = differing_files(manifest.read_text(encoding="utf-8"), own)
+    differing = [file for file in differing if file.endswith(".py")]  # templates that settings choose are data
     if differing:
         raise StageError(
             f"{differing[0]} is not what {manifest} says, which DVC records for {stage}: it was edited after this run "
@@ -192,8 +207,8 @@ def _without_remarks(text: str, docstrings: set[int]) -> tuple[str, frozenset[st
 
 @cache
 def _templates(root: Path) -> list[tuple[str, str]]:
-    """(path below `root`, name) of each file below `stages/` that is not Python."""
-    files = [file for file in sorted((root / PACKAGE).rglob("*")) if file.is_file() and file.suffix == ".jinja"]
+    """(path below `root`, name) of each template that code fills. Chat templates are chosen by settings."""
+    files = [file for file in sorted((root / PACKAGE / "templates").rglob("*")) if file.suffix == ".jinja"]
     return [(file.relative_to(root).as_posix(), file.name) for file in files]
 
 

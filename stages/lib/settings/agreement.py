@@ -4,19 +4,23 @@ Each check raises a StageError that names the keys, or returns warnings, before 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
-from stages.lib.settings.prepare_base import NO_FILE, PrepareBase
+from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
+TEMPLATES = Path("stages/chat_templates")
 TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
 NEEDED_BY = {
     "sft": "train_sft and all that starts from its model",
@@ -37,8 +41,8 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
                 f"params.yaml: ref_logprobs.{key} is {or_null(getattr(reference, key))} and {theirs} {or_null(own)}: "
                 "the first step's margin would not be 0; give both the same"
             )
-    if params["train_rm"].use_margin and params["prepare_data"].source == "film_reviews":
-        raise StageError("params.yaml: train_rm.use_margin: prepare_data.source film_reviews gives its pairs no margin")
+    if params["train_rm"].use_margin and not may_have_margins(params["sources"]):
+        raise StageError("params.yaml: train_rm.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         require_kernel(runtime, params[stage].precision, where)
@@ -78,32 +82,42 @@ def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, 
         raise StageError(f"{where}: {zero}: 3 cannot shard a base of base_quantization: {own}; use 0, 1 or 2")
 
 
-def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
+def require_paths(sources: Sources, data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
     """Raise StageError where a path of params.yaml is not there, or is what a stage writes.
 
     Args:
         outs: paths of dvc.yaml's outs, a matrix's cut off before its item.
     """
     own = [Path(out) for out in outs]
-    for key, path in (
-        ("prepare_data.path", data.path),
-        ("prepare_base.path", base.path),
-        ("prepare_base.corpus", base.corpus),
-        ("prepare_base.chat_template", base.chat_template),
-    ):
-        if path == NO_FILE:
-            continue
-        made_before = key == "prepare_base.corpus" and Path(os.path.normpath(path)).is_relative_to(PREPARED)
-        if not made_before:
-            refuse_what_a_stage_writes(path, own, key)
-            require_there(path, key)
-    if base.chat_template != NO_FILE and is_there(base.chat_template) and not Path(base.chat_template).is_file():
-        raise StageError(f"params.yaml: prepare_base.chat_template: {base.chat_template} is not a file")
-    if base.source == "scratch" and Path(base.corpus).is_relative_to(PREPARED / "sft") and "sft" not in data.kinds:
-        raise StageError(
-            f"params.yaml: prepare_base.corpus: {base.corpus} is empty without sft among prepare_data.kinds; add it, "
-            "or name another file of messages"
-        )
+    for name, source in sources.files.items():
+        refuse_what_a_stage_writes(source.path, own, f"sources.files.{name}.path")
+        require_there(source.path, f"sources.files.{name}.path")
+    for name, model in base.scratch.items():
+        require_corpus(model.corpus, own, data.kinds, f"prepare_base.scratch.{name}.corpus")
+    for name, model in base.files.items():
+        refuse_what_a_stage_writes(model.path, own, f"prepare_base.files.{name}.path")
+        require_there(model.path, f"prepare_base.files.{name}.path")
+    for group in ("scratch", "files", "hub"):
+        for name, model in getattr(base, group).items():
+            require_template(model.chat_template, f"prepare_base.{group}.{name}.chat_template")
+
+
+def require_corpus(path: str, outs: list[Path], kinds: Collection[str], key: str) -> None:
+    """Raise StageError unless a tokenizer's corpus is there, or is a file that prepare_data writes."""
+    normal = Path(os.path.normpath(path))
+    if not normal.is_relative_to(PREPARED):
+        refuse_what_a_stage_writes(path, outs, key)
+        require_there(path, key)
+    elif normal.suffix != ".jsonl" or normal.stem not in kinds or normal.parent.name not in SPLITS:
+        known = ", ".join(f"{PREPARED}/train/{kind}.jsonl" for kind in kinds)
+        raise StageError(f"params.yaml: {key}: prepare_data writes no {path}; it is to write {known}")
+
+
+def require_template(name: str | None, key: str) -> None:
+    """Raise StageError unless there is such a file of the folder that the first stage of the graph depends on."""
+    if name is not None and not (TEMPLATES / name).is_file():
+        there = ", ".join(sorted(file.name for file in TEMPLATES.glob("*.jinja")))
+        raise StageError(f"params.yaml: {key}: {TEMPLATES} has no file {name}; put it there, or name one of {there}")
 
 
 def refuse_what_a_stage_writes(path: str, outs: list[Path], key: str) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import TypeAliasType
 
 from stages.lib.command.json_schema import LARGEST_NUMBER, LARGEST_WHOLE
 from stages.lib.command.quoted import LONGEST_TEXT
+from stages.lib.command.wrong_values import NAME
 
 
 def without_nul(text: str) -> str:
@@ -43,6 +44,7 @@ BetweenZeroAndOne = Annotated[float, Gt(0), Lt(1)]
 Temperature = Annotated[float, Ge(1e-3), Le(LARGEST_NUMBER)]  # logits or utilities are divided by it
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT), AfterValidator(without_nul)]
+Name = Annotated[str, StringConstraints(pattern=NAME, max_length=64)]  # of a folder, and of a stage of the graph
 Precision = Literal["fp32", "bf16"]
 SaveDtype = Literal["float32", "bfloat16"]
 ErrorOrDrop = Literal["error", "drop"]

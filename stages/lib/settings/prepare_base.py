@@ -1,23 +1,34 @@
-"""Section `prepare_base` of params.yaml: the model that everything starts from, and its tokenizer."""
+"""Section `prepare_base` of params.yaml: the models that are there before any training, each under its own name."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from annotated_types import MaxLen
+from pydantic import StringConstraints, model_validator
 
-from stages.lib.settings.bounds import Count, Layers, Several, Text, Width
+from stages.lib.command.wrong_values import TEMPLATE_NAME
+from stages.lib.settings.bounds import Count, Layers, Name, Several, Text, Width
 from stages.lib.settings.declaration import Settings, block, key
 
-NO_FILE = "data/raw/none"
+BASE = "base"  # the name of the model whose tokenizer encodes the data
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 BYTES = 256
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+TemplateName = Annotated[str, StringConstraints(pattern=TEMPLATE_NAME, max_length=128)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+CHAT_TEMPLATE = "name of a file of stages/chat_templates: chat.jinja, or one of your own that you put there"
+SPECIAL_TOKENS = "added if absent"
+DTYPE = "of the saved weights: float32 | bfloat16 | float16"
 
 
-class Scratch(Settings):
-    """A new Llama of this size, with tied embeddings."""
+class NewModel(Settings):
+    """A new Llama of this size, with tied embeddings and random weights, and a tokenizer trained for it."""
 
+    corpus: Text = key("data/prepared/train/sft.jsonl", "rows the tokenizer is trained on, such as those prepared here")
+    chat_template: TemplateName = key("chat.jinja", CHAT_TEMPLATE)
+    special_tokens: Several[Text] = key(["<|system|>", "<|user|>", "<|assistant|>"], SPECIAL_TOKENS)
+    dtype: Dtype = key("float32", DTYPE)
     vocab_size: Width = key(1024, "at most; at least 256 bytes, pad, EOS and special_tokens", unit="tokens")
     hidden_size: Width = key(128, "a multiple of 2 * heads")
     intermediate_size: Width = key(344, "of the MLP")
@@ -27,7 +38,7 @@ class Scratch(Settings):
     max_positions: Count = key(192, "tokenize_data.max_length may not exceed it", unit="tokens")
 
     @model_validator(mode="after")
-    def _check(self) -> "Scratch":
+    def _check(self) -> "NewModel":
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads}): "
@@ -35,71 +46,78 @@ class Scratch(Settings):
             )
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of key_value_heads ({self.key_value_heads})")
+        _refuse_repeated(self.special_tokens)
+        if {PAD_TOKEN, EOS_TOKEN} & set(self.special_tokens):
+            raise ValueError(f"special_tokens must not hold {PAD_TOKEN} or {EOS_TOKEN}: they are always there")
+        least = BYTES + 2 + len(self.special_tokens)
+        if self.vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}: {BYTES} bytes and the special tokens")
+        return self
+
+
+class _GivenModel(Settings):
+    """What is added to a model from elsewhere, and changed in it."""
+
+    chat_template: TemplateName | None = key(None, f"{CHAT_TEMPLATE}; null: the model's own")
+    special_tokens: Several[Text] = key([], f"{SPECIAL_TOKENS}, such as the chat template's markers of roles")
+    eos_token: Text | None = key(None, "token that ends a reply; null: the tokenizer's own EOS")
+    dtype: Dtype = key("float32", DTYPE)
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> "_GivenModel":
+        _refuse_repeated(self.special_tokens)
+        return self
+
+
+class ModelOfFolder(_GivenModel):
+    """A model folder in the form of Hugging Face."""
+
+    path: Text = key("data/raw/model", "the model's folder")
+
+
+class ModelOfHub(_GivenModel):
+    """A model of the Hugging Face Hub at one commit."""
+
+    model: Text = key("owner/name", "owner/name")
+    revision: Text = key("0" * 40, "full commit hash, 40 hexadecimal digits: a branch or tag can move")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelOfHub":
+        if not HUB_NAME.fullmatch(self.model):
+            raise ValueError(f"model must be owner/name, found {self.model}")
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision must be a full commit hash of 40 hexadecimal digits, found {self.revision}: "
+                "a branch or tag can move, and the model with it"
+            )
         return self
 
 
 class PrepareBase(Settings):
-    """The base model: new, from a folder, or from the Hugging Face Hub."""
+    """Models by name, each written to models/<name>; one of them is named base."""
 
-    source: Literal["scratch", "local", "hub"] = key(
-        "scratch", "scratch: a new Llama | local: a model folder at path | hub: hub_model of the Hugging Face Hub"
+    scratch: Annotated[dict[Name, NewModel], MaxLen(100)] = key(
+        {BASE: block(NewModel)}, "new models, by name: random weights, a tokenizer trained on the corpus"
     )
-    path: Text = key(NO_FILE, f"source local: the model's folder; {NO_FILE} with any other source")
-    hub_model: Text | None = key(None, "source hub: owner/name; null with any other source")
-    hub_revision: Text | None = key(None, "source hub: full commit hash, 40 hexadecimal digits; else null")
-    corpus: Text = key(
-        "data/prepared/sft/train.jsonl",
-        f"source scratch: rows the tokenizer is trained on; {NO_FILE} with any other",
-    )
-    chat_template: Text = key(
-        "stages/templates/chat.jinja", f"a Jinja file, or {NO_FILE}: keep the model's own (not with scratch)"
-    )
-    special_tokens: Several[Text] = key(
-        ["<|system|>", "<|user|>", "<|assistant|>"], "added if absent; [] when the model's own template is kept"
-    )
-    eos_token: Text | None = key(
-        None, "token that ends a reply; null: the tokenizer's own EOS (must be null with scratch)"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "of the saved weights")
-    scratch: Scratch = key(block(Scratch), "source scratch: size of the new Llama")
+    files: Annotated[dict[Name, ModelOfFolder], MaxLen(100)] = key({}, "models of folders, by name")
+    hub: Annotated[dict[Name, ModelOfHub], MaxLen(100)] = key({}, "models of the Hugging Face Hub, by name")
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareBase":
-        if (self.source == "local") != (self.path != NO_FILE):
-            raise ValueError(
-                f"path must be a model folder with source local, and {NO_FILE} with any other: "
-                f"source is {self.source}, path is {self.path}"
-            )
-        if (self.source == "scratch") != (self.corpus != NO_FILE):
-            raise ValueError(
-                f"corpus must be a file with source scratch, and {NO_FILE} with any other (else it would "
-                f"make the base model stale for nothing): source is {self.source}, corpus is {self.corpus}"
-            )
-        self._check_hub()
-        if len(set(self.special_tokens)) != len(self.special_tokens) or "" in self.special_tokens:
-            raise ValueError("special_tokens holds a token twice, or an empty one")
-        if self.source == "scratch":
-            self._check_scratch()
+        names = [*self.scratch, *self.files, *self.hub]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two models are named {repeated[0]}, of scratch, files and hub")
+        if BASE not in names:
+            raise ValueError(f"no model is named {BASE}: one of scratch, files or hub must be, the one to start from")
         return self
 
-    def _check_hub(self) -> None:
-        if self.source != "hub" and (self.hub_model or self.hub_revision):
-            raise ValueError(f"hub_model and hub_revision must be null with source {self.source}")
-        if self.source == "hub" and not HUB_NAME.fullmatch(self.hub_model or ""):
-            raise ValueError(f"hub_model must be owner/name with source hub, found {self.hub_model}")
-        if self.source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.hub_revision or ""):
-            raise ValueError(
-                f"hub_revision must be a full commit hash of 40 hexadecimal digits, found {self.hub_revision}: "
-                "a branch or tag can move, and the base model with it"
-            )
+    @property
+    def models(self) -> "dict[str, NewModel | ModelOfFolder | ModelOfHub]":
+        """All of them by name."""
+        return {**self.scratch, **self.files, **self.hub}
 
-    def _check_scratch(self) -> None:
-        if self.chat_template == NO_FILE:
-            raise ValueError("chat_template must be a file with source scratch: a new model has none of its own")
-        if self.eos_token is not None:
-            raise ValueError(f"eos_token must be null with source scratch: the new tokenizer's is {EOS_TOKEN}")
-        if {PAD_TOKEN, EOS_TOKEN} & set(self.special_tokens):
-            raise ValueError(f"special_tokens must not hold {PAD_TOKEN} or {EOS_TOKEN}: they are always there")
-        least = BYTES + 2 + len(self.special_tokens)
-        if self.scratch.vocab_size < least:
-            raise ValueError(f"scratch.vocab_size must be at least {least}: {BYTES} bytes and the special tokens")
+
+def _refuse_repeated(special_tokens: tuple[str, ...]) -> None:
+    if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
+        raise ValueError("special_tokens holds a token twice, or an empty one")

@@ -15,6 +15,7 @@ from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.sources import Sources
 from stages.lib.settings.tokenize_data import Tokenize
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -36,7 +37,8 @@ class Params(Settings):
         "of the CPU: portable: AVX2's alone, for the same bytes on other x86-64 processors | fastest: the widest that "
         "this one has",
     )
-    prepare_data: PrepareData = key(block(PrepareData), "where rows come from, and what is made of them")
+    sources: Sources = key(block(Sources), "where rows come from, and how they are read")
+    prepare_data: PrepareData = key(block(PrepareData), "what is made of the rows, and what is held out")
     prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
     tokenize_data: Tokenize = key(block(Tokenize), "budgets of tokens")
     train_sft: TrainSft = key(block(TrainSft), "supervised fine-tuning")

@@ -4,8 +4,8 @@ A user asks for a short review of a made-up film of a genre, touching one aspect
 topic, in warmth, repetition and length; most are mediocre. Of two independent reviews of one prompt the preferred one
 is drawn from Bradley-Terry on the gold utility (`stages.lib.tasks.film_gold`), so the best possible accuracy is known.
 
-Each (film, aspect) belongs to train or to eval by a hash of it and the seed, so no prompt is in both, whatever the
-kinds and row counts. Each kind and split draws from its own generator: more rows of one leave the others' bytes alone.
+Each (film, aspect) belongs to one split by a hash of it and the seed, so no prompt is in two, whatever the kinds and
+row counts. Each kind and split draws from its own generator: more rows of one leave the others' bytes alone.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from stages.lib.data.conversations import Message, assistant, user
 from stages.lib.data.prepared_rows import PreparedRow, Split, preference_pair
 from stages.lib.data.prompts import Prompt
-from stages.lib.settings.prepare_data import FilmReviewSettings
+from stages.lib.settings.task_sources import FilmReviewSettings
 from stages.lib.tasks.film_gold import (
     ASPECT_WORDS,
     COLD_ADJECTIVES,
@@ -29,7 +29,9 @@ from stages.lib.tasks.film_gold import (
 )
 from stages.lib.tasks.task import TASK
 
-EVAL_SHARE = 0.1
+# Of the (film, aspect) pairs; train has the rest.
+TEST_SHARE = 0.05
+VALIDATION_SHARE = 0.05
 TITLE_FIRST_WORDS = split_words(
     """silver golden broken silent hidden crimson distant frozen midnight paper glass iron velvet lonely burning
     sleeping wandering painted forgotten northern southern eastern second final hollowed little ancient electric"""
@@ -106,23 +108,28 @@ class PreferenceDraw(NamedTuple):
 
 
 def rows(settings: FilmReviewSettings, seed: int) -> Iterator[PreparedRow]:
-    """All kinds and splits; equal arguments give equal rows."""
+    """All kinds that have a size, in all splits; equal arguments give equal rows."""
+    kinds = settings.kinds
     sizes: dict[Split, tuple[int, int, int]] = {
         "train": (settings.sft_rows, settings.preference_rows, settings.prompt_rows),
-        "eval": (settings.eval_rows,) * 3,
+        "validation": (settings.validation_rows,) * 3,
+        "test": (settings.test_rows,) * 3,
     }
     for split, (sft, preference, prompts) in sizes.items():
-        for values in draw_sft(split, sft, seed):
+        for values in draw_sft(split, sft, seed) if "sft" in kinds else ():
             yield PreparedRow("sft", split, values)
-        for pair in draw_preferences(split, preference, seed, settings.label_temperature):
-            yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
-        for values in draw_prompts(split, prompts, seed):
+        if "preference" in kinds:
+            for pair in draw_preferences(split, preference, seed, settings.label_temperature):
+                yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
+        for values in draw_prompts(split, prompts, seed) if "prompts" in kinds else ():
             yield PreparedRow("prompts", split, values)
 
 
 def known(settings: FilmReviewSettings, seed: int) -> dict[str, float]:
-    """The best accuracy that a reward model can expect on the eval pairs."""
-    pairs = draw_preferences("eval", settings.eval_rows, seed, settings.label_temperature)
+    """The best accuracy that a reward model can expect on the test pairs, if there are any."""
+    if "preference" not in settings.kinds:
+        return {}
+    pairs = draw_preferences("test", settings.test_rows, seed, settings.label_temperature)
     utilities = ((pair.chosen_utility, pair.rejected_utility) for pair in pairs)
     return {"bayes_accuracy": bayes_accuracy(utilities, settings.label_temperature)}
 
@@ -184,10 +191,13 @@ def distinct_prompts(
             yield prompt, facts
 
 
-def split_of(facts: dict[str, str], seed: int) -> str:
+def split_of(facts: dict[str, str], seed: int) -> Split:
     """The split that all prompts about this film and aspect belong to."""
     digest = hashlib.sha256(f"{seed}-{facts['film']}-{facts['aspect']}".encode()).digest()
-    return "eval" if int.from_bytes(digest[:4], "big") < EVAL_SHARE * 2**32 else "train"
+    place = int.from_bytes(digest[:4], "big") / 2**32
+    if place < TEST_SHARE:
+        return "test"
+    return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def write_prompt(rng: random.Random, facts: dict[str, str]) -> list[Message]:

@@ -28,13 +28,16 @@ from stages.lib.tasks.film_reviews import (
     write_review,
 )
 
-SETTINGS = FilmReviewSettings(sft_rows=300, preference_rows=300, prompt_rows=300, eval_rows=120, label_temperature=1.0)
+SETTINGS = FilmReviewSettings(
+    sft_rows=300, preference_rows=300, prompt_rows=300, validation_rows=80, test_rows=120, label_temperature=1.0
+)
+SPLITS = ("train", "validation", "test")
 KINDS = ("sft", "preference", "prompts")
 
 
 def rows_by_file(settings, seed):
     """kind → split → what the rows hold."""
-    found = {kind: {"train": [], "eval": []} for kind in KINDS}
+    found = {kind: {split: [] for split in SPLITS} for kind in KINDS}
     for row in rows(settings, seed):
         found[row.kind][row.split].append(row.values)
     return found
@@ -64,13 +67,13 @@ def facts_of(prompt):
 
 def test_row_counts():
     counts = {kind: {split: len(rows) for split, rows in splits.items()} for kind, splits in generated().items()}
-    assert counts == {kind: {"train": 300, "eval": 120} for kind in KINDS}
+    assert counts == {kind: {"train": 300, "validation": 80, "test": 120} for kind in KINDS}
 
 
 def test_rows_have_the_prepared_form():
     for kind, keys in {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected"}}.items():
         assert all(set(row) == keys for split in generated()[kind].values() for row in split)
-    for row in generated()["prompts"]["eval"]:
+    for row in generated()["prompts"]["test"]:
         assert set(row) == {"prompt", "facts"}
         assert row["facts"] == {"task": "film_reviews", **facts_of(row["prompt"])}
     for row in generated()["preference"]["train"]:
@@ -93,14 +96,15 @@ def test_prompts_vary_in_form():
     assert max(len(text_of(prompt_of(row)).split()) for row in generated()["prompts"]["train"]) <= 60
 
 
-def test_no_prompt_is_in_train_and_eval():
+def test_no_prompt_is_in_two_splits():
     texts, topics = {}, {}
-    for split in ("train", "eval"):
+    for split in SPLITS:
         prompts = [prompt_of(row) for kind in KINDS for row in generated()[kind][split]]
         texts[split] = {json.dumps(prompt) for prompt in prompts}
         topics[split] = {(facts_of(prompt)["film"], facts_of(prompt)["aspect"]) for prompt in prompts}
-    assert not texts["train"] & texts["eval"]
-    assert not topics["train"] & topics["eval"]
+    for one, other in combinations(SPLITS, 2):
+        assert not texts[one] & texts[other]
+        assert not topics[one] & topics[other]
 
 
 def test_prompts_of_a_file_are_distinct():
@@ -159,9 +163,9 @@ def test_near_ties_are_decided_by_chance():
     assert 0.562 - 4 * math.sqrt(0.25 / len(near)) <= share <= 0.622 + 4 * math.sqrt(0.25 / len(near))
 
 
-def test_bayes_accuracy_is_that_of_the_eval_pairs():
+def test_bayes_accuracy_is_that_of_the_test_pairs():
     chances = []
-    for row in generated()["preference"]["eval"]:
+    for row in generated()["preference"]["test"]:
         facts = facts_of(row["prompt"])
         better, worse = (film_gold.gold_utility(facts, text_of(row[side])) for side in ("chosen", "rejected"))
         chances.append(1 / (1 + math.exp(-abs(better - worse))))
@@ -169,7 +173,7 @@ def test_bayes_accuracy_is_that_of_the_eval_pairs():
 
 
 def test_the_grade_of_a_response_is_its_gold_utility():
-    row = generated()["prompts"]["eval"][0]
+    row = generated()["prompts"]["test"][0]
     prompt = Prompt(0, [1], row["prompt"], row["facts"])
     review = f"{row['facts']['film']} is a lovely {row['facts']['genre']} film. i enjoyed every minute."
     # title, genre, two warm words, 11 words or 1 short: 0.5 + 0.5 + 2.5 - 0.25
@@ -183,15 +187,16 @@ def test_the_grade_of_a_response_is_its_gold_utility():
 def test_more_rows_of_one_kind_change_no_other_file(setting, changed):
     before, after = generated(), rows_by_file(SETTINGS.model_copy(update={setting: 350}), 17)
     for kind in KINDS:
-        assert after[kind]["eval"] == before[kind]["eval"]
+        assert after[kind]["validation"] == before[kind]["validation"]
+        assert after[kind]["test"] == before[kind]["test"]
         assert after[kind]["train"][:300] == before[kind]["train"]
         assert len(after[kind]["train"]) == (350 if kind == changed else 300)
 
 
 def test_seeds_kinds_and_splits_draw_from_generators_of_their_own():
-    """Draws from one stream would share most prompts; independent draws of 300 among 250 000 share hardly any."""
+    """Draws from one stream would share most prompts; independent draws of 300 among 125 000 share hardly any."""
     other = rows_by_file(SETTINGS, 18)
-    files = [found[kind][split] for found in (generated(), other) for kind in KINDS for split in ("train", "eval")]
+    files = [found[kind][split] for found in (generated(), other) for kind in KINDS for split in SPLITS]
     prompts = [{json.dumps(prompt_of(row)) for row in file} for file in files]
     assert max(len(a & b) for a, b in combinations(prompts, 2)) <= 5
 
@@ -202,7 +207,8 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
         "import json, sys\n"
         "from stages.lib.tasks.film_reviews import FilmReviewSettings, rows\n"
         "assert not {'numpy', 'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "sizes = dict(sft_rows=300, preference_rows=300, prompt_rows=300, eval_rows=120, label_temperature=1.0)\n"
+        "sizes = dict(sft_rows=300, preference_rows=300, prompt_rows=300, label_temperature=1.0)\n"
+        "sizes |= dict(validation_rows=80, test_rows=120)\n"
         "print(json.dumps([*rows(FilmReviewSettings(**sizes), 17)]))\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
@@ -216,7 +222,7 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
         ({"sft_rows": 0}, "sft_rows must be at least 1 and at most 100000, found 0"),
         ({"preference_rows": -1}, "preference_rows must be .*, found -1"),
         ({"prompt_rows": 10**9}, "prompt_rows must be .*, found 1000000000"),
-        ({"eval_rows": 0}, "eval_rows must be .*, found 0"),
+        ({"test_rows": 0}, "test_rows must be .*, found 0"),
         ({"label_temperature": 0.0}, "label_temperature must be at least 0.001, found 0.0"),
         ({"label_temperature": math.nan}, "label_temperature: expected a finite number, found nan"),
     ],
