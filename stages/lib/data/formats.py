@@ -156,7 +156,10 @@ def examples_of(
     if name in PAIRS:
         refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
-    examples = [completed(example, row, name, place) for example in READERS[name].read(row, place)]
+    read = READERS[name].read(row, place)
+    if options.input_template is not None and not place.templated:
+        raise StageError(f"{where}: input_template is for prompts that are texts, and this one is not; make it null")
+    examples = [completed(example, row, name, place) for example in read]
     if len(examples) == 1:
         return [replace(checked(examples[0]), facts=dict(facts))]
     return [replace(example, facts=dict(facts)) for example in usable(examples, place.counts)]
