@@ -5,6 +5,7 @@ Pairs
     preference           prompt, chosen, rejected: each text, or messages (TRL, OpenRLHF)
     preference_implicit  chosen, rejected: whole conversations, or texts that begin alike; the prompt is the common part
     alpaca_preference    instruction, chosen, rejected, and where present input (LLaMA-Factory)
+    question_preference  question, chosen, rejected, and where present context
     messages_preference  messages: the prompt; chosen, rejected: a text or a message each
     sharegpt_preference  conversations: the prompt; chosen, rejected: a text or a message each (LLaMA-Factory)
     openai_preference    input: an object of messages and tools; preferred_output, non_preferred_output
@@ -61,6 +62,7 @@ Format = Literal[
     "preference",
     "preference_implicit",
     "alpaca_preference",
+    "question_preference",
     "messages_preference",
     "sharegpt_preference",
     "openai_preference",
@@ -93,6 +95,9 @@ PAIRS: dict[Format, Reader] = {
     "preference_implicit": Reader(("chosen", "rejected"), ("history", *OF_A_PAIR), pairs.read_preference_implicit),
     "alpaca_preference": Reader(
         ("instruction", "chosen", "rejected"), ("input", "history", *OF_A_PAIR), pairs.read_alpaca_preference
+    ),
+    "question_preference": Reader(
+        ("question", "chosen", "rejected"), ("context", "history", *OF_A_PAIR), pairs.read_question_preference
     ),
     "messages_preference": Reader(("messages", "chosen", "rejected"), OF_A_PAIR, pairs.read_messages_preference),
     "sharegpt_preference": Reader(("conversations", "chosen", "rejected"), OF_A_PAIR, pairs.read_sharegpt_preference),

@@ -4,7 +4,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.data import hh_transcripts
 from stages.lib.data.conversations import Example, Message, assistant, messages_from, pair_from, text_from, user
 from stages.lib.data.raw_rows import RawRow
-from stages.lib.data.readers.prompt_and_reply import history_of, in_template, prompt_in, reply_in
+from stages.lib.data.readers.prompt_and_reply import COLUMNS_OF_PROMPTS, history_of, in_template, prompt_in, reply_in
 from stages.lib.data.readers.row_place import RowPlace, refuse_beside
 from stages.lib.data.readers.single_replies import sharegpt_messages
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
@@ -22,6 +22,10 @@ def read_preference(row: RawRow, place: RowPlace) -> list[Example]:
 
 def read_alpaca_preference(row: RawRow, place: RowPlace) -> list[Example]:
     return [pair_after(prompt_in(row, "instruction", place), row, "instruction", place)]
+
+
+def read_question_preference(row: RawRow, place: RowPlace) -> list[Example]:
+    return [pair_after(prompt_in(row, "question", place), row, "question", place)]
 
 
 def read_messages_preference(row: RawRow, place: RowPlace) -> list[Example]:
@@ -43,6 +47,7 @@ def read_preference_implicit(row: RawRow, place: RowPlace) -> list[Example]:
         if hh_transcripts.is_transcript(chosen) and hh_transcripts.is_transcript(rejected):
             refuse_beside(row, ("history",), "transcripts", place)
             return read_hh(row, place)
+        refuse_beside(row, COLUMNS_OF_PROMPTS, "texts that begin with their prompt", place)
         return [split_texts(chosen, rejected, row, place)]
     refuse_beside(row, ("history",), "messages", place)
     return [pair_from(*(messages_from(row[key], place.column(key)) for key in ("chosen", "rejected")))]
