@@ -47,7 +47,9 @@ def _checked(message: Any, where: str) -> Message:
         raise StageError(f"{where}, 'content': expected text, found {type(message['content']).__name__}")
     if len(message) > 2:
         _check_optional(message, where)
-    return message
+    if next(iter(message)) == "role":
+        return message
+    return {"role": message["role"], "content": message["content"], **message}  # as people write them
 
 
 def _check_optional(message: Message, where: str) -> None:
