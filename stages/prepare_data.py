@@ -1,190 +1,188 @@
-"""Raw data becomes prepared rows of three kinds, in splits for training, validation and test that share no prompt.
+"""The rows of all sources become prepared rows of a few kinds, in splits for training, validation and test.
 
-    sft         {"messages": [...]}                     the prompt and its (preferred) reply
-    preference  {"prompt", "chosen", "rejected"}        and "margin" where the raw data has one
-    prompts     {"prompt"}                              each distinct prompt once; and "facts" where a task has some
+What a row of each kind holds stands in `stages.lib.data.prepared_rows`, and where a row goes in
+`stages.lib.data.row_places`: no prompt stands in two splits, nor a row twice; sources are mixed by weight or number.
+The sources are read twice, for digests of their rows and then for the rows, so memory does not grow with them.
 
-A row that breaks a rule is dropped and counted by reason in the metrics. What the raw data is, is said in the section
-`prepare_data` of params.yaml, its path included:
-
-    python -m stages.prepare_data --out data/prepared --metrics metrics/prepare_data.json
+    python -m stages.prepare_data --sources data/sources --out data/prepared --metrics metrics/prepare_data.json
 """
 
-import hashlib
 import json
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hashes
-from stages.lib.command.jsonl import write_json
-from stages.lib.command.outputs import written_whole
+from stages.lib.command.jsonl import read_jsonl, write_json
+from stages.lib.command.outputs import partial_name, remove, written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.conversations import Example, MalformedRowError, UnusableRowError, assistant
-from stages.lib.data.formats import FormatOfRows, read_example
-from stages.lib.data.message_cells import with_messages_read
-from stages.lib.data.prepared_rows import SPLITS, Kind, PreparedRow, Split, preference_pair
-from stages.lib.data.prompt_splits import held_out_prompts, prompt_digests
-from stages.lib.data.raw_columns import RawColumns
-from stages.lib.data.raw_rows import RawRow, hub_rows, local_rows
+from stages.lib.data.alike_rows import contaminated_rows, near_duplicates
+from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
+from stages.lib.data.prompt_digests import content_digest, digests_of_row
+from stages.lib.data.row_places import FATES, RowPlaces, Share
 from stages.lib.operations.run_log import log_run
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.sources import Sources, TaskSettings
 from stages.lib.tasks.table import TASKS
 
-
-def raw_rows(settings: PrepareData) -> Iterator[tuple[str, RawRow]]:
-    """(where, row) of the raw data, at most `max_rows` of them."""
-    if settings.source == "local":
-        rows = local_rows(Path(settings.path))
-    else:
-        assert settings.hub_dataset is not None, "the settings name one with source hub"
-        assert settings.hub_revision is not None, "and give its commit"
-        rows = hub_rows(settings.hub_dataset, settings.hub_revision, settings.hub_data_dir, settings.hub_split)
-    yield from islice(rows, settings.max_rows)
+ROWS_FILE = "rows.jsonl"
 
 
-class Reading:
-    """One reading of all raw rows: its examples, what was dropped, and what became of the columns."""
+class TakenRow(NamedTuple):
+    """A row of a source, of a kind that is wanted."""
 
-    def __init__(self, settings: PrepareData) -> None:
-        self.settings = settings
-        self.counts: Counter = Counter()
-        self.columns = RawColumns(settings.columns, settings.ignore_columns)
-        self.format = FormatOfRows(settings.format)
-
-    def examples(self) -> Iterator[Example]:
-        """The examples of all rows that keep to the rules, each once; what is dropped is counted by reason."""
-        seen: set[bytes] = set()
-        for where, row in raw_rows(self.settings):
-            self.counts["raw_rows"] += 1
-            try:
-                example = self.example(row, where)
-                if not is_new(content_digest([example.prompt, example.reply, example.rejected]), seen):
-                    raise UnusableRowError("duplicate")
-            except UnusableRowError as dropped:
-                self.counts[f"dropped/{dropped}"] += 1
-            except MalformedRowError as error:
-                if self.settings.on_unusable_row == "error":
-                    raise StageError(f"{error}; prepare_data.on_unusable_row: drop leaves such rows out") from None
-                self.counts[f"dropped/{error.reason}"] += 1
-            else:
-                yield example
-
-    def example(self, row: RawRow, where: str) -> Example:
-        row = with_messages_read(self.columns.take(row, where), where)
-        name = self.format.of(row, where)
-        self.columns.refuse_unread(row, name, where)
-        example = read_example(row, name, where)
-        if example.rejected is None and "preference" in self.settings.kinds:
-            raise StageError(
-                f"{where}: format '{name}' has no rejected replies, so kind 'preference' cannot be made; "
-                "give preference data, or leave it out of kinds"
-            )
-        return example
+    source: str
+    kind: Kind
+    split: Split | None  # if its source decides it
+    values: dict[str, Any]
 
 
-def content_digest(content: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
+def taken_rows(folder: Path, sources: Sources, kinds: tuple[Kind, ...]) -> Iterator[TakenRow]:
+    """The rows of all sources, one source after the other, of the kinds that are wanted."""
+    for name in sources.by_name:
+        for values in read_jsonl(folder / name / ROWS_FILE):
+            kind, split = values.pop("kind"), values.pop("split", None)
+            if kind in kinds:
+                yield TakenRow(name, kind, split, values)
 
 
-def converted_rows(settings: PrepareData, seed: int, counts: Counter) -> Iterator[PreparedRow]:
-    """Prepared rows of a local or Hub data set.
-
-    The raw data is read twice, first for its distinct prompts and then for its rows, so that memory holds 16 bytes for
-    each row, prompt and beginning of a prompt, and not the rows themselves.
-    """
-    first = Reading(settings)
-    beginnings: dict[bytes, bytes] = {}
-    for example in first.examples():
-        *shorter, digest = prompt_digests(example.prompt, seed)
-        beginnings[digest] = b"".join(shorter)
-    counts.update(first.counts)
-    first.columns.refuse_unseen()
-    if not beginnings:
-        raise StageError(f"{origin(settings)}: {why_none_is_left(counts)}")
-    assert first.format.name is not None, "it has read rows"
-    print(first.columns.summary(first.format.name))
-    fractions: dict[Split, float] = {"test": settings.test_fraction, "validation": settings.validation_fraction}
-    held_out = held_out_prompts(beginnings, fractions)
-    seen_replies: set[bytes] = set()
-    seen_prompts: set[bytes] = set()
-    for example in Reading(settings).examples():
-        digest = prompt_digests(example.prompt, seed)[-1]
-        split = held_out.get(digest, "train")
-        if example.rejected is not None:
-            values = preference_pair(example.prompt, example.reply, example.rejected, example.margin)
-            yield PreparedRow("preference", split, values)
-        if is_new(content_digest([example.prompt, example.reply]), seen_replies):
-            yield PreparedRow("sft", split, {"messages": [*example.prompt, assistant(example.reply)]})
-        if is_new(digest, seen_prompts):
-            yield PreparedRow("prompts", split, {"prompt": example.prompt})
+def settle(places: RowPlaces, folder: Path, sources: Sources, settings: PrepareData, seed: int) -> None:
+    """Work out what becomes of each row."""
+    numbers = {name: number for number, name in enumerate(sources.by_name)}
+    for name, kind, split, values in taken_rows(folder, sources, settings.kinds):
+        digests = digests_of_row(values, seed)
+        places.add(numbers[name], kind, split, digests, content_digest(values, kind, digests[-1]))
+    places.divide({"test": settings.test_fraction, "validation": settings.validation_fraction})
+    if settings.decontamination is not None:
+        placed = placed_rows(places, folder, sources, settings)
+        tests = (
+            row.values for row, fate in placed if fate == "test" and row.source in settings.decontamination.sources
+        )
+        found = contaminated_rows(tests, train_rows(places, folder, sources, settings), settings.decontamination)
+        places.leave_out(found, "contaminated")
+    if settings.near_duplicates is not None:
+        found = near_duplicates(train_rows(places, folder, sources, settings), settings.near_duplicates, seed)
+        places.leave_out(found, "near_duplicate")
+    shares = {numbers[name]: Share(source.weight, source.rows) for name, source in sources.by_name.items()}
+    places.draw(shares, list(numbers), seed)
 
 
-def why_none_is_left(counts: Counter) -> str:
-    dropped = sorted((key, count) for key, count in counts.items() if key.startswith("dropped/"))
-    reasons = ", ".join(f"{key.removeprefix('dropped/')} {count}" for key, count in dropped)
-    return f"all {counts['raw_rows']} rows were dropped ({reasons})" if counts["raw_rows"] else "there is no row"
+def placed_rows(
+    places: RowPlaces, folder: Path, sources: Sources, settings: PrepareData
+) -> Iterator[tuple[TakenRow, str]]:
+    """Each row and what becomes of it."""
+    return zip(taken_rows(folder, sources, settings.kinds), places.fates(), strict=True)
 
 
-def is_new(digest: bytes, seen: set[bytes]) -> bool:
-    """True the first time that `digest` is asked for."""
-    known = digest in seen
-    seen.add(digest)
-    return not known
+def train_rows(
+    places: RowPlaces, folder: Path, sources: Sources, settings: PrepareData
+) -> Iterator[tuple[int, Kind, dict[str, Any]]]:
+    """(number, kind, values) of the rows that go into train."""
+    for number, (row, fate) in enumerate(placed_rows(places, folder, sources, settings)):
+        if fate == "train":
+            yield number, row.kind, row.values
 
 
-def origin(settings: PrepareData) -> str:
-    """What to call the raw data in a message."""
-    hub = f"{settings.hub_dataset} at revision {settings.hub_revision}"
-    return settings.path if settings.source == "local" else hub
-
-
-def write_prepared(rows: Iterator[PreparedRow], kinds: tuple[Kind, ...], folders: dict[Split, Path]) -> Counter:
-    """Write every row of a kind that is wanted to the file of its kind and split. Returns counts."""
-    written = Counter({f"{kind}/{split}_rows": 0 for kind in kinds for split in SPLITS})
+def write_prepared(rows: Iterator[tuple[TakenRow, str]], kinds: tuple[Kind, ...], folders: dict[Split, Path]) -> None:
+    """Write every row that goes into a split to the file of its kind there, with the name of its source."""
     with ExitStack() as stack:
         files = {}
         for split, folder in folders.items():
             folder.mkdir(parents=True)
             for kind in kinds:
-                files[kind, split] = stack.enter_context((folder / f"{kind}.jsonl").open("w", encoding="utf-8"))
-        for kind, split, values in rows:
-            if kind in kinds:
-                files[kind, split].write(json.dumps(values, ensure_ascii=False) + "\n")
-                written[f"{kind}/{split}_rows"] += 1
-    return written
+                files[split, kind] = stack.enter_context((folder / f"{kind}.jsonl").open("w", encoding="utf-8"))
+        for row, fate in rows:
+            if fate in folders:
+                line = json.dumps(row.values | {"source": row.source}, ensure_ascii=False)
+                files[fate, row.kind].write(line + "\n")
+
+
+def metrics_of(counts: Mapping[tuple[int, int, int], int], names: list[str], kinds: tuple[Kind, ...]) -> Counter[str]:
+    """Rows of each kind and split, and of each source and kind what became of them."""
+    found = Counter({f"{kind}/{split}_rows": 0 for kind in kinds for split in SPLITS})
+    for (source, kind, fate), count in counts.items():
+        what = f"{FATES[fate]}_rows" if FATES[fate] in SPLITS else f"dropped/{FATES[fate]}"
+        found[f"{names[source]}/{KINDS[kind]}/{what}"] += count
+        if FATES[fate] in SPLITS:
+            found[f"{KINDS[kind]}/{what}"] += count
+    return found
+
+
+def require_rows(metrics: Mapping[str, int], kinds: tuple[Kind, ...]) -> None:
+    """Raise StageError if a kind has no rows in a split."""
+    for kind in kinds:
+        for split in SPLITS:
+            if not metrics[f"{kind}/{split}_rows"]:
+                dropped = Counter(
+                    {key.rpartition("/")[2]: 0 for key in metrics if f"/{kind}/dropped/" in key},
+                )
+                for key, count in metrics.items():
+                    if f"/{kind}/dropped/" in key:
+                        dropped[key.rpartition("/")[2]] += count
+                left_out = "".join(f", {count} left out as {reason}" for reason, count in sorted(dropped.items()))
+                help_ = "" if split == "train" else f"; raise prepare_data.{split}_fraction, or"
+                raise StageError(
+                    f"no row of kind {kind} is in the split {split}{left_out}{help_ or ';'} give a source of that kind "
+                    f"with split: {split}"
+                )
+
+
+def known_of_tests(sources: Sources, metrics: Mapping[str, int], seed: int) -> dict[str, float]:
+    """What a task knows of its rows, where all test pairs are its own: the best accuracy that labels allow."""
+    known: dict[str, float] = {}
+    for name, source in sources.by_name.items():
+        pairs = metrics.get(f"{name}/preference/test_rows", 0)
+        if isinstance(source, TaskSettings) and pairs and pairs == metrics["preference/test_rows"] == source.test_rows:
+            known |= TASKS[source.task].known(source, seed)
+    return known
+
+
+def remove_left_over(folder: Path, sources: Sources) -> None:
+    """Remove the rows of sources that params.yaml names no longer: DVC leaves them, and would take them for a dep."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in sources.by_name and (path / ROWS_FILE).is_file():
+            print(f"{path} is removed: params.yaml names no such source")
+            shutil.rmtree(path)
 
 
 def main(
+    sources: Annotated[Path, typer.Option(help="Folder with the sources' folders.")],
     out: Annotated[Path, typer.Option(help="Folder to write the rows below, a folder for each split.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of the counts to write.")],
 ) -> None:
-    """Turn raw data into prepared rows for SFT, preference learning and RL."""
+    """Divide the rows of all sources among the splits, each once."""
     started = time.monotonic()
     settings = read_params("prepare_data", PrepareData)
-    seed = read_value("seed", int)
-    counts: Counter = Counter()
-    known: dict[str, float] = {}
-    if settings.source in TASKS:
-        task, task_settings = TASKS[settings.source], getattr(settings, settings.source)
-        rows, known = task.rows(task_settings, seed), task.known(task_settings, seed)
-    else:
-        rows = converted_rows(settings, seed, counts)
-    with written_whole(*(out / split for split in SPLITS), metrics) as (*folders, metrics_partial):
-        written = write_prepared(rows, settings.kinds, dict(zip(SPLITS, folders, strict=True)))
-        values = dict(sorted({**counts, **written, **known}.items()))
-        write_json(metrics_partial, values)
+    named, seed = read_params("sources", Sources), read_value("seed", int)
+    database = partial_name(out / "places")
+    database.parent.mkdir(parents=True, exist_ok=True)
+    remove(database)
+    remove_left_over(sources, named)
+    try:
+        with (
+            RowPlaces(database) as places,
+            written_whole(*(out / split for split in SPLITS), metrics) as (*folders, metrics_partial),
+        ):
+            settle(places, sources, named, settings, seed)
+            counts = metrics_of(places.counts(), list(named.by_name), settings.kinds)
+            require_rows(counts, settings.kinds)
+            rows = placed_rows(places, sources, named, settings)
+            write_prepared(rows, settings.kinds, dict(zip(SPLITS, folders, strict=True)))
+            values = dict(sorted({**counts, **known_of_tests(named, counts, seed)}.items()))
+            write_json(metrics_partial, values)
+    finally:
+        remove(database)
     log_run("prepare_data", dvc_hashes([*(out / split for split in SPLITS), metrics]), time.monotonic() - started)
     for key, value in values.items():
-        print(f"{key:32} {value}")
+        print(f"{key:48} {value}")
 
 
 if __name__ == "__main__":

@@ -4,31 +4,29 @@
     python -m stages.tools.use_profile --profile profiles/default.yaml
 
 A profile lists its changes to the defaults that the settings declare (`make explain`); `default` needs no file, since
-it changes nothing. The result never depends on what params.yaml happened to hold before. Comments, order and layout
-stay as they are, and the file has the form in which DVC writes it (`dvc exp run -S`), so that an experiment changes its
-own lines alone. Settings that were edited in params.yaml itself, and so stand in no profile, are not overwritten unless
-asked to.
+it changes nothing. Where names stand (sources, models, what is trained), a section of a profile lists all of them: `{}`
+is none. A name that the default run has keeps its settings there, another one starts from the defaults of its keys.
+
+The result never depends on what params.yaml happened to hold before, comments included. Settings that were edited in
+params.yaml itself, and so stand in no profile, are not overwritten unless asked to.
 """
 
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
-from statistics import mode
 from typing import Annotated, Any
 
 import typer
-from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.json_schema import KIND
+from stages.lib.command.json_schema import KIND, Declared
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import PARAMS_FILE
 from stages.lib.command.quoted import nearest
 from stages.lib.command.run import run
 from stages.lib.command.strict_yaml import load_yaml
+from stages.lib.settings.schemas import params_schema
 from stages.lib.settings.sections import build_all, default_params
+from stages.tools.params_text import params_text
 
 DEFAULT = "default"
 ABSENT = object()
@@ -43,69 +41,30 @@ def settings_of(profile: Path) -> dict[str, Any]:
     if not profile.is_file():
         known = [DEFAULT, *sorted(path.stem for path in profile.parent.glob("*.yaml"))]
         raise StageError(f"{profile} is missing{nearest(profile.stem, known)}; the profiles are: {', '.join(known)}")
-    settings = merged(default_params(), load_yaml(profile))
+    settings = merged(default_params(), load_yaml(profile), declared_params())
     build_all(settings, profile)
     return settings
 
 
-def merged(default: Any, values: Any) -> Any:
-    """`values` over `default`, block by block; a block of another type replaces the default's."""
-    if not (isinstance(default, dict) and isinstance(values, dict)):
+def declared_params() -> Declared:
+    return Declared.top(params_schema())
+
+
+def merged(default: Any, values: Any, declared: Declared) -> Any:
+    """`values` over `default`, block by block; other names, or another type, replace those there.
+
+    What a profile leaves out of a new name or type has the default that its key declares.
+    """
+    is_mapping = isinstance(default, dict) and isinstance(values, dict)
+    if not is_mapping or not (declared.entry or declared.keys):  # a mapping of names to plain values is replaced
         return values
+    if declared.entry is not None:
+        entry = declared.entry
+        return {name: merged(default.get(name, entry.defaults), value, entry) for name, value in values.items()}
     if values.get(KIND, default.get(KIND)) != default.get(KIND):
-        return values
-    return default | {name: merged(default.get(name), value) for name, value in values.items()}
-
-
-def text_with(text: str, settings: dict[str, Any]) -> str:
-    """The text of a params.yaml with these settings, and its own comments, order and layout."""
-    held = parse_yaml_for_update(text, str(PARAMS_FILE))
-    set_values(held, settings)
-    return dumps_yaml(held)
-
-
-def set_values(held: CommentedMap, wanted: dict[str, Any]) -> None:
-    """Make `held` hold what is wanted, and touch only the values that are others."""
-    for name in [name for name in held if name not in wanted]:
-        del held[name]
-    for name, value in wanted.items():
-        found = held.get(name, ABSENT)
-        if (
-            isinstance(found, CommentedMap)
-            and found
-            and not found.fa.flow_style()
-            and isinstance(value, dict)
-            and value
-        ):
-            set_values(found, value)
-        elif not (found == value and type_of_number(found) is type_of_number(value)):
-            held[name] = as_dvc_writes(value)
-            align_comment(held, name)
-
-
-def align_comment(held: CommentedMap, name: str) -> None:
-    """Put the comment behind a value into the column of its neighbours: a longer value has pushed it away."""
-    marks = {key: tokens[2].start_mark for key, tokens in held.ca.items.items() if tokens[2]}
-    if name in marks:
-        marks[name].column = mode(mark.column for mark in marks.values())
-
-
-def type_of_number(value: Any) -> type | None:
-    """Python takes true, 1 and 1.0 for equal."""
-    return next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
-
-
-def as_dvc_writes(value: Any) -> Any:
-    """A small number as 1.0e-5. Keys in brackets, so that the comment behind the key above them stays on its line."""
-    if isinstance(value, dict):
-        block = CommentedMap({name: as_dvc_writes(item) for name, item in value.items()})
-        if not any(isinstance(item, dict) for item in value.values()):
-            block.fa.set_flow_style()
-        return block
-    if isinstance(value, float) and 0 < abs(value) < 0.01:
-        digits, _, exponent = f"{Decimal(repr(value)):e}".partition("e")
-        return YAML().load(f"{digits if '.' in digits else f'{digits}.0'}e{exponent}")
-    return value
+        default = declared.narrowed(values).defaults
+    declared = declared.narrowed(default | values)
+    return default | {name: merged(default.get(name), value, declared.below(name)) for name, value in values.items()}
 
 
 def refuse_to_drop_edits(params: Path, folder: Path, wanted: dict[str, Any]) -> None:
@@ -133,14 +92,17 @@ def settings_of_profiles(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
 
 
-def flat(values: dict[str, Any], defaults: dict[str, Any] | None = None, section: str = "") -> dict[str, Any]:
-    """Dotted key → value. A block that may be of several types, or hold any keys, is one value."""
-    defaults = default_params() if defaults is None else defaults
-    leaves = {}
+def flat(values: dict[str, Any], declared: Declared | None = None, section: str = "") -> dict[str, Any]:
+    """Dotted key → value. A block that may be of several types, or hold any keys, is one value.
+
+    Of names there is a value more, the list of them.
+    """
+    declared = declared or declared_params()
+    leaves: dict[str, Any] = {} if declared.entry is None else {section.rstrip("."): [*values]}
     for name, value in values.items():
-        usual = defaults.get(name)
-        if isinstance(value, dict) and isinstance(usual, dict) and usual and KIND not in usual:
-            leaves |= flat(value, usual, f"{section}{name}.")
+        below = declared.entry or declared.below(name)
+        if isinstance(value, dict) and not below.types and (below.keys or below.entry):
+            leaves |= flat(value, below, f"{section}{name}.")
         else:
             leaves[f"{section}{name}"] = value
     return leaves
@@ -161,14 +123,13 @@ def main(
     settings = settings_of(profile)
     if not drop_edits:
         refuse_to_drop_edits(out, profile.parent, settings)
-    text = text_with(out.read_text(encoding="utf-8"), settings)
     with written_whole(out) as (partial,):
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(params_text(settings, declared_params()), encoding="utf-8")
     usual, chosen = flat(default_params()), flat(settings)
-    changed = differing(usual, chosen)
+    changed = [key for key in differing(usual, chosen) if key in chosen]  # what has gone is said by the list of names
     print(f"{out} holds profile {profile.stem}: {len(changed)} settings differ from the default")
     for key in changed:
-        print(f"  {key}: {usual[key]} -> {chosen[key]}")
+        print(f"  {key}: {usual[key]} -> {chosen[key]}" if key in usual else f"  {key}: {chosen[key]}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ class Declared(NamedTuple):
     def default(self) -> Any:
         return self.node.get("default", NOTHING)
 
+    @property
+    def defaults(self) -> Any:
+        """The value that a key has by default or, of a block, those of its keys."""
+        if self.default is NOTHING and "properties" in self.node:
+            return {name: self.below(name).defaults for name in self.keys if name != KIND}
+        return self.default
+
     def narrowed(self, values: Any) -> "Declared":
         """Of a block of several types the one that `values` name; else the same."""
         kind = values.get(KIND) if isinstance(values, Mapping) else None

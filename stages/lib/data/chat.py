@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.conversations import Message, UnusableRowError
+from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import (
     SPECIAL_TOKEN_IN_TEXT,
     SpecialTokens,
@@ -22,7 +22,7 @@ from stages.lib.data.encoding import (
     special_tokens,
     texts_of,
 )
-from stages.lib.data.template_messages import REASONING_FIELDS
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.template_process import Rendered, RenderingError, RenderingResult, ToRender, template_process
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import TOKENIZER_JSON, require_json_objects
@@ -35,6 +35,7 @@ REPLY_CHANGED = "reply_changed"
 PROMPT_CHANGED = "prompt_changed"
 PROMPT_NOT_A_BEGINNING = "prompt_not_a_beginning"
 TOOLS_LEFT_OUT = "tools_left_out"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Many templates write today's date where that is offered, as transformers does, and else one of their own.

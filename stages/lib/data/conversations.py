@@ -1,18 +1,50 @@
-"""Conversations as prepared rows hold them: messages of a role and a content, and the replies to a prompt.
+"""Conversations, and what one raw row says for training: a prompt and the replies to it, or a whole text.
 
-A prompt is an optional system message, then user and assistant in turn, the last message being the user's: the order
-that chat templates render. A reply is the text of the one assistant message that follows.
+A message is a role (system, user, assistant, tool) and a content, which is text; and where present
+
+    tool_calls     of the assistant: [{"type": "function", "function": {"name", "arguments": an object}, "id"?}]
+    tool_call_id   of a tool: the call that it answers
+    name           of a tool, or of who speaks
+    weight         of the assistant: 0 or 1, whether the turn is trained
+    reasoning_content, reasoning, thinking    of the assistant: what templates of reasoning models read
+
+A prompt is an optional system message, then user and assistant in turn, where tools may answer the assistant; its last
+message is the user's or a tool's: the order that chat templates render. A reply is the one message of the assistant
+that follows.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from stages.lib.command.errors import StageError
+from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
+from stages.lib.data.tool_calls import calls_from
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+# Which role may follow which; "" is before the first message but for the system's.
+FOLLOWING = {"": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
 Message = dict[str, Any]
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+CALLS = "function_call"  # the role under which ShareGPT has the assistant's calls, as JSON text
+# Roles in OpenAI's, TRL's and ShareGPT's words, and OpenAssistant's.
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    CALLS: "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+NAMES_OF_KEYS = (("role", "content"), ("from", "value"))
+TEXT_KEYS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")  # the second is OpenAI's older name
+OF_THE_ASSISTANT = (*CALL_KEYS, "weight", "reasoning_content", "reasoning", "thinking")
+READ_KEYS = frozenset({*(name for names in NAMES_OF_KEYS for name in names), *TEXT_KEYS, *CALL_KEYS, "weight"})
 
 
 def user(content: str) -> Message:
@@ -23,60 +55,82 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-class UnusableRowError(Exception):
-    """A row that a rule leaves out; its only argument is the reason under which it is counted."""
-
-
-class MalformedRowError(StageError):
-    """A row that says something which cannot be read. `reason` is what it is counted by where such rows are dropped."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One raw row, read: a prompt and its reply, and the reply it was preferred to where there is one."""
-
-    prompt: list[Message]
-    reply: str
-    rejected: str | None = None
-    margin: float | None = None
-
-
-def messages_from(
-    value: Any, where: str, names: tuple[str, str] = ("role", "content"), roles: dict[str, str] = ROLES
-) -> list[Message]:
+def messages_from(value: Any, where: str) -> list[Message]:
     """Check a list of messages and give them our keys and roles.
 
-    Args:
-        names: the keys under which a message holds its role and its text.
-        roles: the roles allowed, and our name for each.
     Raises:
-        MalformedRowError: not a list, a message without both keys, a role that is not in `roles`, a content that is not
-            text.
+        MalformedRowError: not a list, a message without role and content, an unknown role, a content that is not text,
+            a key of `READ_KEYS` with a value that it cannot have.
     """
     if not isinstance(value, list):
         raise MalformedRowError(f"{where}: expected a list of messages, found {type(value).__name__}", "not_messages")
-    return [message_from(item, f"{where}, message {number}", names, roles) for number, item in enumerate(value, 1)]
+    return [message_from(item, f"{where}, message {number}") for number, item in enumerate(value, 1)]
 
 
-def message_from(
-    value: Any, where: str, names: tuple[str, str] = ("role", "content"), roles: dict[str, str] = ROLES
-) -> Message:
-    """Check one message; arguments and errors as for `messages_from`."""
-    role_key, content_key = names
-    if not isinstance(value, dict) or role_key not in value or content_key not in value:
-        found = f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-        raise MalformedRowError(
-            f"{where}: expected a message with '{role_key}' and '{content_key}', found {found}", "not_messages"
-        )
-    role = value[role_key]
-    if not isinstance(role, str) or role not in roles:
+def message_from(value: Any, where: str) -> Message:
+    """Check one message; errors as for `messages_from`."""
+    role_key, content_key = names_of_keys(value, where)
+    given_role = value[role_key]
+    role = role_from(given_role, where)
+    if role != "assistant":
+        for key in OF_THE_ASSISTANT:
+            if value.get(key):  # a weight of 0 says what is so
+                raise MalformedRowError(f"{where}: the key '{key}' belongs to the assistant, not to {role}", "bad_key")
+    content, place = value.get(content_key), f"{where}, '{content_key}'"
+    if given_role == CALLS:
+        return {"role": role, "content": "", "tool_calls": calls_from(content, place)} | other_keys(value, role, where)
+    return {"role": role, "content": content_from(content, place)} | other_keys(value, role, where)
+
+
+def names_of_keys(value: Any, where: str) -> tuple[str, str]:
+    """The keys under which a message holds its role and its content; the content may be left out beside calls."""
+    if isinstance(value, dict):
+        for role_key, content_key in NAMES_OF_KEYS:
+            if role_key in value and (content_key in value or value.get("tool_calls") or value.get("function_call")):
+                return role_key, content_key
+    keys = value.keys() if isinstance(value, dict) else set()
+    found = f"keys {', '.join(keys)}" if isinstance(value, dict) else type(value).__name__
+    role_key, content_key = next((names for names in NAMES_OF_KEYS if {*names} & keys), NAMES_OF_KEYS[0])
+    expected = f"'{role_key}' and '{content_key}'"
+    raise MalformedRowError(f"{where}: expected a message with {expected}, found {found}", "not_messages")
+
+
+def role_from(role: Any, where: str) -> str:
+    """Our name for a role. Raises MalformedRowError for an unknown one."""
+    if not isinstance(role, str) or role not in ROLES:
         found = f"unknown role {role!r}" if isinstance(role, str) else f"a role that is {type(role).__name__}"
-        raise MalformedRowError(f"{where}: {found}, expected one of: {', '.join(roles)}", "unsupported_role")
-    return {"role": roles[role], "content": text_from(value[content_key], f"{where}, '{content_key}'")}
+        raise MalformedRowError(f"{where}: {found}, expected one of: {', '.join(ROLES)}", "unsupported_role")
+    return ROLES[role]
+
+
+def other_keys(value: dict[str, Any], role: str, where: str) -> Message:
+    """What a message says beside its role and content. Null or nothing is what tables write where a key is not set."""
+    kept: Message = {}
+    for key in CALL_KEYS:
+        if value.get(key):
+            kept["tool_calls"] = calls_from(value[key], f"{where}, '{key}'")
+    for key in TEXT_KEYS:
+        if value.get(key):
+            kept[key] = text_from(value[key], f"{where}, '{key}'")
+    weight = value.get("weight")
+    if weight is not None:
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise MalformedRowError(f"{where}, 'weight': expected 0 or 1, found {weight!r}", "bad_weight")
+        kept |= {"weight": int(weight)} if role == "assistant" else {}
+    return kept
+
+
+def content_from(value: Any, where: str) -> str:
+    """The text of a content that is text, or a list of parts of type text, which are joined as templates join them."""
+    if not isinstance(value, list):
+        return text_from(value, where)
+    for number, part in enumerate(value, start=1):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            found = f"type {part.get('type')!r}" if isinstance(part, dict) else type(part).__name__
+            raise MalformedRowError(
+                f"{where}, part {number}: expected text, or a part of type 'text', found {found}", "content_not_text"
+            )
+    return "".join(part["text"] for part in value)
 
 
 def text_from(value: Any, where: str) -> str:
@@ -86,6 +140,44 @@ def text_from(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise MalformedRowError(f"{where}: expected text, found {type(value).__name__}", "content_not_text")
     return value
+
+
+def has_content(message: Message) -> bool:
+    """False if a message says nothing, be it in words or in calls."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def is_unicode(value: Any) -> bool:
+    """False if a text holds half a surrogate pair, which JSON can escape and no file in UTF-8 can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a raw row says: a prompt with one reply, a pair of them or none; or a text alone."""
+
+    prompt: list[Message] = field(default_factory=list)
+    reply: Message | None = None
+    rejected: Message | None = None  # the reply to which `reply` was preferred
+    margin: float | None = None  # of a pair
+    label: bool | None = None  # of unpaired data: whether `reply` is a good one
+    text: str | None = None  # for whole-text training or as a raw prompt; all of the above is unset then
+    facts: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    template_arguments: dict[str, Any] | None = None
+
+
+def number_from(value: Any) -> float | None:
+    """A finite number, also one written as text as tables without types (CSV) hold it; None for anything else."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):  # the last one: a whole number of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def margin_from(value: Any, where: str) -> float | None:
@@ -98,13 +190,8 @@ def margin_from(value: Any, where: str) -> float | None:
     """
     if value is None or value == "":
         return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    except OverflowError:  # a whole number of hundreds of digits
-        number = math.inf
-    if not 0 <= number <= LARGEST_FLOAT32:
+    number = number_from(value)
+    if number is None or not 0 <= number <= LARGEST_FLOAT32:
         found = repr(value) if isinstance(value, str | int | float) else type(value).__name__
         raise MalformedRowError(
             f"{where}, 'margin': expected a finite number of at least 0 that float32 holds, found {found}", "bad_margin"
@@ -114,16 +201,16 @@ def margin_from(value: Any, where: str) -> float | None:
 
 def example_from(messages: list[Message]) -> Example:
     """Prompt and reply of a conversation that ends with the assistant's message; drops the row if it does not."""
-    return checked(Example(messages[:-1], reply_of(messages)))
+    return Example(messages[:-1], reply_of(messages))
 
 
-def reply_of(messages: list[Message]) -> str:
-    """The content of a conversation's last message; drops the row if that is not the assistant's."""
+def reply_of(messages: list[Message]) -> Message:
+    """A conversation's last message; drops the row if that is not the assistant's."""
     if not messages:
         raise UnusableRowError("empty_reply")
     if messages[-1]["role"] != "assistant":
         raise UnusableRowError(f"ends_with_{messages[-1]['role']}")
-    return messages[-1]["content"]
+    return messages[-1]
 
 
 def pair_from(chosen: list[Message], rejected: list[Message]) -> Example:
@@ -132,42 +219,41 @@ def pair_from(chosen: list[Message], rejected: list[Message]) -> Example:
     Conversations that part before their last message are dropped: their replies answer different prompts.
     """
     for conversation in (chosen, rejected):
-        if not reply_of(conversation).strip():
+        if not has_content(reply_of(conversation)):
             raise UnusableRowError("empty_reply")
     if chosen[:-1] != rejected[:-1]:
         raise UnusableRowError("prompt_mismatch")
-    return checked(Example(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]))
+    return Example(chosen[:-1], chosen[-1], rejected[-1])
 
 
 def checked(example: Example) -> Example:
     """The example, or UnusableRowError with the first rule that it breaks."""
-    if not example.reply.strip() or (example.rejected is not None and not example.rejected.strip()):
+    if example.text is not None:
+        if not example.text.strip():
+            raise UnusableRowError("empty_text")
+        if not is_unicode(example.text):
+            raise UnusableRowError("invalid_unicode")
+        return example
+    replies = [reply for reply in (example.reply, example.rejected) if reply is not None]
+    if not all(has_content(reply) for reply in replies):
         raise UnusableRowError("empty_reply")
-    if example.reply == example.rejected:
+    if example.rejected is not None and example.reply == example.rejected:
         raise UnusableRowError("equal_replies")
     if all(message["role"] == "system" for message in example.prompt):
         raise UnusableRowError("empty_prompt")
-    if not all(message["content"].strip() for message in example.prompt):
+    if not all(has_content(message) or message["role"] == "tool" for message in example.prompt):
         raise UnusableRowError("empty_message")
     if not takes_turns(example.prompt):
         raise UnusableRowError("not_alternating")
-    if not is_unicode(example):
+    if not is_unicode([example.prompt, replies, example.tools, example.template_arguments]):
         raise UnusableRowError("invalid_unicode")
     return example
 
 
-def is_unicode(example: Example) -> bool:
-    """False if a text holds half a surrogate pair, which JSON can escape and no file in UTF-8 can hold."""
-    texts = [message["content"] for message in example.prompt] + [example.reply, example.rejected or ""]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def takes_turns(prompt: list[Message]) -> bool:
-    """True if user and assistant alternate, after a system message or none, from user to user."""
-    turns = prompt[1:] if prompt[0]["role"] == "system" else prompt
-    expected = ("user", "assistant")
-    return len(turns) % 2 == 1 and all(turn["role"] == expected[index % 2] for index, turn in enumerate(turns))
+    """True if the roles follow each other as templates expect, and the assistant's turn comes next."""
+    roles = [message["role"] for message in prompt]
+    before = "" if roles[0] == "system" else None
+    turns = roles if before is None else roles[1:]
+    in_order = all(role in FOLLOWING[last] for last, role in zip(["", *turns], turns, strict=False))
+    return in_order and turns[-1] != "assistant"

@@ -11,7 +11,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.lib.data.conversations import Message, UnusableRowError
+from stages.lib.data.conversations import Message
+from stages.lib.data.row_errors import UnusableRowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,324 +1,79 @@
-"""Raw rows of the formats that people have, read as examples: named by the user, or detected when that is certain.
+"""Raw rows of the formats that people have, read as examples: the table of formats, and what all of them share.
 
+Pairs
     hh                   chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:" before each turn
-    preference           prompt, chosen, rejected: each text, or messages of role and content (TRL, OpenRLHF)
+    preference           prompt, chosen, rejected: each text, or messages (TRL, OpenRLHF)
     preference_implicit  chosen, rejected: whole conversations, or texts that begin alike; the prompt is the common part
-    sharegpt_preference  conversations of from and value, chosen, rejected: one message each (LLaMA-Factory)
-    alpaca               instruction, output, and where present input, system and history (pairs of texts)
-    messages             messages of role and content, the last one being the reply (OpenAI, TRL)
+    alpaca_preference    instruction, chosen, rejected, and where present input (LLaMA-Factory)
+    messages_preference  messages: the prompt; chosen, rejected: a text or a message each
+    sharegpt_preference  conversations: the prompt; chosen, rejected: a text or a message each (LLaMA-Factory)
+    openai_preference    input: an object of messages and tools; preferred_output, non_preferred_output
+    comparison           responses, and what says which is better, as the setting `comparison` describes
+Single replies
+    alpaca               instruction, output, and where present input
+    messages             messages, the last one being the reply (OpenAI, TRL)
     prompt_completion    prompt, completion: each text or messages (TRL)
-    sharegpt             conversations of from and value, the last one being the reply, and where present system
+    sharegpt             conversations of from and value, the last one being the reply
+    question_answer      question, answer, and where present context
+Neither
+    prompt               prompt: text or messages, and no reply (TRL's prompt-only)
+    text                 text: trained as a whole, or a raw prompt
 
-The first four hold pairs, the others single replies. Beside them are read, where they are present:
+Beside them are read, where they are present:
 
-    system    a text: the system message, in every format
-    margin    a number, beside a pair
-    history   pairs of texts (user, assistant): earlier turns, before a prompt that is a text
-    input     a text that follows a prompt or instruction that is a text
+    system                a text: the system message, in every format of conversations
+    tools, functions      descriptions of tools, a list or JSON text
+    chat_template_kwargs  an object: arguments of the chat template for this row (TRL)
+    margin                a number, beside a pair
+    label                 true or false, beside a single reply: whether it is a good one (TRL's unpaired preference)
+    history               pairs of texts (user, assistant): earlier turns, before a prompt that is a text
 
 A prompt whose text is a transcript is read as its turns.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from stages.lib.command.errors import StageError
-from stages.lib.data import hh_transcripts
-from stages.lib.data.conversations import (
-    Example,
-    MalformedRowError,
-    Message,
-    UnusableRowError,
-    checked,
-    example_from,
-    margin_from,
-    message_from,
-    messages_from,
-    pair_from,
-    reply_of,
-    text_from,
-)
+from stages.lib.data.conversations import Example, Message, checked, margin_from, text_from
+from stages.lib.data.prompts import json_text
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.readers import comparisons, pairs, single_replies
+from stages.lib.data.readers.prompt_and_reply import BESIDE_A_TEXT, COLUMNS_OF_PROMPTS
+from stages.lib.data.readers.row_place import RowPlace, is_given
+from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
+from stages.lib.data.tool_calls import object_from, tools_from
+from stages.lib.data.winner_columns import refuse_winner_columns
+from stages.lib.settings.declaration import block
+from stages.lib.settings.reading import (
+    OrderedComparison,
+    PairSettings,
+    ReadingOptions,
+    ScoredComparison,
+    TreeComparison,
+    WinnerComparison,
+)
 
 Format = Literal[
     "hh",
     "preference",
     "preference_implicit",
+    "alpaca_preference",
+    "messages_preference",
     "sharegpt_preference",
+    "openai_preference",
+    "comparison",
     "alpaca",
     "messages",
     "prompt_completion",
     "sharegpt",
+    "question_answer",
+    "prompt",
+    "text",
 ]
-# Beside chosen and rejected these leave no doubt that the prompt is in them.
-BESIDE_AN_IMPLICIT_PROMPT = {"chosen", "rejected", "margin", "system", "history"}
-SHAREGPT_KEYS = ("from", "value")
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-def read_example(row: RawRow, name: Format, where: str) -> Example:
-    """Read one raw row of format `name`.
-
-    Args:
-        where: file and row, for the message of an error.
-    Raises:
-        MalformedRowError: a column is missing or of the wrong type, a role is unknown.
-        UnusableRowError: the row is well formed and of no use, such as one with an empty reply.
-    """
-    if missing := missing_columns(row, name):
-        raise MalformedRowError(
-            f"{where}: format '{name}' needs the column '{missing[0]}', found {', '.join(row) or 'none'}; "
-            "name another format, or say in columns which of yours it is",
-            "missing_column",
-        )
-    margin = margin_from(row.get("margin"), where)
-    example = with_system(READERS[name].read(row, where), row, where)
-    return replace(example, margin=margin) if example.rejected is not None else example
-
-
-def missing_columns(row: RawRow, name: Format) -> list[str]:
-    return [column for column in READERS[name].columns if column not in row]
-
-
-def with_system(example: Example, row: RawRow, where: str) -> Example:
-    """The example with the text of the column `system` as its first message, unless that is there already."""
-    content = text_from(row.get("system"), f"{where}, 'system'")
-    if not content.strip():
-        return example
-    first = example.prompt[0]
-    if first["role"] != "system":
-        return checked(replace(example, prompt=[{"role": "system", "content": content}, *example.prompt]))
-    if first["content"].strip() != content.strip():
-        raise MalformedRowError(
-            f"{where}: the column 'system' says something else than the conversation's own system message; keep one",
-            "two_system_messages",
-        )
-    return example
-
-
-class FormatOfRows:
-    """The one format of all rows: the one named, or the one that the first row is certain to be of.
-
-    Rows of another file, or with other columns, must be certain to be of it, too: a folder of several formats is not
-    read as the first of them.
-    """
-
-    def __init__(self, named: Literal["auto"] | Format) -> None:
-        self.name: Format | None = None if named == "auto" else named
-        self._detected = named == "auto"
-        self._first = ""
-        self._known: set[tuple[str, frozenset[str], bool]] = set()
-
-    def of(self, row: RawRow, where: str) -> Format:
-        """The format to read `row` in.
-
-        Raises:
-            StageError: it cannot be told, or it is not that of the first row.
-        """
-        if self.name is not None and (not self._detected or missing_columns(row, self.name)):
-            return self.name
-        kind = (where.rpartition(", ")[0], frozenset(row.keys() & COLUMNS), not row.keys() <= COLUMNS)
-        if kind not in self._known:
-            name = detect_format(row, where)
-            self.name, self._first = self.name or name, self._first or where
-            if name != self.name:
-                raise StageError(
-                    f"{where}: the row is of format '{name}', and {self._first} of '{self.name}'; "
-                    "give data of one format, or name in format what all rows are to be read as"
-                )
-            self._known.add(kind)
-        assert self.name is not None, "the first row gives it, if the settings do not"
-        return self.name
-
-
-def detect_format(row: RawRow, where: str) -> Format:
-    """The only format that a row can be of, by its columns and the kinds of their values.
-
-    Raises:
-        StageError: none or several formats are possible (they are listed), or the row is of an unpaired preference.
-    """
-    if isinstance(row.get("label"), bool) and not {"chosen", "rejected"} <= row.keys():
-        raise StageError(
-            f"{where}: a reply with a true or false 'label' (KTO) is unpaired, and preferences need pairs: "
-            "expected a chosen and a rejected reply to the same prompt"
-        )
-    candidates = pair_candidates(row) + reply_candidates(row)
-    if len(candidates) == 1:
-        return candidates[0]
-    found = f"columns {', '.join(row) or 'none'}"
-    if not candidates:
-        known = ", ".join(f"{name} ({', '.join(reader.columns)})" for name, reader in READERS.items())
-        raise StageError(f"{where}: {found} fit no format; say in columns which of yours is which. Known: {known}")
-    raise StageError(f"{where}: {found} could be of the formats {' or '.join(candidates)}; name one in format")
-
-
-def pair_candidates(row: RawRow) -> list[Format]:
-    """The formats of preference pairs that a row can be of."""
-    if not {"chosen", "rejected"} <= row.keys():
-        return []
-    replies = (row["chosen"], row["rejected"])
-    if all(hh_transcripts.is_transcript(reply) for reply in replies):
-        return ["hh", "preference"] if "prompt" in row else ["hh"]
-    either: tuple[Format, ...] = ("preference", "sharegpt_preference")
-    named = [name for name in either if not missing_columns(row, name)]
-    if named:
-        return named
-    if all(isinstance(reply, list) for reply in replies) or row.keys() <= BESIDE_AN_IMPLICIT_PROMPT:
-        return ["preference_implicit"]
-    # Texts beside columns that we do not know: one of those may be the prompt.
-    return ["preference_implicit", "preference"]
-
-
-def reply_candidates(row: RawRow) -> list[Format]:
-    """The formats of single replies that a row can be of."""
-    names = [name for name in WITHOUT_PAIRS if not missing_columns(row, name)]
-    beside_a_pair = {"chosen", "rejected"} <= row.keys()
-    return [name for name in names if not (name == "sharegpt" and beside_a_pair)]
-
-
-def read_hh(row: RawRow, where: str) -> Example:
-    chosen, rejected = (text_from(row[key], f"{where}, '{key}'") for key in ("chosen", "rejected"))
-    return pair_from(hh_transcripts.turns(chosen), hh_transcripts.turns(rejected))
-
-
-def read_preference(row: RawRow, where: str) -> Example:
-    prompt = as_prompt(row, where)
-    return checked(Example(prompt, as_reply(row, "chosen", prompt, where), as_reply(row, "rejected", prompt, where)))
-
-
-def read_preference_implicit(row: RawRow, where: str) -> Example:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if hh_transcripts.is_transcript(chosen) and hh_transcripts.is_transcript(rejected):
-            refuse_beside(row, ("history",), "transcripts", where)
-            return read_hh(row, where)
-        return split_texts(chosen, rejected, history_of(row, where))
-    refuse_beside(row, ("history",), "messages", where)
-    return pair_from(*(messages_from(row[key], f"{where}, '{key}'") for key in ("chosen", "rejected")))
-
-
-def split_texts(chosen: str, rejected: str, history: list[Message]) -> Example:
-    """A pair of texts that begin alike. The prompt ends with the last whole word that they share."""
-    if chosen == rejected:
-        raise UnusableRowError("equal_replies")
-    shared = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        shared += 1
-    while shared and not chosen[shared - 1].isspace():
-        shared -= 1
-    prompt = chosen[:shared].rstrip()
-    if not prompt:
-        raise UnusableRowError("empty_prompt")
-    return checked(Example([*history, {"role": "user", "content": prompt}], chosen[shared:], rejected[shared:]))
-
-
-def read_sharegpt_preference(row: RawRow, where: str) -> Example:
-    prompt = sharegpt_messages(row, where)
-    replies = [
-        message_from(row[key], f"{where}, '{key}'", SHAREGPT_KEYS, SHAREGPT_ROLES) for key in ("chosen", "rejected")
-    ]
-    return pair_from([*prompt, replies[0]], [*prompt, replies[1]])
-
-
-def read_sharegpt(row: RawRow, where: str) -> Example:
-    return example_from(sharegpt_messages(row, where))
-
-
-def sharegpt_messages(row: RawRow, where: str) -> list[Message]:
-    return messages_from(row["conversations"], f"{where}, 'conversations'", SHAREGPT_KEYS, SHAREGPT_ROLES)
-
-
-def read_alpaca(row: RawRow, where: str) -> Example:
-    text = with_input(text_from(row["instruction"], f"{where}, 'instruction'"), row, where)
-    prompt = [*history_of(row, where), {"role": "user", "content": text}]
-    return checked(Example(prompt, text_from(row["output"], f"{where}, 'output'")))
-
-
-def read_messages(row: RawRow, where: str) -> Example:
-    return example_from(messages_from(row["messages"], f"{where}, 'messages'"))
-
-
-def read_prompt_completion(row: RawRow, where: str) -> Example:
-    prompt = as_prompt(row, where)
-    return checked(Example(prompt, as_reply(row, "completion", prompt, where)))
-
-
-def as_prompt(row: RawRow, where: str) -> list[Message]:
-    """A prompt given as messages, as a transcript, or as the text of one user message after those of `history`."""
-    value, place = row["prompt"], f"{where}, 'prompt'"
-    if isinstance(value, list):
-        refuse_beside(row, ("history", "input"), "a prompt of messages", where)
-        return messages_from(value, place)
-    content = text_from(value, place)
-    if hh_transcripts.is_prompt_transcript(content):
-        refuse_beside(row, ("history", "input"), "a prompt that is a transcript", where)
-        return hh_transcripts.prompt_turns(content, place)
-    content = with_input(content, row, where)
-    return [*history_of(row, where), {"role": "user", "content": content}] if content.strip() else []
-
-
-def with_input(text: str, row: RawRow, where: str) -> str:
-    """An input follows its instruction after an empty line: a template with headings is for models without roles."""
-    parts = (text, text_from(row.get("input"), f"{where}, 'input'"))
-    return "\n\n".join(part for part in parts if part.strip())
-
-
-def history_of(row: RawRow, where: str) -> list[Message]:
-    """The earlier turns that the column `history` holds as pairs of texts."""
-    history, place = row.get("history") or [], f"{where}, 'history'"
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise MalformedRowError(f"{place}: expected a list of pairs of texts (instruction, reply)", "bad_history")
-    return [
-        {"role": role, "content": text_from(text, place)}
-        for turn in history
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def refuse_beside(row: RawRow, columns: tuple[str, ...], found: str, where: str) -> None:
-    """Refuse a column that goes with a prompt of text alone and has a value beside another one."""
-    for column in columns:
-        if is_given(row.get(column)):
-            raise StageError(unread_value(f"{where}: the column '{column}' beside {found}", column))
-
-
-def is_given(value: Any) -> bool:
-    """False for what tables write where there is no value: null, nothing but white space, an empty list."""
-    return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
-
-
-def unread_value(what: str, name: str) -> str:
-    """The message about a value whose meaning is known, and that nothing reads."""
-    return (
-        f"{what} is read by nothing here, and the data would lose what it says; "
-        f"to leave it out, put {name!r} into prepare_data.ignore_columns"
-    )
-
-
-def as_reply(row: RawRow, column: str, prompt: list[Message], where: str) -> str:
-    """A reply given as text, or as messages or a transcript: the assistant's, perhaps after the whole prompt again."""
-    value = row[column]
-    if hh_transcripts.is_transcript(value):
-        messages = hh_transcripts.turns(value)
-    elif isinstance(value, list):
-        messages = messages_from(value, f"{where}, '{column}'")
-    else:
-        text = text_from(value, f"{where}, '{column}'")
-        asked = row["prompt"]
-        return hh_transcripts.reply_turn(text) if is_transcript_text(asked) else text
-    if len(messages) > 1 and messages[: len(prompt)] == prompt:
-        messages = messages[len(prompt) :]
-    reply = reply_of(messages)
-    if len(messages) > 1:
-        raise UnusableRowError("prompt_mismatch")
-    return reply
-
-
-def is_transcript_text(value: Any) -> bool:
-    return isinstance(value, str) and hh_transcripts.is_prompt_transcript(value)
+AS_THEY_ARE = ReadingOptions(**block(ReadingOptions))  # no template, no comparison, no threshold
 
 
 class Reader(NamedTuple):
@@ -326,20 +81,231 @@ class Reader(NamedTuple):
 
     columns: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[RawRow, str], Example]
+    read: Callable[[RawRow, RowPlace], list[Example]]
 
 
-READERS: dict[Format, Reader] = {
-    "hh": Reader(("chosen", "rejected"), ("system", "margin"), read_hh),
-    "preference": Reader(("prompt", "chosen", "rejected"), ("input", "system", "history", "margin"), read_preference),
-    "preference_implicit": Reader(("chosen", "rejected"), ("system", "history", "margin"), read_preference_implicit),
-    "sharegpt_preference": Reader(
-        ("conversations", "chosen", "rejected"), ("system", "margin"), read_sharegpt_preference
+SHARED = ("system", "tools", "functions", "chat_template_kwargs")
+OF_A_PAIR = (*SHARED, "margin")
+OF_A_REPLY = (*SHARED, "label")
+PAIRS: dict[Format, Reader] = {
+    "hh": Reader(("chosen", "rejected"), OF_A_PAIR, pairs.read_hh),
+    "preference": Reader(("prompt", "chosen", "rejected"), ("input", "history", *OF_A_PAIR), pairs.read_preference),
+    "preference_implicit": Reader(("chosen", "rejected"), ("history", *OF_A_PAIR), pairs.read_preference_implicit),
+    "alpaca_preference": Reader(
+        ("instruction", "chosen", "rejected"), ("input", "history", *OF_A_PAIR), pairs.read_alpaca_preference
     ),
-    "alpaca": Reader(("instruction", "output"), ("input", "system", "history"), read_alpaca),
-    "messages": Reader(("messages",), ("system",), read_messages),
-    "prompt_completion": Reader(("prompt", "completion"), ("input", "system", "history"), read_prompt_completion),
-    "sharegpt": Reader(("conversations",), ("system",), read_sharegpt),
+    "messages_preference": Reader(("messages", "chosen", "rejected"), OF_A_PAIR, pairs.read_messages_preference),
+    "sharegpt_preference": Reader(("conversations", "chosen", "rejected"), OF_A_PAIR, pairs.read_sharegpt_preference),
+    "openai_preference": Reader(
+        ("input", "preferred_output", "non_preferred_output"), OF_A_PAIR, pairs.read_openai_preference
+    ),
+    "comparison": Reader((), (), comparisons.read_comparison),  # its columns are those of the setting
 }
+REPLIES: dict[Format, Reader] = {
+    "alpaca": Reader(("instruction", "output"), ("input", "history", *OF_A_REPLY), single_replies.read_alpaca),
+    "messages": Reader(("messages",), OF_A_REPLY, single_replies.read_messages),
+    "prompt_completion": Reader(
+        ("prompt", "completion"), ("input", "history", *OF_A_REPLY), single_replies.read_prompt_completion
+    ),
+    "sharegpt": Reader(("conversations",), OF_A_REPLY, single_replies.read_sharegpt),
+    "question_answer": Reader(
+        ("question", "answer"), ("context", "history", *OF_A_REPLY), single_replies.read_question_answer
+    ),
+}
+WITHOUT_REPLIES: dict[Format, Reader] = {
+    "prompt": Reader(("prompt",), ("input", "history", *SHARED), single_replies.read_prompt),
+    "text": Reader(("text",), (), single_replies.read_text),
+}
+READERS: dict[Format, Reader] = PAIRS | REPLIES | WITHOUT_REPLIES
 COLUMNS = frozenset(column for reader in READERS.values() for column in (*reader.columns, *reader.optional))
-WITHOUT_PAIRS: tuple[Format, ...] = tuple(name for name, reader in READERS.items() if "rejected" not in reader.columns)
+WITHOUT_PAIRS: tuple[Format, ...] = (*REPLIES, *WITHOUT_REPLIES)
+
+
+def examples_of(
+    row: RawRow,
+    name: Format,
+    options: ReadingOptions,
+    where: str,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    renames: Mapping[str, str] | None = None,
+    counts: Counter | None = None,
+) -> list[Example]:
+    """Read one raw row of format `name`, its columns under our names.
+
+    Args:
+        where: file and row, for the message of an error.
+        facts: what is to ride on with the prompt (see `picked_facts`).
+        renames: own column: ours, as the user renamed them before.
+        counts: gets what is cut from a row that is used, and the pairs that a comparison does not give, by reason.
+    Returns:
+        One example; of a comparison one or more, and pairs that break a rule are left out and counted.
+    Raises:
+        StageError: the row says something that would be read wrongly, whatever is done with unusable rows.
+        MalformedRowError: a column is missing or of the wrong type, a role is unknown.
+        UnusableRowError: the row is well formed and of no use, such as one with an empty reply.
+    """
+    refuse_disagreement(name, options)
+    if missing := missing_columns(row, name):
+        raise MalformedRowError(
+            f"{where}: format '{name}' needs the column '{missing[0]}', found {', '.join(row) or 'none'}; "
+            f"name another format, or {WHICH_IS_WHICH}",
+            "missing_column",
+        )
+    facts = facts or {}
+    if name in PAIRS:
+        refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
+    place = RowPlace(where, options, Counter() if counts is None else counts)
+    examples = [completed(example, row, name, place) for example in READERS[name].read(row, place)]
+    if len(examples) == 1:
+        return [replace(checked(examples[0]), facts=dict(facts))]
+    return [replace(example, facts=dict(facts)) for example in usable(examples, place.counts)]
+
+
+# What every message says that asks for columns to be named: a column that says who won must not be passed over.
+WHICH_IS_WHICH = (
+    "say in columns which of yours is which; where a column, scores or ranks say which of several responses is the "
+    "better one, describe that in comparison"
+)
+
+
+def refuse_disagreement(name: str, options: ReadingOptions) -> None:
+    """Raise a StageError if a format, or auto for any, and the options do not go together."""
+    if name == "comparison" and options.comparison is None:
+        raise StageError("format comparison needs the setting comparison, which says what is compared and how")
+    if name not in ("auto", "comparison") and options.comparison is not None:
+        raise StageError(f"comparison is set, and format is '{name}': make it comparison or auto")
+    if options.threshold is not None and options.comparison is None and name not in ("auto", *REPLIES):
+        raise StageError(f"threshold makes unpaired data of single replies, and format '{name}' does not have them")
+
+
+def missing_columns(row: RawRow, name: Format) -> list[str]:
+    return [column for column in READERS[name].columns if column not in row]
+
+
+def columns_read(name: Format, options: ReadingOptions) -> frozenset[str]:
+    """The columns that the reader of a format looks at, those that a row need not have included."""
+    reader, comparison, threshold = READERS[name], options.comparison, options.threshold
+    read = {*reader.columns, *reader.optional}
+    if name == "comparison" and comparison is not None:
+        read = {*SHARED, *columns_compared(comparison)}
+    if threshold is not None and threshold.score is not None:
+        read = (read - {"label"}) | {threshold.score}
+    return frozenset(read)
+
+
+def columns_compared(comparison: PairSettings) -> set[str]:
+    """The columns that a comparison reads; of a flat file of messages, those that its trees are made of."""
+    prompts = {*COLUMNS_OF_PROMPTS, *BESIDE_A_TEXT}
+    match comparison:
+        case WinnerComparison():
+            margin = {"margin"} if comparison.margin == "none" else set()
+            return prompts | margin | {*comparison.responses, *comparison.winner, *comparison.names}
+        case ScoredComparison():
+            return prompts | {*comparison.responses, *comparison.scores}
+        case OrderedComparison():
+            return prompts | {*comparison.responses}
+        case TreeComparison(root=None):
+            keys = (comparison.text_key, comparison.role_key, comparison.replies_key, comparison.rank_key)
+            own = {comparison.id_key, comparison.parent_key} - {None}
+            return {*keys, *(str(column) for column in own)}
+        case TreeComparison(root=root):
+            return {str(root)}
+    raise AssertionError("each type of comparison is above")
+
+
+def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> Example:
+    """The example with what the columns say that all formats share."""
+    if example.text is not None:
+        return example
+    read = columns_read(name, place.options)
+    if example.rejected is not None and "margin" in read and is_given(row.get("margin")):
+        example = replace(example, margin=margin_from(row["margin"], place.where))
+    if name in REPLIES:
+        example = replace(example, label=label_of(row, place))
+    if tools := tools_of(row, place):
+        example = replace(example, tools=tools)
+    arguments = object_from(row.get("chat_template_kwargs"), place.column("chat_template_kwargs"))
+    return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
+
+
+def label_of(row: RawRow, place: RowPlace) -> bool | None:
+    """Whether a single reply is a good one, by its label or by its score; None where nothing says so."""
+    threshold = place.options.threshold
+    if threshold is not None and threshold.score is not None:
+        if threshold.score not in row:
+            raise MalformedRowError(f"{place.where}: no column '{threshold.score}' with its score", "missing_column")
+        value = row[threshold.score]
+        score = comparisons.score_from(value, place.column(threshold.score))
+        label = None if score is None else comparisons.label_by(score, threshold)
+        if label is None:
+            raise UnusableRowError("no_score" if score is None else "between_thresholds")
+        return label
+    if "label" not in row:
+        return None
+    value = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
+    known = {"true": True, "false": False}
+    if isinstance(value, bool) or (isinstance(value, str) and value in known):
+        return value if isinstance(value, bool) else known[value]
+    raise MalformedRowError(
+        f"{place.column('label')}: expected true or false, whether the reply is a good one, found {row['label']!r}; "
+        "for numbers set threshold (score: label), and put a label of something else into ignore_columns",
+        "bad_label",
+    )
+
+
+def tools_of(row: RawRow, place: RowPlace) -> list[dict[str, Any]] | None:
+    given = [column for column in ("tools", "functions") if is_given(row.get(column))]
+    if len(given) > 1:
+        raise StageError(f"{place.where}: the columns 'tools' and 'functions' both describe tools; ignore one by name")
+    return tools_from(row[given[0]], place.column(given[0])) if given else None
+
+
+def with_system(prompt: list[Message], row: RawRow, place: RowPlace) -> list[Message]:
+    """The prompt with the text of the column `system` as its first message, unless that is there already."""
+    content = text_from(row.get("system"), place.column("system"))
+    if not content.strip():
+        return prompt
+    if not prompt or prompt[0]["role"] != "system":
+        return [{"role": "system", "content": content}, *prompt]
+    if prompt[0]["content"].strip() != content.strip():
+        raise MalformedRowError(
+            f"{place.where}: the column 'system' says something else than the conversation's own system message; "
+            "keep one",
+            "two_system_messages",
+        )
+    return prompt
+
+
+def usable(examples: list[Example], counts: Counter) -> list[Example]:
+    """Those of a comparison's examples that keep to the rules. Raises UnusableRowError if none does."""
+    kept, reasons = [], []
+    for example in examples:
+        try:
+            kept.append(checked(example))
+        except UnusableRowError as error:
+            reasons.append(str(error))
+            counts[f"{'pairs' if example.rejected else 'responses'}_left_out/{error}"] += 1
+    if not kept:
+        raise UnusableRowError(reasons[0])
+    return kept
+
+
+def picked_facts(row: RawRow, names: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The values of a raw row's columns that ride on with its prompts, under their names.
+
+    Raises:
+        MalformedRowError: a column is missing, or holds what JSON cannot, such as a date or bytes.
+    """
+    for name in names:
+        if name not in row:
+            found = ", ".join(row) or "none"
+            raise MalformedRowError(f"{where}: no column '{name}' for facts, found {found}", "missing_column")
+        try:
+            json_text(row[name])
+        except (TypeError, ValueError, RecursionError):
+            found = type(row[name]).__name__
+            raise MalformedRowError(
+                f"{where}, '{name}': a fact must be a value that JSON has, found {found}", "bad_fact"
+            ) from None
+    return {name: row[name] for name in names}

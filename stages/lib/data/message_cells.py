@@ -1,19 +1,19 @@
 """Messages that stand in a cell as text, which is how tables without types (CSV) hold them.
 
-JSON is read; what Python or pandas prints of a list is not JSON and is an error, so that no reply is ever the text of
-a list of messages.
+JSON is read, and so is what Python prints of a list of dictionaries; what is neither is an error, so that no reply is
+ever the text of a list of messages.
 """
 
 import json
 import re
 from typing import Any
 
-from stages.lib.command.errors import StageError
-from stages.lib.command.jsonl import parse_json
-from stages.lib.data.conversations import MalformedRowError
+from stages.lib.data.cell_values import value_in_cell
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.row_errors import MalformedRowError
 
 LISTS = ("messages", "conversations", "history")  # columns that never hold a text
+OPENAI_COLUMNS = ("input", "preferred_output", "non_preferred_output")  # nor do these, beside each other
 REPLIES = ("chosen", "rejected", "completion")
 TEXTS = ("prompt", "instruction", "output", *REPLIES)
 LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
@@ -21,23 +21,26 @@ KEYS = (("role", "content"), ("from", "value"))
 
 
 def with_messages_read(row: RawRow, where: str) -> RawRow:
-    """The row with messages in place of the texts that hold them as JSON.
+    """The row with messages in place of the texts that hold them, as JSON or as Python prints them.
 
-    A text counts as messages where nothing else is possible: in `messages`, `conversations` and `history`; beside a
-    ShareGPT conversation; and elsewhere if it is a list of messages as are all replies beside it, where a prompt that
-    is any list in JSON is meant as messages, too.
+    A text counts as messages where nothing else is possible: in `messages`, `conversations` and `history`, and in the
+    columns of OpenAI's preference files; as a single message beside a conversation if it is an object with the keys of
+    one; and elsewhere if it is a list of messages as are all replies beside it, where a prompt that is any list in JSON
+    is meant as messages, too.
 
     Raises:
-        MalformedRowError: a text is meant as messages and is not JSON, or stands beside replies of plain text.
+        MalformedRowError: a text is meant as messages and cannot be read, or stands beside replies of plain text.
     """
     places = {column: f"{where}, '{column}'" for column in row}
-    read = {column: parsed(row[column], places[column]) for column in LISTS if isinstance(row.get(column), str)}
-    if "conversations" in row:
-        single = [column for column in REPLIES if isinstance(row.get(column), str) and row[column].lstrip()[:1] == "{"]
-        return row | read | {column: parsed(row[column], places[column]) for column in single}
+    lists = (*LISTS, *(OPENAI_COLUMNS if {*OPENAI_COLUMNS} <= row.keys() else ()))
+    read = {column: parsed(row[column], places[column]) for column in lists if isinstance(row.get(column), str)}
+    if "conversations" in row or "messages" in row:
+        single = [column for column in REPLIES if is_text_of_message(row.get(column))]
+        read |= {column: parsed(row[column], places[column]) for column in single}
+    row = row | read if read else row
     texts = {column: row[column] for column in TEXTS if is_text_of_messages(row.get(column))}
     if not texts:
-        return row | read if read else row
+        return row
     replies = [column for column in REPLIES if column in row]
     certain = replies and all(column in texts or isinstance(row[column], list) for column in replies)
     if not certain or (replies == ["completion"] and "prompt" not in texts and not isinstance(row.get("prompt"), list)):
@@ -48,7 +51,7 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
         )
     if is_text_of_list(row.get("prompt")):  # beside replies that are messages it is no sentence, be it as it may
         texts["prompt"] = row["prompt"]
-    return row | read | {column: parsed(text, places[column]) for column, text in texts.items()}
+    return row | {column: parsed(text, places[column]) for column, text in texts.items()}
 
 
 def is_text_of_messages(value: Any) -> bool:
@@ -64,6 +67,11 @@ def is_text_of_messages(value: Any) -> bool:
     return any(all(isinstance(item, dict) and item.keys() >= {*keys} for item in items) for keys in KEYS)
 
 
+def is_text_of_message(value: Any) -> bool:
+    """True for the text of one message, be it JSON or what Python prints: a reply may well be another object."""
+    return isinstance(value, str) and value.lstrip()[:1] == "{" and is_text_of_messages(f"[{value}]")
+
+
 def is_text_of_list(value: Any) -> bool:
     """True for the text of any list in JSON."""
     if not isinstance(value, str) or value.lstrip()[:1] != "[":
@@ -75,13 +83,10 @@ def is_text_of_list(value: Any) -> bool:
 
 
 def parsed(text: str, where: str) -> Any:
+    """The value of a text that is meant as messages; nothing is an empty list of them."""
     if not text.strip():
         return []
     try:
-        return parse_json(text, where)
-    except StageError as error:
-        raise MalformedRowError(
-            f"{error}: expected messages, as a list or as JSON text; what pandas or Python prints of a list is "
-            "neither (write JSON lines or Parquet instead)",
-            "messages_as_text",
-        ) from None
+        return value_in_cell(text, where)
+    except MalformedRowError as error:
+        raise MalformedRowError(f"{error}, for messages stand here", "messages_as_text") from None

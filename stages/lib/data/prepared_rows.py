@@ -1,12 +1,14 @@
 """Prepared rows: what prepare_data writes and tokenize_data reads, as JSON lines in `<split>/<kind>.jsonl`.
 
-sft         {"messages": [...]}                     a prompt and its reply; or {"text"}, trained as a whole
+sft         {"messages": [...]}                     a prompt and its reply; or {"text"}, trained on as a whole
 preference  {"prompt", "chosen", "rejected"}        one reply each, and "margin" where there is one
 unpaired    {"prompt", "completion", "label"}       one reply, and whether it is a good one
-prompts     {"prompt"}                              or {"text"}: a prompt that no chat template goes around
+prompts     {"prompt"}                              or {"text"}, which no template is laid around
 
-All have "source", the name of their source, and may have "facts", an object of what is known of them, and "tools" and
-"template_arguments", which the chat template gets. `stages.lib.data.conversation_rows` reads them.
+Each has "source", the name of its source, and where there are any "facts", an object of what is known of the row;
+"tools", which the chat template lists; and "template_arguments", which it is given. A source's own rows, which
+read_source writes and prepare_data reads, have "kind" besides, and "split" where the source decides it.
+`stages.lib.data.conversation_rows` reads prepared rows.
 """
 
 from typing import Any, Literal, NamedTuple, get_args

@@ -8,13 +8,14 @@ from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
-from stages.lib.data.conversations import MalformedRowError
-from stages.lib.data.formats import COLUMNS, READERS, SHAREGPT_KEYS, Format, is_given, unread_value
+from stages.lib.data.conversations import READ_KEYS, MalformedRowError
+from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, READERS, Format, columns_read, picked_facts
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.readers.row_place import is_given, unread_value
+from stages.lib.settings.reading import ReadingOptions
 
 MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
-MESSAGE_KEYS = {"role", "content", *SHAREGPT_KEYS}
 # Names with a meaning of their own in data for fine-tuning (TRL, OpenAI, LLaMA-Factory, Axolotl), by which a row says
 # something else than its texts alone.
 MEANINGFUL_COLUMNS = frozenset(
@@ -24,10 +25,16 @@ MEANINGFUL_COLUMNS = frozenset(
         "history",
         "input",
         "margin",
-        "label",
         "kto_tag",
         "weight",
+        "label",
         "score",
+        "scores",
+        "rating",
+        "ratings",
+        "rank",
+        "ranks",
+        "votes",
         "tools",
         "tool_calls",
         "functions",
@@ -43,17 +50,10 @@ MEANINGFUL_COLUMNS = frozenset(
 )
 MEANINGFUL_KEYS = frozenset(
     {
-        "name",
-        "weight",
         "train",
         "loss",
         "tools",
-        "tool_calls",
-        "tool_call_id",
-        "function_call",
         "refusal",
-        "thinking",
-        "reasoning_content",
         "image",
         "images",
         "video",
@@ -70,31 +70,44 @@ class RawColumns:
     Args:
         renames: own column: ours.
         ignored: own columns, and keys of messages, that are left out.
+        facts: own columns that ride on as facts.
+        options: how rows are read beyond their format: they name columns, too.
+        place: of the source in params.yaml, for messages.
     """
 
-    def __init__(self, renames: dict[str, str], ignored: tuple[str, ...]) -> None:
-        self.renames, self.ignored = renames, frozenset(ignored)
+    def __init__(
+        self,
+        renames: dict[str, str],
+        ignored: tuple[str, ...] = (),
+        facts: tuple[str, ...] = (),
+        options: ReadingOptions = AS_THEY_ARE,
+        place: str = "sources",
+    ) -> None:
+        self.renames, self.ignored, self.facts = renames, frozenset(ignored), facts
+        self.options, self.place = options, place
+        compared = columns_read("comparison", options) if options.comparison is not None else frozenset()
+        self.named = COLUMNS | compared  # what a reader may look at
         self.own: set[str] = set()
         self.ours: set[str] = set()
         self.keys: set[str] = set()
 
-    def take(self, row: RawRow, where: str) -> RawRow:
-        """The row with our names for its columns, and without those ignored.
+    def take(self, row: RawRow, where: str) -> tuple[RawRow, dict[str, Any]]:
+        """The row with our names for its columns and without those ignored, and its facts.
 
         Raises:
             StageError: a column gets the name of another one that the row has.
-            MalformedRowError: the row lacks a column to rename that not every row may lack.
+            MalformedRowError: the row lacks a column to rename that not every row may lack, or one of the facts.
         """
         self.own.update(row)
         taken = {}
         for own, value in row.items():
             ours = self.renames.get(own, own)
-            if own in self.ignored:
+            if own in self.ignored or (own in self.facts and ours not in self.named):
                 continue
             if ours in taken:
                 raise StageError(
-                    f"{where}: by prepare_data.columns two columns are named '{ours}', one of them from the start; "
-                    "rename that one, too, or put it into prepare_data.ignore_columns"
+                    f"{where}: by {self.place}.columns two columns are named '{ours}', one of them from the start; "
+                    f"rename that one, too, or put it into {self.place}.ignore_columns"
                 )
             taken[ours] = value
         for own, ours in self.renames.items():
@@ -102,12 +115,13 @@ class RawColumns:
                 found = ", ".join(row) or "none"
                 raise MalformedRowError(f"{where}: no column '{own}' to rename, found {found}", "missing_column")
         self.ours.update(taken)
-        return taken
+        return taken, picked_facts(row, self.facts, where)
 
     def refuse_unread(self, row: RawRow, name: Format, where: str) -> None:
         """Raise a StageError if the row says something that format `name` does not read (see the lists above)."""
-        read = {*READERS[name].columns, *READERS[name].optional}
-        for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read):
+        read = columns_read(name, self.options)
+        known = {self.renames.get(own, own) for own in self.facts}
+        for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
                 raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
         for column in sorted(row.keys() & read & MESSAGE_COLUMNS):
@@ -125,20 +139,21 @@ class RawColumns:
             for name in sorted(names):
                 if name not in known:
                     raise StageError(
-                        f"prepare_data.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
+                        f"{self.place}.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
                     )
 
-    def summary(self, name: Format) -> str:
-        """One line that says which columns and keys of messages were read, and which not."""
-        read = {*READERS[name].columns, *READERS[name].optional}
+    def summary(self, name: Format) -> list[str]:
+        """A line each of which columns and keys of messages were read, and which not."""
+        read = columns_read(name, self.options)
+        renamed = {ours: f"{ours} (from {own})" for own, ours in self.renames.items()}
         parts = {
-            "columns read": self.ours & read,
-            "not read": self.ours - read,
+            "columns read": {renamed.get(ours, ours) for ours in self.ours & read},
+            "facts": set(self.facts),
+            "not read": {renamed.get(ours, ours) for ours in self.ours - read - {*self.facts}},
             "ignored by name": (self.own | self.keys) & self.ignored,
-            "keys of messages not read": self.keys - MESSAGE_KEYS - self.ignored,
+            "keys of messages not read": self.keys - READ_KEYS - self.ignored,
         }
-        told = [f"{what}: {', '.join(sorted(names))}" for what, names in parts.items() if names]
-        return one_line(f"format {name}; {'; '.join(told)}")
+        return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
 
 
 def messages_in(value: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Raw rows as people bring them: files of several types, read row by row, or a data set of the Hugging Face Hub.
+"""Raw rows as people bring them: files of several types, read row by row.
 
 Files are read by plain parsers and not through a table, so that an error names its line, values keep their types and
 no copy of the data is made. What a parser would pass over is an error: a name that stands twice in a header or an
@@ -8,13 +8,14 @@ object, a file that cannot be read, a folder behind a link (DVC's hash of a fold
 import csv
 import functools
 import gzip
+import json
 import stat
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.jsonl import parse_json, parse_object
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 RawRow = dict[str, Any]
 DOCUMENTS = ("license", "licence", "readme", "note", "notice", "citation")
 ROWS_OF_A_BATCH = 1000
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 KINDS_OF_FILE = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -40,7 +42,14 @@ OTHER_CONTENTS = {
 }
 
 
-def local_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
+class FileOptions(NamedTuple):
+    """What the name of a file does not tell of its type."""
+
+    delimiter: str | None = None  # of CSV; None: the only one that the header has
+    rows_key: str | None = None  # where in a JSON object the list of rows stands: keys with dots between them
+
+
+def local_rows(path: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
     """Yield (where, row) of a data file, or of all data files below a folder in the order of their names.
 
     `where` is the file and the line or row, counted from 1, as an error message names it.
@@ -52,7 +61,7 @@ def local_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
     for file in data_files(path):
         empty = True
         try:
-            for where, row in reader_of(file)(file):
+            for where, row in reader_of(file)(file, options):
                 empty = False
                 yield where, row
         except UnicodeDecodeError as error:
@@ -129,7 +138,7 @@ def is_document(file: Path) -> bool:
     return hidden or file.suffix.lower() == ".md" or file.name.lower().split(".")[0] in DOCUMENTS
 
 
-def reader_of(file: Path) -> Callable[[Path], Iterator[tuple[str, RawRow]]]:
+def reader_of(file: Path) -> "FileReader":
     for suffix, reader in FILE_READERS.items():
         if file.name.lower().endswith(suffix):
             return reader
@@ -164,7 +173,7 @@ def refuse_repeated(names: Iterable[str], where: str) -> None:
         raise StageError(f"{where}: the column {repeated[0]!r} stands twice; rename or remove one")
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, RawRow]]:
+def json_lines(file: Path, _options: FileOptions) -> Iterator[tuple[str, RawRow]]:
     with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -172,18 +181,28 @@ def json_lines(file: Path) -> Iterator[tuple[str, RawRow]]:
                 yield where, parse_object(line, where)
 
 
-def json_array(file: Path) -> Iterator[tuple[str, RawRow]]:
-    """A JSON array of objects. Many `.json` files hold JSON lines: the first character tells which it is."""
+def json_array(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
+    """A JSON array of objects, perhaps in an object. Many `.json` files hold JSON lines: their first line is a row."""
     with open_text(file) as text:
         first = next((line for line in text if line.strip()), "")
-    if first.lstrip().startswith("{"):
-        yield from json_lines(file)
+    if first.lstrip().startswith("{") and options.rows_key is None:
+        if not is_json(first):
+            raise StageError(
+                f"{file}: its first line is no JSON object by itself: give JSON lines or an array, or say in rows_key "
+                "where in the object the list of rows stands"
+            )
+        yield from json_lines(file, options)
         return
     with open_text(file) as text:
         content = text.read()
     if not content.strip():
         return
     rows = parse_json(content, str(file), names_line=False)
+    for key in options.rows_key.split(".") if options.rows_key else ():
+        if not isinstance(rows, dict) or key not in rows:
+            found = ", ".join(rows) if isinstance(rows, dict) else type(rows).__name__
+            raise StageError(f"{file}: rows_key {options.rows_key}: expected an object with {key!r}, found {found}")
+        rows = rows[key]
     if not isinstance(rows, list):
         raise StageError(f"{file}: expected an array of objects, found {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):
@@ -192,11 +211,23 @@ def json_array(file: Path) -> Iterator[tuple[str, RawRow]]:
         yield f"{file}, row {number}", row
 
 
-def csv_rows(file: Path) -> Iterator[tuple[str, RawRow]]:
+def is_json(text: str) -> bool:
+    """True if a text is one JSON value that says one thing, or would be but for what the reader of lines tells."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    except (RecursionError, ValueError):
+        return True
+    return True
+
+
+def csv_rows(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
     """Rows of a CSV file with a header; every value is text."""
     csv.field_size_limit(sys.maxsize)
+    delimiter = options.delimiter or delimiter_of(file)
     with open_text(file) as lines:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             refuse_repeated(reader.fieldnames or (), f"{file}, line 1")
             for row in reader:
@@ -208,7 +239,27 @@ def csv_rows(file: Path) -> Iterator[tuple[str, RawRow]]:
             raise StageError(f"{file}, line {reader.reader.line_num}: not valid CSV ({error})") from None
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, RawRow]]:
+def delimiter_of(file: Path) -> str:
+    """The only delimiter that parts a CSV file's header. Raises a StageError if there are several."""
+    found = {}
+    for delimiter, name in DELIMITERS.items():
+        with open_text(file) as lines:
+            try:
+                header = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+            except csv.Error:
+                continue
+        if len(header) > 1:
+            found[delimiter] = name
+    if len(found) > 1:
+        raise StageError(f"{file}, line 1: the header has {' and '.join(found.values())}: say in delimiter which parts")
+    return next(iter(found), ",")
+
+
+def tsv_rows(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
+    return csv_rows(file, options._replace(delimiter=options.delimiter or "\t"))
+
+
+def parquet_rows(file: Path, _options: FileOptions) -> Iterator[tuple[str, RawRow]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -248,50 +299,15 @@ def arrow_rows(table: "pyarrow.RecordBatch | pyarrow.Table", where: str, before:
 # What Arrow raises for a value that it holds and Python cannot: see `arrow_rows`.
 VALUE_ERRORS = (ValueError, ArithmeticError, RecursionError)
 
-FILE_READERS: dict[str, Callable[[Path], Iterator[tuple[str, RawRow]]]] = {
+FileReader = Callable[[Path, FileOptions], Iterator[tuple[str, RawRow]]]
+FILE_READERS: dict[str, FileReader] = {
     ".jsonl": json_lines,
     ".jsonl.gz": json_lines,
     ".json": json_array,
     ".json.gz": json_array,
     ".csv": csv_rows,
     ".csv.gz": csv_rows,
+    ".tsv": tsv_rows,
+    ".tsv.gz": tsv_rows,
     ".parquet": parquet_rows,
 }
-
-
-def hub_rows(dataset: str, revision: str, data_dir: str | None, split: str | None) -> Iterator[tuple[str, RawRow]]:
-    """Yield (where, row) of a Hub data set at one commit: of one split, or of all, one after the other.
-
-    Raises:
-        StageError: the Hub cannot be reached, or has no such data set, commit, folder or split.
-    """
-    for name, rows in hub_splits(dataset, revision, data_dir, split).items():
-        number = 0
-        # As Arrow holds them: nothing is decoded that is not used, such as pictures.
-        for table in rows.with_format("arrow").iter(ROWS_OF_A_BATCH):
-            for row in arrow_rows(table, f"{dataset}, split {name}", number):
-                number += 1
-                yield f"{dataset}, split {name}, row {number}", row
-
-
-@functools.cache  # the rows are read more than once, and the Hub need not be asked again
-def hub_splits(dataset: str, revision: str, data_dir: str | None, split: str | None) -> dict[str, Any]:
-    import datasets
-
-    if Path(dataset).exists():
-        raise StageError(
-            f"hub_dataset: {dataset} is also a file or folder here, which the library would read instead of the Hub's; "
-            "rename that, or read it with source local"
-        )
-    wanted = f"data set {dataset} at revision {revision}" + (f", folder {data_dir}" if data_dir else "")
-    try:
-        loaded: Any = datasets.load_dataset(dataset, data_dir=data_dir, revision=revision, split=split)
-    except Exception as error:  # of many unrelated types: from the network, the Hub's answers and the files themselves
-        # This one only says that a file could not be read; what it was raised from says why.
-        told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = " ".join(str(told or error).split())
-        raise StageError(
-            f"{wanted} could not be loaded from the Hub ({type(told or error).__name__}: {reason}); "
-            "check the name, the revision and the network"
-        ) from None
-    return {split: loaded} if split else dict(loaded)

@@ -26,8 +26,9 @@ from stages.lib.data.chat import (
     require_said,
 )
 from stages.lib.data.conversation_rows import Conversation
-from stages.lib.data.conversations import Message, UnusableRowError
+from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import SpecialTokens, refuse_special_tokens, texts_in, texts_of
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.template_process import RenderingResult, ToRender
 from stages.lib.settings.tokenize_data import LossOn
 

@@ -18,10 +18,10 @@ from stages.lib.data.conversation_rows import (
     sft_conversation,
     unpaired_conversation,
 )
-from stages.lib.data.conversations import UnusableRowError
 from stages.lib.data.encoding import NOT_REVERSIBLE, SpecialTokens, encode_texts, special_tokens
 from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.prompts import json_text
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.row_texts import Part, RowTexts, recipe, row_texts
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, UNPAIRED_SCHEMA
 from stages.lib.settings.tokenize_data import Tokenize

@@ -13,44 +13,39 @@ from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.named_models import (
+    TRAINED,
+    is_there,
+    require_kinds,
+    require_like_reference,
+    require_models,
+    settings_by_key,
+)
 from stages.lib.settings.prepare_base import PrepareBase
-from stages.lib.settings.prepare_data import NO_FILE, PrepareData
+from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
 TEMPLATES = Path("stages/chat_templates")
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
-NEEDED_BY = {
-    "sft": "train_sft and all that starts from its model",
-    "preference": "train_rm, ref_logprobs, train_dpo, train_ppo, train_grpo and evaluate",
-    "prompts": "train_ppo, train_grpo and evaluate",
-}
 
 
 def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> None:
     """Raise StageError where two sections of params.yaml, or one and runtime.yaml, cannot both be obeyed."""
-    dpo, reference = params["train_dpo"], params["ref_logprobs"]
-    for key, theirs, own in (
-        ("precision", "train_dpo.precision", dpo.precision),
-        ("base_quantization", "train_dpo.lora.base_quantization", quantization_of_base(dpo.lora)),
-    ):
-        if getattr(reference, key) != own:
-            raise StageError(
-                f"params.yaml: ref_logprobs.{key} is {or_null(getattr(reference, key))} and {theirs} {or_null(own)}: "
-                "the first step's margin would not be 0; give both the same"
-            )
-    if params["train_rm"].use_margin and params["prepare_data"].source == "film_reviews":
-        raise StageError("params.yaml: train_rm.use_margin: prepare_data.source film_reviews gives its pairs no margin")
+    require_models(params)
+    require_kinds(params)
+    require_like_reference(params)
+    for name, settings in params["train_rm"].items():
+        if settings.use_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.use_margin: pairs made by sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
-        require_kernel(runtime, params[stage].precision, where)
-        if stage in TRAINED:
-            require_engine(runtime, params[stage].precision, where)
-        require_unsharded_quantization(stage, params[stage], runtime, where)
-
-
-def or_null(value: str | None) -> str:
-    return "null" if value is None else value
+        for settings in settings_by_key(stage, params).values():
+            require_kernel(runtime, settings.precision, where)
+            if stage in TRAINED:
+                require_engine(runtime, settings.precision, where)
+            require_unsharded_quantization(stage, settings, runtime, where)
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:
@@ -80,17 +75,16 @@ def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, 
         raise StageError(f"{where}: {zero}: 3 cannot shard a base of base_quantization: {own}; use 0, 1 or 2")
 
 
-def require_paths(data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
+def require_paths(sources: Sources, data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:
     """Raise StageError where a path of params.yaml is not there, or is what a stage writes.
 
     Args:
         outs: paths of dvc.yaml's outs, a matrix's cut off before its item.
     """
     own = [Path(out) for out in outs]
-    for key, path in (("prepare_data.path", data.path),):
-        if path != NO_FILE:
-            refuse_what_a_stage_writes(path, own, key)
-            require_there(path, key)
+    for name, source in sources.files.items():
+        refuse_what_a_stage_writes(source.path, own, f"sources.files.{name}.path")
+        require_there(source.path, f"sources.files.{name}.path")
     for name, model in base.scratch.items():
         require_corpus(model.corpus, own, data.kinds, f"prepare_base.scratch.{name}.corpus")
     for name, model in base.files.items():
@@ -135,19 +129,6 @@ def require_there(path: str, key: str) -> None:
         raise StageError(f"params.yaml: {key}: {path} does not exist")
 
 
-def is_there(path: str) -> bool:
-    """False also for a name that no file can have."""
-    return os.path.lexists(real(Path(path)))
-
-
-def warn_of_kinds(data: PrepareData) -> list[str]:
-    return [
-        f"params.yaml: prepare_data.kinds lacks {kind}, without which these refuse to run: {stages}"
-        for kind, stages in NEEDED_BY.items()
-        if kind not in data.kinds
-    ]
-
-
 def require_model_fits(
     facts: ModelFacts, name: str, params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
 ) -> list[str]:
@@ -167,9 +148,9 @@ def require_model_fits(
 def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> None:
     limits = params["tokenize_data"]
     needed = {"tokenize_data.max_length": limits.max_length} | {
-        f"tokenize_data.max_prompt_length + {stage}.max_new_tokens": limits.max_prompt_length
-        + params[stage].max_new_tokens
+        f"tokenize_data.max_prompt_length + {key}.max_new_tokens": limits.max_prompt_length + settings.max_new_tokens
         for stage in ("train_ppo", "train_grpo", "evaluate")
+        for key, settings in settings_by_key(stage, params).items()
     }
     for keys, tokens in needed.items():
         if tokens > positions:
@@ -179,5 +160,5 @@ def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> N
 def no_classifier(facts: ModelFacts, name: str) -> str:
     return (
         f"models of type {facts.model_type}, as {name} is, have no sequence classifier in transformers: SFT and DPO "
-        "work, but train_rm, train_ppo, train_grpo and evaluate need a reward model and cannot run"
+        "work, but train_rm, and the critic of train_ppo, cannot start from it"
     )

@@ -25,6 +25,8 @@ STAGES = (
     "train_ppo",
     "train_grpo",
     "evaluate",
+    "score_samples",
+    "evaluate_rm",
 )
 DATA_STAGES = ("tokenize_data",)  # they use `workers` alone
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
@@ -111,7 +113,7 @@ class Runtime(Settings):
     )
     rows_per_partial_result: Count = key(
         512,
-        "that ref_logprobs and evaluate compute before they keep them in the scratch folder",
+        "that stages which train nothing compute before they keep them in the scratch folder",
         unit="rows or prompts",
     )
     workers: Count | None = key(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from stages.lib.data.conversations import Message, assistant, user
 from stages.lib.data.prepared_rows import PreparedRow, Split, preference_pair
 from stages.lib.data.prompts import Prompt
-from stages.lib.settings.prepare_data import FilmReviewSettings
+from stages.lib.settings.task_sources import FilmReviewSettings
 from stages.lib.tasks.film_gold import (
     ASPECT_WORDS,
     COLD_ADJECTIVES,
@@ -108,23 +108,27 @@ class PreferenceDraw(NamedTuple):
 
 
 def rows(settings: FilmReviewSettings, seed: int) -> Iterator[PreparedRow]:
-    """All kinds and splits; equal arguments give equal rows."""
+    """All kinds that have a size, in all splits; equal arguments give equal rows."""
+    kinds = settings.kinds
     sizes: dict[Split, tuple[int, int, int]] = {
         "train": (settings.sft_rows, settings.preference_rows, settings.prompt_rows),
         "validation": (settings.validation_rows,) * 3,
         "test": (settings.test_rows,) * 3,
     }
     for split, (sft, preference, prompts) in sizes.items():
-        for values in draw_sft(split, sft, seed):
+        for values in draw_sft(split, sft, seed) if "sft" in kinds else ():
             yield PreparedRow("sft", split, values)
-        for pair in draw_preferences(split, preference, seed, settings.label_temperature):
-            yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
-        for values in draw_prompts(split, prompts, seed):
+        if "preference" in kinds:
+            for pair in draw_preferences(split, preference, seed, settings.label_temperature):
+                yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
+        for values in draw_prompts(split, prompts, seed) if "prompts" in kinds else ():
             yield PreparedRow("prompts", split, values)
 
 
 def known(settings: FilmReviewSettings, seed: int) -> dict[str, float]:
-    """The best accuracy that a reward model can expect on the test pairs."""
+    """The best accuracy that a reward model can expect on the test pairs, if there are any."""
+    if "preference" not in settings.kinds:
+        return {}
     pairs = draw_preferences("test", settings.test_rows, seed, settings.label_temperature)
     utilities = ((pair.chosen_utility, pair.rejected_utility) for pair in pairs)
     return {"bayes_accuracy": bayes_accuracy(utilities, settings.label_temperature)}

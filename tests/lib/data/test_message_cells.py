@@ -1,19 +1,21 @@
-"""Messages written as text: JSON is read, anything else that is meant as messages is refused."""
+"""Messages written as text: JSON and Python's lists are read, anything else that is meant as messages is refused."""
 
 import json
 
 import pytest
 
 from stages.lib.data.conversations import MalformedRowError
-from stages.lib.data.formats import READERS, detect_format, read_example
+from stages.lib.data.detection import detect_format
 from stages.lib.data.message_cells import with_messages_read
+from tests.lib.data.reading import one_example, said
 from tests.lib.data.test_formats import PAIRS, REPLIES, bot, user
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_a_row_of_every_format_is_read_alike_with_its_lists_as_text(name):
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("name", PAIRS | REPLIES)
+def test_a_row_of_every_format_is_read_alike_with_its_lists_as_text(name, write):
     row = (PAIRS | REPLIES)[name]
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+    texts = {key: value if isinstance(value, str) else write(value) for key, value in row.items()}
     assert with_messages_read(texts, "here") == row
     assert detect_format(with_messages_read(texts, "here"), "here") == name
     assert with_messages_read(row, "here") == row
@@ -21,12 +23,12 @@ def test_a_row_of_every_format_is_read_alike_with_its_lists_as_text(name):
 
 def test_replies_of_messages_beside_a_prompt_of_text():
     row = {"prompt": "tea", "chosen": json.dumps([user("tea"), bot("yes")]), "rejected": json.dumps([bot("no")])}
-    example = read_example(with_messages_read(row, "here"), "preference", "here")
-    assert (example.prompt, example.reply, example.rejected) == ([user("tea")], "yes", "no")
+    example = one_example(with_messages_read(row, "here"), "preference")
+    assert said(example) == ([user("tea")], "yes", "no")
 
 
 MESSAGES = json.dumps([{"id": 1} | bot("yes")])
-PRINTED = str([bot("yes"), user("it's")])
+NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"  # without commas
 
 
 @pytest.mark.parametrize(
@@ -36,9 +38,9 @@ PRINTED = str([bot("yes"), user("it's")])
         ({"prompt": MESSAGES, "chosen": "a", "rejected": "b"}, "here, 'prompt': messages written as text beside"),
         ({"prompt": "a", "completion": MESSAGES}, "here, 'completion': messages written as text beside"),
         ({"instruction": "a", "output": MESSAGES}, "here, 'output': messages written as text beside"),
-        ({"prompt": "a", "chosen": PRINTED, "rejected": PRINTED}, "here, 'chosen': not valid JSON"),
+        ({"prompt": "a", "chosen": NUMPY, "rejected": NUMPY}, "here, 'chosen': not valid JSON"),
         ({"prompt": "a", "chosen": MESSAGES[:-2], "rejected": MESSAGES}, "here, 'chosen': not valid JSON"),
-        ({"messages": PRINTED}, "here, 'messages': not valid JSON"),
+        ({"messages": NUMPY}, "here, 'messages': not valid JSON"),
         ({"messages": "hello"}, "here, 'messages': not valid JSON"),
         (
             {"messages": '[{"role": "user", "role": "user"}]'},

@@ -4,6 +4,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError
+from stages.lib.data.detection import columns_of
 from stages.lib.data.raw_columns import MEANINGFUL_COLUMNS, MEANINGFUL_KEYS, RawColumns, refuse_unknown_targets
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -30,10 +31,10 @@ def test_no_column_takes_the_place_of_another():
     assert RawColumns({"query": "prompt"}, ("prompt",)).take(row, "here") == {"prompt": "new"}
 
 
-@pytest.mark.parametrize("column", sorted(MEANINGFUL_COLUMNS - {"input", "system", "history", "margin"}))
+@pytest.mark.parametrize("column", sorted(MEANINGFUL_COLUMNS - set(columns_of("preference"))))
 def test_a_column_with_a_meaning_that_nothing_reads_is_refused_until_it_is_ignored(column):
     row = PAIR | {column: [1]}
-    with pytest.raises(StageError, match=f"here: the column '{column}' .*prepare_data.ignore_columns"):
+    with pytest.raises(StageError, match=f"here: the column '{column}' .*ignore_columns"):
         RawColumns({}, ()).refuse_unread(row, "preference", "here")
     for nothing in (None, "", " ", [], {}):
         RawColumns({}, ()).refuse_unread(PAIR | {column: nothing}, "preference", "here")
@@ -62,7 +63,7 @@ def test_a_column_that_another_format_reads_is_refused_in_one_that_does_not(name
 def test_a_key_of_a_message_that_nothing_reads_is_refused_until_it_is_ignored(key):
     message = {"role": "user", "content": "a", key: 0}
     for row, name in (({"messages": [{}, message]}, "messages"), (PAIR | {"chosen": [{}, message]}, "preference")):
-        with pytest.raises(StageError, match=f"message 2: the key '{key}' .*prepare_data.ignore_columns"):
+        with pytest.raises(StageError, match=f"message 2: the key '{key}' .*ignore_columns"):
             RawColumns({}, ()).refuse_unread(row, name, "here")
         RawColumns({}, (key,)).refuse_unread(row, name, "here")
     RawColumns({}, ()).refuse_unread({"messages": [message | {key: None}]}, "messages", "here")
@@ -100,7 +101,7 @@ def test_what_is_read_and_what_is_not_is_told_in_one_line():
     )
 
 
-@pytest.mark.parametrize("target", ["promt", "", "label", "role"])
+@pytest.mark.parametrize("target", ["promt", "", "reward", "role"])
 def test_a_column_can_only_get_a_name_that_a_format_reads(target):
     with pytest.raises(ValueError, match=f"columns gives 'x' the name '{target}', which no format reads"):
         refuse_unknown_targets({"x": target})

@@ -1,0 +1,90 @@
+"""The page docs/formats.md, made of the examples of formats: python -m tests.lib.data.format_table --write."""
+
+import json
+import sys
+from typing import Any
+
+from stages.lib.data.formats import READERS
+from tests.lib.data.format_examples import EXAMPLES, FormatExample
+from tests.real_files import PROJECT
+
+PAGE = PROJECT / "docs" / "formats.md"
+BEFORE = """# Formats of raw data
+
+Made of the examples that the tests read (`tests/lib/data/format_examples.py`); written by
+`python -m tests.lib.data.format_table --write`.
+
+A row's format is named in `format`, or `auto`: then it must be certain by its columns, or the run ends with a line that
+lists the candidates. `columns` gives columns of your own the names below, and `facts` lets columns ride on with prompts
+to rewards and evaluation. What the raw rows become is shown for the kind that they are made for; a pair also gives an
+sft row with its chosen reply, and each of them a prompt.
+
+Files are `.jsonl`, `.json` (an array, or an object with the rows under the key that `rows_key` names), `.csv` (commas,
+or semicolons or tabs where the header leaves no doubt; else `delimiter` names it), `.tsv` (all of them also `.gz`) and
+`.parquet`. Text files, such as one file for each review, become one of them in a line of Python:
+
+    python -c 'import json, pathlib, sys
+    for file in sorted(pathlib.Path(sys.argv[1]).rglob("*.txt")):
+        print(json.dumps({"text": file.read_text(encoding="utf-8"), "of": file.parent.name}))' reviews > reviews.jsonl
+
+(`format: text`, and `of` in `ignore_columns` or, where a reward is to know it, in `facts`.)
+"""
+COMPARISONS = """
+**Which response is better is never guessed.** An index may count from 0 or from 1, and a letter may stand for a column
+or for a place on a screen: `first` and `second` say which values of `winner` mean which response. A row with a vote
+that is in none of `first`, `second` and `tie` is an error. Keys of `comparison` that an example does not show are as
+they are by default. Two responses that `columns` names chosen and rejected, beside a
+column that may say which of them won, are refused until that column is described here or ignored by name.
+"""
+AFTER = """
+## Columns of each format
+
+| format | needs | reads where present |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    parts = [BEFORE]
+    for title, examples in EXAMPLES.items():
+        parts.append(f"\n## {title}\n")
+        if title.startswith("Two responses"):
+            parts.append(COMPARISONS)
+        parts.append("\n| what it is | format | a row | options | what it becomes |\n|---|---|---|---|---|\n")
+        parts += [line(example) for example in examples]
+    parts.append(AFTER)
+    for name, reader in READERS.items():
+        needs = ", ".join(reader.columns) or "what `comparison` names"
+        parts.append(f"| {name} | {needs} | {', '.join(reader.optional) or '–'} |\n")
+    return "".join(parts)
+
+
+def line(example: FormatExample) -> str:
+    settings = {
+        **({"columns": example.columns} if example.columns else {}),
+        **({"facts": list(example.facts)} if example.facts else {}),
+        **example.options,
+    }
+    made = [code(row) for row in example.becomes]
+    counted = [f"{name}: {count}" for name, count in example.counts.items()]
+    cells = [
+        example.what,
+        f"`{example.format}`",
+        "<br>".join(code(row) for row in example.rows),
+        "<br>".join(f"`{key}:` {code(value)}" for key, value in settings.items()),
+        "<br>".join(made) + (f"<br>counted: {', '.join(counted)}" if counted else ""),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def code(value: Any) -> str:
+    """JSON between backticks, which a cell of a table can hold."""
+    return f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(page(), end="")
