@@ -125,6 +125,7 @@ SMALL = ModelFacts("llama", vocab_size=12, positions=5, has_classifier=True, att
 def test_a_row_of_more_tokens_than_positions_is_named(tmp_path):
     path = tmp_path / "t.arrow"
     columns = {"row": [4, 7], "prompt_ids": [[1, 2], [1, 2, 3]], "chosen_ids": [[1, 2, 3], [1]], "margin": [None, None]}
+    columns["source"] = ["films", "films"]
     write_table(path, columns | {"rejected_ids": [[1], [1, 2]]}, PREFERENCE_SCHEMA)
     check_table_fits(read_table(path, PREFERENCE_SCHEMA), SMALL, path)
     with pytest.raises(StageError, match=r"t\.arrow, row 4: 5 tokens"):
