@@ -29,7 +29,7 @@ from stages.lib.data.conversations import Example, Message
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import examples_of
 from stages.lib.data.hub_data import HubData, hub_rows
-from stages.lib.data.message_cells import with_messages_read
+from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import FileOptions, RawRow, local_rows
@@ -135,6 +135,7 @@ class Reading:
         row = with_messages_read(taken, where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
+        row = without_keys(row, settings.ignore_columns)
         if settings.task is not None:
             facts = {**facts, TASK: settings.task}
         examples = examples_of(row, name, settings, where, facts=facts, renames=settings.columns, counts=self.counts)
