@@ -16,16 +16,12 @@ from tests.hub_server import HubRepository, HubServer, hub_environment, reposito
 from tests.pipeline.graph import stage_names
 from tests.stages.data_stages import lines, read, settings, sources_of, write_rows
 from tests.stages.tiny_pipeline import PROJECT, call, change, lay_over, new_project, read_yaml, start, write_yaml
+from tests.stages.tiny_qwen import save_qwen
 
 DATA = "Anthropic/hh-rlhf"
 DATA_COMMIT = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 MODEL = "Qwen/Qwen2.5-0.5B"
 MODEL_COMMIT = "060db6499f32faf8b98477b0a26969ef7d8b9987"
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SOURCE = {
     "dataset": DATA,
     "revision": DATA_COMMIT,
@@ -52,35 +48,8 @@ def compressed(rows):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A Qwen2 of a few thousand parameters with a byte-level tokenizer, laid out as on the Hub."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
-    tokenizer.train_from_iterator(["question good bad which?"] * 9, trainer)
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=320,  # more rows than the tokenizer has tokens, as Qwen2.5 has
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    (folder / "README.md").write_text("# A tiny model\n", encoding="utf-8")
+    save_qwen(folder)
     return folder
 
 
