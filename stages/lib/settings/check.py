@@ -28,16 +28,19 @@ def outs_of_graph(graph: dict[str, Any], document: dict[str, Any]) -> list[str]:
         entries = [entry for kind in ("outs", "metrics", "plots") for entry in body.get(kind) or ()]
         names = entries_of_group(stage, document)
         for path in (next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries):
-            found += [path.replace("${key}", name) for name in names] if "${key}" in path else [path]
+            is_for_each = "${key}" in path or "${item}" in path
+            found += (
+                [path.replace("${key}", name).replace("${item}", name) for name in names] if is_for_each else [path]
+            )
     return [path.partition("${")[0].rstrip("/") for path in found]
 
 
 def entries_of_group(stage: dict[str, Any], document: dict[str, Any]) -> list[str]:
-    """The names for each of which a group with `foreach: ${section.key}` has a stage."""
+    """The names for each of which a group with `foreach: ${section.key}` has a stage: a mapping's keys, or a list."""
     values: Any = document
     for part in str(stage.get("foreach", "")).strip("${}").split("."):
         values = values.get(part) if isinstance(values, dict) else None
-    return [*values] if isinstance(values, dict) else []
+    return [*values] if isinstance(values, dict | list) else []
 
 
 def known_models(base: PrepareBase) -> Iterator[tuple[ModelFacts, str]]:

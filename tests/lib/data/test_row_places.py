@@ -1,9 +1,9 @@
 from collections import Counter
 
 import pytest
+from stages.lib.data.prompt_splits import held_out_prompts, prompt_digests
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.prompt_splits import held_out_prompts, prompt_digests
 
 
 def digests(texts, seed=1):
