@@ -150,7 +150,7 @@ def examples_of(
         MalformedRowError: a column is missing or of the wrong type, a role is unknown.
         UnusableRowError: the row is well formed and of no use, such as one with an empty reply.
     """
-    refuse_disagreement(name, options)
+    refuse_disagreement(name, options, f"{where}: ")
     if missing := missing_columns(row, name):
         raise MalformedRowError(
             f"{where}: format '{name}' needs the column '{missing[0]}', found {', '.join(row) or 'none'}; "
@@ -177,14 +177,16 @@ WHICH_IS_WHICH = (
 )
 
 
-def refuse_disagreement(name: str, options: ReadingOptions) -> None:
-    """Raise a StageError if a format, or auto for any, and the options do not go together."""
+def refuse_disagreement(name: str, options: ReadingOptions, where: str = "") -> None:
+    """Raise a StageError, beginning with `where`, if a format, or auto for any, and the options do not go together."""
     if name == "comparison" and options.comparison is None:
-        raise StageError("format comparison needs the setting comparison, which says what is compared and how")
+        raise StageError(f"{where}format comparison needs the setting comparison: what is compared, and how")
     if name not in ("auto", "comparison") and options.comparison is not None:
-        raise StageError(f"comparison is set, and format is '{name}': make it comparison or auto")
+        raise StageError(f"{where}comparison is set, and format is '{name}': make it comparison or auto")
     if options.threshold is not None and options.comparison is None and name not in ("auto", *REPLIES):
-        raise StageError(f"threshold makes unpaired data of single replies, and format '{name}' does not have them")
+        raise StageError(
+            f"{where}threshold makes unpaired data of single replies, and format '{name}' does not have them"
+        )
 
 
 def missing_columns(row: RawRow, name: Format) -> list[str]:
