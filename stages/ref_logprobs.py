@@ -2,7 +2,10 @@
 
 DPO then trains without a reference model in memory. The content of tokens and weights is the cache key (DVC's deps).
 
-    python -m stages.ref_logprobs --tokens data/tokens/preference --model models/sft --out data/ref_logprobs
+The reference is named in params.yaml.
+
+    python -m stages.ref_logprobs --train-tokens data/tokens/train/preference.arrow \\
+        --validation-tokens data/tokens/validation/preference.arrow --out data/ref_logprobs --name sft
 """
 
 from __future__ import annotations
@@ -13,21 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.ref_logprobs import RefLogprobs
 from stages.lib.settings.runtime import read_runtime
 
 if not asks_for_help():
-    from stages.lib.command.hashing import dvc_hash
     from stages.lib.compute.batching import MicroBatching, micro_batching
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import join_processes
     from stages.lib.compute.sequence_logprobs import all_pair_logps
-    from stages.lib.data.reference_tables import LOG_PROBS, VALUES, values_digest
+    from stages.lib.data.reference_tables import LOG_PROBS, MODEL_PATH, VALUES, values_digest
     from stages.lib.data.token_tables import (
         PREFERENCE_SCHEMA,
         REFERENCE_SCHEMA,
@@ -38,19 +41,24 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.operations.progress import Progress
+    from stages.lib.runs.model_card import shareable_path
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 
 
-def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
-    """Write the log-probs of the pairs in TOKENS under MODEL to OUT."""
-    settings = read_params("ref_logprobs", RefLogprobs)
+def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOption, name: EntryOption = None) -> None:
+    """Write the log-probs of the pairs in TRAIN_TOKENS and VALIDATION_TOKENS under a reference model."""
+    name, settings = read_entry("ref_logprobs", RefLogprobs, name)
+    model = Path(settings.model)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("ref_logprobs")
     processes = join_processes(runtime)
-    tables = {split: read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval")}
-    require_tokens_of(tokens, model)
-    declared = {"ref_logprobs": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with PartialResults("ref_logprobs", declared, [tokens, model], {"logps": out}, runtime, processes) as this_run:
+    paths = {"train": train_tokens, "validation": validation_tokens}
+    tables = {split: read_table(path, PREFERENCE_SCHEMA) for split, path in paths.items()}
+    for path in paths.values():
+        require_tokens_of(path, model)
+    declared = {f"ref_logprobs.{name}": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    inputs, outs = [*paths.values(), model], {"logps": out / name}
+    with PartialResults(f"ref_logprobs@{name}", declared, inputs, outs, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         loading = Loading(
@@ -64,14 +72,13 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
         language_model = load_language_model(model, loading)
         module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
-        hashes = processes.in_main(lambda: {split: dvc_hash(tokens / f"{split}.arrow") for split in tables})
         columns = {}
         for split, table in tables.items():
-            check_table_fits(table, facts_of(language_model), tokens / f"{split}.arrow")
-            progress = Progress(f"ref_logprobs {split}", len(table), runtime.log_seconds, unit="rows")
+            check_table_fits(table, facts_of(language_model), paths[split])
+            progress = Progress(f"{this_run.stage} {split}", len(table), runtime.log_seconds, unit="rows")
             chosen, rejected = [], []
             for rows in this_run.chunks(len(table)):
-                compute = partial(all_logps, module, table, rows, tokens / split, batching)
+                compute = partial(all_logps, module, table, rows, paths[split], batching)
                 name = f"{split}-{rows.start}-{rows.stop}"
                 both = this_run.keep(name, len(rows), {"chosen": NUMBER, "rejected": NUMBER}, compute)
                 chosen += both["chosen"]
@@ -85,12 +92,15 @@ def main(tokens: PathOption, model: PathOption, out: PathOption) -> None:
             }
 
         def build(staged: dict[str, Path]) -> None:
-            assert hashes is not None, "the main process builds, and it has them"
+            hashes = this_run.own_scratch.input_hashes
             staged["logps"].mkdir()
             notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
-            notes |= {"model": this_run.own_scratch.input_hashes[str(model)]}
+            notes |= {"model": hashes[str(model)], MODEL_PATH: shareable_path(settings.model)}
             for split, values in columns.items():
-                of_split = {"tokens": hashes[split], VALUES: values_digest(*(values[name] for name in LOG_PROBS))}
+                of_split = {
+                    "tokens": hashes[str(paths[split])],
+                    VALUES: values_digest(*(values[name] for name in LOG_PROBS)),
+                }
                 schema = REFERENCE_SCHEMA.with_metadata(notes | of_split)
                 write_table(staged["logps"] / f"{split}.arrow", values, schema)
 

@@ -6,8 +6,12 @@
 with Δ = log π(y|x) − log π_ref(y|x) summed over completion tokens and h = Δ_c − Δ_r; the mean is over all pairs of the
 optimizer step.
 
-    python -m stages.train_dpo --tokens data/tokens/preference --ref-logprobs data/ref_logprobs --model models/sft \\
-        --out models/dpo --metrics metrics/train_dpo.json --curve metrics/curves/train_dpo.csv
+The model that it starts from and the reference's log-probs are named in params.yaml. Where the reference is that model,
+h is 0 before the first step, and this is checked; of another reference h is printed as it is.
+
+    python -m stages.train_dpo --train-tokens data/tokens/train/preference.arrow \\
+        --validation-tokens data/tokens/validation/preference.arrow --out models --metrics metrics/training \\
+        --curve metrics/curves --name dpo
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_seed, read_value
+from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
@@ -26,25 +31,25 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
 
 if not asks_for_help():
-    from stages.lib.command.hashing import dvc_hash
     from stages.lib.compute.batching import micro_batching, rows_of_step, steps_in
     from stages.lib.compute.engine.choice import new_engine
     from stages.lib.compute.processes import join_processes
-    from stages.lib.data.reference_tables import read_reference, require_made_from
+    from stages.lib.data.reference_tables import MODEL_PATH, read_reference, require_made_from
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.fit import fit
     from stages.lib.objectives.preference import PreferenceObjective
-    from stages.lib.objectives.reference_start import require_start
+    from stages.lib.objectives.reference_start import mean_margin, require_start
+    from stages.lib.runs.model_card import shareable_path
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 METRICS = ("loss", *REWARDS, "logps/chosen", "logps/rejected")
-COLUMNS = (*METRICS, "grad_norm", "learning_rate", *(f"eval/{name}" for name in METRICS))
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "eval/loss")
+COLUMNS = (*METRICS, "grad_norm", "learning_rate", *(f"validation/{name}" for name in METRICS))
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "validation/loss")
 
 
 class Pairs:
@@ -55,23 +60,28 @@ class Pairs:
         self.tokens = read_table(tokens, PREFERENCE_SCHEMA)
         self.reference = read_reference(ref_logprobs, self.tokens, tokens)
 
-    def require_reference_like(self, settings: TrainDpo) -> None:
+    def starts_as_reference(self, model: Path) -> bool:
+        """Whether the reference is, by its path, the model that the policy starts from."""
+        return read_note(self.path, MODEL_PATH) == shareable_path(str(model))
+
+    def require_reference_like(self, settings: TrainDpo, where: str) -> None:
         """Raise StageError if the reference's numbers are not those of the policy before its first step."""
         for reason, note, own in (
-            ("train_dpo.precision is", "precision", settings.precision),
-            ("train_dpo trains on base_quantization", "base_quantization", str(quantization_of_base(settings.lora))),
+            ("precision is", "precision", settings.precision),
+            ("lora trains on base_quantization", "base_quantization", str(quantization_of_base(settings.lora))),
         ):
             reference = read_note(self.path, note)
             if reference != own:
                 raise StageError(
-                    f"params.yaml: {reason} {own}, but {self.path.parent} was computed with {note} {reference}: "
-                    "the first step's margin would not be 0; give ref_logprobs and train_dpo the same"
+                    f"params.yaml: {where}: {reason} {own}, but {self.path.parent} was computed with {note} "
+                    f"{reference}: the first step's margin would not be 0; give ref_logprobs and train_dpo the same"
                 )
 
     def require_made_from_inputs(self, model: Path, this_run: TrainingRun) -> None:
-        """Raise StageError if the reference is of other tokens, or of another model than the policy starts from."""
-        tokens = (self.tokens_path, dvc_hash(self.tokens_path))
-        require_made_from(self.path, tokens=tokens, model=(model, this_run.own_scratch.input_hashes[str(model)]))
+        """Raise StageError if the reference is of other tokens, or of other weights of the model of the start."""
+        hashes = this_run.own_scratch.input_hashes
+        inputs = {"tokens": self.tokens_path} | ({"model": model} if self.starts_as_reference(model) else {})
+        require_made_from(self.path, **{note: (path, hashes[str(path)]) for note, path in inputs.items()})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -81,29 +91,33 @@ class Pairs:
 
 
 def main(
-    tokens: PathOption,
-    ref_logprobs: PathOption,
-    model: PathOption,
+    train_tokens: PathOption,
+    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
+    name: EntryOption = None,
 ) -> None:
-    """Train MODEL on the pairs in TOKENS against their cached reference log-probs."""
-    settings = read_params("train_dpo", TrainDpo)
+    """Train a policy on the pairs in TRAIN_TOKENS against the cached log-probs of a reference."""
+    name, settings = read_entry("train_dpo", TrainDpo, name)
+    model, reference = Path(settings.model), Path(settings.reference)
     seed = read_seed(settings)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_dpo")
     processes = join_processes(runtime)
-    train, held_out = (Pairs(tokens / f"{split}.arrow", ref_logprobs / f"{split}.arrow") for split in ("train", "eval"))
-    train.require_reference_like(settings)
-    require_tokens_of(tokens, model)
-    outs = {"model": out, "metrics": metrics, "curve": curve}
-    inputs = [tokens, ref_logprobs, model]
-    declared = {"train_dpo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun("train_dpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    train = Pairs(train_tokens, reference / "train.arrow")
+    validation = Pairs(validation_tokens, reference / "validation.arrow")
+    for pairs in (train, validation):
+        require_tokens_of(pairs.tokens_path, model)
+        if pairs.starts_as_reference(model):
+            pairs.require_reference_like(settings, f"train_dpo.{name}")
+    outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
+    inputs = [train_tokens, validation_tokens, reference, model]
+    declared = {f"train_dpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    with TrainingRun(f"train_dpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
-        for pairs in (train, held_out):
+        for pairs in (train, validation):
             processes.in_main(partial(pairs.require_made_from_inputs, model, this_run))
         quantization = quantization_of_base(settings.lora)
         loading = Loading(
@@ -111,30 +125,36 @@ def main(
         )
         language_model = load_language_model(model, loading)
         lora = Lora(language_model, settings.lora, seed, model)
-        for pairs, split in ((train, "train"), (held_out, "eval")):
-            check_table_fits(pairs.tokens, facts_of(language_model), tokens / f"{split}.arrow")
+        for pairs in (train, validation):
+            check_table_fits(pairs.tokens, facts_of(language_model), pairs.tokens_path)
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
-        this_run.say(f"train_dpo: {len(train)} pairs, {total} steps")
-        # Before `fit` goes on from a checkpoint: this is the policy that the reference was computed from.
+        this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
+        # Before `fit` goes on from a checkpoint: this is the policy as it starts.
         first_rows = rows_of_step(0, len(train), settings.batch_size, settings.epochs, seed)
-        for pairs, rows in ((train, first_rows), (held_out, slice(settings.batch_size))):
-            require_start(engine, pairs[rows], batching, pairs.path, settings.precision)
+        for pairs, rows in ((train, first_rows), (validation, slice(settings.batch_size))):
+            if pairs.starts_as_reference(model):
+                require_start(engine, pairs[rows], batching, pairs.path, settings.precision)
+            else:
+                h = mean_margin(engine, pairs[rows], batching)
+                this_run.say(
+                    f"{this_run.stage}: mean |h| to the reference of {pairs.path} is {h:.4g} nats at the start"
+                )
         best = fit(
             this_run,
             engine,
             PreferenceObjective(batching, settings.loss),
             train,
-            held_out,
+            validation,
             settings,
             seed,
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
         )
-        results = {f"eval_{name.replace('/', '_')}": value for name, value in best.results.items()}
-        results |= {"train_rows": len(train), "eval_rows": len(held_out), "steps": total}
+        results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
+        results |= {"train_rows": len(train), "validation_rows": len(validation), "steps": total}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

@@ -1,23 +1,25 @@
 """Group relative policy optimization (arXiv 2402.03300) against a reward model: several responses a prompt, no critic.
 
     A_i = (R_i − mean R) / (s + ε_A)                over the samples of a prompt; the same for all tokens of a response
-    L   = E[−min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3]    ρ = π(y_t) / π_old(y_t), k3 an estimate of the KL to π_SFT
+    L   = E[−min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3]    ρ = π(y_t) / π_old(y_t), k3 an estimate of the KL to π_ref
 
 R is the reward model's score, less a penalty for a response that does not end. The mean of L is over the tokens of a
 whole minibatch (DAPO, arXiv 2503.14476, Eq 8), not over means of responses, in which a long one's tokens weigh little.
-Policy and reference start as MODEL; with LoRA the reference is the policy without its adapters.
+params.yaml names the model that the policy starts from, the reference and the reward model; with LoRA a reference that
+is the policy's start is the policy without its adapters.
 
-    python -m stages.train_grpo --tokens data/tokens/prompts --model models/sft --reward-model models/rm \\
-        --out models/grpo --rollouts data/rollouts/train_grpo --metrics metrics/train_grpo.json \\
-        --curve metrics/curves/train_grpo.csv
+    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+        --metrics metrics/training --curve metrics/curves --name grpo
 """
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_seed, read_value
+from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
@@ -38,14 +40,13 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import RewardModel
+    from stages.lib.rl.rewards.reward_model import load_reward_model
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
-    from stages.lib.rl.trained_critic import load_reward_model
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import publish_policy, record_phase
+    from stages.lib.runs.policy_run import publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
@@ -91,34 +92,43 @@ def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts,
 
 def main(
     tokens: PathOption,
-    model: PathOption,
-    reward_model: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
     curve: PathOption,
+    name: EntryOption = None,
 ) -> None:
-    """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
-    settings = read_params("train_grpo", TrainGrpo)
+    """Train a policy on the prompts in TOKENS to please a reward model."""
+    name, settings = read_entry("train_grpo", TrainGrpo, name)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime, kernels = read_runtime("train_grpo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
-    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
-    inputs = [tokens / "train.arrow", model, reward_model]
-    outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
-    declared = {"train_grpo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun("train_grpo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    paths = (settings.model, settings.reference, settings.reward_model)
+    model, reference = Path(settings.model), Path(settings.reference)
+    prompts = read_prompts(tokens, model, reference)
+    outs = {
+        "model": out / name,
+        "rollouts": rollouts / name,
+        "metrics": metrics / f"{name}.json",
+        "curve": curve / f"{name}.csv",
+    }
+    inputs = [tokens, *map(Path, paths)]
+    declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared |= {"kernels": kernels}
+    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
-        policy = load_policy(model, settings.lora, settings.optimizer, settings.total_updates, seed, loading, processes)
-        require_fit(prompts, inputs[0], policy.language_model, settings.max_new_tokens, "train_grpo")
+        updates, launch = settings.total_updates, (seed, loading, processes)
+        policy = load_policy(model, reference, settings.lora, settings.optimizer, updates, *launch)
+        require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_grpo.{name}")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = RewardModel(load_reward_model(reward_model, loading, processes), batching)
+        reward = load_reward_model(Path(settings.reward_model), settings, loading, batching, processes, model)
+        tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}
         publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)

@@ -1,17 +1,17 @@
 """Proximal policy optimization (arXiv 1707.06347) against a reward model, with a critic and a KL penalty.
 
-    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_SFT(y_t)
+    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_ref(y_t)
     A   = GAE(γ, λ) of r under the critic       (arXiv 1506.02438), whitened over the rollouts of a phase
     L_π = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]      ρ = π(y_t) / π_old(y_t), at the sampling temperature
     L_V = ½ E[max((V − G)², (clip(V, V_old ± ε_v) − G)²)]
 
-Means are over the response tokens of a whole minibatch, and each minibatch is an optimizer step. Policy and reference
-start as MODEL, critic and reward model as REWARD_MODEL. With LoRA the reference is the policy without its adapters, and
-the reward model the critic without its adapters and with its first head: two models in memory instead of four.
+Means are over the response tokens of a whole minibatch, and each minibatch is an optimizer step. params.yaml names the
+models that policy and critic start from, the reference and the reward model. With LoRA a reference that is the policy's
+start is the policy without its adapters, and a reward model that is the critic's start is the critic without its
+adapters and with its first head: two models in memory instead of four.
 
-    python -m stages.train_ppo --tokens data/tokens/prompts --model models/sft --reward-model models/rm \\
-        --out models/ppo --rollouts data/rollouts/train_ppo --metrics metrics/train_ppo.json \\
-        --curve metrics/curves/train_ppo.csv
+    python -m stages.train_ppo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+        --metrics metrics/training --curve metrics/curves --name ppo
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_seed, read_value
+from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
@@ -36,7 +37,7 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
-    from stages.lib.models.pretrained import Loading
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
@@ -44,7 +45,6 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import RewardModel
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -52,7 +52,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import publish_policy, record_phase
+    from stages.lib.runs.policy_run import publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -100,20 +100,21 @@ def load_parts(
     seed: int,
     loading: Loading,
     processes: Processes,
-    model: Path,
-    reward_model: Path,
     decode: Callable[[list[int]], str],
     may_stop: Callable[[], None],
 ) -> Parts:
     """`may_stop` is called between two batches of sampling."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
+    model, reward_model = Path(settings.model), Path(settings.reward_model)
     launch = (seed, loading, processes)
-    policy = load_policy(model, settings.lora, settings.policy_optimizer, of_policy, *launch)
-    critic = load_critic(reward_model, settings.lora, settings.critic_optimizer, of_critic, *launch)
+    policy = load_policy(model, Path(settings.reference), settings.lora, settings.policy_optimizer, of_policy, *launch)
+    batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
+    folders = (Path(settings.critic), reward_model, model)
+    of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
+    critic = load_critic(*folders, settings, *of_training, batching, processes)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
-    batching = micro_batching(loading.runtime, sampler.pad_id, processes)
-    collector = Collector(sampler, RewardModel(critic.reward_model, batching), policy, critic.engine, batching)
+    collector = Collector(sampler, critic.reward_model, policy, critic.engine, batching)
     controller = new_controller(settings.kl_controller)
     return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
@@ -143,7 +144,7 @@ def ppo_phases(
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
             parts.early_stop.stopped_after = iteration + 1
-            this_run.say(f"train_ppo: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
+            this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
             row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
@@ -213,38 +214,44 @@ def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, on
 
 def main(
     tokens: PathOption,
-    model: PathOption,
-    reward_model: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
     curve: PathOption,
+    name: EntryOption = None,
 ) -> None:
-    """Train MODEL on the prompts in TOKENS to please REWARD_MODEL."""
-    settings = read_params("train_ppo", TrainPpo)
+    """Train a policy on the prompts in TOKENS to please a reward model."""
+    name, settings = read_entry("train_ppo", TrainPpo, name)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
-    kernels = read_value("kernels", Kernels)
-    runtime = read_runtime("train_ppo")
+    runtime, kernels = read_runtime("train_ppo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
-    prompts = read_prompts(tokens / "train.arrow", model, reward_model)
-    outs = {"model": out, "rollouts": rollouts, "metrics": metrics, "curve": curve}
-    inputs = [tokens / "train.arrow", model, reward_model]
-    declared = {"train_ppo": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun("train_ppo", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    paths = (settings.model, settings.reference, settings.reward_model, settings.critic)
+    model, reference = Path(settings.model), Path(settings.reference)
+    prompts = read_prompts(tokens, model, reference)
+    outs = {
+        "model": out / name,
+        "rollouts": rollouts / name,
+        "metrics": metrics / f"{name}.json",
+        "curve": curve / f"{name}.csv",
+    }
+    inputs = [tokens, *map(Path, paths)]
+    declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
+    declared |= {"kernels": kernels}
+    with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
-        folders, decode = (model, reward_model), partial(decode_completion, log.tokenizer)
-        parts = load_parts(settings, seed, loading, processes, *folders, decode, this_run.may_stop)
-        require_fit(prompts, inputs[0], parts.collector.policy.language_model, settings.max_new_tokens, "train_ppo")
+        decode = partial(decode_completion, log.tokenizer)
+        parts = load_parts(settings, seed, loading, processes, decode, this_run.may_stop)
+        tell_of_reward_model(this_run, parts.collector.reward)
+        policy = parts.collector.policy
+        require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")
         ppo_phases(settings, seed, prompts, parts, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(
-            this_run, parts.collector.policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model
-        )
+        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

@@ -5,10 +5,11 @@
 over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155; the optional margin m as in
 Llama 2, arXiv 2307.09288).
 
-The model that it starts from is named in params.yaml (train_rm.init_from).
+The language model that it starts from is named in params.yaml.
 
-    python -m stages.train_rm --tokens data/tokens/preference --out models/rm \\
-        --metrics metrics/train_rm.json --curve metrics/curves/train_rm.csv
+    python -m stages.train_rm --train-tokens data/tokens/train/preference.arrow \\
+        --validation-tokens data/tokens/validation/preference.arrow --out models --metrics metrics/training \\
+        --curve metrics/curves --name rm
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.evaluation.intervals import wilson_interval
 from stages.lib.models.tokenizer_files import require_tokens_of
@@ -40,23 +42,33 @@ if not asks_for_help():
     from stages.lib.runs.training_run import TrainingRun
 
 METRICS = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
-COLUMNS = (*METRICS, "grad_norm", "learning_rate", "eval/loss", "eval/accuracy", "eval/rewards/margins")
-SHOWN = ("loss", "accuracy", "rewards/margins", "eval/accuracy")
+COLUMNS = (*METRICS, "grad_norm", "learning_rate", "validation/loss", "validation/accuracy")
+COLUMNS += ("validation/rewards/margins",)
+SHOWN = ("loss", "accuracy", "rewards/margins", "validation/accuracy")
 
 
-def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
-    """Train a reward model on the pairs in TOKENS."""
-    settings = read_params("train_rm", TrainRm)
-    model = Path(settings.init_from)
+def main(
+    train_tokens: PathOption,
+    validation_tokens: PathOption,
+    out: PathOption,
+    metrics: PathOption,
+    curve: PathOption,
+    name: EntryOption = None,
+) -> None:
+    """Train a reward model on the pairs in TRAIN_TOKENS."""
+    name, settings = read_entry("train_rm", TrainRm, name)
+    model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_rm")
     processes = join_processes(runtime)
-    train, held_out = (read_table(tokens / f"{split}.arrow", PREFERENCE_SCHEMA) for split in ("train", "eval"))
-    require_tokens_of(tokens, model)
-    outs = {"model": out, "metrics": metrics, "curve": curve}
-    declared = {"train_rm": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun("train_rm", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
+    train, validation = (read_table(path, PREFERENCE_SCHEMA) for path in (train_tokens, validation_tokens))
+    for path in (train_tokens, validation_tokens):
+        require_tokens_of(path, model)
+    inputs = [train_tokens, validation_tokens, model]
+    outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
+    declared = {f"train_rm.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    with TrainingRun(f"train_rm@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -65,51 +77,51 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, curve: PathOp
         )
         classifier = new_classifier(model, loading, seed)
         lora = Lora(classifier, settings.lora, seed, model)
-        for table, split in ((train, "train"), (held_out, "eval")):
-            check_table_fits(table, facts_of(classifier), tokens / f"{split}.arrow")
+        for table, path in ((train, train_tokens), (validation, validation_tokens)):
+            check_table_fits(table, facts_of(classifier), path)
             if settings.use_margin:
-                require_margins(table, tokens / f"{split}.arrow")
+                require_margins(table, path, f"train_rm.{name}.use_margin")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
-        this_run.say(f"train_rm: {len(train)} pairs, {total} steps")
+        this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         if not settings.use_margin and train.data.column("margin").null_count < len(train):
-            this_run.say("train_rm: the pairs' margins are not read (use_margin: false)")
+            this_run.say(f"{this_run.stage}: the pairs' margins are not read (use_margin: false)")
         best = fit(
             this_run,
             engine,
             RewardObjective(batching, settings.use_margin),
             train,
-            held_out,
+            validation,
             settings,
             seed,
             weights=lambda: lora.trained(engine.master_weights(classifier)),
             shown=SHOWN,
         )
-        results = summarise(best.results, len(held_out)) | {"train_rows": len(train), "steps": total}
+        results = summarise(best.results, len(validation)) | {"train_rows": len(train), "steps": total}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 
 
-def require_margins(table: Any, path: Path) -> None:
+def require_margins(table: Any, path: Path, key: str) -> None:
     """Raise a StageError that names the first row without a margin."""
     for row, margin in zip(table["row"], table["margin"], strict=True):
         if margin is None:
-            raise StageError(f"{path}, row {row} has no margin: set train_rm.use_margin: false, or give every pair one")
+            raise StageError(f"{path}, row {row} has no margin: set {key}: false, or give every pair one")
 
 
-def summarise(held_out_means: dict[str, float], pairs: int) -> dict[str, float]:
+def summarise(means: dict[str, float], pairs: int) -> dict[str, float]:
     """The stage's metrics, of the weights it publishes: accuracy with its 95 % Wilson interval, loss, rewards."""
-    low, high = wilson_interval(held_out_means["accuracy"] * pairs, pairs)
+    low, high = wilson_interval(means["accuracy"] * pairs, pairs)
     return {
-        "eval_accuracy": held_out_means["accuracy"],
-        "eval_accuracy_ci_low": low,
-        "eval_accuracy_ci_high": high,
-        "eval_loss": held_out_means["loss"],
-        "eval_reward_margin": held_out_means["rewards/margins"],
-        "eval_reward_chosen": held_out_means["rewards/chosen"],
-        "eval_reward_rejected": held_out_means["rewards/rejected"],
-        "eval_rows": pairs,
+        "validation_accuracy": means["accuracy"],
+        "validation_accuracy_ci_low": low,
+        "validation_accuracy_ci_high": high,
+        "validation_loss": means["loss"],
+        "validation_reward_margin": means["rewards/margins"],
+        "validation_reward_chosen": means["rewards/chosen"],
+        "validation_reward_rejected": means["rewards/rejected"],
+        "validation_rows": pairs,
     }
 
 

@@ -4,14 +4,20 @@
 
 with m the loss mask and both sums over the whole optimizer step: all its rows, micro-batches and processes.
 
-    python -m stages.train_sft --tokens data/tokens/sft --model models/base --out models/sft \\
-        --metrics metrics/train_sft.json --curve metrics/curves/train_sft.csv
+The model that it starts from is named in params.yaml.
+
+    python -m stages.train_sft --train-tokens data/tokens/train/sft.arrow \\
+        --validation-tokens data/tokens/validation/sft.arrow --out models --metrics metrics/training \\
+        --curve metrics/curves --name sft
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
-from stages.lib.command.params import read_params, read_value
+from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
@@ -31,22 +37,32 @@ if not asks_for_help():
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
-COLUMNS = ("loss", "grad_norm", "learning_rate", "eval/loss")
-SHOWN = ("loss", "grad_norm", "eval/loss")
+COLUMNS = ("loss", "grad_norm", "learning_rate", "validation/loss")
+SHOWN = ("loss", "grad_norm", "validation/loss")
 
 
-def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOption, curve: PathOption) -> None:
-    """Fine-tune MODEL on the completions in TOKENS."""
-    settings = read_params("train_sft", TrainSft)
+def main(
+    train_tokens: PathOption,
+    validation_tokens: PathOption,
+    out: PathOption,
+    metrics: PathOption,
+    curve: PathOption,
+    name: EntryOption = None,
+) -> None:
+    """Fine-tune a model on the completions in TRAIN_TOKENS."""
+    name, settings = read_entry("train_sft", TrainSft, name)
+    model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("train_sft")
     processes = join_processes(runtime)
-    train, held_out = (read_table(tokens / f"{split}.arrow", SFT_SCHEMA) for split in ("train", "eval"))
-    require_tokens_of(tokens, model)
-    outs = {"model": out, "metrics": metrics, "curve": curve}
-    declared = {"train_sft": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun("train_sft", declared, [tokens, model], outs, COLUMNS, runtime, processes) as this_run:
+    train, validation = (read_table(path, SFT_SCHEMA) for path in (train_tokens, validation_tokens))
+    for path in (train_tokens, validation_tokens):
+        require_tokens_of(path, model)
+    inputs = [train_tokens, validation_tokens, model]
+    outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
+    declared = {f"train_sft.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -55,28 +71,30 @@ def main(tokens: PathOption, model: PathOption, out: PathOption, metrics: PathOp
         )
         language_model = load_language_model(model, loading)
         lora = Lora(language_model, settings.lora, seed, model)
-        for table, split in ((train, "train"), (held_out, "eval")):
-            check_table_fits(table, facts_of(language_model), tokens / f"{split}.arrow")
+        for table, path in ((train, train_tokens), (validation, validation_tokens)):
+            check_table_fits(table, facts_of(language_model), path)
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         objective = SftObjective(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
-        base_loss = global_means(objective, engine, held_out[:], train=False)["loss"]
-        this_run.say(f"train_sft: {len(train)} rows, {total} steps; held-out loss of the base model {base_loss:.4f}")
+        base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
+        this_run.say(
+            f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}"
+        )
         best = fit(
             this_run,
             engine,
             objective,
             train,
-            held_out,
+            validation,
             settings,
             seed,
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
         )
         results = {
-            "eval_loss": best.results["loss"],
-            "eval_loss_base": base_loss,
+            "validation_loss": best.results["loss"],
+            "validation_loss_before": base_loss,
             "train_rows": len(train),
             "steps": total,
         }

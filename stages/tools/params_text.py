@@ -41,7 +41,7 @@ def _lines(values: dict[str, Any], declared: Declared, indent: int, said: set[st
         if indent == 0 and isinstance(value, dict):
             yield ""
         comment = "" if declared.entry else _once(declared.below(name).node.get("description", ""), said)
-        is_block = isinstance(value, dict) and bool(value) and not below.types and bool(below.keys or below.entry)
+        is_block = isinstance(value, dict) and bool(value) and not below.types
         if is_block:
             yield from _line(f"{name}:", comment, indent)
             yield from _lines(value, below, indent + 2, said)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.lib.command.run import run
 
-SCRATCH_FOLDER = re.compile(r"\w+-[0-9a-f]{16}")  # stage and fingerprint; nothing else there is removed
+SCRATCH_FOLDER = re.compile(r"\w+(@[\w-]+)?-[0-9a-f]{16}")  # stage and fingerprint; nothing else there is removed
 
 
 def main() -> None:

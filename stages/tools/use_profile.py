@@ -55,7 +55,8 @@ def merged(default: Any, values: Any, declared: Declared) -> Any:
 
     What a profile leaves out of a new name or type has the default that its key declares.
     """
-    if not (isinstance(default, dict) and isinstance(values, dict)):
+    is_mapping = isinstance(default, dict) and isinstance(values, dict)
+    if not is_mapping or not (declared.entry or declared.keys):  # a mapping of names to plain values is replaced
         return values
     if declared.entry is not None:
         entry = declared.entry

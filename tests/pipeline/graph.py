@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.lib.operations.code_closure import MANIFESTS, closure
+from stages.lib.operations.code_closure import MANIFESTS, closure, script_name
 from stages.lib.settings.sections import default_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,17 +29,37 @@ def outs_of(stage: dict[str, Any]) -> list[str]:
     return paths([*(stage.get("outs") or []), *(stage.get("metrics") or []), *(stage.get("plots") or [])])
 
 
-def instances(name: str, stage: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A stage as it stands or, of one with a matrix over one key, a copy for each value with the value put in."""
-    if "matrix" not in stage:
+def instances(
+    name: str, stage: dict[str, Any], params: dict[str, Any] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A stage as it stands or, of one with a matrix over one key or with foreach, a copy for each value, put in."""
+    params = params or default_params()
+    if "foreach" in stage:
+        entries = in_params(stage["foreach"], params)
+        for key, value in entries.items() if isinstance(entries, dict) else zip(entries, entries, strict=True):
+            filled = put_in(put_in(stage["do"], "${key}", key), "${item}", str(value))
+            for part, below in value.items() if isinstance(value, dict) else ():
+                filled = put_in(filled, f"${{item.{part}}}", str(below))
+            yield f"{name}@{key}", filled
+    elif "matrix" in stage:
+        ((key, values),) = stage["matrix"].items()
+        for value in in_params(values, params) if isinstance(values, str) else values:
+            yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
+    else:
         yield name, stage
-        return
-    ((key, values),) = stage["matrix"].items()
-    if isinstance(values, str):  # a list of params.yaml: ${section.key}
-        section, _, name = values.strip("${}").partition(".")
-        values = default_params()[section][name]
-    for value in values:
-        yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
+
+
+def in_params(template: str, params: dict[str, Any]) -> Any:
+    """What `${section.key}` stands for."""
+    value: Any = params
+    for part in template.strip("${}").split("."):
+        value = value[part]
+    return value
+
+
+def body_of(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a group of stages is made from, or a stage itself."""
+    return stage.get("do", stage)
 
 
 def put_in(node: Any, placeholder: str, value: str) -> Any:
@@ -85,11 +105,18 @@ def trained_policies() -> tuple[str, ...]:
 
 def script_of(stage: str) -> str:
     """The script of a stage, or of an instance of one with a matrix: they carry one name."""
-    return f"stages/{stage.partition('@')[0]}.py"
+    return f"stages/{name_of_script(stage)}.py"
+
+
+def name_of_script(stage: str) -> str:
+    """What a stage of dvc.yaml runs; a name that is none of these is a script's own."""
+    name = stage.partition("@")[0]
+    group = load_graph()["stages"].get(name)
+    return script_name(body_of(group)["cmd"]) if group else name
 
 
 def manifest_path(stage: str) -> str:
-    return f"{MANIFESTS}/{stage.partition('@')[0]}.txt"
+    return f"{MANIFESTS}/{name_of_script(stage)}.txt"
 
 
 def code_of(stage: str, root: Path = ROOT) -> list[str]:

@@ -14,28 +14,44 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.lib.command.run import run_or_say_why_not
+from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.sections import default_params
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
+# The report depends on these, also where nothing has been written to one.
+REPORT_FOLDERS = (
+    "data/sample_scores",
+    "data/samples",
+    *(f"metrics/{name}" for name in ("curves", "evaluate", "evaluate_rm", "score_samples", "training")),
+)
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
 TINY = {
-    "prepare_data": {
-        "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
-        | {"test_rows": 12}
+    "sources": {
+        "tasks": {
+            "film_reviews": {"sft_rows": 64, "preference_rows": 48, "prompt_rows": 32, "validation_rows": 12}
+            | {"test_rows": 12}
+        }
     },
     "prepare_base": {
-        "scratch": {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
-        | {"key_value_heads": 2}
+        "scratch": {
+            "base": {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
+            | {"key_value_heads": 2}
+        }
     },
     "tokenize_data": {"max_length": 192, "max_prompt_length": 128},
-    "train_sft": {"epochs": 2.0, "batch_size": 8, "eval_every": 4},
-    "train_rm": {"batch_size": 8, "eval_every": 3, "epochs": 1.0, "keep": "best"},
-    "train_dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0},
-    "train_ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2},
-    "train_grpo": {"iterations": 3, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}
-    | {"max_new_tokens": 12, "epochs": 2},
+    "train_sft": {"sft": {"epochs": 2.0, "batch_size": 8, "eval_every": 4}},
+    "train_rm": {"rm": {"batch_size": 8, "eval_every": 3, "epochs": 1.0, "keep": "best"}},
+    "train_dpo": {"dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0}},
+    "train_ppo": {
+        "ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2}
+    },
+    "train_grpo": {
+        "grpo": {"iterations": 3, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}
+        | {"max_new_tokens": 12, "epochs": 2}
+    },
     "evaluate": {"max_new_tokens": 12, "bootstrap_resamples": 200},
+    "score_samples": {"bootstrap_resamples": 200},
 }
 
 
@@ -75,8 +91,9 @@ def new_project(folder: Path) -> Path:
     runtime["default"]["threads"] = 1  # more gain nothing at this size, and hinder what runs beside
     write_yaml(folder / "runtime.yaml", runtime)
     (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
-    (folder / "data/raw").mkdir(parents=True)
-    (folder / "data/raw/none").write_text("none\n")
+    for kept in REPORT_FOLDERS:
+        (folder / kept).mkdir(parents=True)
+        (folder / kept / ".gitkeep").touch()
     (folder / "stages").symlink_to(PROJECT / "stages")
     shutil.copytree(PROJECT / "code_manifests", folder / "code_manifests")
     return folder
@@ -85,27 +102,18 @@ def new_project(folder: Path) -> Path:
 def stage_options(stage: str, **changed: str) -> list[str]:
     """The options with which dvc.yaml starts a stage, as a flat list; `changed` replaces single paths."""
     name, _, item = stage.partition("@")
-    graph = read_yaml(PROJECT / "dvc.yaml")["stages"][name]["cmd"].split()
-    words = graph[graph.index(next(word for word in graph if word.startswith("--"))) :]
-    params = default_params()
-    options = []
-    for word in words:
-        if word.startswith("${item"):
-            word = item
-        elif word.startswith("${"):
-            section, key = word[2:-1].split(".")
-            word = str(params[section][key])
-        word = word.replace("${item.kind}", item).replace("${item.policy}", item)
-        options.append(word)
-    if item and item not in options:
-        options += [ITEM_OPTIONS.get(name, "--name"), item]
+    group = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
+    words = group.get("do", group)["cmd"].split()
+    options = words[words.index(next(word for word in words if word.startswith("--"))) :]
     for option, value in changed.items():
         options[options.index(f"--{option.replace('_', '-')}") + 1] = value
-    return options
+    return [*options, *([ITEM_OPTIONS.get(name, "--name"), item] if item else [])]
 
 
 def script(stage: str) -> str:
-    return stage.partition("@")[0]
+    """The script of a stage: several groups of stages may run one."""
+    group = read_yaml(PROJECT / "dvc.yaml")["stages"][stage.partition("@")[0]]
+    return script_name(group.get("do", group)["cmd"])
 
 
 @contextlib.contextmanager

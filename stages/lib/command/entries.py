@@ -2,18 +2,31 @@
 
 import os
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import PARAMS_FILE
+from stages.lib.command.params import PARAMS_FILE, build, read_params
 from stages.lib.command.quoted import nearest
 
 EntryOption = Annotated[
     str | None,
     typer.Option("--name", help="Entry of the section in params.yaml; not needed under DVC, or if it has one."),
 ]
+
+Built = TypeVar("Built")
+
+
+def read_entry(section: str, settings: type[Built], given: str | None) -> tuple[str, Built]:
+    """The entry of a section that this process runs for: its name and its settings.
+
+    Raises:
+        StageError: as `read_params` and `entry_name`.
+    """
+    entries: dict[str, Any] = read_params(section, dict[str, Any])
+    name = entry_name(given, entries, section)
+    return name, build(settings, entries[name], f"{PARAMS_FILE}: {section}.{name}")
 
 
 def entry_name(given: str | None, entries: Collection[str], section: str) -> str:

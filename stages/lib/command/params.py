@@ -66,9 +66,8 @@ def refuse_unread_sections(document: dict[str, Any], path: Path) -> None:
 
 def declared_sections(graph: dict[str, Any]) -> set[str]:
     """The top-level params keys that the stages of a `dvc.yaml` declare."""
-    return {
-        str(entry).split(".")[0] for stage in graph.get("stages", {}).values() for entry in stage.get("params") or []
-    }
+    stages = [stage.get("do", stage) for stage in graph.get("stages", {}).values()]
+    return {str(entry).split(".")[0] for stage in stages for entry in stage.get("params") or []}
 
 
 def build(kind: type[Built], values: Any, where: str) -> Built:

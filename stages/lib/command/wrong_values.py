@@ -18,6 +18,7 @@ EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "string_pattern_mismatch": "a name of letters, digits, - and _",
     "string_too_short": f"a text of 1 to {LONGEST_TEXT} characters",
     "string_too_long": f"a text of 1 to {LONGEST_TEXT} characters",
     "tuple_type": "a list",

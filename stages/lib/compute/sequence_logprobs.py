@@ -42,6 +42,26 @@ def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching)
 
 
 @torch.no_grad()
+def all_text_logps(
+    module: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], batching: MicroBatching
+) -> list[float]:
+    """Σ_t m_t log π(y_t | y_<t) of every text, in the order given, in all processes.
+
+    Args:
+        sequences, masks: token ids, and m_t; the same in all processes.
+    """
+
+    def passes() -> dict[int, float]:
+        found = {}
+        for batch in batching.masked(sequences, masks):
+            logps, _ = module(*batch.inputs, batch.completion_mask)
+            found |= dict(zip(batch.rows, batch.on_completions(logps).sum(dim=-1).tolist(), strict=True))
+        return found
+
+    return batching.processes.gather_rows(batching.budget.attempt(passes))
+
+
+@torch.no_grad()
 def all_response_logps(
     module: Any,
     prompts: Sequence[Sequence[int]],

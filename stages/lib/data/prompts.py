@@ -19,6 +19,10 @@ class Prompt(NamedTuple):
     ids: list[int]
     messages: list[Message]
     facts: dict[str, Any]  # what grades and rewards may look at: the task's name, an answer, …
+    # What the ids were made of beside the messages, for whoever renders the prompt again: "tools" and
+    # "template_arguments" of the chat template, or the "text" of a prompt without messages.
+    context: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    source: str = ""
 
 
 def prompts_of(columns: Mapping[str, list]) -> list[Prompt]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 VALUES = "values"  # the note of their digest
+MODEL_PATH = "model_path"  # the note of where the reference lay
 LOG_PROBS = ("reference_chosen_logps", "reference_rejected_logps")
 OTHER = {"tokens": "other tokens", "model": "another model"}
 AGAIN = "run the stage ref_logprobs again"

@@ -1,9 +1,11 @@
-"""What is measured on the responses of a policy and on held-out pairs. Everything is a mean over prompts or pairs.
+"""What is measured on test rows: of a policy's responses, of texts and pairs under it, and of a reward model.
 
-A metric of a policy's responses alone is an entry in `OF_RESPONSES`; comparisons with SFT, and metrics of pairs, are
-functions.
+Everything is a mean over prompts, tokens or pairs. A metric of a policy's responses alone is an entry in
+`OF_RESPONSES`; comparisons with a reference, and metrics of texts and pairs, are functions. Each takes rows, so that it
+can be measured on those of one source.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +16,23 @@ from stages.lib.data.prompts import Prompt
 from stages.lib.evaluation.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 
 IMPLICIT_TIE = 1e-3  # nats of an implicit margin that rounding alone explains
+Rows = Sequence[int]  # places of rows in a table
 
 
 @dataclass(frozen=True)
 class Responses:
-    """One policy's responses to the held-out prompts, in their order."""
+    """One policy's responses to the test prompts, in their order."""
 
     ids: list[list[int]]
     texts: list[str]
     ended: list[bool]  # with EOS, rather than at the limit of new tokens
-    rewards: list[float]
-    kl: list[float]  # to SFT, summed over the response, in nats; estimate k1
+    kl: list[float]  # to the reference, summed over the response, in nats; estimate k1
     grades: list[float | None]  # by the prompts' tasks; None where a prompt has none
+
+    def of(self, rows: Rows) -> "Responses":
+        """Those to some of the prompts."""
+        columns = {name: [values[row] for row in rows] for name, values in vars(self).items()}
+        return Responses(**columns)
 
 
 OF_RESPONSES: dict[str, Callable[[Responses], float]] = {
@@ -36,55 +43,99 @@ OF_RESPONSES: dict[str, Callable[[Responses], float]] = {
 }
 
 
-def response_metrics(own: Responses, sft: Responses, resamples: int, seed: int) -> dict[str, float]:
-    """Everything that is measured on a policy's responses, beside SFT's to the same prompts.
+def with_sources(measure: Callable[[Rows], dict[str, float]], sources: Sequence[str]) -> dict[str, float]:
+    """What `measure` finds on all rows and, where they are of several sources, on each one's: `<metric>/<source>`.
+
+    Args:
+        sources: of each row.
+    """
+    results = measure(range(len(sources)))
+    names = sorted(set(sources))
+    for name in names if len(names) > 1 else ():
+        rows = [row for row, source in enumerate(sources) if source == name]
+        results |= {f"{metric}/{name}": value for metric, value in measure(rows).items()}
+    return results
+
+
+def response_metrics(own: Responses, reference: Responses | None, resamples: int, seed: int) -> dict[str, float]:
+    """Everything that is measured on a policy's responses, beside the reference's to the same prompts.
 
     Grades are compared over the prompts that have one, whose number is `gold_prompts` where it is not all of them.
+
+    Args:
+        reference: None where the policy is the reference itself, which has no distance from itself.
     """
     results: dict[str, float] = {"prompts": len(own.ids)}
-    results |= against_sft("reward", own.rewards, sft.rewards, resamples, seed)
-    both = zip(own.grades, sft.grades, strict=True)
-    graded = [(ours, sfts) for ours, sfts in both if ours is not None and sfts is not None]
+    both = zip(own.grades, own.grades if reference is None else reference.grades, strict=True)
+    graded = [(ours, theirs) for ours, theirs in both if ours is not None and theirs is not None]
     if graded:
-        grades, grades_of_sft = [ours for ours, _ in graded], [sfts for _, sfts in graded]
-        results |= against_sft("gold", grades, grades_of_sft, resamples, seed)
+        grades, grades_of_reference = [ours for ours, _ in graded], [theirs for _, theirs in graded]
+        results["gold_mean"] = mean(grades)
+        if reference is not None:
+            results |= against_reference("gold", grades, grades_of_reference, resamples, seed)
     if 0 < len(graded) < len(own.ids):
         results["gold_prompts"] = len(graded)
-    low, high = paired_bootstrap_interval(own.kl, seed, resamples)
-    results |= {"kl_to_sft_mean": mean(own.kl), "kl_to_sft_ci_low": low, "kl_to_sft_ci_high": high}
+    if reference is not None:
+        low, high = paired_bootstrap_interval(own.kl, seed, resamples)
+        results |= {"kl_to_reference_mean": mean(own.kl)}
+        results |= {"kl_to_reference_ci_low": low, "kl_to_reference_ci_high": high}
     return results | {name: measure(own) for name, measure in OF_RESPONSES.items()}
 
 
-def against_sft(
+def against_reference(
     name: str, own: Sequence[float], theirs: Sequence[float], resamples: int, seed: int
 ) -> dict[str, float]:
-    """Mean, paired difference to SFT and win rate (a tie counts half), each with its 95 % interval."""
-    differences = [ours - sfts for ours, sfts in zip(own, theirs, strict=True)]
+    """Paired difference to the reference and win rate (a tie counts half), each with its 95 % interval."""
+    differences = [ours - others for ours, others in zip(own, theirs, strict=True)]
     low, high = paired_bootstrap_interval(differences, seed, resamples)
     return {
-        f"{name}_mean": mean(own),
-        f"{name}_minus_sft_mean": mean(differences),
-        f"{name}_minus_sft_ci_low": low,
-        f"{name}_minus_sft_ci_high": high,
-        **above_zero(f"{name}_win_rate_vs_sft", differences),
+        f"{name}_minus_reference_mean": mean(differences),
+        f"{name}_minus_reference_ci_low": low,
+        f"{name}_minus_reference_ci_high": high,
+        **above_zero(f"{name}_win_rate_vs_reference", differences),
     }
 
 
-def pair_metrics(chosen: Sequence[float], rejected: Sequence[float], implicit: Sequence[float]) -> dict[str, float]:
-    """Accuracy on held-out pairs: of the policy's implicit reward, and of the reward model with its calibration.
+def score_metrics(own: Sequence[float], theirs: Sequence[float] | None, resamples: int, seed: int) -> dict[str, float]:
+    """A reward model's opinion of a policy's responses, beside the reference's; None: they are the reference's own."""
+    results: dict[str, float] = {"reward_mean": mean(own), "prompts": len(own)}
+    return results if theirs is None else results | against_reference("reward", own, theirs, resamples, seed)
+
+
+def text_metrics(logps: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
+    """Cross-entropy of texts in nats per trained token, and the perplexity, which is its exponential.
 
     Args:
-        chosen, rejected: the reward model's scores of the two replies of each pair.
-        implicit: log π/π_SFT of the chosen reply minus that of the rejected one, in nats.
+        logps: Σ_t log π of each text's trained tokens, in nats.
+        tokens: how many each has.
+    """
+    loss = -sum(logps) / sum(tokens)
+    return {"sft_loss": loss, "sft_perplexity": math.exp(min(loss, 200.0)), "sft_rows": len(logps)}
+
+
+def preference_metrics(implicit: Sequence[float]) -> dict[str, float]:
+    """How often a policy's implicit reward prefers the chosen reply of a pair.
+
+    Args:
+        implicit: log π/π_ref of the chosen reply minus that of the rejected one, in nats.
+    """
+    return {**above_zero("preference_accuracy", implicit, tie=IMPLICIT_TIE), "preference_pairs": len(implicit)}
+
+
+def reward_model_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+    """A reward model's accuracy on pairs, and how far its probabilities are from what happens.
+
+    Args:
+        chosen, rejected: its scores of the two replies of each pair.
     """
     margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
     probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
     confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
     return {
-        **above_zero("preference_accuracy", implicit, tie=IMPLICIT_TIE),
-        **above_zero("rm_accuracy", margins),
-        "rm_calibration_error": calibration_error(confidence, [float(margin > 0) for margin in margins]),
-        "preference_pairs": len(margins),
+        **above_zero("accuracy", margins),
+        "calibration_error": calibration_error(confidence, [float(margin > 0) for margin in margins]),
+        "margin_mean": mean(margins),
+        "pairs": len(margins),
     }
 
 
@@ -94,7 +145,7 @@ def implicit_margins(
     reference_chosen: Sequence[float],
     reference_rejected: Sequence[float],
 ) -> list[float]:
-    """log π/π_SFT of the chosen reply minus that of the rejected one, for each pair, from the log-probs of all four."""
+    """log π/π_ref of the chosen reply minus that of the rejected one, for each pair, from the log-probs of all four."""
     logps = zip(chosen, rejected, reference_chosen, reference_rejected, strict=True)
     return [own_c - own_r - (ref_c - ref_r) for own_c, own_r, ref_c, ref_r in logps]
 
@@ -110,22 +161,28 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def sample_records(prompts: Sequence[Prompt], own: Responses, sft: Responses) -> list[dict[str, Any]]:
-    """One record for each prompt: the policy's response beside SFT's."""
+def sample_records(prompts: Sequence[Prompt], own: Responses, reference: Responses | None) -> list[dict[str, Any]]:
+    """One record for each prompt: the policy's response beside the reference's, as text and as ids.
+
+    A prompt is a list of messages or, of one that has none, its text.
+    """
     records = []
     for index, prompt in enumerate(prompts):
-        record = {
+        record: dict[str, Any] = {
             "row": prompt.row,
-            "prompt": prompt.messages,
+            "source": prompt.source,
+            "prompt": prompt.messages or prompt.context["text"],
             "response": own.texts[index],
-            "reward": round(own.rewards[index], 6),
-            "kl": round(own.kl[index], 6),
             "length": len(own.ids[index]),
             "ended": own.ended[index],
-            "sft_response": sft.texts[index],
-            "sft_reward": round(sft.rewards[index], 6),
         }
         if own.grades[index] is not None:
-            record |= {"gold": own.grades[index], "sft_gold": sft.grades[index]}
-        records.append(record)
+            record["gold"] = own.grades[index]
+        if reference is not None:
+            record |= {"kl": round(own.kl[index], 6), "reference_response": reference.texts[index]}
+            record["reference_ended"] = reference.ended[index]
+            if reference.grades[index] is not None:
+                record["reference_gold"] = reference.grades[index]
+        record |= {"prompt_ids": prompt.ids, "response_ids": own.ids[index]}
+        records.append(record | ({} if reference is None else {"reference_response_ids": reference.ids[index]}))
     return records

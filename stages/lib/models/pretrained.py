@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,7 @@ def load_language_model(path: Path, loading: Loading) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, loading)
+    return load_as(AutoModelForCausalLM, path, loading)
 
 
 def load_classifier(path: Path, loading: Loading) -> "PreTrainedModel":
@@ -64,7 +64,7 @@ def load_classifier(path: Path, loading: Loading) -> "PreTrainedModel":
 
     if "SequenceClassification" not in str(read_config(path).get("architectures")):
         raise StageError(f"{path} is not a reward model: its config.json names no sequence classifier")
-    model = _load(AutoModelForSequenceClassification, path, loading, num_labels=1)
+    model = load_as(AutoModelForSequenceClassification, path, loading, num_labels=1)
     scalar_head(model, path)
     return model
 
@@ -82,8 +82,14 @@ def new_classifier(path: Path, loading: Loading, seed: int) -> "PreTrainedModel"
             f"{path}: transformers has no sequence classifier for models of type {facts.model_type}, so no reward "
             "model can be made of it; SFT and DPO work; use another architecture for RL, such as Llama, Qwen2 or GPT-2"
         )
-    head_alone = frozenset({"score.weight"})
-    model = _load(AutoModelForSequenceClassification, path, loading, head_alone, num_labels=1)
+    model = load_as(
+        AutoModelForSequenceClassification,
+        path,
+        loading,
+        may_be_missing=frozenset({"score.weight"}),
+        unread=lambda _names, _path: None,  # the language model's head, in place of the new one
+        num_labels=1,
+    )
     weight = scalar_head(model, path).weight
     width = weight.shape[1]
     head = torch.empty((1, width), dtype=torch.float32)
@@ -104,9 +110,34 @@ def scalar_head(model: nn.Module, path: Path) -> nn.Linear:
     return head
 
 
-def _load(
-    auto_class: Any, path: Path, loading: Loading, may_be_missing: frozenset[str] = frozenset(), **overrides: Any
+def refuse_unread_weights(names: Iterable[str], path: Path) -> None:
+    """Raise StageError if a folder that a stage wrote holds weights for which its config.json has no place."""
+    unread = sorted(map(str, names))
+    if unread:
+        raise StageError(
+            f"{path} holds {len(unread)} weights for which the model of its config.json has no place, the first is "
+            f"{unread[0]}: the two do not belong together; make the folder again"
+        )
+
+
+def load_as(
+    auto_class: Any,
+    path: Path,
+    loading: Loading,
+    *,
+    may_be_missing: frozenset[str] = frozenset(),
+    unread: Callable[[Iterable[str], Path], None] = refuse_unread_weights,
+    **overrides: Any,
 ) -> "PreTrainedModel":
+    """Load a model folder as one of transformers' automatic classes, without dropout.
+
+    Args:
+        may_be_missing: weights that the caller will write.
+        unread: is told of weights for which the class has no place.
+        overrides: of the model's configuration.
+    Raises:
+        StageError: it cannot be loaded so, or weights are missing, or runtime.yaml asks for what it cannot do.
+    """
     runtime, precision, frozen = loading.runtime, loading.precision, loading.frozen
     config = read_config(path)
     require_json_objects(path, MODEL_JSON)
@@ -143,24 +174,13 @@ def _load(
             f"{path}: {len(missing)} weights are missing or of another shape than config.json says, the first is "
             f"{min(missing)}"
         )
-    if not may_be_missing:  # else the language model's head is there in place of the new one
-        refuse_unread_weights(report["unexpected_keys"], path)
+    unread(report["unexpected_keys"], path)
     switch_off_dropout(model)
     settle_quantized_layers(model)
     if runtime.gradient_checkpointing and not frozen:  # it would ask for gradients in a model that has none
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model if loading.quantization or sharded else model.to(loading.device)
-
-
-def refuse_unread_weights(names: Iterable[str], path: Path) -> None:
-    """Raise StageError if a folder that a stage wrote holds weights for which its config.json has no place."""
-    unread = sorted(map(str, names))
-    if unread:
-        raise StageError(
-            f"{path} holds {len(unread)} weights for which the model of its config.json has no place, the first is "
-            f"{unread[0]}: the two do not belong together; make the folder again"
-        )
 
 
 def _without_weights(auto_class: Any, path: Path, *, num_labels: int | None = None, **options: Any) -> Any:

@@ -30,6 +30,12 @@ def require_same_tokenizer(a: Path, b: Path) -> None:
             )
 
 
+def has_same_tokenizer(a: Path, b: Path) -> bool:
+    """Whether two model folders have the same files of a tokenizer, byte for byte. False if one has not all of them."""
+    files = [(a / name, b / name) for name in TOKENIZER_FILES]
+    return all(one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes() for one, other in files)
+
+
 def _tokenizer_file(folder: Path, name: str) -> Path:
     file = folder / name
     if not file.is_file():

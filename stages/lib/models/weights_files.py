@@ -1,9 +1,14 @@
 """The files of weights in a model folder: safetensors alone are read, since a pickle can run code as it is loaded."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.lib.command.errors import StageError
+from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import read_config, read_object
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,11 +44,33 @@ def require_safetensors(folder: Path, name: str) -> None:
 
 def _require_shards(folder: Path, name: str) -> None:
     """Raise a StageError unless each file that the index names is a safetensors file of the folder."""
-    shards = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise StageError(f"{name}: {INDEX}: expected 'weight_map' with the file of each weight")
-    for shard in sorted(set(shards.values())):
+    for shard in shards_of(folder, name):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise StageError(f"{name}: {INDEX} names {shard!r}: expected a .safetensors file of the same folder")
         if not (folder / shard).is_file():
             raise StageError(f"{name}: {INDEX} names {shard}, which is missing")
+
+
+def shards_of(folder: Path, name: str) -> list[str]:
+    """The files that the index names. Raises a StageError if it names none."""
+    shards = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise StageError(f"{name}: {INDEX}: expected 'weight_map' with the file of each weight")
+    return sorted(set(shards.values()))
+
+
+def weights_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a model folder, which has been through `require_safetensors`."""
+    whole = folder / WEIGHTS
+    return [whole] if whole.is_file() else [folder / shard for shard in shards_of(folder, name)]
+
+
+def read_tensor(folder: Path, tensor: str) -> "torch.Tensor | None":
+    """One tensor of a model folder, on the CPU; None if it has none of that name."""
+    from safetensors import safe_open
+
+    for path in weights_files(folder, str(folder)):
+        with not_loaded(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
+            if tensor in file.keys():  # noqa: SIM118 (not a dict)
+                return file.get_tensor(tensor)
+    return None

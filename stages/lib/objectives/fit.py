@@ -53,7 +53,7 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those for which it has a column eval/<metric>.
+    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>.
 
     Args:
         seed: of the order of rows.
@@ -76,7 +76,7 @@ def fit(
                 results = global_means(objective, engine, held_out[:], train=False)
                 require_finite(results["loss"], "held-out loss", step)
                 best.offer(results, step + 1, weights)
-            of_held_out = {f"eval/{name}": value for name, value in results.items()}
+            of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}
         run.record(step, objective.units(rows), row, shown)
     return best

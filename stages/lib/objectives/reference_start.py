@@ -62,6 +62,23 @@ def require_start(
             )
 
 
+def mean_margin(policy: Callable, pairs: dict[str, list[Any]], batching: MicroBatching) -> float:
+    """The mean over pairs of |h|, in nats: how far a policy is from its reference. Arguments as for `require_start`."""
+    chosen, rejected = log_ratios(policy, pairs, batching)
+    return float((chosen - rejected).abs().mean())
+
+
+def log_ratios(
+    policy: Callable, pairs: dict[str, list[Any]], batching: MicroBatching
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Δ = log π − log π_ref of the chosen replies and of the rejected ones, in nats. Shapes: (n,), (n,)."""
+    chosen, rejected = (
+        own.double() - torch.tensor(pairs[name], dtype=torch.float64)
+        for own, name in zip(all_pair_logps(policy, pairs, batching), LOG_PROBS, strict=True)
+    )
+    return chosen, rejected
+
+
 def rounding(precision: str, tokens: float, size: float) -> float:
     """The limit above for log-probs of so many `tokens` that add up to `size` nats."""
     if precision == "bf16":

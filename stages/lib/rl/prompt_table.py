@@ -8,7 +8,7 @@ from stages.lib.compute.batching import rows_of_step
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
 from stages.lib.models.pretrained import facts_of
-from stages.lib.models.tokenizer_files import require_same_tokenizer, require_tokens_of
+from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.rl.sampling import require_room
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ class Phases(Protocol):
     def rollout_batch_size(self) -> int: ...
 
 
-def read_prompts(path: Path, model: Path, reward_model: Path) -> "Dataset":
-    """The prompts' token table. Raises StageError if it, policy or reward model are of different tokenizers."""
-    require_same_tokenizer(model, reward_model)
-    require_tokens_of(path, model)
+def read_prompts(path: Path, *models: Path) -> "Dataset":
+    """The prompts' token table. Raises StageError if it is of another tokenizer than policy and reference."""
+    for model in models:
+        require_tokens_of(path, model)
     return read_table(path, PROMPT_SCHEMA)
 
 

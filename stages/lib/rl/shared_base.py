@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stages.lib.models.lora import Lora
+from stages.lib.models.scalar_scores import ScalarHead
 
 
 class WithoutAdapters:
@@ -33,7 +34,5 @@ class FirstHead(nn.Module):
         super().__init__()
         self.config = classifier.config
         self.base_model = classifier.base_model
-        (trained,) = classifier.get_submodule("score").parameters()
-        weight = nn.Parameter(trained.detach().clone(), requires_grad=False)
-        self.score = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
-        self.score.weight = weight
+        trained = classifier.get_submodule("score").parameters()
+        self.score = ScalarHead(*(nn.Parameter(own.detach().clone(), requires_grad=False) for own in trained))

@@ -1,17 +1,18 @@
-"""The critic of PPO, and the reward model that it started as."""
+"""The critic of PPO, and the reward model that scores whole responses; with adapters they may be one model."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
-from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
-from stages.lib.models.pretrained import Loading, load_classifier
+from stages.lib.models.pretrained import Loading
+from stages.lib.models.reward_head import HeadReading, find_reward_head
+from stages.lib.models.reward_models import load_critic_start, reads_last_token
 from stages.lib.models.scalar_scores import SequenceScores, TokenScores
+from stages.lib.rl.rewards.reward_model import RewardModel, facts_of_reward, load_reward_model
 from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -21,38 +22,43 @@ if TYPE_CHECKING:
 
 
 class TrainedCritic(NamedTuple):
-    """The engine gives a value at each token, the reward model a score of each sequence."""
+    """The engine gives a value at each token, the reward model a score of each response."""
 
     engine: Engine
-    reward_model: Callable
+    reward_model: RewardModel
 
 
 def load_critic(
-    path: Path,
+    critic: Path,
+    reward_model: Path,
+    policy: Path,
+    reading: HeadReading,
     lora_settings: LoraSettings | None,
     optimizer: OptimizerSettings,
     updates: int,
     seed: int,
     loading: Loading,
+    batching: MicroBatching,
     processes: Processes,
 ) -> TrainedCritic:
-    """Load a critic to be trained for so many updates from a reward model, and that reward model.
+    """Load a critic to be trained for so many updates from a reward model or a language model, and the reward model.
 
-    With adapters the reward model is the critic without them and with its first head, else a second copy.
+    Where the critic starts as the reward model and has adapters, the reward model is the critic without them and with
+    its first head, else a model of its own.
+
+    Args:
+        reading: how the reward model is read, and the critic too where it starts from one.
+        batching: of passes over the policy's ids.
     """
-    runtime = loading.runtime
-    classifier = load_classifier(path, loading)
-    lora = Lora(classifier, lora_settings, seed, path)
+    classifier = cast("PreTrainedModel", load_critic_start(critic, reading, loading, seed, policy))
+    lora = Lora(classifier, lora_settings, seed, critic)
     # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
-    first_head = FirstHead(classifier) if lora_settings and runtime.zero_stage < 3 else None
-    engine = new_engine(TokenScores(classifier), optimizer, updates, runtime, processes)
-    if first_head:
-        scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
-        return TrainedCritic(engine, WithoutAdapters(scores, lora))
-    return TrainedCritic(engine, load_reward_model(path, loading, processes))
-
-
-def load_reward_model(path: Path, loading: Loading, processes: Processes) -> Callable:
-    """A reward model that nothing trains."""
-    classifier = load_classifier(path, replace(loading, frozen=True))
-    return frozen(SequenceScores(classifier), loading.runtime, processes)
+    shared = lora_settings and loading.runtime.zero_stage < 3 and critic == reward_model
+    head = find_reward_head(reward_model, reading)
+    first_head = FirstHead(classifier) if shared and reads_last_token(reward_model, head) else None
+    engine = new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes)
+    if first_head is None:
+        return TrainedCritic(engine, load_reward_model(reward_model, reading, loading, batching, processes, policy))
+    scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
+    facts = facts_of_reward(reward_model, head, scores, None)
+    return TrainedCritic(engine, RewardModel(WithoutAdapters(scores, lora), batching, None, reward_model, facts))

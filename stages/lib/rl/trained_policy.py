@@ -1,4 +1,4 @@
-"""The policy of an RL stage: its model, its engine, its adapters, and the reference that it started as."""
+"""The policy of an RL stage: its model, its engine, its adapters, and the reference that its KL is measured to."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +34,7 @@ class TrainedPolicy(NamedTuple):
 
 def load_policy(
     path: Path,
+    reference: Path,
     lora_settings: LoraSettings | None,
     optimizer: OptimizerSettings,
     updates: int,
@@ -41,9 +42,10 @@ def load_policy(
     loading: Loading,
     processes: Processes,
 ) -> TrainedPolicy:
-    """Load a policy to be trained for so many updates.
+    """Load a policy to be trained for so many updates, and its reference.
 
-    With adapters the reference is the policy without them, else a second copy of the model.
+    Where the reference is the model that a policy with adapters starts from, it is the policy without them, else a
+    model of its own.
     """
     runtime = loading.runtime
     chunks = runtime.logits_chunk_tokens
@@ -51,11 +53,12 @@ def load_policy(
     lora = Lora(language_model, lora_settings, seed, path)
     module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True)
     engine = new_engine(module, optimizer, updates, runtime, processes)
-    if lora_settings:
+    if lora_settings and reference == path:
         return TrainedPolicy(language_model, lora, engine, WithoutAdapters(engine, lora))
-    copy = load_language_model(path, replace(loading, frozen=True))
-    reference = frozen(TokenLogProbs(copy, chunk_tokens=chunks), runtime, processes)
-    return TrainedPolicy(language_model, lora, engine, reference)
+    other = load_language_model(reference, replace(loading, frozen=True))
+    return TrainedPolicy(
+        language_model, lora, engine, frozen(TokenLogProbs(other, chunk_tokens=chunks), runtime, processes)
+    )
 
 
 class Sampling(Protocol):

@@ -52,7 +52,7 @@ def _front_matter(stage: str, task: str | None, base_model: str | None) -> str:
     lines = ["library_name: transformers"]
     lines += [f"pipeline_tag: {task}"] if task else []
     lines += [f"base_model: {json.dumps(base_model)}"] if base_model else []
-    return "\n".join([*lines, "tags:", "- stagewise", f"- {stage}", ""])
+    return "\n".join([*lines, "tags:", "- stagewise", f"- {stage.partition('@')[0]}", ""])
 
 
 def _task(folder: Path) -> str | None:

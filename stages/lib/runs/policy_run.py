@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from stages.lib.rl.rewards.reward_model import RewardModel
+from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.trained_policy import TrainedPolicy
@@ -26,6 +28,13 @@ def record_phase(
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
         this_run.say(line)
+
+
+def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:
+    """Say how a reward model that this pipeline did not make is read."""
+    line = reward.facts.line() if isinstance(reward, RewardModel) and reward.facts else None
+    if line:
+        this_run.say(f"{this_run.stage}: {line}")
 
 
 def publish_policy(

@@ -3,7 +3,7 @@
 `$STAGEWISE_SCRATCH` (or `.scratch/`) holds a folder per stage and fingerprint of (settings, content of every input), so
 other settings or inputs never resume an old state:
 
-    train_rm-0a1b2c3d4e5f6071/
+    train_rm@rm-0a1b2c3d4e5f6071/
         lock                        held while a process writes here
         code-9f8e7d6c5b4a3f2e/      what this version of the stage's code has saved
             checkpoint-00000040/    state.json, tensors-*.safetensors, manifest.json (checksums)

@@ -22,10 +22,10 @@ class StageRun:
     """One run of a stage, on all its processes; files are touched by the main process alone.
 
     Args:
+        stage: its name, with that of what it makes where it makes several: "train_dpo@dpo".
         settings: everything of `params.yaml` that the stage reads, by section.
         inputs: the data and models the stage reads; with `settings` they are the identity of a resumable state.
         outs: name → path of each out to publish.
-        logged_as: the stage's name in the log of runs, where that says more than `stage`.
     Raises:
         StageError: another process runs this stage with the same settings and inputs, an input cannot be read, or
             processes in other folders have other inputs.
@@ -39,10 +39,8 @@ class StageRun:
         outs: dict[str, Path],
         runtime: Runtime,
         processes: Processes,
-        logged_as: str | None = None,
     ) -> None:
         self.stage = stage
-        self.logged_as = logged_as or stage
         self.settings = {name: plain(value) for name, value in settings.items()}
         self.outs = outs
         self.runtime = runtime
@@ -126,7 +124,7 @@ class StageRun:
 
     def _log_run(self, hashes: dict[str, str]) -> None:
         log_run(
-            self.logged_as,
+            self.stage,
             hashes,
             time.monotonic() - self.started,
             runtime=plain(self.runtime),

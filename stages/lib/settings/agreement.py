@@ -13,6 +13,14 @@ from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.named_models import (
+    TRAINED,
+    is_there,
+    require_kinds,
+    require_like_reference,
+    require_models,
+    settings_by_key,
+)
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
@@ -21,38 +29,23 @@ from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
 TEMPLATES = Path("stages/chat_templates")
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
-NEEDED_BY = {
-    "sft": "train_sft and all that starts from its model",
-    "preference": "train_rm, ref_logprobs, train_dpo, train_ppo, train_grpo and evaluate",
-    "prompts": "train_ppo, train_grpo and evaluate",
-}
 
 
 def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> None:
     """Raise StageError where two sections of params.yaml, or one and runtime.yaml, cannot both be obeyed."""
-    dpo, reference = params["train_dpo"], params["ref_logprobs"]
-    for key, theirs, own in (
-        ("precision", "train_dpo.precision", dpo.precision),
-        ("base_quantization", "train_dpo.lora.base_quantization", quantization_of_base(dpo.lora)),
-    ):
-        if getattr(reference, key) != own:
-            raise StageError(
-                f"params.yaml: ref_logprobs.{key} is {or_null(getattr(reference, key))} and {theirs} {or_null(own)}: "
-                "the first step's margin would not be 0; give both the same"
-            )
-    if params["train_rm"].use_margin and not may_have_margins(params["sources"]):
-        raise StageError("params.yaml: train_rm.use_margin: the pairs of sources.tasks have no margin")
+    require_models(params)
+    require_kinds(params)
+    require_like_reference(params)
+    for name, settings in params["train_rm"].items():
+        if settings.use_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.use_margin: pairs made by sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
-        require_kernel(runtime, params[stage].precision, where)
-        if stage in TRAINED:
-            require_engine(runtime, params[stage].precision, where)
-        require_unsharded_quantization(stage, params[stage], runtime, where)
-
-
-def or_null(value: str | None) -> str:
-    return "null" if value is None else value
+        for settings in settings_by_key(stage, params).values():
+            require_kernel(runtime, settings.precision, where)
+            if stage in TRAINED:
+                require_engine(runtime, settings.precision, where)
+            require_unsharded_quantization(stage, settings, runtime, where)
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:
@@ -136,19 +129,6 @@ def require_there(path: str, key: str) -> None:
         raise StageError(f"params.yaml: {key}: {path} does not exist")
 
 
-def is_there(path: str) -> bool:
-    """False also for a name that no file can have."""
-    return os.path.lexists(real(Path(path)))
-
-
-def warn_of_kinds(data: PrepareData) -> list[str]:
-    return [
-        f"params.yaml: prepare_data.kinds lacks {kind}, without which these refuse to run: {stages}"
-        for kind, stages in NEEDED_BY.items()
-        if kind not in data.kinds
-    ]
-
-
 def require_model_fits(
     facts: ModelFacts, name: str, params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
 ) -> list[str]:
@@ -168,9 +148,9 @@ def require_model_fits(
 def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> None:
     limits = params["tokenize_data"]
     needed = {"tokenize_data.max_length": limits.max_length} | {
-        f"tokenize_data.max_prompt_length + {stage}.max_new_tokens": limits.max_prompt_length
-        + params[stage].max_new_tokens
+        f"tokenize_data.max_prompt_length + {key}.max_new_tokens": limits.max_prompt_length + settings.max_new_tokens
         for stage in ("train_ppo", "train_grpo", "evaluate")
+        for key, settings in settings_by_key(stage, params).items()
     }
     for keys, tokens in needed.items():
         if tokens > positions:
@@ -180,5 +160,5 @@ def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> N
 def no_classifier(facts: ModelFacts, name: str) -> str:
     return (
         f"models of type {facts.model_type}, as {name} is, have no sequence classifier in transformers: SFT and DPO "
-        "work, but train_rm, train_ppo, train_grpo and evaluate need a reward model and cannot run"
+        "work, but train_rm, and the critic of train_ppo, cannot start from it"
     )

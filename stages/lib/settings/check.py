@@ -4,23 +4,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib.command.params import GRAPH_FILE
+from stages.lib.command.params import GRAPH_FILE, PARAMS_FILE
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts, read_object
 from stages.lib.operations.scratch_root import scratch_root
-from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths, warn_of_kinds
+from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
 from stages.lib.settings.runtime import read_runtimes
 from stages.lib.settings.sections import read_all_params
 from stages.lib.settings.source_agreement import require_served
 
 
-def outs_of_graph(graph: dict[str, Any]) -> list[str]:
-    """The paths that the stages write; of a matrix the part before its item."""
-    stages = [stage.get("do", stage) for stage in graph.get("stages", {}).values()]
-    entries = [entry for stage in stages for kind in ("outs", "metrics", "plots") for entry in stage.get(kind) or ()]
-    paths = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-    return [path.partition("${")[0].rstrip("/") for path in paths]
+def outs_of_graph(graph: dict[str, Any], document: dict[str, Any]) -> list[str]:
+    """The paths that the stages write: of a group one for each entry of its mapping; of a matrix what precedes an item.
+
+    Args:
+        document: params.yaml.
+    """
+    found = []
+    for stage in graph.get("stages", {}).values():
+        body = stage.get("do", stage)
+        entries = [entry for kind in ("outs", "metrics", "plots") for entry in body.get(kind) or ()]
+        names = entries_of_group(stage, document)
+        for path in (next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries):
+            found += [path.replace("${key}", name) for name in names] if "${key}" in path else [path]
+    return [path.partition("${")[0].rstrip("/") for path in found]
+
+
+def entries_of_group(stage: dict[str, Any], document: dict[str, Any]) -> list[str]:
+    """The names for each of which a group with `foreach: ${section.key}` has a stage."""
+    values: Any = document
+    for part in str(stage.get("foreach", "")).strip("${}").split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return [*values] if isinstance(values, dict) else []
 
 
 def known_models(base: PrepareBase) -> Iterator[tuple[ModelFacts, str]]:
@@ -59,9 +75,9 @@ def check_settings() -> list[str]:
     sources, data, base = params["sources"], params["prepare_data"], params["prepare_base"]
     require_agreement(params, runtimes)
     require_served(data, sources)
-    require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE)))
+    require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE), load_yaml(PARAMS_FILE)))
     scratch_root()
-    warnings = warn_of_kinds(data)
+    warnings: list[str] = []
     for facts, name in known_models(base):
         warnings += require_model_fits(facts, name, params, runtimes)
     return warnings

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype
+from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -11,11 +11,12 @@ from stages.lib.settings.optimizer import OptimizerSettings
 class EpochSettings(Settings):
     """What the sections train_sft, train_rm and train_dpo of params.yaml share."""
 
+    model: Text = key("models/sft", "folder of the language model that training starts from")
     epochs: Positive = key(1.0, "passes over the rows, may be a fraction")
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="rows")
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     eval_every: Count = key(100, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
-    keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest held-out loss")
+    keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest validation loss")
     lora: LoraSettings | None = key(None, "null: every weight is trained; else adapters on a frozen base, a block")
     optimizer: OptimizerSettings = key(block(OptimizerSettings), "AdamW, its schedule and clipping")

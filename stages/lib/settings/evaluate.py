@@ -1,4 +1,4 @@
-"""Section `evaluate` of params.yaml: what is sampled from a policy to see how good it is."""
+"""Section `evaluate` of params.yaml: what is measured on test rows to see how good a policy is."""
 
 from typing import Annotated
 
@@ -6,19 +6,26 @@ from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision
+from stages.lib.settings.bounds import Count, Name, NewTokens, NotNegative, Precision, Text
 from stages.lib.settings.declaration import Settings, key
+
+Resamples = Annotated[int, Ge(100), Le(1_000_000)]
 
 
 class Evaluate(Settings):
-    """Replies of a policy to held-out prompts, graded and compared with the SFT policy's."""
+    """Policies on the test rows, each beside a reference: perplexity, replies to prompts, implicit rewards of pairs."""
 
+    policies: dict[Name, Text] = key(
+        {name: f"models/{name}" for name in ("sft", "dpo", "ppo", "grpo")},
+        "name of each policy to evaluate: its model's folder",
+    )
+    reference: Text = key("models/sft", "folder of the language model that policies are compared with")
     seed: Seed | None = key(None, "of sampling and of the intervals; null: the common seed")
-    max_prompts: Count | None = key(200, "of the held-out prompts; null: all of them", unit="prompts")
+    max_prompts: Count | None = key(200, "of the test prompts; null: all of them", unit="prompts")
     max_new_tokens: NewTokens = key(64, "of a reply", unit="tokens")
     temperature: NotNegative = key(1.0, "of sampling; 0: greedy, else at least 0.001")
     precision: Precision = key("fp32", "of weights and activations")
-    bootstrap_resamples: Annotated[int, Ge(100), Le(1_000_000)] = key(2000, "of the confidence intervals")
+    bootstrap_resamples: Resamples = key(2000, "of the confidence intervals")
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluate":

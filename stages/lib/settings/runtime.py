@@ -25,6 +25,8 @@ STAGES = (
     "train_ppo",
     "train_grpo",
     "evaluate",
+    "score_samples",
+    "evaluate_rm",
 )
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
 # What params.yaml and the other keys decide.
@@ -110,7 +112,7 @@ class Runtime(Settings):
     )
     rows_per_partial_result: Count = key(
         512,
-        "that ref_logprobs and evaluate compute before they keep them in the scratch folder",
+        "that stages which train nothing compute before they keep them in the scratch folder",
         unit="rows or prompts",
     )
     log_seconds: NotNegative = key(

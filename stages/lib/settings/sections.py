@@ -10,11 +10,14 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import PARAMS_FILE, Seed, build
 from stages.lib.command.quoted import nearest
 from stages.lib.command.strict_yaml import load_yaml, short
+from stages.lib.settings.bounds import Name
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.evaluate import Evaluate
+from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.score_samples import ScoreSamples
 from stages.lib.settings.sources import Sources
 from stages.lib.settings.tokenize_data import Tokenize
 from stages.lib.settings.train_dpo import TrainDpo
@@ -41,13 +44,20 @@ class Params(Settings):
     prepare_data: PrepareData = key(block(PrepareData), "what is made of the rows, and what is held out")
     prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
     tokenize_data: Tokenize = key(block(Tokenize), "budgets of tokens")
-    train_sft: TrainSft = key(block(TrainSft), "supervised fine-tuning")
-    train_rm: TrainRm = key(block(TrainRm), "the reward model")
-    ref_logprobs: RefLogprobs = key(block(RefLogprobs), "log-probs of the reference, for DPO")
-    train_dpo: TrainDpo = key(block(TrainDpo), "direct preference optimisation")
-    train_ppo: TrainPpo = key(block(TrainPpo), "proximal policy optimisation")
-    train_grpo: TrainGrpo = key(block(TrainGrpo), "group-relative policy optimisation")
-    evaluate: Evaluate = key(block(Evaluate), "replies to held-out prompts, graded")
+    # Each of these maps the name of what is made to its settings; an empty one makes nothing.
+    train_sft: dict[Name, TrainSft] = key({"sft": block(TrainSft)}, "supervised fine-tuning, by the model's name")
+    train_rm: dict[Name, TrainRm] = key({"rm": block(TrainRm)}, "reward models, by name")
+    ref_logprobs: dict[Name, RefLogprobs] = key(
+        {"sft": block(RefLogprobs)}, "log-probs of reference models, for DPO, by name"
+    )
+    train_dpo: dict[Name, TrainDpo] = key({"dpo": block(TrainDpo)}, "direct preference optimisation, by model's name")
+    train_ppo: dict[Name, TrainPpo] = key({"ppo": block(TrainPpo)}, "proximal policy optimisation, by model's name")
+    train_grpo: dict[Name, TrainGrpo] = key(
+        {"grpo": block(TrainGrpo)}, "group-relative policy optimisation, by model's name"
+    )
+    evaluate: Evaluate = key(block(Evaluate), "policies on the test rows")
+    score_samples: ScoreSamples = key(block(ScoreSamples), "a reward model's scores of the sampled replies")
+    evaluate_rm: dict[Name, EvaluateRm] = key({"rm": block(EvaluateRm)}, "reward models on the test pairs, by name")
 
 
 KINDS = {name: field.rebuild_annotation() for name, field in Params.model_fields.items()}

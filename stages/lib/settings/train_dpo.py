@@ -1,7 +1,7 @@
 """Section `train_dpo` of params.yaml: direct preference optimisation."""
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, Positive
+from stages.lib.settings.bounds import Count, Positive, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -11,6 +11,7 @@ from stages.lib.settings.preference_loss import PreferenceLoss, SigmoidLoss
 class TrainDpo(EpochSettings):
     """A policy trained on pairs, without a reward model."""
 
+    reference: Text = key("data/ref_logprobs/sft", "folder of the reference's log-probs, as ref_logprobs writes it")
     epochs: Positive = key(0.3, "passes over the rows, may be a fraction")
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
     optimizer: OptimizerSettings = key(block(OptimizerSettings, learning_rate=2e-4), "AdamW, its schedule and clipping")

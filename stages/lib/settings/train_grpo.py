@@ -6,15 +6,19 @@ from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature
-from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
+from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_reading import RewardReading
 
 
-class TrainGrpo(Settings):
+class TrainGrpo(RewardReading):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
+    model: Text = key("models/sft", "folder of the language model that training starts from")
+    reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
+    reward_model: Text = key("models/rm", "folder of the reward model")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
@@ -30,14 +34,17 @@ class TrainGrpo(Settings):
     )
     advantage_epsilon: Positive = key(1e-4, "added to group_std", unit="of the reward")
     clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
-    kl_coef: NotNegative = key(0.05, "β of the KL to SFT in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4")
+    kl_coef: NotNegative = key(
+        0.05, "β of the KL to the reference in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4"
+    )
     missing_eos_penalty: NotNegative = key(
         2.0, "taken off the score of a response that does not end", unit="of the reward"
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     lora: LoraSettings | None = key(
-        None, "null: every weight is trained; else a block: the frozen base is the reference"
+        None,
+        "null: every weight is trained; else a block: the frozen base is also the reference, if that is the same model",
     )
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02),

@@ -14,17 +14,26 @@ from stages.lib.settings.bounds import (
     SaveDtype,
     Share,
     Temperature,
+    Text,
     WholeNumber,
 )
-from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.declaration import block, key
 from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_reading import RewardReading
 
 
-class TrainPpo(Settings):
+class TrainPpo(RewardReading):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
+    model: Text = key("models/sft", "folder of the language model that training starts from")
+    reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
+    reward_model: Text = key("models/rm", "folder of the reward model")
+    critic: Text = key(
+        "models/rm",
+        "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
+    )
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(
@@ -47,7 +56,7 @@ class TrainPpo(Settings):
     kl_controller: KlController = key(block(FixedKl), "coefficient of the KL penalty in the reward")
     max_kl: Positive | None = key(
         None,
-        "stop before the update of a phase whose mean KL to SFT is above this; null: never",
+        "stop before the update of a phase whose mean KL to the reference is above this; null: never",
         unit="nats per response",
     )
     max_policy_kl: Positive | None = key(
@@ -66,8 +75,8 @@ class TrainPpo(Settings):
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     lora: LoraSettings | None = key(
         None,
-        "null: every weight is trained; else a block: policy and critic get adapters, and their frozen bases are "
-        "reference and reward model",
+        "null: every weight is trained; else a block: policy and critic get adapters, and their frozen bases also "
+        "serve as reference and reward model where these are the same models",
     )
     policy_optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02), "of the policy"

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from stages.lib.settings.bounds import Count
+from stages.lib.settings.bounds import Count, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -11,11 +11,11 @@ from stages.lib.settings.optimizer import OptimizerSettings
 class TrainRm(EpochSettings):
     """A reward model, trained on pairs (arXiv 2203.02155, Eq 1)."""
 
+    model: Text = key("models/sft", "folder of the language model whose body the reward model starts from")
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
     eval_every: Count = key(125, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
-    keep: Literal["best", "last"] = key("best", "weights to publish; best: those of the lowest held-out loss")
+    keep: Literal["best", "last"] = key("best", "weights to publish; best: those of the lowest validation loss")
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=5e-4, weight_decay=0.01), "AdamW, its schedule and clipping"
     )
-    init_from: Literal["models/sft", "models/base"] = key("models/sft", "model whose body the reward model starts from")
     use_margin: bool = key(False, "subtract each pair's `margin` in the loss", source="arXiv 2307.09288, Eq 2")

@@ -1,0 +1,96 @@
+"""How good a reward model is on test pairs: accuracy with its 95 % interval, and calibration; also for each source.
+
+A reward model with the pipeline's tokenizer reads the ids of pairs, one with another tokenizer their text. params.yaml
+names the reward models.
+
+    python -m stages.evaluate_rm --tokens data/tokens/test/preference.arrow \\
+        --prepared data/prepared/test/preference.jsonl --tokenizer models/base --metrics metrics/evaluate_rm --name rm
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from stages.lib.command.entries import EntryOption, read_entry
+from stages.lib.command.errors import StageError
+from stages.lib.command.jsonl import read_jsonl, write_json
+from stages.lib.command.kernels import Kernels
+from stages.lib.command.params import read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.tokenizer_files import require_tokens_of
+from stages.lib.settings.evaluate_rm import EvaluateRm
+from stages.lib.settings.runtime import read_runtime
+
+if not asks_for_help():
+    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
+    from stages.lib.evaluation.metrics import reward_model_metrics, with_sources
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids
+    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+    from stages.lib.runs.partial_results import NUMBER, PartialResults
+
+SIDES = ("chosen", "rejected")
+
+
+def main(
+    tokens: PathOption, prepared: PathOption, tokenizer: PathOption, metrics: PathOption, name: EntryOption = None
+) -> None:
+    """Evaluate a reward model on the pairs in TOKENS, whose text is in PREPARED."""
+    name, settings = read_entry("evaluate_rm", EvaluateRm, name)
+    reward_model = Path(settings.reward_model)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
+    runtime = read_runtime("evaluate_rm")
+    processes = join_processes(runtime)
+    require_tokens_of(tokens, tokenizer)
+    pairs = read_table(tokens, PREFERENCE_SCHEMA)
+    declared = {f"evaluate_rm.{name}": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    inputs, outs = [tokens, prepared, tokenizer, reward_model], {"metrics": metrics / f"{name}.json"}
+    loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
+    with PartialResults(f"evaluate_rm@{name}", declared, inputs, outs, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        batching = micro_batching(runtime, end_and_pad_ids(tokenizer)[1], processes)
+        reward = load_reward_model(reward_model, settings, loading, batching, processes, tokenizer)
+        if reward.facts and reward.facts.line():
+            this_run.say(f"{this_run.stage}: {reward.facts.line()}")
+
+        texts = None if reward.texts is None else list(read_jsonl(prepared))
+
+        def compute(chunk: range) -> dict[str, list]:
+            some = pairs[chunk.start : chunk.stop]
+            found = scored(reward, some, texts)
+            for values in found.values():
+                for row, score in zip(some["row"], values, strict=True):
+                    if not math.isfinite(score):
+                        raise StageError(f"{tokens}, row {row}: a score is {score}; {reward_model} is broken")
+            return found
+
+        found = this_run.keep_all("pairs", len(pairs), dict.fromkeys(SIDES, NUMBER), compute)
+        sources = pairs["source"][:] if "source" in pairs.column_names else [""] * len(pairs)
+        results = with_sources(
+            lambda places: reward_model_metrics(*([found[side][place] for place in places] for side in SIDES)),
+            sources,
+        )
+        this_run.publish(lambda staged: write_json(staged["metrics"], results))
+    processes.leave()
+
+
+def scored(reward: RewardModel, pairs: dict[str, list], texts: list[dict[str, Any]] | None) -> dict[str, list[float]]:
+    """The scores of both replies of each pair.
+
+    Args:
+        pairs: columns of the token table, of which `row` is the place in `texts`.
+        texts: the prepared rows, where the reward model reads text.
+    """
+    if texts is None:
+        return dict(reward.score_id_pairs(pairs)._asdict())
+    rows = [texts[row] for row in pairs["row"]]
+    prompts = [row["prompt"] for row in rows]
+    return {side: reward.score_texts(prompts, [row[side][-1]["content"] for row in rows]) for side in SIDES}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,161 @@
+"""The models and tables that params.yaml names by their paths: each is made by a stage, or is there already.
+
+Each check raises a StageError that names the key, before the first stage has run.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from stages.lib.command.errors import StageError
+from stages.lib.command.quoted import nearest
+from stages.lib.operations.own_folders import real
+from stages.lib.settings.lora import quantization_of_base
+
+TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
+NAMED = (*TRAINED, "ref_logprobs", "evaluate_rm")  # sections that map names to settings
+MODELS, REFERENCES = Path("models"), Path("data/ref_logprobs")
+NEEDED_KIND = {
+    "train_sft": "sft",
+    "train_rm": "preference",
+    "ref_logprobs": "preference",
+    "train_dpo": "preference",
+    "train_ppo": "prompts",
+    "train_grpo": "prompts",
+    "evaluate_rm": "preference",
+}
+
+LANGUAGE_MODEL, REWARD_MODEL, LOG_PROBS = "a language model", "a reward model", "log-probs of a reference"
+Wanted = Literal["a language model", "a reward model", "log-probs of a reference"]
+
+
+class NamedPath(NamedTuple):
+    """A path of params.yaml, and what may stand there."""
+
+    key: str
+    path: str
+    wanted: tuple[Wanted, ...]
+
+
+def settings_by_key(stage: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stage: of a section that maps names to settings one for each, by its key in params.yaml."""
+    if stage in NAMED:
+        return {f"{stage}.{name}": settings for name, settings in params[stage].items()}
+    return {stage: params[stage]}
+
+
+def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
+    """Every path of a model or of a reference's log-probs that a section of training or evaluation names."""
+    of_key: dict[str, tuple[Wanted, ...]] = {
+        "model": (LANGUAGE_MODEL,),
+        "reference": (LANGUAGE_MODEL,),
+        "reward_model": (REWARD_MODEL,),
+        "critic": (REWARD_MODEL, LANGUAGE_MODEL),
+    }
+    for stage in NAMED:
+        for where, settings in settings_by_key(stage, params).items():
+            for key, wanted in of_key.items():
+                if hasattr(settings, key):
+                    is_table = (stage, key) == ("train_dpo", "reference")
+                    yield NamedPath(f"{where}.{key}", getattr(settings, key), (LOG_PROBS,) if is_table else wanted)
+    evaluate, score_samples = params["evaluate"], params["score_samples"]
+    for name, path in evaluate.policies.items():
+        yield NamedPath(f"evaluate.policies.{name}", path, (LANGUAGE_MODEL,))
+    if evaluate.policies:
+        yield NamedPath("evaluate.reference", evaluate.reference, (LANGUAGE_MODEL,))
+    if score_samples.policies:
+        yield NamedPath("score_samples.reward_model", score_samples.reward_model, (REWARD_MODEL,))
+
+
+def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted]]:
+    """Each folder that a stage makes: the section's key, and what it is."""
+    made: dict[Path, tuple[str, Wanted]] = {}
+    for name in params["prepare_base"].models:
+        made[MODELS / name] = ("prepare_base", LANGUAGE_MODEL)
+    for stage in TRAINED:
+        for name in params[stage]:
+            made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
+    return made | {REFERENCES / name: (f"ref_logprobs.{name}", LOG_PROBS) for name in params["ref_logprobs"]}
+
+
+def require_distinct_names(params: Mapping[str, Any]) -> None:
+    """Raise StageError if two sections would write the same folder models/<name>."""
+    makers = [(name, stage) for stage in ("prepare_base", *TRAINED) for name in names_of(params, stage)]
+    counts = Counter(name for name, _ in makers)
+    for name, count in counts.items():
+        if count > 1:
+            sections = " and ".join(stage for maker, stage in makers if maker == name)
+            raise StageError(f"params.yaml: {sections} both have '{name}', and would write {MODELS / name}; rename one")
+
+
+def names_of(params: Mapping[str, Any], stage: str) -> list[str]:
+    return [*(params[stage].models if stage == "prepare_base" else params[stage])]
+
+
+def require_models(params: Mapping[str, Any]) -> None:
+    """Raise StageError for a path that is neither there nor made by a stage, or made by one as something else."""
+    require_distinct_names(params)
+    made = made_by_stages(params)
+    for key, path, wanted in named_paths(params):
+        normal = Path(os.path.normpath(path))
+        maker = next((made[folder] for folder in (normal, *normal.parents) if folder in made), None)
+        if maker is None:
+            if not is_there(path) and not any(is_there(f"{folder}.dvc") for folder in (path, *Path(path).parents)):
+                guess = nearest(path, made)
+                raise StageError(f"params.yaml: {key}: {path} is neither there nor made by a stage{guess}")
+        elif key.rpartition(".")[0] == maker[0]:
+            raise StageError(f"params.yaml: {key}: {path} is what {maker[0]} itself makes")
+        elif maker[1] not in wanted:
+            raise StageError(
+                f"params.yaml: {key}: expected {' or '.join(wanted)}, and {path}, which {maker[0]} makes, is {maker[1]}"
+            )
+    unknown = [name for name in params["score_samples"].policies if name not in params["evaluate"].policies]
+    if unknown:
+        raise StageError(
+            f"params.yaml: score_samples.policies: evaluate.policies has no '{unknown[0]}', so there are no samples "
+            f"of it{nearest(unknown[0], params['evaluate'].policies)}"
+        )
+
+
+def is_there(path: str) -> bool:
+    """False also for a name that no file can have."""
+    return os.path.lexists(real(Path(path)))
+
+
+def require_kinds(params: Mapping[str, Any]) -> None:
+    """Raise StageError where a stage would read rows of a kind that prepare_data does not make."""
+    kinds = params["prepare_data"].kinds
+    needed = [(key, kind) for stage, kind in NEEDED_KIND.items() for key in settings_by_key(stage, params)]
+    for key, kind in needed:
+        if kind not in kinds:
+            raise StageError(
+                f"params.yaml: {key} needs rows of kind {kind}, which prepare_data.kinds lacks; add it there, or take "
+                f"{key} out"
+            )
+    if params["score_samples"].policies and not {"prompts", "sft"} & set(kinds):
+        raise StageError("params.yaml: score_samples.policies: no replies are sampled without kind prompts or sft")
+
+
+def require_like_reference(params: Mapping[str, Any]) -> None:
+    """Raise StageError if a policy and the reference that it starts as are not to be computed alike."""
+    for name, dpo in params["train_dpo"].items():
+        where = Path(os.path.normpath(dpo.reference))
+        reference = params["ref_logprobs"].get(where.name) if where.parent == REFERENCES else None
+        if reference is None or os.path.normpath(reference.model) != os.path.normpath(dpo.model):
+            continue
+        for key, theirs, own in (
+            ("precision", "precision", dpo.precision),
+            ("base_quantization", "lora.base_quantization", quantization_of_base(dpo.lora)),
+        ):
+            if getattr(reference, key) != own:
+                raise StageError(
+                    f"params.yaml: ref_logprobs.{where.name}.{key} is {or_null(getattr(reference, key))} and "
+                    f"train_dpo.{name}.{theirs} {or_null(own)}, of one model: the first step's margin would not be 0; "
+                    "give both the same"
+                )
+
+
+def or_null(value: str | None) -> str:
+    return "null" if value is None else value

@@ -1,0 +1,106 @@
+"""What a reward model thinks of the replies that evaluate has sampled, beside the reference's to the same prompts.
+
+Mean score, difference from the reference and win rate against it (a tie counts half), with 95 % intervals. A reward
+model with the policies' tokenizer reads their ids, one with another tokenizer the text of prompts and replies.
+
+    python -m stages.score_samples --samples data/samples --tokenizer models/base --metrics metrics/score_samples \\
+        --scores data/sample_scores --name ppo
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from stages.lib.command.entries import EntryOption, entry_name
+from stages.lib.command.errors import StageError
+from stages.lib.command.jsonl import read_jsonl, write_json, write_jsonl
+from stages.lib.command.kernels import Kernels
+from stages.lib.command.params import read_params, read_seed, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.settings.declaration import plain
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.score_samples import ScoreSamples
+
+if not asks_for_help():
+    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.processes import join_processes
+    from stages.lib.evaluation.metrics import score_metrics, with_sources
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids
+    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+    from stages.lib.runs.partial_results import NUMBER, PartialResults
+
+SIDES = {"score": "", "reference_score": "reference_"}  # a column of scores → how the keys of a sample begin
+
+
+def main(
+    samples: PathOption, tokenizer: PathOption, metrics: PathOption, scores: PathOption, name: EntryOption = None
+) -> None:
+    """Score the SAMPLES of a policy."""
+    settings = read_params("score_samples", ScoreSamples)
+    name = entry_name(name, settings.policies, "score_samples.policies")
+    seed, reward_model = read_seed(settings), Path(str(settings.reward_model))
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
+    runtime = read_runtime("score_samples")
+    processes = join_processes(runtime)
+    path = samples / f"{name}.jsonl"
+    rows = list(read_jsonl(path))
+    if not rows:
+        raise StageError(f"{path} has no samples to score: evaluate had no prompts to answer")
+    declared = {"score_samples": {key: value for key, value in plain(settings).items() if key != "policies"}}
+    declared |= {"seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
+    outs = {"metrics": metrics / f"{name}.json", "scores": scores / f"{name}.jsonl"}
+    loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
+    inputs = [path, tokenizer, reward_model]
+    with PartialResults(f"score_samples@{name}", declared, inputs, outs, runtime, processes) as this_run:
+        if this_run.already_complete():
+            return
+        batching = micro_batching(runtime, end_and_pad_ids(tokenizer)[1], processes)
+        reward = load_reward_model(reward_model, settings, loading, batching, processes, tokenizer)
+        if reward.facts and reward.facts.line():
+            this_run.say(f"{this_run.stage}: {reward.facts.line()}")
+        sides = {side: start for side, start in SIDES.items() if f"{start}response" in rows[0]}
+
+        def compute(chunk: range) -> dict[str, list]:
+            some = rows[chunk.start : chunk.stop]
+            return {side: scored(reward, some, start, path) for side, start in sides.items()}
+
+        found = this_run.keep_all("scores", len(rows), dict.fromkeys(sides, NUMBER), compute)
+        own, theirs = found["score"], found.get("reference_score")
+        results = with_sources(
+            lambda places: score_metrics(
+                [own[place] for place in places],
+                None if theirs is None else [theirs[place] for place in places],
+                settings.bootstrap_resamples,
+                seed,
+            ),
+            [str(row.get("source", "")) for row in rows],
+        )
+
+        def build(staged: dict[str, Path]) -> None:
+            write_json(staged["metrics"], results)
+            records = [{"row": row["row"]} for row in rows]
+            for side, values in found.items():
+                for record, value in zip(records, values, strict=True):
+                    record[side] = round(value, 6)
+            write_jsonl(staged["scores"], records)
+
+        this_run.publish(build)
+    processes.leave()
+
+
+def scored(reward: RewardModel, rows: list[dict[str, Any]], start: str, path: Path) -> list[float]:
+    """The score of each reply. Raises a StageError that names the row of one that is no number."""
+    if reward.texts is None:
+        found = reward.score_ids([row["prompt_ids"] for row in rows], [row[f"{start}response_ids"] for row in rows])
+    else:
+        found = reward.score_texts([row["prompt"] for row in rows], [row[f"{start}response"] for row in rows])
+    for row, score in zip(rows, found, strict=True):
+        if not math.isfinite(score):
+            raise StageError(f"{path}, row {row['row']}: the score of a reply is {score}; the reward model is broken")
+    return found
+
+
+if __name__ == "__main__":
+    run(main)
