@@ -158,7 +158,7 @@ def examples_of(
             "missing_column",
         )
     facts = facts or {}
-    if name in PAIRS:
+    if name in PAIRS and not isinstance(options.comparison, TreeComparison):
         refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
     read = READERS[name].read(row, place)
@@ -232,14 +232,14 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     if example.rejected is not None and "margin" in read and is_given(row.get("margin")):
         example = replace(example, margin=margin_from(row["margin"], place.where))
     if name in REPLIES:
-        example = replace(example, label=label_of(row, place))
+        example = replace(example, label=label_from(row, place))
     if tools := tools_of(row, place):
         example = replace(example, tools=tools)
     arguments = object_from(row.get("chat_template_kwargs"), place.column("chat_template_kwargs"))
     return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
 
 
-def label_of(row: RawRow, place: RowPlace) -> bool | None:
+def label_from(row: RawRow, place: RowPlace) -> bool | None:
     """Whether a single reply is a good one, by its label or by its score; None where nothing says so."""
     threshold = place.options.threshold
     if threshold is not None and threshold.score is not None:
