@@ -43,7 +43,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(dvc_repro) $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo train-grpo evaluate report ppo grpo dpo \
-        metrics metrics-diff plots dag status lineage use explain schemas join test test-fast fuzz prove soak lint clean
+        metrics metrics-diff plots dag status lineage use fetch explain schemas join test test-fast fuzz prove soak lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -115,6 +115,9 @@ lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as reco
 
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
 	.venv/bin/python -m stages.tools.use_profile --profile "profiles/$$PROFILE.yaml" $(if $(FORCE),--drop-edits)
+
+fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then HF_HUB_OFFLINE=1 make repro needs no network
+	.venv/bin/python -m stages.tools.fetch
 
 explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.loss, KEY=runtime.default.threads (KEY= lists them)
 	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")

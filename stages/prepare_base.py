@@ -29,8 +29,9 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt, special_tokens
+from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt
 from stages.lib.data.conversations import Message, UnusableRowError, messages_from, text_from
+from stages.lib.data.encoding import special_tokens
 from stages.lib.data.template_process import template_process
 from stages.lib.models.given_model import check_forward_pass, download, embedding_rows, ids_of, load_pretrained
 from stages.lib.models.model_facts import read_model_facts

@@ -28,7 +28,7 @@ from stages.lib.command.run import run
 from stages.lib.data.conversations import Example, Message
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import examples_of
-from stages.lib.data.hub_data import HubData, hub_rows
+from stages.lib.data.hub_data import hub_rows
 from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
@@ -170,21 +170,10 @@ def raw_rows(settings: FileSource | HubSource) -> Iterator[tuple[str, RawRow]]:
         options = FileOptions(settings.delimiter, settings.rows_key)
         rows = islice(local_rows(Path(settings.path), options), settings.max_rows)
     else:
-        rows = hub_rows(hub_data(settings), settings.max_rows)
+        rows = hub_rows(settings.data, settings.max_rows)
     if isinstance(settings.comparison, TreeComparison) and settings.comparison.id_key is not None:
         rows = trees_of_rows(rows, settings.comparison)
     yield from rows
-
-
-def hub_data(settings: HubSource) -> HubData:
-    return HubData(
-        settings.dataset,
-        settings.revision,
-        settings.config,
-        settings.data_dir,
-        settings.hub_split,
-        settings.streaming,
-    )
 
 
 def why_none_is_left(counts: Counter[str]) -> str:

@@ -4,233 +4,51 @@ Prompt and reply are encoded apart and joined as ids (`stages.lib.data.chat`): m
 exactly one EOS, and the ids are checked to decode to the text. Rows that cannot be encoded so are dropped and counted;
 with `on_unusable_row: drop` so are rows that the chat template refuses or changes.
 
+Rows are encoded in shards on all cores (runtime.yaml: workers), and what is encoded is kept: a run that was killed goes
+on from there.
+
     python -m stages.tokenize_data --kind sft --prepared data/prepared --tokenizer models/base \\
         --tokens data/tokens --metrics metrics/tokenize_data
 """
 
+import hashlib
+import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import pyarrow
 import typer
 
 from stages.lib.command.entries import entry_name
 from stages.lib.command.errors import StageError
-from stages.lib.command.hashing import dvc_hash, dvc_hashes
-from stages.lib.command.jsonl import read_jsonl, write_json
-from stages.lib.command.outputs import written_whole
-from stages.lib.command.params import read_params
+from stages.lib.command.jsonl import write_json
+from stages.lib.command.outputs import remove, require_places
+from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.chat import (
-    NOT_REVERSIBLE,
-    SPECIAL_TOKEN_IN_TEXT,
-    RefusedRowError,
-    encode_completion,
-    encode_prompt,
-    load_tokenizer,
-    render_ahead,
-)
-from stages.lib.data.conversations import UnusableRowError
-from stages.lib.data.prepared_rows import (
-    KINDS,
-    SPLITS,
-    Conversation,
-    Kind,
-    preference_conversation,
-    prompt_conversation,
-    sft_conversation,
-)
-from stages.lib.data.prompts import json_text
+from stages.lib.data.chat import REASONING_FIELDS, load_tokenizer
+from stages.lib.data.encoding import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT
+from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
 from stages.lib.data.template_process import template_process
-from stages.lib.data.token_tables import (
-    PREFERENCE_SCHEMA,
-    PROMPT_SCHEMA,
-    SFT_SCHEMA,
-    TOKENIZER_NOTE,
-    TableWriter,
-    check_table_fits,
-    read_table,
-)
+from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
+from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, shards_of, workers_for
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts
-from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.lib.models.tokenizer_files import TOKENIZER_FILES, tokenizer_hash
 from stages.lib.operations.run_log import log_run
+from stages.lib.settings.declaration import plain
+from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.tokenize_data import Tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from stages.lib.runs.scratch import ScratchFolder
 
-PROMPT_TOO_LONG = "prompt_too_long"
-TOO_LONG = "too_long"
-EQUAL_REPLIES = "equal_replies"
-INVALID_UNICODE = "invalid_unicode"
+STAGE = "tokenize_data"
 USUAL_REASONS = (NOT_REVERSIBLE, PROMPT_TOO_LONG, SPECIAL_TOKEN_IN_TEXT, TOO_LONG)  # counted even where there is none
 SECONDS_BETWEEN_REPORTS = 10.0
-ROWS_RENDERED_AT_ONCE = 64
-
-
-class Encoded(NamedTuple):
-    """One row as ids: the columns of its table beside `row`, and what the budgets and metrics look at."""
-
-    columns: dict[str, Any]
-    prompt_tokens: int
-    longest: int  # prompt and its longest reply
-    tokens: int  # all ids of the row
-
-
-def sft_columns(prompt: list[int], reply: list[int], _row: Conversation) -> dict[str, Any]:
-    return {"input_ids": prompt + reply, "loss_mask": [False] * len(prompt) + [True] * len(reply)}
-
-
-def preference_columns(prompt: list[int], chosen: list[int], rejected: list[int], row: Conversation) -> dict[str, Any]:
-    if chosen == rejected:  # a template may cut off the white space that they differ in
-        raise UnusableRowError(EQUAL_REPLIES)
-    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "margin": row.margin}
-
-
-def prompt_columns(prompt: list[int], row: Conversation) -> dict[str, Any]:
-    try:
-        messages = json_text(row.prompt)
-    except UnicodeEncodeError:  # in an earlier turn of the assistant, which the template leaves out
-        raise UnusableRowError(INVALID_UNICODE) from None
-    return {"prompt_ids": prompt, "messages": messages, "facts": json_text(row.facts)}
-
-
-class Encoding(NamedTuple):
-    """How rows of a kind are read, and what their table holds."""
-
-    read: Callable[[dict[str, Any], str], Conversation]
-    columns: Callable[..., dict[str, Any]]  # of the prompt's ids, those of each reply, and the conversation
-    schema: pyarrow.Schema
-
-
-ENCODINGS: dict[Kind, Encoding] = {
-    "sft": Encoding(sft_conversation, sft_columns, SFT_SCHEMA),
-    "preference": Encoding(preference_conversation, preference_columns, PREFERENCE_SCHEMA),
-    "prompts": Encoding(prompt_conversation, prompt_columns, PROMPT_SCHEMA),
-}
-
-
-def within_budget(encoded: Encoded, settings: Tokenize, where: str) -> Encoded:
-    """The row, if it fits; else a StageError or, with `overlong: drop`, an UnusableRowError. Nothing is cut short."""
-    if encoded.prompt_tokens > settings.max_prompt_length:
-        reason, key = PROMPT_TOO_LONG, "max_prompt_length"
-        found = f"prompt has {encoded.prompt_tokens} tokens, budget is {settings.max_prompt_length}"
-    elif encoded.longest > settings.max_length:
-        reason, key = TOO_LONG, "max_length"
-        found = f"prompt and reply have {encoded.longest} tokens, budget is {settings.max_length}"
-    else:
-        return encoded
-    if settings.overlong == "drop":
-        raise UnusableRowError(reason)
-    raise StageError(f"{where}: {found}; raise tokenize_data.{key} or set tokenize_data.overlong: drop")
-
-
-@dataclass
-class Counts:
-    """What went into one table."""
-
-    rows: int = 0
-    tokens: int = 0
-    longest_prompt: int = 0
-    longest: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        self.rows += 1
-        self.tokens += encoded.tokens
-        self.longest_prompt = max(self.longest_prompt, encoded.prompt_tokens)
-        self.longest = max(self.longest, encoded.longest)
-
-
-def rows_to_encode(
-    tokenizer: "PreTrainedTokenizerBase", kind: Kind, source: Path
-) -> Iterator[tuple[int, str, Conversation]]:
-    """Yield (number, place, row) of a prepared file, rendered ahead. Raises StageError where a faulty row comes."""
-    numbered = enumerate(read_jsonl(source))
-    fault = None
-    while fault is None:
-        rows: list[tuple[int, str, Conversation]] = []
-        try:
-            for number, row in islice(numbered, ROWS_RENDERED_AT_ONCE):
-                where = f"{source}, line {number + 1}"
-                rows.append((number, where, ENCODINGS[kind].read(row, where)))
-        except StageError as error:
-            fault = error
-        render_ahead(tokenizer, [(row.prompt, row.replies) for _, _, row in rows])
-        yield from rows
-        if not rows:
-            break
-    if fault:
-        raise fault
-
-
-def encode_file(
-    tokenizer: "PreTrainedTokenizerBase",
-    kind: Kind,
-    source: Path,
-    target: Path,
-    settings: Tokenize,
-    notes: dict[str, str],
-) -> tuple[Counts, Counter[str]]:
-    """Encode one split row by row into `target`. Returns what it holds and the rows dropped by reason."""
-    counts, dropped = Counts(), Counter()
-    if not source.is_file():
-        raise StageError(f"{source} does not exist")
-    started = reported = time.monotonic()
-    with TableWriter(target, ENCODINGS[kind].schema.with_metadata(notes | {"rows": dvc_hash(source)})) as writer:
-        for number, where, row in rows_to_encode(tokenizer, kind, source):
-            try:
-                encoded = within_budget(encode_row(tokenizer, kind, row, where, settings), settings, where)
-            except UnusableRowError as error:
-                dropped[error.args[0]] += 1
-                continue
-            writer.append({"row": number, **encoded.columns})
-            counts.add(encoded)
-            if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
-                reported = time.monotonic()
-                print(f"{source}: {number + 1:,} rows, {number / (reported - started):,.0f} rows/s", file=sys.stderr)
-    if counts.rows == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        raise StageError(f"{source}: no row is left ({reasons}); look at its rows and at the section tokenize_data")
-    return counts, dropped
-
-
-def encode_row(
-    tokenizer: "PreTrainedTokenizerBase", kind: Kind, row: Conversation, where: str, settings: Tokenize
-) -> Encoded:
-    """Encode one row; a complaint of the chat template gets the row's place put before it.
-
-    What the template refuses is an UnusableRowError with `on_unusable_row: drop`.
-    """
-    try:
-        prompt = encode_prompt(tokenizer, row.prompt)
-        replies = [encode_completion(tokenizer, row.prompt, reply) for reply in row.replies]
-    except RefusedRowError as error:
-        if settings.on_unusable_row == "drop":
-            raise UnusableRowError(error.reason) from None
-        raise StageError(
-            f"{where}: {error}; mend the row or the chat template, or set tokenize_data.on_unusable_row: drop"
-        ) from None
-    except StageError as error:
-        raise StageError(f"{where}: {error}") from None
-    lengths = [len(reply) for reply in replies]
-    columns = ENCODINGS[kind].columns(prompt, *replies, row)
-    return Encoded(columns, len(prompt), len(prompt) + max(lengths, default=0), len(prompt) + sum(lengths))
-
-
-def metrics_of(kind: Kind, counts: dict[str, Counts], dropped: Counter[str]) -> dict[str, int]:
-    metrics = {f"{split}_rows": counts[split].rows for split in SPLITS}
-    metrics |= {f"{split}_tokens": counts[split].tokens for split in SPLITS}
-    metrics["max_prompt_tokens"] = max(count.longest_prompt for count in counts.values())
-    if kind != "prompts":
-        metrics["max_tokens"] = max(count.longest for count in counts.values())
-    reasons = sorted({*USUAL_REASONS, *dropped})
-    return metrics | {f"dropped/{reason}": dropped[reason] for reason in reasons}
+DIGEST_BYTES = 32
+INPUTS_OF_TOKENIZER = (*TOKENIZER_FILES, "config.json")
 
 
 def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
@@ -247,6 +65,115 @@ def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
     return facts
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class KeptShards:
+    """Shards that this version of the code has encoded, in the scratch folder of this run, each with its SHA-256."""
+
+    def __init__(self, scratch: "ScratchFolder") -> None:
+        self.scratch = scratch
+        self.said = False
+
+    def _name(self, shard: Shard) -> str:
+        return f"{self.scratch.code[:16]}-{shard.path.parent.name}-{shard.first_row}"
+
+    def read(self, shard: Shard) -> bytes | None:
+        """What was kept of a shard, if it is whole."""
+        path = self.scratch.kept / self._name(shard)
+        content = path.read_bytes() if path.is_file() else b""
+        digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() != digest:
+            return None
+        if not self.said:
+            print(f"{STAGE}: resuming, goes on from what an earlier start has kept", flush=True)
+            self.said = True
+        return payload
+
+    def keep(self, shard: Shard, payload: bytes) -> None:
+        self.scratch.keep(self._name(shard), hashlib.sha256(payload).digest() + payload)
+
+
+def write_tables(
+    encoder: ShardEncoder, shards: dict[Split, list[Shard]], tables: dict[Split, Path], workers: int, kept: KeptShards
+) -> dict[Split, Counts]:
+    """Encode the shards of each split into its table. Returns what each holds. Raises StageError if one has no row."""
+    counts = {split: Counts() for split in shards}
+    started = reported = time.monotonic()
+    todo = [(split, shard) for split in shards for shard in shards[split]]
+    made = encoded_shards(encoder, [shard for _, shard in todo], workers, kept.read, kept.keep)
+    with ExitStack() as open_files:
+        streams = {
+            split: open_files.enter_context(pyarrow.ipc.new_stream(str(tables[split]), encoder.schema_of(own[0].path)))
+            for split, own in shards.items()
+        }
+        open_files.callback(made.close)  # its processes
+        for (split, shard), payload in zip(todo, made, strict=True):
+            counts_of_shard, batches = read_shard(payload)
+            for batch in batches:
+                streams[split].write_batch(batch)
+            counts[split].add(counts_of_shard)
+            if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
+                reported = time.monotonic()
+                rows = sum(count.rows for count in counts.values())
+                print(f"{shard.path}: {rows:,} rows, {rows / (reported - started):,.0f} rows/s", file=sys.stderr)
+            if shard == shards[split][-1]:
+                require_rows(counts[split], shard.path)
+    return counts
+
+
+def require_rows(counts: Counts, path: Path) -> None:
+    if counts.rows == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.dropped.items()))
+        raise StageError(f"{path}: no row is left ({reasons}); look at its rows and at the section tokenize_data")
+
+
+def metrics_of(kind: Kind, counts: dict[Split, Counts]) -> dict[str, float]:
+    """Rows and tokens of each split, lengths over all of them, and rows cut and dropped by reason."""
+    metrics: dict[str, float] = {f"{split}_rows": count.rows for split, count in counts.items()}
+    metrics |= {f"{split}_tokens": count.prompt_tokens + count.reply_tokens for split, count in counts.items()}
+    total = Counts()
+    for count in counts.values():
+        total.add(count)
+    metrics["max_prompt_tokens"] = total.max_prompt_tokens
+    metrics["mean_prompt_tokens"] = round(total.prompt_tokens / total.rows, 3)
+    if kind != "prompts":
+        metrics["max_reply_tokens"] = total.max_reply_tokens
+        metrics["mean_reply_tokens"] = round(total.reply_tokens / total.replies, 3)
+        metrics["max_tokens"] = total.max_tokens
+    if kind == "sft":
+        metrics["share_trained"] = round(total.trained_tokens / (total.prompt_tokens + total.reply_tokens), 6)
+    metrics |= {"cut/prompts": total.cut_prompts, "cut/replies": total.cut_replies}
+    metrics["reasoning_left_out"] = total.reasoning_left_out
+    return metrics | {f"dropped/{reason}": total.dropped[reason] for reason in sorted({*USUAL_REASONS, *total.dropped})}
+
+
+def say(kind: Kind, counts: dict[Split, Counts], tokenizer: Path) -> None:
+    """Print what the tables hold, and what of the rows they do not."""
+    held = ", ".join(
+        f"{count.rows:,} {split} rows ({count.prompt_tokens + count.reply_tokens:,} tokens)"
+        for split, count in counts.items()
+    )
+    dropped, reasoning, cut = (
+        sum(values)
+        for values in zip(
+            *(
+                (count.dropped.total(), count.reasoning_left_out, max(count.cut_prompts, count.cut_replies))
+                for count in counts.values()
+            ),
+            strict=True,
+        )
+    )
+    print(f"tokenize {kind}: {held}, {dropped:,} rows dropped" + (f", {cut:,} cut" if cut else ""))
+    if reasoning:
+        print(
+            f"note: in {reasoning:,} rows of {kind} the chat template of {tokenizer} leaves out reasoning that a "
+            f"message has ({', '.join(REASONING_FIELDS)}); it is neither read nor trained"
+        )
+
+
 def main(
     prepared: Annotated[Path, typer.Option(help="Folder of the prepared rows, a folder for each split.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder with the base model's tokenizer and config.json.")],
@@ -255,26 +182,34 @@ def main(
     kind: Annotated[str | None, typer.Option(help="What the rows are; else what DVC runs the stage for.")] = None,
 ) -> None:
     """Encode the prepared rows of one kind."""
+    from stages.lib.runs.scratch import ScratchFolder
+
     started = time.monotonic()
-    kind = cast(Kind, entry_name(kind, KINDS, "tokenize_data"))
-    settings = read_params("tokenize_data", Tokenize)
-    template_process()  # it loads while this one does
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as there are cores
+    kind = cast(Kind, entry_name(kind, KINDS, STAGE))
+    settings, seed = read_params(STAGE, Tokenize), read_value("seed", int)
     facts = facts_with_room(tokenizer, settings)
-    loaded = load_tokenizer(tokenizer)
-    notes = {TOKENIZER_NOTE: tokenizer_hash(tokenizer)}
-    counts: dict[str, Counts] = {}
-    dropped: Counter[str] = Counter()
-    outs = [*(tokens / split / f"{kind}.arrow" for split in SPLITS), metrics / f"{kind}.json"]
-    with written_whole(*outs) as (*tables, metrics_partial):
-        for split, table in zip(SPLITS, tables, strict=True):
-            rows = prepared / split / f"{kind}.jsonl"
-            counts[split], lost = encode_file(loaded, kind, rows, table, settings, notes)
-            dropped += lost
-            check_table_fits(read_table(table, ENCODINGS[kind].schema), facts, rows)
-        write_json(metrics_partial, metrics_of(kind, counts, dropped))
-    log_run(f"tokenize_data@{kind}", dvc_hashes(outs), time.monotonic() - started)
-    summary = ", ".join(f"{counts[split].rows:,} {split} rows ({counts[split].tokens:,} tokens)" for split in SPLITS)
-    print(f"tokenize {kind}: {summary}, {dropped.total():,} rows dropped")
+    rows = {split: prepared / split / f"{kind}.jsonl" for split in SPLITS}
+    shards = {split: shards_of(path) for split, path in rows.items()}
+    workers = workers_for([shard for own in shards.values() for shard in own], read_runtime(STAGE).workers or cores())
+    if workers == 1:
+        template_process()  # it loads while this one does
+    encoder = ShardEncoder(load_tokenizer(tokenizer), tokenizer_hash(tokenizer), kind, settings, seed, facts)
+    outs = {f"{split}.arrow": tokens / split / f"{kind}.arrow" for split in SPLITS}
+    outs |= {"metrics.json": metrics / f"{kind}.json"}
+    require_places(outs.values())
+    inputs = [*rows.values(), *(tokenizer / name for name in INPUTS_OF_TOKENIZER)]
+    scratch = ScratchFolder(STAGE, {STAGE: plain(settings), "seed": seed, "kind": kind}, inputs)
+    if not scratch.publish_complete(outs):
+        folder = scratch.stage_outs()
+        tables = {split: folder / f"{split}.arrow" for split in SPLITS}
+        counts = write_tables(encoder, shards, tables, workers, KeptShards(scratch))
+        write_json(folder / "metrics.json", metrics_of(kind, counts))
+        scratch.complete(outs, lambda hashes: log_run(f"{STAGE}@{kind}", hashes, time.monotonic() - started))
+        remove(scratch.kept)
+        say(kind, counts, tokenizer)
+        scratch.publish_complete(outs)
+    scratch.release()
 
 
 if __name__ == "__main__":

@@ -96,10 +96,10 @@ def test_another_setting_or_input_starts_anew(
     fresh = copy_of_tiny("fresh")
     for project in (folder, fresh):
         if changed == "setting":
-            change(project / "params.yaml", {"train_rm": {"optimizer": {"learning_rate": 0.0033}}})
+            change(project / "params.yaml", {"train_rm": {"rm": {"optimizer": {"learning_rate": 0.0033}}}})
         else:
-            (project / "data/tokens/preference/train.arrow").write_bytes(
-                (project / "data/tokens/preference/eval.arrow").read_bytes()
+            (project / "data/tokens/train/preference.arrow").write_bytes(
+                (project / "data/tokens/validation/preference.arrow").read_bytes()
             )
     capsys.readouterr()
     call(folder, "train_rm")

@@ -16,6 +16,8 @@ from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
 from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.lib.settings.declaration import block
+from stages.lib.settings.tokenize_data import Tokenize
 from stages.tokenize_data import main
 from tests.lib.data.test_chat import (
     ASSISTANT,
@@ -35,13 +37,14 @@ from tests.lib.data.test_chat import (
 )
 from tests.real_files import PROJECT
 
-SECTION = {"max_length": 10, "max_prompt_length": 6, "overlong": "error", "on_unusable_row": "error"}
+SECTION = block(Tokenize, max_length=10, max_prompt_length=6)
 CONFIG = {"model_type": "llama", "vocab_size": len(TINY_VOCABULARY), "max_position_embeddings": 12}
 NO_SYSTEM_ROLE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 SFT = {"messages": [user("hi"), assistant("ho")]}
 PAIR = {"prompt": [user("hi")], "chosen": [assistant("ho")], "rejected": [assistant("o")]}
+RATED = {"prompt": [user("hi")], "completion": [assistant("ho")], "label": True}
 PROMPT = {"prompt": [user("hi")]}
-GOOD = {"sft": SFT, "preference": PAIR, "prompts": PROMPT}
+GOOD = {"sft": SFT, "preference": PAIR, "unpaired": RATED, "prompts": PROMPT}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def base(tmp_path_factory):
 
 
 def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json.dumps({**row, "source": "films"}) + "\n" for row in rows)
 
 
 def arguments(folder, base, kind, train, held_out, changes):
@@ -63,7 +66,8 @@ def arguments(folder, base, kind, train, held_out, changes):
         rows = folder / f"data/prepared/{split}/{kind}.jsonl"
         rows.parent.mkdir(parents=True, exist_ok=True)
         rows.write_text(content if isinstance(content, str) else lines(content), encoding="utf-8")
-    (folder / "params.yaml").write_text(json.dumps({"tokenize_data": SECTION | changes}))
+    (folder / "params.yaml").write_text(json.dumps({"seed": 17, "tokenize_data": SECTION | changes}))
+    (folder / "runtime.yaml").write_bytes((PROJECT / "runtime.yaml").read_bytes())
     return {
         "kind": kind,
         "prepared": "data/prepared",
@@ -123,7 +127,7 @@ def test_sft_by_hand(tmp_path, base):
         {"messages": [user("hihihih"), assistant("o")]},
         {"messages": [user("h"), assistant("o" * 9)]},
     ]
-    process = tokenize(tmp_path, base, "sft", rows, overlong="drop", max_length=12, max_prompt_length=8)
+    process = tokenize(tmp_path, base, "sft", rows, truncation="drop", max_length=12, max_prompt_length=8)
     assert metrics_of(process, tmp_path, "sft") == {
         "train_rows": 2,
         "validation_rows": 1,
@@ -131,8 +135,15 @@ def test_sft_by_hand(tmp_path, base):
         "train_tokens": 6 + 12,
         "validation_tokens": 6,
         "test_tokens": 6,
-        "max_prompt_tokens": 8,
+        "max_prompt_tokens": 4,
+        "mean_prompt_tokens": 3.75,
+        "max_reply_tokens": 9,
+        "mean_reply_tokens": 3.75,
         "max_tokens": 12,
+        "share_trained": round(12 / 30, 6),
+        "cut/prompts": 0,
+        "cut/replies": 0,
+        "reasoning_left_out": 0,
         "dropped/not_reversible": 1,
         "dropped/prompt_too_long": 1,
         "dropped/special_token_in_text": 1,
@@ -144,8 +155,14 @@ def test_sft_by_hand(tmp_path, base):
             "row": 0,
             "input_ids": [USER, ID_H, ID_I, ASSISTANT, HO, EOS],
             "loss_mask": [False] * 4 + [True] * 2,
+            "source": "films",
         },
-        {"row": 3, "input_ids": two_turns, "loss_mask": [False] * 8 + [True] * 4},
+        {
+            "row": 3,
+            "input_ids": two_turns,
+            "loss_mask": [False] * 3 + [True] * 2 + [False] * 3 + [True] * 4,
+            "source": "films",
+        },
     ]
 
 
@@ -154,6 +171,7 @@ def test_preference_by_hand(tmp_path, base):
     metrics = tokenize_here(tmp_path, base, "preference", rows)
     ids = {"prompt_ids": [USER, ID_H, ID_I, ASSISTANT], "chosen_ids": [HO, EOS], "rejected_ids": [ID_O, EOS]}
     table = read_table(tmp_path / "data/tokens/train/preference.arrow", PREFERENCE_SCHEMA)
+    ids["source"] = "films"
     assert list(table) == [{"row": 0, **ids, "margin": None}, {"row": 2, **ids, "margin": 0.5}]
     assert metrics["train_tokens"] == 16
     assert metrics["max_tokens"] == 6
@@ -171,7 +189,7 @@ def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
     assert table[1198]["messages"] == '[{"content": "hi", "role": "user"}]'
     assert table[1198]["facts"] == '{"a": [1.5], "b": "é"}'
     ids = [USER, ID_H, ASSISTANT, ID_I, EOS, USER, ID_O, ASSISTANT]
-    assert prompts_of(table[1199:]) == [Prompt(1199, ids, turns, {})]
+    assert prompts_of(table[1199:]) == [Prompt(1199, ids, turns, {}, {}, "films")]
     assert metrics[0] == metrics[1]
     assert metrics[0]["train_tokens"] == 600 * (4 + 8)
     assert dvc_hash(tmp_path / "one/data/tokens") == dvc_hash(tmp_path / "two/data/tokens")
@@ -182,7 +200,7 @@ def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
         "error: data/prepared/train/prompts.jsonl, line 2: prompt has 7 tokens, budget is 6; "
-        "raise tokenize_data.max_prompt_length or set tokenize_data.overlong: drop"
+        "raise tokenize_data.max_prompt_length or set tokenize_data.truncation: drop, keep_end or keep_start"
     ]
     assert_nothing_written(tmp_path)
 
@@ -191,7 +209,7 @@ def test_a_reply_over_the_budget(tmp_path, base):
     rows = [PAIR, {**PAIR, "rejected": [assistant("o" * 6)]}]
     assert refusal(tmp_path, base, "preference", [PAIR], rows) == (
         "data/prepared/test/preference.jsonl, line 2: prompt and reply have 11 tokens, budget is 10; "
-        "raise tokenize_data.max_length or set tokenize_data.overlong: drop"
+        "raise tokenize_data.max_length or set tokenize_data.truncation: drop, keep_end or keep_start"
     )
 
 
@@ -200,7 +218,11 @@ def test_a_reply_over_the_budget(tmp_path, base):
     [
         ("sft", "", "train/sft.jsonl is empty"),
         ("sft", lines([SFT]) + "{no", "train/sft.jsonl, line 2: not valid JSON"),
-        ("sft", [SFT, PAIR], "train/sft.jsonl, line 2: 'messages' is missing (the row has prompt, chosen, rejected)"),
+        (
+            "sft",
+            [SFT, PAIR],
+            "train/sft.jsonl, line 2: 'messages' is missing (the row has prompt, chosen, rejected, source)",
+        ),
         ("sft", [{"messages": [user("h")]}], "train/sft.jsonl, line 1: 'messages' must hold a prompt and end with"),
         ("sft", [{"messages": [user("h"), assistant(" ")]}], "train/sft.jsonl, line 1: the reply is empty"),
         ("preference", [PAIR, {**PAIR, "chosen": []}], "line 2: 'chosen' must hold exactly one message"),
@@ -253,7 +275,11 @@ def test_what_the_template_refuses_is_named_with_its_row(tmp_path, base):
             "validation/preference.jsonl, row 0, chosen_ids: token id 10 is outside the vocabulary of 10",
         ),
         ({}, {"max_prompt_length": 10}, "params.yaml: tokenize_data: max_prompt_length (10) must be below"),
-        ({}, {"overlong": "cut"}, "params.yaml: tokenize_data.overlong: 'cut' (str) is not one of: error, drop"),
+        (
+            {},
+            {"truncation": "cut"},
+            "tokenize_data.truncation: 'cut' (str) is not one of: error, drop, keep_end, keep_start",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, config, section, message):
@@ -337,7 +363,7 @@ def test_a_reply_that_the_template_changes(tmp_path, template, reply, reason, me
 def test_a_prompt_with_half_a_character_in_what_the_template_leaves_out(tmp_path):
     base = base_with(tmp_path / "base", CUTS_THOUGHTS)
     thought = [user("o"), assistant("\ud800io"), user("h")]
-    metrics = tokenize_here(tmp_path, base, "prompts", [PROMPT, {"prompt": thought}])
+    metrics = tokenize_here(tmp_path, base, "prompts", [PROMPT, {"prompt": thought}], max_prompt_length=9)
     assert (metrics["train_rows"], metrics["dropped/invalid_unicode"]) == (1, 1)
 
 
@@ -360,7 +386,7 @@ def test_a_template_without_end_names_the_row_whatever_is_dropped(tmp_path, monk
 def test_faults_are_named_in_the_order_of_rows(tmp_path, base):
     rows = [PROMPT, {"prompt": [user("hihihihih")]}, {}]
     assert "line 2: prompt has" in refusal(tmp_path, base, "prompts", rows)
-    assert "line 3: 'prompt' is missing" in refusal(tmp_path, base, "prompts", rows, overlong="drop")
+    assert "line 3: 'prompt' is missing" in refusal(tmp_path, base, "prompts", rows, truncation="drop")
 
 
 def test_a_table_names_its_tokenizer(tmp_path, base):

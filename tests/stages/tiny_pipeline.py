@@ -102,18 +102,22 @@ def new_project(folder: Path) -> Path:
 def stage_options(stage: str, **changed: str) -> list[str]:
     """The options with which dvc.yaml starts a stage, as a flat list; `changed` replaces single paths."""
     name, _, item = stage.partition("@")
-    group = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
-    words = group.get("do", group)["cmd"].split()
+    words = command(stage).split()
     options = words[words.index(next(word for word in words if word.startswith("--"))) :]
     for option, value in changed.items():
         options[options.index(f"--{option.replace('_', '-')}") + 1] = value
     return [*options, *([ITEM_OPTIONS.get(name, "--name"), item] if item else [])]
 
 
-def script(stage: str) -> str:
-    """The script of a stage: several groups of stages may run one."""
+def command(stage: str) -> str:
+    """What dvc.yaml runs, without the name of an entry, which DVC gives in the environment."""
     group = read_yaml(PROJECT / "dvc.yaml")["stages"][stage.partition("@")[0]]
-    return script_name(group.get("do", group)["cmd"])
+    return group.get("do", group)["cmd"]
+
+
+def script(stage: str) -> str:
+    """Several groups of stages may run one."""
+    return script_name(command(stage))
 
 
 @contextlib.contextmanager

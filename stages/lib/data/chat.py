@@ -1,33 +1,43 @@
-"""From messages to token ids and back: rendering by the model's chat template, encoding, decoding.
+"""From messages to the texts that are encoded: rendering by the model's chat template.
 
-Prompt and reply are rendered to text, encoded apart and joined as ids, so the boundary between them is known in ids and
-no token spans it: a prompt has the same ids in training and in generation. A reply ends in exactly one EOS. Ids are
-decoded back and compared with the text; a row that does not come back is unusable.
+Prompt and reply are rendered to text, encoded apart and joined as ids (`stages.lib.data.encoding`), so the boundary
+between them is known in ids and no token spans it: a prompt has the same ids in training and in generation. A reply
+ends in exactly one EOS.
 """
 
+import json
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.conversations import Message, UnusableRowError
-from stages.lib.data.template_process import RenderingError, template_process
+from stages.lib.data.conversations import Message
+from stages.lib.data.encoding import (
+    SPECIAL_TOKEN_IN_TEXT,
+    SpecialTokens,
+    decode,
+    encode_text,
+    refuse_special_tokens,
+    special_tokens,
+    texts_of,
+)
+from stages.lib.data.row_errors import UnusableRowError
+from stages.lib.data.template_process import Rendered, RenderingError, RenderingResult, ToRender, template_process
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import TOKENIZER_JSON, require_json_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
-NOT_REVERSIBLE = "not_reversible"
 TEMPLATE_REFUSES = "template_refuses"
 REPLY_CHANGED = "reply_changed"
 PROMPT_CHANGED = "prompt_changed"
 PROMPT_NOT_A_BEGINNING = "prompt_not_a_beginning"
+TOOLS_LEFT_OUT = "tools_left_out"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 # Many templates write today's date where that is offered, as transformers does, and else one of their own.
 WITHOUT_DATE = "{% set strftime_now = date_of_today %}{{ '' }}"  # what follows keeps its first line's end
 
@@ -75,89 +85,122 @@ def require_fast(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
         )
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The text of a conversation.
+class Context(NamedTuple):
+    """What a chat template gets beside the messages."""
+
+    tools: list[dict[str, Any]] | None = None
+    template_arguments: dict[str, Any] | None = None
+
+
+NO_CONTEXT = Context()
+
+
+def asked(
+    messages: Sequence[Message], context: Context = NO_CONTEXT, *, add_generation_prompt: bool, spans: bool = False
+) -> ToRender:
+    """A conversation to render."""
+    return ToRender(messages, add_generation_prompt, context.tools, context.template_arguments, spans)
+
+
+def render_all(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[ToRender]) -> list[RenderingResult]:
+    """Render conversations by a tokenizer's template, each to its text or to what `rendered` raises of it."""
+    template = tokenizer.chat_template
+    assert isinstance(template, str), "load_tokenizer refuses anything else"
+    dated = (WITHOUT_DATE if "strftime_now" in template else "") + template
+    return template_process().render_all(dated, tokenizer.special_tokens_map, conversations)
+
+
+def rendered(result: RenderingResult) -> Rendered:
+    """A conversation's text.
 
     Raises:
         RefusedRowError: the chat template raises an error for it, or writes half a surrogate pair.
         StageError: rendering it takes more time or memory than a chat template may take.
     """
+    if isinstance(result, RenderingError):
+        dated = "; tokens would be others tomorrow, so write a fixed one" if "date_of_today" in str(result) else ""
+        raise RefusedRowError(TEMPLATE_REFUSES, f"the chat template refuses these messages: {result}{dated}") from None
+    if isinstance(result, StageError):
+        raise result
     try:
-        text = template_process().render(*_template_of(tokenizer), (messages, add_generation_prompt))
-        text.encode()
+        result.text.encode()
     except UnicodeEncodeError:
         raise RefusedRowError(TEMPLATE_REFUSES, "the chat template writes half a surrogate pair") from None
-    except RenderingError as error:
-        dated = "; tokens would be others tomorrow, so write a fixed one" if "date_of_today" in str(error) else ""
-        raise RefusedRowError(TEMPLATE_REFUSES, f"the chat template refuses these messages: {error}{dated}") from None
+    return result
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """The text of one conversation. Raises as `rendered`."""
+    (result,) = render_all(tokenizer, [asked(messages, add_generation_prompt=add_generation_prompt)])
+    return rendered(result).text
+
+
+def prompt_text(result: RenderingResult, messages: Sequence[Message]) -> str:
+    """The text of a prompt, rendered with what opens a reply.
+
+    Raises:
+        RefusedRowError: the chat template refuses the messages, gives no text, or leaves out what is said in them.
+        StageError: as `rendered`.
+    """
+    text = rendered(result).text
+    if not text:
+        raise RefusedRowError(TEMPLATE_REFUSES, "the chat template gives no text for these messages")
+    require_said(messages, text)
     return text
 
 
-def render_ahead(
-    tokenizer: "PreTrainedTokenizerBase", rows: Iterable[tuple[Sequence[Message], Sequence[Message]]]
-) -> None:
-    """Render what encoding these rows (a prompt and its replies) will ask for, in one go; errors are kept for then."""
-    conversations = []
-    for prompt, replies in rows:
-        conversations.append((prompt, True))
-        conversations += [([*prompt, reply], False) for reply in replies]
-    template_process().render_ahead(*_template_of(tokenizer), conversations)
+def require_said(messages: Sequence[Message], text: str) -> None:
+    """Raise RefusedRowError unless a text holds what others than the assistant say, and the names of called tools.
 
-
-def _template_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, dict[str, str]]:
-    """The template, and the variables that transformers gives it beside the messages."""
-    template = tokenizer.chat_template
-    assert isinstance(template, str), "load_tokenizer refuses anything else"
-    return (WITHOUT_DATE if "strftime_now" in template else "") + template, tokenizer.special_tokens_map
-
-
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Ids of a prompt, up to where a reply starts.
-
-    Raises:
-        UnusableRowError: a message holds the text of a special token, or the ids do not decode to the text.
-        RefusedRowError: the chat template refuses the messages, gives no text, or leaves out what the user or the
-            system says.
-        StageError: as `render`.
+    Of the assistant's earlier turns templates may leave out the reasoning.
     """
-    _refuse_special_tokens(tokenizer, messages)
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    if not text:
-        raise RefusedRowError(TEMPLATE_REFUSES, "the chat template gives no text for these messages")
-    for message in messages:  # of the assistant's earlier turns, templates may leave out the reasoning
-        if message["role"] != "assistant" and message["content"].strip() not in text:
+    for message in messages:
+        role = message["role"]
+        if role != "assistant" and not _says(text, message):
             raise RefusedRowError(
                 PROMPT_CHANGED,
-                f"the chat template leaves out a message of the {message['role']} or changes it: "
+                f"the chat template leaves out a message of the {role} or changes it: "
                 f"{_end_of(message['content'])} gives {_end_of(text)}",
             )
-    return _encode(tokenizer, text)
+        if "tool_calls" in message:
+            require_names(message["tool_calls"], text, "the calls of tools")
 
 
-def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: Message) -> list[int]:
-    """Ids of a reply to `prompt`, to be put after `encode_prompt(tokenizer, prompt)`; the last is the only EOS.
-
-    Raises:
-        UnusableRowError: the reply holds the text of a special token, or the ids do not decode to the text.
-        RefusedRowError: the chat template refuses the messages, does not render the prompt as a beginning of the whole,
-            or leaves out the reply.
-        StageError: as `render`.
-    """
-    _refuse_special_tokens(tokenizer, [*prompt, reply])
-    ids = _encode(tokenizer, render_reply(tokenizer, prompt, reply))
-    if tokenizer.eos_token_id in ids:
-        raise UnusableRowError(SPECIAL_TOKEN_IN_TEXT)
-    return [*ids, tokenizer.eos_token_id]
+def _says(text: str, message: Message) -> bool:
+    content = message["content"].strip()
+    # Templates may write what a tool returned as JSON.
+    return content in text or (message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text)
 
 
-def render_reply(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: Message) -> str:
+def require_names(tools: Sequence[Mapping[str, Any]], text: str, what: str) -> None:
+    """Raise RefusedRowError unless a text holds the name of each tool, or of each tool called."""
+    for tool in tools:
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and name not in text:
+            raise RefusedRowError(TOOLS_LEFT_OUT, f"the chat template leaves out {what}: {name!r} is not in its text")
+
+
+def reasoning_left_out(messages: Sequence[Message], text: str) -> bool:
+    """True if a message has reasoning, in a field of its own, that a text does not hold."""
+    return any(
+        isinstance(reasoning := message.get(field), str) and reasoning.strip() not in text
+        for message in messages
+        if len(message) > 2
+        for field in REASONING_FIELDS
+    )
+
+
+def reply_text(specials: SpecialTokens, start: str, whole: str, reply: Message) -> str:
     """What the chat template adds to a rendered prompt for its reply, up to the first EOS and without it.
 
     Where the template writes no EOS, white space that it puts between turns is left out, since EOS takes its place.
-    Raises as `encode_completion`.
+
+    Args:
+        start: the prompt, rendered with what opens a reply.
+        whole: the prompt and the reply, rendered.
+    Raises:
+        RefusedRowError: `start` is no beginning of `whole`, or the reply is left out or changed.
     """
-    start = render(tokenizer, prompt, add_generation_prompt=True)
-    whole = render(tokenizer, [*prompt, reply], add_generation_prompt=False)
     if not whole.startswith(start):
         raise RefusedRowError(
             PROMPT_NOT_A_BEGINNING,
@@ -165,16 +208,59 @@ def render_reply(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]
             f"told apart: the prompt gives {_end_of(start)}, the whole {_end_of(whole)}; use another template "
             "(prepare_base.chat_template)",
         )
-    text, eos, _ = whole[len(start) :].partition(tokenizer.eos_token)
+    text, eos, _ = whole[len(start) :].partition(specials.eos)
     content = reply["content"]
     if not eos:
         text = content if text.rstrip() == content.rstrip() and text.startswith(content) else text.rstrip()
+    require_reply(reply, text)
+    return text
+
+
+def require_reply(reply: Message, text: str) -> None:
+    """Raise RefusedRowError unless a text holds a reply and the names of the tools that it calls."""
+    content = reply["content"]
     if content.strip() not in text:
         raise RefusedRowError(
             REPLY_CHANGED,
             f"the chat template leaves out a reply or changes it: {_end_of(content)} gives {_end_of(text)}",
         )
-    return text
+    if "tool_calls" in reply:
+        require_names(reply["tool_calls"], text, "the calls of tools")
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Ids of a prompt, up to where a reply starts.
+
+    Raises:
+        UnusableRowError: a message holds the text of a special token, or the ids do not decode to the text.
+        RefusedRowError, StageError: as `prompt_text`.
+    """
+    refuse_special_tokens(special_tokens(tokenizer), texts_of(messages))
+    (result,) = render_all(tokenizer, [asked(messages, add_generation_prompt=True)])
+    return encode_text(tokenizer, prompt_text(result, messages))
+
+
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: Message) -> list[int]:
+    """Ids of a reply to `prompt`, to be put after `encode_prompt(tokenizer, prompt)`; the last is the only EOS.
+
+    Raises:
+        UnusableRowError: the reply holds the text of a special token, or the ids do not decode to the text.
+        RefusedRowError: as `rendered` and `reply_text`.
+        StageError: as `rendered`.
+    """
+    specials = special_tokens(tokenizer)
+    refuse_special_tokens(specials, texts_of([*prompt, reply]))
+    start = asked(prompt, add_generation_prompt=True)
+    whole = asked([*prompt, reply], add_generation_prompt=False)
+    start_text, whole_text = (rendered(result).text for result in render_all(tokenizer, [start, whole]))
+    return with_eos(specials, encode_text(tokenizer, reply_text(specials, start_text, whole_text, reply)))
+
+
+def with_eos(specials: SpecialTokens, ids: list[int]) -> list[int]:
+    """The ids of a reply and one EOS. Raises UnusableRowError if there is one among them already."""
+    if specials.eos_id in ids:
+        raise UnusableRowError(SPECIAL_TOKEN_IN_TEXT)
+    return [*ids, specials.eos_id]
 
 
 def decode_completion(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
@@ -182,68 +268,13 @@ def decode_completion(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) 
     ids = list(ids)
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return _decode(tokenizer, [token_id for token_id in ids if token_id != tokenizer.pad_token_id])
+    return decode(tokenizer, [token_id for token_id in ids if token_id != tokenizer.pad_token_id])
 
 
-class SpecialTokens(NamedTuple):
-    """The special tokens of a tokenizer: text by id, and the pattern of text that an added token swallows."""
-
-    text_of: dict[int, str]
-    swallowed: re.Pattern[str] | None
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
-    """The tokens that stand for no text. Tokens that are added but not special, such as `<think>`, are text."""
-    return _special_tokens(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase", *_changes: int | None) -> SpecialTokens:
-    added = {token_id: token for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    text_of = {token_id: token.content for token_id, token in added.items()}
-    text_of |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    # An added token may swallow the white space beside it (Phi-3's markers do), which then cannot come back.
-    sides = [rf"\s+(?={re.escape(token.content)})" for token in added.values() if token.lstrip]
-    sides += [rf"(?<={re.escape(token.content)})\s+" for token in added.values() if token.rstrip]
-    return SpecialTokens(text_of, re.compile("|".join(sides)) if sides else None)
-
-
-def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> None:
-    """A special token spelled in a text would become the token itself: a forged turn, or an end in mid-reply."""
-    specials = special_tokens(tokenizer).text_of.values()
-    for message in messages:
-        if any(text in message["content"] for text in specials):
-            raise UnusableRowError(SPECIAL_TOKEN_IN_TEXT)
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Encode text, and check that the ids decode to it but for white space beside tokens and Unicode composition."""
-    # The backend alone: the wrapper's bookkeeping takes twice as long as the encoding of a short text.
-    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    swallowed = special_tokens(tokenizer).swallowed
-    expected = swallowed.sub("", text) if swallowed else text
-    if _decode(tokenizer, ids) not in (expected, unicodedata.normalize("NFC", expected)):
-        raise UnusableRowError(NOT_REVERSIBLE)
-    return ids
-
-
-def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """Decode piece by piece between special tokens.
-
-    SentencePiece-like tokenizers put a space before each piece as they encode it and take one away as they decode, but
-    only from the beginning of all; by pieces the two are inverse.
-    """
-    return "".join(_pieces(tokenizer, ids))
-
-
-def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Iterator[str]:
-    text_of = special_tokens(tokenizer).text_of
-    for is_special, piece in groupby(ids, key=text_of.__contains__):
-        if is_special:
-            yield "".join(text_of[token_id] for token_id in piece)
-        else:
-            # The backend alone, since the wrapper may "clean up" spaces before punctuation.
-            yield tokenizer.backend_tokenizer.decode(list(piece), skip_special_tokens=False)
+def template_marks_replies(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True if the chat template says by `{% generation %}` what of its text the assistant writes."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and GENERATION_BLOCK.search(template) is not None
 
 
 def _end_of(text: str) -> str:

@@ -1,6 +1,6 @@
 """A prompt that a policy answers, with what its source knows of it: a row of the prompts' token table.
 
-Messages and facts stand there as JSON text with sorted keys, so that equal values have equal bytes.
+Messages, facts and context stand there as JSON text with sorted keys, so that equal values have equal bytes.
 """
 
 import json
@@ -27,10 +27,17 @@ class Prompt(NamedTuple):
 
 def prompts_of(columns: Mapping[str, list]) -> list[Prompt]:
     """The prompts of rows of a token table, as `table[rows]` gives them."""
-    rows = zip(columns["row"], columns["prompt_ids"], columns["messages"], columns["facts"], strict=True)
+    names = ("row", "prompt_ids", "messages", "facts", "context", "source")
     return [
-        Prompt(row, ids, messages_in_cell(messages, f"row {row}, messages"), facts_in(facts, f"row {row}, facts"))
-        for row, ids, messages, facts in rows
+        Prompt(
+            row,
+            ids,
+            messages_in_cell(messages, f"row {row}, messages"),
+            facts_in(facts, f"row {row}, facts"),
+            facts_in(context, f"row {row}, context"),
+            source,
+        )
+        for row, ids, messages, facts, context, source in zip(*(columns[name] for name in names), strict=True)
     ]
 
 
@@ -48,9 +55,7 @@ def json_text(value: Any) -> str:
 
 def messages_in_cell(text: str, where: str) -> list[Message]:
     """The messages of a table's cell. Raises a StageError, beginning with `where`, if it holds none."""
-    messages = messages_from(parse_json(text, where), where)
-    if not messages:
-        raise StageError(f"{where}: expected messages, found an empty list")
+    messages = messages_from(parse_json(text, where), where)  # none of a prompt of plain text
     _require_json(messages, where)
     return messages
 

@@ -8,18 +8,39 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
 from stages.lib.data import template_worker
+from stages.lib.data.conversations import Message
 
 SECONDS = 10.0  # processor time of one rendering, which takes a fraction of a millisecond
 MEMORY = 2**29  # bytes that rendering may take beyond what the loaded libraries have
-ConversationToRender = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether a reply is to follow them
+OPTIONAL = ("tools", "template_arguments", "spans")
 
 
 class RenderingError(Exception):
     """What the template raised for a conversation, in its own words."""
+
+
+class ToRender(NamedTuple):
+    """A conversation, and how it is to be rendered."""
+
+    messages: Sequence[Message]
+    add_generation_prompt: bool  # a reply is to follow the messages
+    tools: list[dict[str, Any]] | None = None
+    template_arguments: dict[str, Any] | None = None
+    spans: bool = False  # also say where in the text the template's {% generation %} blocks are
+
+
+class Rendered(NamedTuple):
+    """A conversation's text, and the places in it of the template's {% generation %} blocks, if they were asked for."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+RenderingResult = Rendered | RenderingError | StageError
 
 
 class TemplateProcess:
@@ -27,7 +48,6 @@ class TemplateProcess:
 
     def __init__(self) -> None:
         self.settings: tuple[str, Mapping[str, Any]] | None = None
-        self.results: dict[Any, str | Exception] = {}  # of the last conversations that were sent
         self.process = subprocess.Popen(
             [sys.executable, "-P", template_worker.__file__, str(SECONDS), str(MEMORY)],
             stdin=subprocess.PIPE,
@@ -39,43 +59,39 @@ class TemplateProcess:
         assert self.process.stdout is not None
         self.writer, self.reader = self.process.stdin, self.process.stdout
 
-    def render(self, template: str, variables: Mapping[str, Any], conversation: ConversationToRender) -> str:
-        """The text of a conversation.
-
-        Raises:
-            RenderingError: the template raised an error.
-            StageError: it took more time or memory than a chat template may take.
-        """
-        key = _key(conversation)
-        if (template, variables) != self.settings or key not in self.results:
-            self.render_ahead(template, variables, [conversation])
-        result = self.results[key]
+    def render(self, template: str, variables: Mapping[str, Any], conversation: ToRender) -> Rendered:
+        """One conversation. Raises what `render_all` returns."""
+        (result,) = self.render_all(template, variables, [conversation])
         if isinstance(result, Exception):
             raise result
         return result
 
-    def render_ahead(
-        self, template: str, variables: Mapping[str, Any], conversations: Sequence[ConversationToRender]
-    ) -> None:
-        """Render all at once, which saves the two processes most of their waiting; `render` then has the results."""
-        lines: list[Any] = [
-            [{"messages": messages, "add_generation_prompt": open_} for messages, open_ in conversations]
-        ]
+    def render_all(
+        self, template: str, variables: Mapping[str, Any], conversations: Sequence[ToRender]
+    ) -> list[RenderingResult]:
+        """Render many at once, which saves the two processes most of their waiting.
+
+        Returns:
+            For each conversation its text; or a RenderingError with what the template raised; or a StageError where it
+            took more time or memory than a chat template may take, and for all that come after it.
+        """
+        lines: list[Any] = [[_request(conversation) for conversation in conversations]]
         if (template, variables) != self.settings:
             self.settings = (template, variables)
             lines.insert(0, {"template": template, "variables": variables})
-        self.results = {}
         with contextlib.suppress(BrokenPipeError):
             self.writer.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self.writer.flush()
-        for conversation in conversations:
+        results: list[RenderingResult] = []
+        for _ in conversations:
             answer = self.reader.readline()
             result = _result(json.loads(answer)) if answer else self._ended()
-            self.results[_key(conversation)] = result
+            results.append(result)
             if isinstance(result, StageError):  # it ends the stage: the others need not take their time
                 self.process.kill()
                 _process_of.cache_clear()
-                break
+                return results + [result] * (len(conversations) - len(results))
+        return results
 
     def _ended(self) -> StageError:
         """Why the process has ended without an answer; the next rendering is another one's."""
@@ -91,15 +107,16 @@ class TemplateProcess:
         )
 
 
-def _key(conversation: ConversationToRender) -> Any:
-    messages, open_ = conversation
-    return tuple((message["role"], message["content"]) for message in messages), open_
+def _request(conversation: ToRender) -> dict[str, Any]:
+    """What says nothing is left out, since it would be written and read for each of millions."""
+    request = {"messages": conversation.messages, "add_generation_prompt": conversation.add_generation_prompt}
+    return request | {name: value for name, value in zip(OPTIONAL, conversation[2:], strict=True) if value}
 
 
-def _result(answer: dict[str, str]) -> str | Exception:
+def _result(answer: dict[str, Any]) -> RenderingResult:
     if "error" in answer:
         return RenderingError(answer["error"])
-    return _excess(answer["excess"]) if "excess" in answer else answer["text"]
+    return _excess(answer["excess"]) if "excess" in answer else Rendered(answer["text"], answer.get("spans", []))
 
 
 def _excess(what: str) -> StageError:

@@ -6,10 +6,13 @@ Started by `template_process.py`. It imports nothing of ours and no torch, so it
 requests from stdin and answers on stdout, each a line of JSON:
 
     {"template": …, "variables": {…}}      what is rendered from now on, and with which variables; no answer
-    [{"messages": […], "add_generation_prompt": …}, …]  → for each a line {"text": …}, {"error": …} or {"excess": …}
+    [{"messages": […], "add_generation_prompt": …, "tools"?: […], "template_arguments"?: {…}, "spans"?: true}, …]
+        → for each a line {"text": …, "spans"?: …}, {"error": …} or {"excess": …}
 
-The kernel ends it once a rendering takes more than SECONDS of processor time; it gets no more than BYTES of memory
-beyond what the libraries take.
+`spans` are the places, as [start, end] in the text, of what stands in the template's `{% generation %}` blocks.
+
+The kernel ends the process once a rendering takes more than SECONDS of processor time; it gets no more than BYTES of
+memory beyond what the libraries take.
 """
 
 import contextlib
@@ -80,15 +83,25 @@ def limit_memory(more: int) -> None:
 
 
 def rendered(
-    render: Any, template: str, variables: dict[str, Any], messages: list[dict[str, str]], add_generation_prompt: bool
-) -> dict[str, str]:
+    render: Any,
+    template: str,
+    variables: dict[str, Any],
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    tools: list[dict[str, Any]] | None = None,
+    template_arguments: dict[str, Any] | None = None,
+    spans: bool = False,
+) -> dict[str, Any]:
     """The answer to a request: a text, or why there is none."""
     try:
-        texts, _ = render(
+        texts, indices = render(
             conversations=[messages],
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            return_assistant_tokens_mask=spans,
             **variables,
+            **template_arguments or {},
         )
     except MemoryError:
         raise
@@ -96,10 +109,12 @@ def rendered(
         reason = " ".join(str(error)[:1000].split())
         name = type(error).__name__
         return {"error": reason if reason and name in ("TemplateError", "UndefinedError") else f"{name}: {reason}"}
-    longest = TEMPLATE_TEXT + TIMES_THE_CONVERSATION * sum(len(message["content"]) for message in messages)
-    if len(texts[0]) > longest:
-        return {"excess": f"{len(texts[0]):,} characters, more than a template of such messages should give"}
-    return {"text": texts[0]}
+    text = texts[0]
+    if len(text) > TEMPLATE_TEXT:
+        given = len(json.dumps([messages, tools, template_arguments], ensure_ascii=False))
+        if len(text) > TEMPLATE_TEXT + TIMES_THE_CONVERSATION * given:
+            return {"excess": f"{len(text):,} characters, more than a template of such messages should give"}
+    return {"text": text, "spans": indices[0]} if spans else {"text": text}
 
 
 if __name__ == "__main__":

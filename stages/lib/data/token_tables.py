@@ -26,16 +26,40 @@ TOKENIZER_NOTE = "tokenizer"  # of the schema's metadata: the hash of the tokeni
 OF_DATASETS = b"huggingface"  # of the schema's metadata: what the library datasets would take columns to be
 RUN_AGAIN = "run the stage that writes it again"
 _IDS = pa.list_(pa.int32())
-SFT_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_()))])
+_SOURCE = ("source", pa.string())
+SFT_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_())), _SOURCE])
 PREFERENCE_SCHEMA = pa.schema(
-    [("row", pa.int32()), ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS), ("margin", pa.float32())]
+    [
+        ("row", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+        ("margin", pa.float32()),
+        _SOURCE,
+    ]
+)
+UNPAIRED_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("prompt_ids", _IDS), ("completion_ids", _IDS), ("label", pa.bool_()), _SOURCE]
 )
 PROMPT_SCHEMA = pa.schema(
-    [("row", pa.int32()), ("prompt_ids", _IDS), ("messages", pa.string()), ("facts", pa.string())]
+    [
+        ("row", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("messages", pa.string()),
+        ("facts", pa.string()),
+        ("context", pa.string()),
+        _SOURCE,
+    ]
 )
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
 )
+
+
+def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows as one batch: a value for each column of the schema in each."""
+    arrays = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
+    return pa.record_batch(arrays, schema=schema)
 
 
 class TableWriter:
@@ -57,8 +81,7 @@ class TableWriter:
             self._flush()
 
     def _flush(self) -> None:
-        arrays = [pa.array([row[field.name] for row in self._batch], field.type) for field in self.schema]
-        self._stream.write_batch(pa.record_batch(arrays, schema=self.schema))
+        self._stream.write_batch(batch_of(self._batch, self.schema))
         self._batch.clear()
 
     def __enter__(self) -> "TableWriter":
@@ -202,13 +225,20 @@ MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
 )
 # What is wrong with a value of a column → for each row whether it is. A check may take for granted what comes before.
 COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
-    **dict.fromkeys(("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids"), LIST_CHECKS),
+    **dict.fromkeys(
+        ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
+    ),
     **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
     "margin": MARGIN_CHECKS,
-    **dict.fromkeys(("messages", "facts"), (("the text is null", pc.is_null),)),
+    "label": (("the label is null", pc.is_null),),
+    **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),
 }
 # Columns of text → what reads a cell, or raises a StageError that begins with the place it is given.
-TEXTS: dict[str, Callable[[str, str], Any]] = {"messages": messages_in_cell, "facts": facts_in}
+TEXTS: dict[str, Callable[[str, str], Any]] = {
+    "messages": messages_in_cell,
+    "facts": facts_in,
+    "context": facts_in,
+}
 MASK_CHECKS: tuple[tuple[str, Callable[[pa.ListArray, pa.ListArray], pa.Array]], ...] = (
     (
         "the mask has another length than input_ids",
@@ -228,25 +258,30 @@ def check_table_fits(table: "Dataset", facts: "ModelFacts", path: Path) -> None:
 
     A row takes the positions of its prompt and its longest reply.
     """
-    id_columns = [name for name in table.column_names if name.endswith("_ids")]
+    for batch in table.data.table.to_batches():
+        check_batch_fits(batch, facts, path)
+
+
+def check_batch_fits(batch: pa.RecordBatch, facts: "ModelFacts", path: Path) -> None:
+    """The same of some of its rows."""
+    id_columns = [name for name in batch.schema.names if name.endswith("_ids")]
     vocab_size = facts.vocab_size or 0
     for name in id_columns:
-        for chunk in table.data.column(name).chunks:
-            extremes = pc.min_max(chunk.flatten()).as_py()
-            if extremes["max"] is not None and (extremes["min"] < 0 or extremes["max"] >= vocab_size):
-                _report_foreign_id(table, name, vocab_size, path)
-    first, *replies = (pc.list_value_length(table.data.column(name)) for name in id_columns)
+        extremes = pc.min_max(batch[name].flatten()).as_py()
+        if extremes["max"] is not None and (extremes["min"] < 0 or extremes["max"] >= vocab_size):
+            _report_foreign_id(batch, name, vocab_size, path)
+    first, *replies = (pc.list_value_length(batch[name]) for name in id_columns)
     lengths = pc.add(first, pc.max_element_wise(*replies)) if replies else first
-    if facts.positions is not None and pc.max(lengths).as_py() > facts.positions:
+    if facts.positions is not None and batch.num_rows and pc.max(lengths).as_py() > facts.positions:
         place = pc.index(pc.greater(lengths, facts.positions), True).as_py()
         raise StageError(
-            f"{path}, row {table['row'][place]}: {lengths[place]} tokens are more than the model's {facts.positions} "
+            f"{path}, row {batch['row'][place]}: {lengths[place]} tokens are more than the model's {facts.positions} "
             "positions; tokens and model must come from one models/base: run the stage tokenize_data again"
         )
 
 
-def _report_foreign_id(table: "Dataset", column: str, vocab_size: int, path: Path) -> None:
-    for row, ids in zip(table["row"], table[column], strict=True):
+def _report_foreign_id(batch: pa.RecordBatch, column: str, vocab_size: int, path: Path) -> None:
+    for row, ids in zip(batch["row"].to_pylist(), batch[column].to_pylist(), strict=True):
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise StageError(

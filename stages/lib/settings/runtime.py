@@ -12,22 +12,12 @@ from stages.lib.command.params import build
 from stages.lib.command.quoted import describe, nearest
 from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
+from stages.lib.operations.stage_names import DATA_STAGES, STAGES
+from stages.lib.operations.tracker import TrackerName
 from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, key
 
 RUNTIME_FILE = Path("runtime.yaml")
-# The stages that launch.sh starts, each with a section of its own name.
-STAGES = (
-    "train_sft",
-    "train_rm",
-    "ref_logprobs",
-    "train_dpo",
-    "train_ppo",
-    "train_grpo",
-    "evaluate",
-    "score_samples",
-    "evaluate_rm",
-)
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
 # What params.yaml and the other keys decide.
 OUR_DEEPSPEED_KEYS = {
@@ -115,6 +105,9 @@ class Runtime(Settings):
         "that stages which train nothing compute before they keep them in the scratch folder",
         unit="rows or prompts",
     )
+    workers: Count | None = key(
+        None, "that tokenize_data encodes on, with one thread each; null: as many as there are cores", unit="processes"
+    )
     log_seconds: NotNegative = key(
         5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
     )
@@ -123,7 +116,7 @@ class Runtime(Settings):
     resume_across_code_change: bool = key(
         False, "let a killed run go on from its checkpoint although the code has changed since"
     )
-    trackers: Several[Literal["tensorboard", "wandb"]] = key([], "where a curve goes beside its CSV: one, both or none")
+    trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")
     tracker_folder: Text = key(
         "runs",
         "event files and wandb's folders, in the project (a link may lead elsewhere); Git and DVC ignore runs/",
@@ -212,7 +205,7 @@ def read_runtimes(path: Path = RUNTIME_FILE) -> dict[str, Runtime]:
 
 def runtime_of(stage: str, document: dict[str, Any], path: Path) -> Runtime:
     for section in document:
-        if section not in ("default", *STAGES):
+        if section not in ("default", *STAGES, *DATA_STAGES):
             name = FORMER_NAMES.get(section)
             hint = f"; it is called {name} now, as the stage is" if name else nearest(section, STAGES)
             raise StageError(f"{path}: no stage is named '{short(section)}'{hint}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from stages.lib.settings.runtime import STAGES, Runtime
+from stages.lib.settings.runtime import DATA_STAGES, STAGES, Runtime
 from stages.lib.settings.sections import Params
 
 DIALECT = GenerateJsonSchema.schema_dialect
@@ -35,7 +35,7 @@ def runtime_schema() -> Schema:
             "required": required,
             "description": "for every stage that computes; all keys stand here",
         },
-        **{stage: overrides | {"description": f"single keys for {stage}"} for stage in STAGES},
+        **{stage: overrides | {"description": f"single keys for {stage}"} for stage in (*STAGES, *DATA_STAGES)},
     }
     return {
         "$schema": DIALECT,

@@ -22,7 +22,7 @@ MARKED = (
     "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 LINE_BREAK = "{{ '\\n' }}"  # a bare one after a block would be trimmed
-CHAT_TEMPLATE = (PROJECT / "stages/templates/chat.jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE = (PROJECT / "stages/chat_templates/chat.jinja").read_text(encoding="utf-8")
 
 
 def tiny(template=MARKED, normalizer=None, added=()):
