@@ -82,7 +82,7 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(project), str(clone))
     use_cache(clone, cache_type)
-    dvc(clone, "pull", *ADDED, "prepare_data")
+    dvc(clone, "pull", *ADDED, "read_source@mine", "prepare_data")
     assert added_files(clone) == ADDED
     raw = clone / "data/raw/x.jsonl"
     assert raw.is_symlink() == (cache_type == "symlink")
