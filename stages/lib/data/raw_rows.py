@@ -252,7 +252,10 @@ def delimiter_of(file: Path) -> str:
             found[delimiter] = name
     if len(found) > 1:
         raise StageError(f"{file}, line 1: the header has {' and '.join(found.values())}: say in delimiter which parts")
-    return next(iter(found), ",")
+    delimiter = next(iter(found), ",")
+    if delimiter != ",":
+        tell_once(one_line(f"{file}: by its header, fields are parted by {found[delimiter]}"))
+    return delimiter
 
 
 def tsv_rows(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
