@@ -27,7 +27,7 @@ from stages.lib.command.run import run
 from stages.lib.data.alike_rows import contaminated_rows, near_duplicates
 from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
 from stages.lib.data.prompt_digests import content_digest, digests_of_row
-from stages.lib.data.row_places import FATES, RowPlaces, DrawnShare
+from stages.lib.data.row_places import FATES, DrawnShare, RowPlaces
 from stages.lib.operations.run_log import log_run
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.sources import Sources, TaskSettings
