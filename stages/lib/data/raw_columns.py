@@ -4,6 +4,7 @@ A column or a key of a message that would change what the data says, and that no
 ignored by name. Others that nothing reads, such as an id, are told in one line.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
@@ -87,6 +88,7 @@ class RawColumns:
         self.options, self.place = options, place
         compared = columns_read("comparison", options) if options.comparison is not None else frozenset()
         self.named = COLUMNS | compared  # what a reader may look at
+        self.inner = [name for name in sorted({*renames, *facts, *compared}) if "." in name]
         self.own: set[str] = set()
         self.ours: set[str] = set()
         self.keys: set[str] = set()
@@ -98,6 +100,7 @@ class RawColumns:
             StageError: a column gets the name of another one that the row has.
             MalformedRowError: the row lacks a column to rename that not every row may lack, or one of the facts.
         """
+        row = with_inner_columns(row, self.inner)
         self.own.update(row)
         taken = {}
         for own, value in row.items():
@@ -154,6 +157,21 @@ class RawColumns:
             "keys of messages not read": self.keys - READ_KEYS - self.ignored,
         }
         return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
+
+
+def with_inner_columns(row: RawRow, names: Iterable[str]) -> RawRow:
+    """The row with a column for each name with dots that leads into objects, such as question.text.
+
+    The other values of such an object become columns of the same kind, so that what is not read of it is told.
+    """
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            outer = ".".join(parts[:end])
+            if name not in row and isinstance(row.get(outer), dict):
+                inner = {f"{outer}.{key}": value for key, value in row[outer].items()}
+                row = {column: value for column, value in row.items() if column != outer} | inner
+    return row
 
 
 def messages_in(value: Any) -> list[dict[str, Any]]:

@@ -24,6 +24,19 @@ def test_a_column_to_rename_must_be_there_unless_rows_may_lack_it():
     assert caught.value.reason == "missing_column"
 
 
+def test_a_name_with_dots_leads_into_objects():
+    row = {"question": {"text": "a", "of": {"id": 5, "at": 6}}, "answer": "b", "a.b": 1}
+    columns = RawColumns({"question.text": "prompt"}, ("a.b",), ("question.of.id",))
+    taken, facts = columns.take(row, "here")
+    assert taken == {"prompt": "a", "question.of.at": 6, "answer": "b"}
+    assert facts == {"question.of.id": 5}
+    assert columns.own == {"question.text", "question.of.id", "question.of.at", "answer", "a.b"}
+    columns.refuse_unseen()
+    with pytest.raises(MalformedRowError, match=r"here: no column 'question.text' to rename, found question, answer"):
+        columns.take({"question": "a", "answer": "b"}, "here")
+    assert RawColumns({"a.b": "prompt"}).take({"a.b": 1, "a": {"b": 2}}, "here")[0] == {"prompt": 1, "a": {"b": 2}}
+
+
 def test_no_column_takes_the_place_of_another():
     row = {"query": "new", "prompt": "old"}
     with pytest.raises(StageError, match=r"here: by sources.columns two columns are named 'prompt'"):
