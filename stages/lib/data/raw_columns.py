@@ -36,6 +36,8 @@ MEANINGFUL_COLUMNS = frozenset(
         "rank",
         "ranks",
         "votes",
+        "choices",
+        "options",
         "tools",
         "tool_calls",
         "functions",
