@@ -25,7 +25,7 @@ from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.train_dpo import Pairs
 from tests.stages.test_training import curve, metrics
-from tests.stages.tiny_pipeline import call, change, inside
+from tests.stages.tiny_pipeline import call, change_entries, inside
 from tests.tiny_models import CPU
 
 Copy = Callable[..., Path]
@@ -55,7 +55,7 @@ class AveragedRun(NamedTuple):
 def run_with_an_average(folder: Path, stage: str, keep: str | None, monkeypatch: pytest.MonkeyPatch) -> AveragedRun:
     optimizer = "optimizer" if keep else "policy_optimizer"
     values = {optimizer: {"ema_decay": DECAY}} | ({"keep": keep} if keep else {})
-    change(folder / "params.yaml", {stage: values})
+    change_entries(folder, {stage: values})
     weights: list[Weights] = []
     step = Engine.step
 

@@ -21,7 +21,7 @@ from tests.stages.test_training import (
     refused,
     weights,
 )
-from tests.stages.tiny_pipeline import call, change, inside, start
+from tests.stages.tiny_pipeline import call, change, change_entries, inside, start
 
 Copy = Callable[..., Path]
 RANK = 2
@@ -32,7 +32,7 @@ BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft", "grpo": "sft"}
 
 
 def use_lora(folder: Path, *stages: str, **changed: Any) -> Path:
-    change(folder / "params.yaml", {stage: {"lora": {**BLOCK, **changed}} for stage in stages})
+    change_entries(folder, {stage: {"lora": {**BLOCK, **changed}} for stage in stages})
     return folder
 
 

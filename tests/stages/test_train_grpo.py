@@ -24,7 +24,7 @@ from tests.stages.test_training import (
     reached,
     weights,
 )
-from tests.stages.tiny_pipeline import call, change, refusal, start
+from tests.stages.tiny_pipeline import call, change, change_entries, refusal, start
 from tests.tiny_models import batching, tiny_llama
 
 Copy = Callable[..., Path]
@@ -186,7 +186,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(copy_of_tiny: Copy, capsys: pyt
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_grpo": {"grpo": {"max_new_tokens": 5000}}})
     message = refusal(folder, "train_grpo", capsys)
-    assert "data/tokens/train/prompts.arrow with train_grpo.max_new_tokens: the longest prompt has" in message
+    assert "data/tokens/train/prompts.arrow with train_grpo.grpo.max_new_tokens: the longest prompt has" in message
 
 
 def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
@@ -207,7 +207,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     [
         (
             {"samples_per_prompt": 1},
-            "params.yaml: train_grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+            "params.yaml: train_grpo.grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
         ),
         (
             {"minibatch_size": 3},
@@ -220,5 +220,5 @@ def test_a_wrong_setting_is_named(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture, values: dict[str, Any], message: str
 ) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_grpo": values})
+    change_entries(folder, {"train_grpo": values})
     assert message in refusal(folder, "train_grpo", capsys)

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from stages.lib.command.run import run_or_say_why_not
 from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.sections import default_params
+from tests.pipeline.graph import training_stages
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
 # The report depends on these, also where nothing has been written to one.
@@ -79,6 +80,15 @@ def change(path: Path, values: dict[str, Any]) -> None:
     settings = read_yaml(path)
     lay_over(settings, values)
     write_yaml(path, settings)
+
+
+ENTRIES = dict(key.split("@") for key in training_stages()) | {"ref_logprobs": "sft"}
+
+
+def change_entries(folder: Path, values: dict[str, dict[str, Any]]) -> None:
+    """Lay the values of a section over those of its one entry, where a section has entries."""
+    named = {section: {ENTRIES[section]: own} if section in ENTRIES else own for section, own in values.items()}
+    change(folder / "params.yaml", named)
 
 
 def new_project(folder: Path) -> Path:

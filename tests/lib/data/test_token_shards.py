@@ -29,7 +29,8 @@ def write(path, count, changed=None):
     lines = []
     for number in range(count):
         content = "<u>" if number % 5 == 3 else "hi" * (1 + number % 3)
-        lines.append(json.dumps({"prompt": [{"role": "user", "content": content}], "source": "é" * (number % 4)}))
+        row = {"prompt": [{"role": "user", "content": content}], "source": "é" * (number % 4)}
+        lines.append(json.dumps(row, ensure_ascii=False))
     for number, line in (changed or {}).items():
         lines[number] = line
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -96,7 +97,7 @@ def test_what_was_kept_is_not_made_again(tmp_path, workers):
 def test_the_first_faulty_row_is_named_and_what_came_before_is_kept(tmp_path, workers):
     path = write(tmp_path / "rows.jsonl", 40, {13: "{}", 14: "[1]", 30: "{"})
     kept = {}
-    with pytest.raises(StageError, match=r"rows\.jsonl, line 14: 'prompt' is missing"):
+    with pytest.raises(StageError, match=r"rows\.jsonl, line 14: 'source'.* is missing"):
         made_by(workers, shards_of(path), kept=kept)
     assert list(kept) == shards_of(path)[:3]
     too_long = json.dumps({"prompt": [{"role": "user", "content": "h" * 30}], "source": ""})

@@ -161,6 +161,21 @@ def test_without_a_chat_template_the_text_is_plain(tmp_path: Path, policy: Path)
     assert model(episodes) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_a_prompt_of_text_and_one_with_tools(tmp_path: Path, policy: Path) -> None:
+    """Text has no template, and the model's own template gets the row's tools."""
+    template = "{{ tools[0].function.name if tools }}{% for message in messages %}{{ message.content }}</s>{% endfor %}"
+    folder = tmp_path / "given"
+    save_classifier(folder, "llama")
+    tokenizer = save_tokenizer(folder, template=template)
+    tools = {"tools": [{"type": "function", "function": {"name": "search"}}]}
+    user = [{"role": "user", "content": "a film"}]
+    prompts = [Prompt(0, [], [], {}, {"text": "a bad "}), Prompt(1, [], user, {}, tools), Prompt(2, [], user, {})]
+    texts = ["<s>a bad film</s>", "searcha film</s>film</s>", "a film</s>film</s>"]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    scores = loaded(folder, policy)([Episode(prompt, [], "film", True, 0, None, []) for prompt in prompts])
+    assert scores == pytest.approx([float(logits_of(folder)([row])) for row in ids], abs=1e-5)
+
+
 def test_what_is_too_long_for_it_is_refused(tmp_path: Path, policy: Path) -> None:
     folder = tmp_path / "given"
     save_classifier(folder, "roberta")
