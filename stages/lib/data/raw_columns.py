@@ -15,7 +15,6 @@ from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.row_place import is_given, unread_value
 from stages.lib.settings.reading import ReadingOptions
 
-MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
 # Names with a meaning of their own in data for fine-tuning (TRL, OpenAI, LLaMA-Factory, Axolotl), by which a row says
 # something else than its texts alone.
@@ -129,8 +128,10 @@ class RawColumns:
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
                 raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
-        for column in sorted(row.keys() & read & MESSAGE_COLUMNS):
+        for column in sorted(row.keys() & read):
             for number, message in enumerate(messages_in(row[column]), start=1):
+                if not {"role", "from"} & message.keys():
+                    continue
                 self.keys.update(message)
                 for key in sorted(message.keys() & MEANINGFUL_KEYS - self.ignored):
                     if is_given(message[key]):
@@ -177,7 +178,9 @@ def with_inner_columns(row: RawRow, names: Iterable[str]) -> RawRow:
 
 
 def messages_in(value: Any) -> list[dict[str, Any]]:
-    """The messages of a value that may be a list of them, a single one, or something else."""
+    """The objects of a value that may be a list of messages, a single one, an object with messages, or anything."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
 
 

@@ -61,6 +61,21 @@ TEXTS_AND_PROMPTS = [
         facts=("solution",),
     ),
     FormatExample(
+        "conversations that wait for a reply, as prompts",
+        "prompt",
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                    {"from": "human", "value": "Tea?"},
+                ]
+            }
+        ],
+        [{"prompt": [user("Hi"), bot("Hello"), user("Tea?")]}],
+        columns={"conversations": "prompt"},
+    ),
+    FormatExample(
         "a transcript as the prompt",
         "prompt",
         [{"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:"}],

@@ -6,6 +6,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError
 from stages.lib.data.detection import columns_of
 from stages.lib.data.raw_columns import MEANINGFUL_COLUMNS, MEANINGFUL_KEYS, RawColumns, refuse_unknown_targets
+from tests.lib.data.reading import options
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -83,6 +84,25 @@ def test_a_key_of_a_message_that_nothing_reads_is_refused_until_it_is_ignored(ke
     single = {"conversations": [], "chosen": {"from": "gpt", "value": "a", key: "b"}, "rejected": {}}
     with pytest.raises(StageError, match=f"here, 'chosen', message 1: the key '{key}'"):
         RawColumns({}, ()).refuse_unread(single, "sharegpt_preference", "here")
+
+
+def test_messages_are_looked_through_wherever_they_are_read():
+    message = {"role": "assistant", "content": "a", "loss": False, "id": 1}
+    compared = options(comparison={"type": "winner", "responses": ["a", "b"], "winner": ["won"]})
+    for row, name, reading, where in [
+        ({"input": {"messages": [message]}}, "openai_preference", options(), "'input', message 1"),
+        ({"preferred_output": [message]}, "openai_preference", options(), "'preferred_output', message 1"),
+        ({"answer": [message], "question": "q"}, "question_answer", options(), "'answer', message 1"),
+        ({"a": "x", "b": [{"role": "user"}, message]}, "comparison", compared, "'b', message 2"),
+    ]:
+        with pytest.raises(StageError, match=f"here, {where}: the key 'loss'"):
+            RawColumns({}, options=reading).refuse_unread(row, name, "here")
+        columns = RawColumns({}, ("loss",), options=reading)
+        columns.refuse_unread(row, name, "here")
+        assert "id" in columns.keys
+    tools = RawColumns({})
+    tools.refuse_unread({"messages": [], "tools": [{"name": "f", "loss": 1}]}, "messages", "here")
+    assert tools.keys == set()
 
 
 @pytest.mark.parametrize(
