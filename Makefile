@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# KEY=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
+# KEY=…, KIND=…, ROW=n, SPLIT=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -7,10 +7,10 @@ VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
-USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -33,6 +33,9 @@ endif
 ifneq ($(and $(filter join,$(MAKECMDGOALS)),$(if $(STAGE),,missing)),)
 $(error say which stage the first machine runs, for instance: make join STAGE=train_sft)
 endif
+ifneq ($(and $(filter preview,$(MAKECMDGOALS)),$(if $(KIND),,missing)),)
+$(error say which rows, for instance: make preview KIND=sft ROW=3. There are: sft preference unpaired prompts)
+endif
 
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. All settings are
 # checked first: by the first stage of the graph, which `--single-item` would leave out. DVC runs stages that do not
@@ -44,7 +47,8 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo train-grpo evaluate report ppo grpo dpo \
-        metrics metrics-diff plots dag status lineage use fetch explain schemas join test test-fast fuzz prove soak lint clean
+        metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak lint \
+        clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -120,7 +124,10 @@ use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops
 fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then HF_HUB_OFFLINE=1 make repro needs no network
 	.venv/bin/python -m stages.tools.fetch
 
-explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.loss, KEY=runtime.default.threads (KEY= lists them)
+preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test)
+	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT")
+
+explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.dpo.loss, KEY=runtime.default.threads (KEY= lists them)
 	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")
 
 schemas: $(VENV) ## Write schemas/, by which editors complete and check params.yaml and runtime.yaml

@@ -25,11 +25,11 @@ from stages.lib.command.jsonl import write_json
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.conversations import Example
+from stages.lib.data.conversations import Example, Message
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import examples_of
 from stages.lib.data.hub_data import hub_rows
-from stages.lib.data.message_cells import with_messages_read
+from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import FileOptions, RawRow, local_rows
@@ -57,46 +57,48 @@ class Lengths:
         self.total += length
         self.longest = max(self.longest, length)
 
-    def metrics(self, of: str) -> dict[str, float]:
-        mean = {f"{of}_characters_mean": round(self.total / self.count, 1)} if self.count else {}
-        return {**mean, f"{of}_characters_max": self.longest}
-
 
 @dataclass
 class Tally:
     """What is recorded of the rows as they are written."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    prompts: Lengths = field(default_factory=Lengths)
-    replies: Lengths = field(default_factory=Lengths)
+    lengths: dict[str, Lengths] = field(default_factory=dict)
     shown: dict[str, SourceRow] = field(default_factory=dict)  # the first row of each kind
 
     def counted(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
         for row in rows:
-            self.counts[f"{row['kind']}_rows"] += 1
-            self.shown.setdefault(row["kind"], row)
-            prompt, replies = parts_of(row)
-            if prompt is not None:
-                self.prompts.add(prompt)
-            for reply in replies:
-                self.replies.add(reply)
+            kind = row["kind"]
+            self.counts[f"{kind}/rows"] += 1
+            self.shown.setdefault(kind, row)
+            for part, texts in parts_of(row).items():
+                lengths = self.lengths.setdefault(f"{kind}/{part}", Lengths())
+                for text in texts:
+                    lengths.add(text)
             yield row
 
     def metrics(self) -> dict[str, float]:
-        return dict(sorted(self.counts.items())) | self.prompts.metrics("prompt") | self.replies.metrics("reply")
+        values: dict[str, float] = {**self.counts}
+        for name, lengths in self.lengths.items():
+            if lengths.count:
+                values[f"{name}_characters_max"] = lengths.longest
+                values[f"{name}_characters_mean"] = round(lengths.total / lengths.count, 1)
+        return dict(sorted(values.items()))
 
 
-def parts_of(row: SourceRow) -> tuple[int | None, list[int]]:
-    """Characters of a row's prompt, None where it has none, and of each reply."""
+def parts_of(row: SourceRow) -> dict[str, list[int]]:
+    """Characters of a row's prompt and of each reply; of a text that is trained as a whole, of that."""
     if "text" in row:
-        length = len(row["text"])
-        return (length, []) if row["kind"] == "prompts" else (None, [length])
+        return {"prompt" if row["kind"] == "prompts" else "text": [len(row["text"])]}
     messages = row.get("messages")
     prompt = messages[:-1] if messages else row["prompt"]
-    replies = (
-        messages[-1:] if messages else [*row.get("chosen", ()), *row.get("rejected", ()), *row.get("completion", ())]
-    )
-    return sum(len(turn["content"] or "") for turn in prompt), [len(reply["content"] or "") for reply in replies]
+    sides = (row.get(side, ()) for side in ("chosen", "rejected", "completion"))
+    replies = messages[-1:] if messages else [reply for side in sides for reply in side]
+    return {"prompt": [sum(map(characters, prompt))], "reply": [characters(reply) for reply in replies]}
+
+
+def characters(message: Message) -> int:
+    return len(message["content"] or "")
 
 
 class Reading:
@@ -133,6 +135,7 @@ class Reading:
         row = with_messages_read(taken, where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
+        row = without_keys(row, settings.ignore_columns)
         if settings.task is not None:
             facts = {**facts, TASK: settings.task}
         examples = examples_of(row, name, settings, where, facts=facts, renames=settings.columns, counts=self.counts)
@@ -146,8 +149,10 @@ class Reading:
         if not self.counts["rows_kept"]:
             raise StageError(f"{self.place}: {why_none_is_left(self.counts)}")
         assert self.format.name is not None, "it has read rows"
-        named = "named in params.yaml" if self.settings.format != "auto" else "the only one that its columns allow"
-        return [f"format {self.format.name}: {named}", *self.columns.summary(self.format.name)]
+        why = "named in params.yaml" if self.settings.format != "auto" else "the only one that its columns allow"
+        if self.settings.comparison is not None:
+            why = f"described in params.yaml as {self.settings.comparison.type}"
+        return [f"format {self.format.name}: {why}", *self.columns.summary(self.format.name)]
 
 
 def require_gradable(examples: list[Example], where: str) -> None:

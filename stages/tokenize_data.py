@@ -28,10 +28,9 @@ from stages.lib.command.jsonl import write_json
 from stages.lib.command.outputs import remove, require_places
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
-from stages.lib.data.chat import load_tokenizer
+from stages.lib.data.chat import REASONING_FIELDS, load_tokenizer
 from stages.lib.data.encoding import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT
 from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
-from stages.lib.data.template_messages import REASONING_FIELDS
 from stages.lib.data.template_process import template_process
 from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
 from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, shards_of, workers_for

@@ -1,7 +1,8 @@
 """A small server on loopback that speaks as much of the Hugging Face Hub's protocol as downloading takes.
 
 Give its address to a subprocess as HF_ENDPOINT (`HubServer.environment`), and the unmodified loading code of datasets,
-huggingface_hub and transformers works against it. Files are served as those of one commit, large (LFS) ones like the others.
+huggingface_hub and transformers works against it. Files are served as those of one commit, large
+(LFS) ones like the others.
 """
 
 import hashlib

@@ -198,6 +198,11 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         ),
         (["explain"], ["python -m stages.tools.explain"]),
         (["explain", "KEY=train_dpo.loss"], ["python -m stages.tools.explain train_dpo.loss"]),
+        (["preview", "KIND=sft"], ["python -m stages.tools.preview_row --kind sft"]),
+        (
+            ["preview", "KIND=prompts", "ROW=3", "SPLIT=test"],
+            ["python -m stages.tools.preview_row --kind prompts --row 3 --split test"],
+        ),
         (["schemas"], ["python -m stages.tools.write_schemas"]),
         (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
@@ -230,6 +235,7 @@ def test_dag_lists_every_stage_after_those_it_needs(project):
         ("plots", "make plots REV="),
         ("use", "make use PROFILE=default"),
         ("join", "make join STAGE=train_sft"),
+        ("preview", "make preview KIND=sft ROW=3"),
     ],
 )
 def test_a_missing_variable_is_asked_for(project, target, message):
@@ -264,6 +270,7 @@ HOSTILE += ["x\ntouch pwned", "${IFS}&&touch pwned", "a b", "it's", 'say "x"', "
         ("use", "PROFILE", ["-m", "stages.tools.use_profile", "--profile"], "profiles/{}.yaml"),
         ("lineage", "OUT", ["-m", "stages.tools.show_lineage"], "{}"),
         ("explain", "KEY", ["-m", "stages.tools.explain"], "{}"),
+        ("preview", "KIND", ["-m", "stages.tools.preview_row", "--kind"], "{}"),
         ("join", "STAGE", ["-m", "stages.tools.join_stage", "--stage"], "{}"),
         ("soak", "MINUTES", ["-m", "tests.proofs.kill_matrix", "--minutes"], "{}"),
     ],

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
 from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.lib.runs.scratch import ScratchFolder
 from stages.lib.settings.declaration import block
 from stages.lib.settings.tokenize_data import Tokenize
 from stages.tokenize_data import main
@@ -393,6 +397,87 @@ def test_a_table_names_its_tokenizer(tmp_path, base):
     tokenize_here(tmp_path, base, "prompts", [PROMPT])
     for split in SPLITS:
         assert read_note(tmp_path / f"data/tokens/{split}/prompts.arrow", "tokenizer") == tokenizer_hash(base)
+
+
+IN_SMALL_SHARDS = """
+from stages.lib.command.run import run
+from stages.lib.data import token_shards
+from stages.tokenize_data import main
+token_shards.SHARD_ROWS, token_shards.ROWS_WORTH_A_WORKER = 20, 20
+run(main)
+"""
+
+
+def start_in_small_shards(folder, options):
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
+    command = [sys.executable, "-c", IN_SMALL_SHARDS, *words]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def kept_shards(folder):
+    return [path for path in folder.glob(".scratch/*/kept/*") if path.suffix != ".partial"]
+
+
+def test_killed_and_resumed_equals_never_killed(tmp_path, base):
+    rows = [{**PAIR, "rejected": [assistant("o" * (1 + number % 3))]} for number in range(4000)]
+    results = {}
+    for name, workers, kills in (("never", 1, 0), ("twice", 2, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = arguments(folder, base, "preference", rows, None, {})
+        runtime = (folder / "runtime.yaml").read_text()
+        (folder / "runtime.yaml").write_text(f"{runtime}\ntokenize_data: {{workers: {workers}}}\n")
+        for kill in range(kills):
+            process = start_in_small_shards(folder, options)
+            while len(kept_shards(folder)) < 20 * (kill + 1) and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+            assert not (folder / "data/tokens/train/preference.arrow").exists()
+        process = start_in_small_shards(folder, options)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert ("resuming, goes on from what an earlier start has kept" in said) == (kills > 0)
+        assert kept_shards(folder) == []
+        results[name] = dvc_hash(folder / "data/tokens"), dvc_hash(folder / "metrics")
+    assert results["never"] == results["twice"]
+
+
+def test_a_damaged_shard_is_made_again(tmp_path, base, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(ScratchFolder, "keep", lambda _, name, content: kept.__setitem__(name, content))
+    metrics = tokenize_here(tmp_path / "one", base, "prompts", [PROMPT, PROMPT])
+    monkeypatch.undo()
+    with contextlib.chdir(tmp_path / "one"):
+        shutil.rmtree("data/tokens")
+        (scratch,) = Path(".scratch").glob("tokenize_data-*")
+        (scratch / "complete.json").unlink()
+        (scratch / "kept").mkdir()
+        for name, content in kept.items():
+            (scratch / "kept" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert tokenize_here(tmp_path / "one", base, "prompts", [PROMPT, PROMPT]) == metrics
+
+
+def test_what_is_said_of_reasoning_and_cut_rows(tmp_path, base, capsys):
+    thought = {"messages": [user("h"), {**assistant("o"), "thinking": "hi"}]}
+    long = {"messages": [user("hihihih"), assistant("o")]}
+    metrics = tokenize_here(tmp_path, base, "sft", [thought, thought, long, SFT], truncation="keep_start")
+    said = capsys.readouterr().out
+    assert "0 rows dropped, 1 cut\n" in said
+    assert f"note: in 2 rows of sft the chat template of {base} leaves out reasoning that a message has" in said
+    assert (metrics["reasoning_left_out"], metrics["cut/prompts"], metrics["cut/replies"]) == (2, 1, 0)
+
+
+def test_first_tokens_of_texts(tmp_path, base):
+    rows = [{"text": "h" * 9}] * 30
+    tokenize_here(tmp_path, base, "prompts", rows, [{"text": "hi"}], text_prompt_tokens=[2, 4])
+    table = read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)
+    assert {len(ids) for ids in table["prompt_ids"]} == {2, 3, 4}
+    assert prompts_of(table[:1])[0].context == {"text": "h" * 9}
+    refused = refusal(tmp_path / "other", base, "prompts", rows, text_prompt_tokens=[4, 2])
+    assert "text_prompt_tokens must be [least, most], found [4, 2]" in refused
 
 
 @pytest.mark.parametrize("margin", [1e39, float("inf"), float("nan"), True, 10**400, -1])

@@ -101,8 +101,6 @@ def new_project(folder: Path) -> Path:
     runtime["default"]["threads"] = 1  # more gain nothing at this size, and hinder what runs beside
     write_yaml(folder / "runtime.yaml", runtime)
     (folder / "dvc.yaml").write_bytes((PROJECT / "dvc.yaml").read_bytes())
-    (folder / "data/raw").mkdir(parents=True)
-    (folder / "data/raw/none").write_text("none\n")
     for kept in REPORT_FOLDERS:
         (folder / kept).mkdir(parents=True)
         (folder / kept / ".gitkeep").touch()

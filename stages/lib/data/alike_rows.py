@@ -1,10 +1,12 @@
 """Rows that are alike in much and not in all: near duplicates among train rows, and train rows that hold test prompts.
 
-A text is compared by its runs of n words, after `normal`. Both hold digests of runs or of rows in memory: MinHash about
-1 KiB for each train row, decontamination some 100 bytes for each run of a test prompt.
+A text is compared by its runs of n words, after `normal` and without punctuation; a character of Chinese, Japanese or
+Korean is a word of its own. Both hold digests of runs or of rows in memory: MinHash some
+2 KiB for each train row, decontamination some 100 bytes for each run of a test prompt.
 """
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,28 +17,34 @@ from stages.lib.data.prompt_digests import normal
 if TYPE_CHECKING:
     from stages.lib.settings.prepare_data import Decontamination, NearDuplicates
 
+WITHOUT_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts
+WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+")
 NumberedRow = tuple[int, Kind, dict[str, Any]]
 
 
 def near_duplicates(rows: Iterable[NumberedRow], settings: "NearDuplicates", seed: int) -> list[int]:
     """The numbers of rows that nearly are an earlier one of their kind which stays.
 
-    The similarity of two rows, |A ∩ B| / |A ∪ B| of their runs of words, is estimated by MinHash, and candidates are
-    found by locality-sensitive hashing in bands (Broder 1997; Indyk and Motwani 1998).
+    The similarity of two rows, |A ∩ B| / |A ∪ B| of their runs of words, is estimated by MinHash for candidates that
+    are found by locality-sensitive hashing in bands (Broder 1997; Indyk and Motwani 1998).
     """
     from datasketch import MinHash, MinHashLSH
 
     indices: dict[Kind, Any] = {}
+    kept: dict[int, Any] = {}
     found = []
     for number, kind, values in rows:
         runs = set(runs_of(text_of(values), settings.words))
         minhash = MinHash(num_perm=settings.permutations, seed=seed + 1)
         minhash.update_batch(sorted(runs))
-        index = indices.setdefault(kind, MinHashLSH(threshold=settings.similarity, num_perm=settings.permutations))
-        if index.query(minhash):
+        if kind not in indices:  # rather too many candidates than too few
+            indices[kind] = MinHashLSH(settings.similarity, settings.permutations, weights=(0.1, 0.9))
+        candidates = indices[kind].query(minhash)
+        if any(minhash.jaccard(kept[candidate]) >= settings.similarity for candidate in candidates):
             found.append(number)
         else:
-            index.insert(number, minhash)
+            indices[kind].insert(number, minhash)
+            kept[number] = minhash
     return found
 
 
@@ -50,7 +58,7 @@ def contaminated_rows(
     for values in tests:
         text = prompt_text(values)
         runs = set(runs_of(text, settings.words))
-        if len(text.split()) < settings.words:
+        if len(words_of(text)) < settings.words:
             short |= runs
             continue
         for run in runs:
@@ -61,7 +69,7 @@ def contaminated_rows(
         shared = Counter(
             prompt for run in set(runs_of(text_of(values), settings.words)) for prompt in prompts_with.get(run, ())
         )
-        is_short = short and digest_of(prompt_text(values)) in short
+        is_short = short and digest_of(" ".join(words_of(prompt_text(values)))) in short
         if is_short or any(count >= settings.overlap * sizes[prompt] for prompt, count in shared.items()):
             found.append(number)
     return found
@@ -69,9 +77,13 @@ def contaminated_rows(
 
 def runs_of(text: str, length: int) -> Iterator[bytes]:
     """A digest of each run of so many words; of the whole text where it has fewer."""
-    words = text.split()
+    words = words_of(text)
     for start in range(max(1, len(words) - length + 1)):
         yield digest_of(" ".join(words[start : start + length]))
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text)
 
 
 def digest_of(text: str) -> bytes:

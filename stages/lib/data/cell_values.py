@@ -2,6 +2,7 @@
 
 import ast
 import io
+import math
 import tokenize
 import warnings
 from itertools import pairwise
@@ -59,10 +60,12 @@ class UnclearLiteralError(ValueError):
 def plain_value(node: ast.expr) -> Any:
     """The JSON value of a literal's syntax tree. Raises ValueError for what JSON does not have, such as a set."""
     match node:
+        case ast.Constant(value=float() as number) if math.isinf(number):
+            raise UnclearLiteralError("a number larger than any float64")
         case ast.Constant(value=None | bool() | int() | float() | str()):
             return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if number is not True:
-            return -number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
+            return -plain_value(node.operand)
         case ast.List(elts=items):
             return [plain_value(item) for item in items]
         case ast.Dict(keys=keys, values=values):

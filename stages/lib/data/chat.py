@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.conversations import Message, UnusableRowError
+from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import (
     SPECIAL_TOKEN_IN_TEXT,
+    SpecialTokens,
     decode,
     encode_text,
     refuse_special_tokens,
+    special_tokens,
     texts_of,
 )
-from stages.lib.data.template_messages import REASONING_FIELDS
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.template_process import Rendered, RenderingError, RenderingResult, ToRender, template_process
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import TOKENIZER_JSON, require_json_objects
@@ -33,6 +35,7 @@ REPLY_CHANGED = "reply_changed"
 PROMPT_CHANGED = "prompt_changed"
 PROMPT_NOT_A_BEGINNING = "prompt_not_a_beginning"
 TOOLS_LEFT_OUT = "tools_left_out"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Many templates write today's date where that is offered, as transformers does, and else one of their own.
@@ -187,7 +190,7 @@ def reasoning_left_out(messages: Sequence[Message], text: str) -> bool:
     )
 
 
-def reply_text(tokenizer: "PreTrainedTokenizerBase", start: str, whole: str, reply: Message) -> str:
+def reply_text(specials: SpecialTokens, start: str, whole: str, reply: Message) -> str:
     """What the chat template adds to a rendered prompt for its reply, up to the first EOS and without it.
 
     Where the template writes no EOS, white space that it puts between turns is left out, since EOS takes its place.
@@ -205,7 +208,7 @@ def reply_text(tokenizer: "PreTrainedTokenizerBase", start: str, whole: str, rep
             f"told apart: the prompt gives {_end_of(start)}, the whole {_end_of(whole)}; use another template "
             "(prepare_base.chat_template)",
         )
-    text, eos, _ = whole[len(start) :].partition(tokenizer.eos_token)
+    text, eos, _ = whole[len(start) :].partition(specials.eos)
     content = reply["content"]
     if not eos:
         text = content if text.rstrip() == content.rstrip() and text.startswith(content) else text.rstrip()
@@ -232,7 +235,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
         UnusableRowError: a message holds the text of a special token, or the ids do not decode to the text.
         RefusedRowError, StageError: as `prompt_text`.
     """
-    refuse_special_tokens(tokenizer, texts_of(messages))
+    refuse_special_tokens(special_tokens(tokenizer), texts_of(messages))
     (result,) = render_all(tokenizer, [asked(messages, add_generation_prompt=True)])
     return encode_text(tokenizer, prompt_text(result, messages))
 
@@ -245,18 +248,19 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Mes
         RefusedRowError: as `rendered` and `reply_text`.
         StageError: as `rendered`.
     """
-    refuse_special_tokens(tokenizer, texts_of([*prompt, reply]))
+    specials = special_tokens(tokenizer)
+    refuse_special_tokens(specials, texts_of([*prompt, reply]))
     start = asked(prompt, add_generation_prompt=True)
     whole = asked([*prompt, reply], add_generation_prompt=False)
     start_text, whole_text = (rendered(result).text for result in render_all(tokenizer, [start, whole]))
-    return with_eos(tokenizer, encode_text(tokenizer, reply_text(tokenizer, start_text, whole_text, reply)))
+    return with_eos(specials, encode_text(tokenizer, reply_text(specials, start_text, whole_text, reply)))
 
 
-def with_eos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+def with_eos(specials: SpecialTokens, ids: list[int]) -> list[int]:
     """The ids of a reply and one EOS. Raises UnusableRowError if there is one among them already."""
-    if tokenizer.eos_token_id in ids:
+    if specials.eos_id in ids:
         raise UnusableRowError(SPECIAL_TOKEN_IN_TEXT)
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, specials.eos_id]
 
 
 def decode_completion(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.chat import NO_CONTEXT, Context
-from stages.lib.data.conversations import Message, margin_from
+from stages.lib.data.conversations import Message, has_content, margin_from, messages_from
 from stages.lib.data.prompts import facts_from
-from stages.lib.data.template_messages import is_list_of_objects, template_messages
 
+PLAIN_ROLES = ("system", "user", "assistant")
 OF_THE_RENDERER = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "documents")
 
 
@@ -77,9 +77,10 @@ def _context(row: dict[str, Any], where: str) -> Context:
     tools, arguments = row.get("tools"), row.get("template_arguments")
     if tools is None and arguments is None:
         return NO_CONTEXT
-    if tools is not None and not (
-        is_list_of_objects(tools) and all(isinstance(tool.get("function", tool), dict) for tool in tools)
-    ):
+    are_tools = isinstance(tools, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    )
+    if tools is not None and not are_tools:
         raise StageError(f"{where}, 'tools': expected a list of objects, each the JSON schema of a tool")
     if arguments is not None and not isinstance(arguments, dict):
         raise StageError(f"{where}, 'template_arguments': expected an object, found {type(arguments).__name__}")
@@ -92,7 +93,17 @@ def _context(row: dict[str, Any], where: str) -> Context:
 def _messages(row: dict[str, Any], key: str, where: str) -> list[Message]:
     if key not in row:
         raise StageError(f"{where}: '{key}' is missing (the row has {', '.join(row) or 'no keys'})")
-    return template_messages(row[key], f"{where}, '{key}'")
+    value = row[key]
+    if isinstance(value, list) and all(map(_is_plain, value)):
+        return value
+    return messages_from(value, f"{where}, '{key}'")
+
+
+def _is_plain(message: Any) -> bool:
+    """True for a role and a text, as nearly all messages are, of which there are millions."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return False
+    return message.get("role") in PLAIN_ROLES and isinstance(message.get("content"), str)
 
 
 def _prompt(row: dict[str, Any], where: str) -> list[Message]:
@@ -110,6 +121,6 @@ def _reply(row: dict[str, Any], key: str, where: str) -> Message:
 
 
 def _with_text(reply: Message, where: str) -> Message:
-    if not reply["content"].strip() and not reply.get("tool_calls"):
+    if not has_content(reply):
         raise StageError(f"{where}: the reply is empty")
     return reply

@@ -20,6 +20,7 @@ from stages.lib.data.formats import (
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.settings.reading import ReadingOptions
 
+EITHER: list[Format] = ["preference_implicit", "preference"]  # for texts beside columns that may hold the prompt
 # Beside chosen and rejected these leave no doubt that the prompt is in them.
 BESIDE_AN_IMPLICIT_PROMPT = {*PAIRS["preference_implicit"].columns, *PAIRS["preference_implicit"].optional}
 
@@ -82,6 +83,12 @@ def detect_format(row: RawRow, where: str, facts: Collection[str] = ()) -> Forma
     if len(candidates) == 1:
         return candidates[0]
     found = f"columns {', '.join(row) or 'none'}"
+    if candidates == EITHER:
+        raise StageError(
+            f"{where}: {found} could be of the formats preference_implicit (chosen and rejected both begin with the "
+            "prompt; name it in format) or preference (the prompt stands in another column; name that prompt in "
+            "columns)"
+        )
     if candidates:
         raise StageError(f"{where}: {found} could be of the formats {' or '.join(candidates)}; name one in format")
     alone = [name for name in WITHOUT_REPLIES if not missing_columns(row, name)]
@@ -113,6 +120,7 @@ def pair_candidates(row: RawRow) -> list[Format]:
     explicit: tuple[Format, ...] = (
         "preference",
         "alpaca_preference",
+        "question_preference",
         "messages_preference",
         "sharegpt_preference",
     )
@@ -122,7 +130,7 @@ def pair_candidates(row: RawRow) -> list[Format]:
     if all(isinstance(reply, list) for reply in replies) or row.keys() <= BESIDE_AN_IMPLICIT_PROMPT:
         return ["preference_implicit"]
     # Texts beside columns that we do not know: one of those may be the prompt.
-    return ["preference_implicit", "preference"]
+    return EITHER
 
 
 def reply_candidates(row: RawRow) -> list[Format]:

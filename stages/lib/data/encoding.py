@@ -11,7 +11,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.lib.data.conversations import Message, UnusableRowError
+from stages.lib.data.conversations import Message
+from stages.lib.data.row_errors import UnusableRowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ NOT_REVERSIBLE = "not_reversible"
 class SpecialTokens(NamedTuple):
     """The special tokens of a tokenizer: text by id, and the pattern of text that an added token swallows."""
 
+    eos: str
+    eos_id: int
     text_of: dict[int, str]
     first_letters: tuple[str, ...]
     swallowed: re.Pattern[str] | None
@@ -42,15 +45,20 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase", *_changes: int | None)
     sides = [rf"\s+(?={re.escape(token.content)})" for token in added.values() if token.lstrip]
     sides += [rf"(?<={re.escape(token.content)})\s+" for token in added.values() if token.rstrip]
     first_letters = tuple(sorted({text[:1] for text in text_of.values()}))
-    return SpecialTokens(text_of, first_letters, re.compile("|".join(sides)) if sides else None)
+    return SpecialTokens(
+        str(tokenizer.eos_token),
+        tokenizer.eos_token_id,
+        text_of,
+        first_letters,
+        re.compile("|".join(sides)) if sides else None,
+    )
 
 
-def refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> None:
+def refuse_special_tokens(specials: SpecialTokens, texts: Iterable[str]) -> None:
     """Raise UnusableRowError for a special token spelled in a text: it would become the token itself.
 
     That would be a forged turn, or an end in mid-reply.
     """
-    specials = special_tokens(tokenizer)
     for text in texts:
         if any(letter in text for letter in specials.first_letters) and any(
             special in text for special in specials.text_of.values()

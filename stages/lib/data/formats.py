@@ -5,6 +5,7 @@ Pairs
     preference           prompt, chosen, rejected: each text, or messages (TRL, OpenRLHF)
     preference_implicit  chosen, rejected: whole conversations, or texts that begin alike; the prompt is the common part
     alpaca_preference    instruction, chosen, rejected, and where present input (LLaMA-Factory)
+    question_preference  question, chosen, rejected, and where present context
     messages_preference  messages: the prompt; chosen, rejected: a text or a message each
     sharegpt_preference  conversations: the prompt; chosen, rejected: a text or a message each (LLaMA-Factory)
     openai_preference    input: an object of messages and tools; preferred_output, non_preferred_output
@@ -61,6 +62,7 @@ Format = Literal[
     "preference",
     "preference_implicit",
     "alpaca_preference",
+    "question_preference",
     "messages_preference",
     "sharegpt_preference",
     "openai_preference",
@@ -93,6 +95,9 @@ PAIRS: dict[Format, Reader] = {
     "preference_implicit": Reader(("chosen", "rejected"), ("history", *OF_A_PAIR), pairs.read_preference_implicit),
     "alpaca_preference": Reader(
         ("instruction", "chosen", "rejected"), ("input", "history", *OF_A_PAIR), pairs.read_alpaca_preference
+    ),
+    "question_preference": Reader(
+        ("question", "chosen", "rejected"), ("context", "history", *OF_A_PAIR), pairs.read_question_preference
     ),
     "messages_preference": Reader(("messages", "chosen", "rejected"), OF_A_PAIR, pairs.read_messages_preference),
     "sharegpt_preference": Reader(("conversations", "chosen", "rejected"), OF_A_PAIR, pairs.read_sharegpt_preference),
@@ -156,7 +161,10 @@ def examples_of(
     if name in PAIRS:
         refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
-    examples = [completed(example, row, name, place) for example in READERS[name].read(row, place)]
+    read = READERS[name].read(row, place)
+    if options.input_template is not None and not place.templated:
+        raise StageError(f"{where}: input_template is for prompts that are texts, and this one is not; make it null")
+    examples = [completed(example, row, name, place) for example in read]
     if len(examples) == 1:
         return [replace(checked(examples[0]), facts=dict(facts))]
     return [replace(example, facts=dict(facts)) for example in usable(examples, place.counts)]

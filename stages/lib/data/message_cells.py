@@ -6,9 +6,11 @@ ever the text of a list of messages.
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from stages.lib.data.cell_values import value_in_cell
+from stages.lib.data.conversations import NAMES_OF_KEYS
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.row_errors import MalformedRowError
 
@@ -17,7 +19,6 @@ OPENAI_COLUMNS = ("input", "preferred_output", "non_preferred_output")  # nor do
 REPLIES = ("chosen", "rejected", "completion")
 TEXTS = ("prompt", "instruction", "output", *REPLIES)
 LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
-KEYS = (("role", "content"), ("from", "value"))
 
 
 def with_messages_read(row: RawRow, where: str) -> RawRow:
@@ -54,6 +55,28 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
     return row | {column: parsed(text, places[column]) for column, text in texts.items()}
 
 
+def without_keys(row: RawRow, keys: Collection[str]) -> RawRow:
+    """The row without those keys of its messages; the role and the content of a message stay whatever they are named.
+
+    A key that is read, such as `weight`, is left out by name in this way.
+    """
+    keys = frozenset(keys) - {name for names in NAMES_OF_KEYS for name in names}
+    if not keys:
+        return row
+    return {column: stripped(value, keys) for column, value in row.items()}
+
+
+def stripped(value: Any, keys: frozenset[str]) -> Any:
+    """A message, a list of them, or an object that holds such a list, without `keys`; anything else as it is."""
+    if isinstance(value, list):
+        return [stripped(item, keys) if isinstance(item, dict) else item for item in value]
+    if isinstance(value, dict) and any({*names} & value.keys() for names in NAMES_OF_KEYS):
+        return {key: item for key, item in value.items() if key not in keys}
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        return value | {"messages": stripped(value["messages"], keys)}
+    return value
+
+
 def is_text_of_messages(value: Any) -> bool:
     """True for the text of a list of messages, be it JSON or what Python prints."""
     if not isinstance(value, str) or not LIST_OF_OBJECTS.match(value):
@@ -61,10 +84,10 @@ def is_text_of_messages(value: Any) -> bool:
     try:
         items = json.loads(value)
     except (ValueError, RecursionError):
-        return any(all(re.search(rf"""(['"]){key}\1\s*:""", value) for key in keys) for keys in KEYS)
+        return any(all(re.search(rf"""(['"]){key}\1\s*:""", value) for key in keys) for keys in NAMES_OF_KEYS)
     if all(isinstance(item, dict) and "role" in item for item in items):
         return True  # also with another key misspelt, which is then told
-    return any(all(isinstance(item, dict) and item.keys() >= {*keys} for item in items) for keys in KEYS)
+    return any(all(isinstance(item, dict) and item.keys() >= {*keys} for item in items) for keys in NAMES_OF_KEYS)
 
 
 def is_text_of_message(value: Any) -> bool:

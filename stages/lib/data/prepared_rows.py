@@ -8,6 +8,7 @@ prompts     {"prompt"}                              or {"text"}, which no templa
 Each has "source", the name of its source, and where there are any "facts", an object of what is known of the row;
 "tools", which the chat template lists; and "template_arguments", which it is given. A source's own rows, which
 read_source writes and prepare_data reads, have "kind" besides, and "split" where the source decides it.
+`stages.lib.data.conversation_rows` reads prepared rows.
 """
 
 from typing import Any, Literal, NamedTuple, get_args

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import parse_json
-from stages.lib.data.conversations import Message
-from stages.lib.data.template_messages import template_messages
+from stages.lib.data.conversations import Message, messages_from
 
 
 class Prompt(NamedTuple):
@@ -56,7 +55,7 @@ def json_text(value: Any) -> str:
 
 def messages_in_cell(text: str, where: str) -> list[Message]:
     """The messages of a table's cell. Raises a StageError, beginning with `where`, if it holds none."""
-    messages = template_messages(parse_json(text, where), where)  # none of a prompt of plain text
+    messages = messages_from(parse_json(text, where), where)  # none of a prompt of plain text
     _require_json(messages, where)
     return messages
 

@@ -149,7 +149,7 @@ class RawColumns:
         parts = {
             "columns read": {renamed.get(ours, ours) for ours in self.ours & read},
             "facts": set(self.facts),
-            "not read": {renamed.get(ours, ours) for ours in self.ours - read},
+            "not read": {renamed.get(ours, ours) for ours in self.ours - read - {*self.facts}},
             "ignored by name": (self.own | self.keys) & self.ignored,
             "keys of messages not read": self.keys - READ_KEYS - self.ignored,
         }

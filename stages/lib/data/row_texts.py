@@ -11,7 +11,7 @@ conversation of several turns the assistant's replies are found in one of two wa
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stages.lib.data.chat import (
     TEMPLATE_REFUSES,
@@ -24,16 +24,13 @@ from stages.lib.data.chat import (
     require_names,
     require_reply,
     require_said,
-    template_marks_replies,
 )
 from stages.lib.data.conversation_rows import Conversation
-from stages.lib.data.conversations import Message, UnusableRowError
-from stages.lib.data.encoding import refuse_special_tokens, texts_in, texts_of
+from stages.lib.data.conversations import Message
+from stages.lib.data.encoding import SpecialTokens, refuse_special_tokens, texts_in, texts_of
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.template_process import RenderingResult, ToRender
 from stages.lib.settings.tokenize_data import LossOn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EARLIER_REPLY_CHANGED = "earlier_reply_changed"
 NOTHING_TRAINED = "nothing_trained"
@@ -68,18 +65,19 @@ class Recipe(NamedTuple):
     asked: list[ToRender]
 
 
-def recipe(tokenizer: "PreTrainedTokenizerBase", row: Conversation, loss_on: LossOn | None) -> Recipe:
+def recipe(specials: SpecialTokens, row: Conversation, loss_on: LossOn | None, *, marks_replies: bool) -> Recipe:
     """What to render for a row.
 
     Args:
         loss_on: which replies of a conversation are trained, where its turns have no weights; None for rows whose
             replies are compared or rated.
+        marks_replies: the template has `{% generation %}` blocks.
     Raises:
         UnusableRowError: a text holds a special token, or each reply has weight 0.
     """
-    refuse_special_tokens(tokenizer, texts_of(row.prompt))
-    refuse_special_tokens(tokenizer, texts_of(row.replies))
-    refuse_special_tokens(tokenizer, texts_in([row.text or "", *row.context]))
+    refuse_special_tokens(specials, texts_of(row.prompt))
+    refuse_special_tokens(specials, texts_of(row.replies))
+    refuse_special_tokens(specials, texts_in([row.text or "", *row.context]))
     if row.text is not None:
         return Recipe(row, [], [], False, [])
     if loss_on is None:
@@ -89,7 +87,7 @@ def recipe(tokenizer: "PreTrainedTokenizerBase", row: Conversation, loss_on: Los
         return Recipe(row, [*row.prompt, *row.replies], places, False, [start, *wholes])
     trained = trained_turns(row, loss_on)
     messages = [*row.prompt, *row.replies][: trained[-1] + 1]
-    if template_marks_replies(tokenizer):
+    if marks_replies:
         whole = asked(messages, row.context, add_generation_prompt=False, spans=True)
         return Recipe(row, messages, trained, True, [whole])
     conversations = []
@@ -119,7 +117,7 @@ def earlier_replies(prompt: Sequence[Message]) -> list[int]:
     return [place for place, turn in enumerate(prompt) if turn["role"] == "assistant" and place > opened]
 
 
-def row_texts(tokenizer: "PreTrainedTokenizerBase", made: Recipe, results: Results, loss_on: LossOn | None) -> RowTexts:
+def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: LossOn | None) -> RowTexts:
     """The texts of a row, of what the chat template gave for `made.asked`.
 
     Raises:
@@ -132,29 +130,25 @@ def row_texts(tokenizer: "PreTrainedTokenizerBase", made: Recipe, results: Resul
     if loss_on is None:
         prompt = prompt_text(results[0], row.prompt)
         wholes = [rendered(result).text for result in results[1:]]
-        replies = [
-            reply_text(tokenizer, prompt, whole, reply) for whole, reply in zip(wholes, row.replies, strict=True)
-        ]
+        replies = [reply_text(specials, prompt, whole, reply) for whole, reply in zip(wholes, row.replies, strict=True)]
         texts = RowTexts(prompt, [[Part(reply, True, True)] for reply in replies])
         whole = "".join([prompt, *replies])
     else:
         places_by = places_by_blocks if made.by_blocks else places_by_beginnings
-        whole, places = places_by(tokenizer, made, results)
-        texts = conversation_texts(tokenizer, whole, places)
+        whole, places = places_by(specials, made, results)
+        texts = conversation_texts(specials, whole, places)
     if row.context.tools:
         require_names(row.context.tools, whole, "the tools")
     return texts._replace(reasoning_left_out=reasoning_left_out(made.messages, whole))
 
 
-def places_by_beginnings(
-    tokenizer: "PreTrainedTokenizerBase", made: Recipe, results: Results
-) -> tuple[str, list[tuple[int, int]]]:
+def places_by_beginnings(specials: SpecialTokens, made: Recipe, results: Results) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and from where to where in it each trained reply stands. Raises as `row_texts`."""
     prompt_text(results[-2], made.messages[:-1])
     texts = [rendered(result).text for result in results]
     whole, places = texts[-1], []
     for place, start, up_to_it in zip(made.trained, texts[::2], texts[1::2], strict=True):
-        reply = reply_text(tokenizer, start, up_to_it, made.messages[place])
+        reply = reply_text(specials, start, up_to_it, made.messages[place])
         if not whole.startswith(start + reply) or (places and len(start) < places[-1][1]):
             raise RefusedRowError(
                 EARLIER_REPLY_CHANGED,
@@ -167,9 +161,7 @@ def places_by_beginnings(
     return whole, places
 
 
-def places_by_blocks(
-    tokenizer: "PreTrainedTokenizerBase", made: Recipe, results: Results
-) -> tuple[str, list[tuple[int, int]]]:
+def places_by_blocks(specials: SpecialTokens, made: Recipe, results: Results) -> tuple[str, list[tuple[int, int]]]:
     """The same by the template's `{% generation %}` blocks. Raises as `row_texts`."""
     (result,) = results
     whole, blocks = rendered(result)
@@ -184,15 +176,15 @@ def places_by_blocks(
     places = []
     for place in made.trained:
         start, end = blocks[turns.index(place)]
-        reply = whole[start:end].partition(tokenizer.eos_token)[0]
+        reply = whole[start:end].partition(specials.eos)[0]
         require_reply(made.messages[place], reply)
         places.append((start, start + len(reply)))
     return whole, places
 
 
-def conversation_texts(tokenizer: "PreTrainedTokenizerBase", whole: str, places: list[tuple[int, int]]) -> RowTexts:
+def conversation_texts(specials: SpecialTokens, whole: str, places: list[tuple[int, int]]) -> RowTexts:
     """Cut a conversation where its trained replies begin and end; what comes after the last is left out."""
-    eos = tokenizer.eos_token
+    eos = specials.eos
     parts = []
     for (start, end), (next_start, _) in zip(places, [*places[1:], (len(whole), 0)], strict=True):
         is_last = start == places[-1][0]

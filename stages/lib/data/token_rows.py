@@ -4,12 +4,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import render_all, with_eos
+from stages.lib.data.chat import render_all, template_marks_replies, with_eos
 from stages.lib.data.conversation_rows import (
     Conversation,
     preference_conversation,
@@ -17,10 +18,10 @@ from stages.lib.data.conversation_rows import (
     sft_conversation,
     unpaired_conversation,
 )
-from stages.lib.data.conversations import UnusableRowError
-from stages.lib.data.encoding import NOT_REVERSIBLE, encode_texts
+from stages.lib.data.encoding import NOT_REVERSIBLE, SpecialTokens, encode_texts, special_tokens
 from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.prompts import json_text
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.row_texts import Part, RowTexts, recipe, row_texts
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, UNPAIRED_SCHEMA
 from stages.lib.settings.tokenize_data import Tokenize
@@ -60,16 +61,18 @@ def encode_rows(
     All are rendered in one message to the template's process and encoded in one call.
     """
     loss_on = settings.loss_on if kind == "sft" else None
-    recipes = [_or_error(recipe, tokenizer, row, loss_on) for row in rows]
+    specials = special_tokens(tokenizer)  # once, since finding them takes as long as reading a row
+    recipe_of = partial(recipe, loss_on=loss_on, marks_replies=template_marks_replies(tokenizer))
+    recipes = [_or_error(recipe_of, specials, row) for row in rows]
     results = iter(render_all(tokenizer, [one for made in recipes if not _failed(made) for one in made.asked]))
     texts = [
-        made if _failed(made) else _or_error(row_texts, tokenizer, made, [next(results) for _ in made.asked], loss_on)
+        made if _failed(made) else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
         for made in recipes
     ]
     wanted = [text for made in texts if not _failed(made) for text in _texts_to_encode(made)]
     ids = iter(encode_texts(tokenizer, wanted))
     return [
-        made if _failed(made) else _or_error(_joined, tokenizer, made, [next(ids) for _ in _texts_to_encode(made)])
+        made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_to_encode(made)])
         for made in texts
     ]
 
@@ -89,11 +92,11 @@ def _texts_to_encode(texts: RowTexts) -> list[str]:
     return [texts.prompt, *(part.text for reply in texts.replies for part in reply)]
 
 
-def _joined(tokenizer: "PreTrainedTokenizerBase", texts: RowTexts, encoded: list[list[int] | None]) -> EncodedRow:
+def _joined(specials: SpecialTokens, texts: RowTexts, encoded: list[list[int] | None]) -> EncodedRow:
     """The row whose texts have these ids. Raises UnusableRowError for ids that do not decode to their text."""
     prompt, *others = [_reversible(ids) for ids in encoded]
     following = iter(others)
-    replies = [_reply(tokenizer, [(part, next(following)) for part in reply]) for reply in texts.replies]
+    replies = [_reply(specials, [(part, next(following)) for part in reply]) for reply in texts.replies]
     return EncodedRow(prompt, replies, texts.reasoning_left_out)
 
 
@@ -103,7 +106,7 @@ def _reversible(ids: list[int] | None) -> list[int]:
     return ids
 
 
-def _reply(tokenizer: "PreTrainedTokenizerBase", parts: list[tuple[Part, list[int]]]) -> Reply:
+def _reply(specials: SpecialTokens, parts: list[tuple[Part, list[int]]]) -> Reply:
     joined: list[int] = []
     untrained = []
     for part, ids in parts:
@@ -111,7 +114,7 @@ def _reply(tokenizer: "PreTrainedTokenizerBase", parts: list[tuple[Part, list[in
             untrained.append(range(len(joined), len(joined) + len(ids)))
             joined += ids
         else:
-            ended = with_eos(tokenizer, ids)
+            ended = with_eos(specials, ids)
             joined += ended if part.ends else ids
     return Reply(joined, untrained)
 
@@ -246,22 +249,19 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def add_row(self, row: EncodedRow, columns: dict[str, Any]) -> None:
-        lengths = [len(reply.ids) for reply in row.replies]
-        self.add(
-            Counts(
-                rows=1,
-                prompt_tokens=len(row.prompt),
-                replies=len(lengths),
-                reply_tokens=sum(lengths),
-                trained_tokens=sum(columns.get("loss_mask", ())),
-                max_prompt_tokens=len(row.prompt),
-                max_reply_tokens=max(lengths, default=0),
-                max_tokens=len(row.prompt) + max(lengths, default=0),
-                cut_prompts=row.prompt_is_cut,
-                cut_replies=row.reply_is_cut,
-                reasoning_left_out=row.reasoning_left_out,
-            )
-        )
+        prompt, lengths = len(row.prompt), [len(reply.ids) for reply in row.replies]
+        longest = max(lengths, default=0)
+        self.rows += 1
+        self.prompt_tokens += prompt
+        self.replies += len(lengths)
+        self.reply_tokens += sum(lengths)
+        self.trained_tokens += sum(columns.get("loss_mask", ()))
+        self.max_prompt_tokens = max(self.max_prompt_tokens, prompt)
+        self.max_reply_tokens = max(self.max_reply_tokens, longest)
+        self.max_tokens = max(self.max_tokens, prompt + longest)
+        self.cut_prompts += row.prompt_is_cut
+        self.cut_replies += row.reply_is_cut
+        self.reasoning_left_out += row.reasoning_left_out
 
     def add(self, other: "Counts") -> None:
         for name, value in vars(other).items():

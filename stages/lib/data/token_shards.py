@@ -28,8 +28,8 @@ from stages.lib.command.hashing import dvc_hash
 from stages.lib.command.jsonl import parse_object
 from stages.lib.data.chat import RefusedRowError
 from stages.lib.data.conversation_rows import Conversation
-from stages.lib.data.conversations import UnusableRowError
 from stages.lib.data.prepared_rows import Kind
+from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.token_rows import (
     ENCODINGS,
     Counts,

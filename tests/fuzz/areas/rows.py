@@ -27,7 +27,7 @@ def settings_for(name: str, path: str, **changed: Any) -> dict[str, Any]:
     """prepare_data for rows of a format; it is left to be detected unless `format` is given."""
     kinds = ["sft", "preference", "prompts"] if name in PAIRS else ["sft", "prompts"]
     values = {"source": "local", "path": path, "kinds": kinds, "eval_fraction": 0.3, **changed}
-    return {"prepare_data": values, "tokenize_data": {"overlong": "drop"}}
+    return {"prepare_data": values, "tokenize_data": {"truncation": "drop"}}
 
 
 def as_json_lines(rows: Rows) -> bytes:

@@ -295,6 +295,12 @@ PAIRS = [
         [pair("Translate.\n\ntea", "thé", "eau")],
     ),
     FormatExample(
+        "a question and a pair, with a system message (Orca)",
+        "question_preference",
+        [{"system": "Be brief.", "question": "Tea?", "chosen": "Yes.", "rejected": "No!"}],
+        [{"prompt": [system("Be brief."), user("Tea?")], "chosen": [bot("Yes.")], "rejected": [bot("No!")]}],
+    ),
+    FormatExample(
         "messages and replies that are texts",
         "messages_preference",
         [{"messages": [user("Tea?")], "chosen": "Yes.", "rejected": "No!"}],
@@ -492,6 +498,21 @@ SEVERAL_RESPONSES = [
                 "scores": [],
                 "score_key": "rank",
                 "best": "lowest",
+            }
+        },
+    ),
+    FormatExample(
+        "answers with votes (Stack Exchange)",
+        "comparison",
+        [{"question": "Tea?", "answers": [{"text": "No!", "votes": 2}, {"text": "Yes.", "votes": 31}]}],
+        [pair("Tea?", "Yes.", "No!")],
+        options={
+            "comparison": {
+                "type": "scores",
+                "responses": ["answers"],
+                "text_key": "text",
+                "scores": [],
+                "score_key": "votes",
             }
         },
     ),

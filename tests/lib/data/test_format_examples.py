@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from stages.lib.data.detection import FormatOfRows
-from stages.lib.data.formats import Format, columns_read, examples_of, picked_facts
+from stages.lib.data.formats import Format, columns_read, examples_of
 from stages.lib.data.message_cells import with_messages_read
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.readers.reply_trees import trees_of_rows
@@ -40,11 +40,12 @@ def test_what_the_rows_of_an_example_become(example):
     if example.options.get("comparison", {}).get("id_key"):
         rows = [*trees_of_rows(rows, settings.comparison)]
     formats = FormatOfRows("auto", settings, example.facts)
-    columns = RawColumns(example.columns, ())
+    columns = RawColumns(example.columns, (), example.facts, settings)
     for where, raw in rows:
-        row = with_messages_read(columns.take(raw, where), where)
+        taken, facts = columns.take(raw, where)
+        row = with_messages_read(taken, where)
         name = formats.of(row, where)
-        facts = picked_facts(raw, example.facts, where)
+        columns.refuse_unread(row, name, where)
         try:
             made += examples_of(row, name, settings, where, facts=facts, renames=example.columns, counts=counts)
         except UnusableRowError as error:

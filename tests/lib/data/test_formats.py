@@ -36,6 +36,7 @@ PAIRS = {
     "preference": {"prompt": PROMPT, "chosen": [bot("yes")], "rejected": [bot("no")]},
     "preference_implicit": {"chosen": [*PROMPT, bot("yes")], "rejected": [*PROMPT, bot("no")]},
     "alpaca_preference": {"instruction": "tea", "chosen": "yes", "rejected": "no", "history": [["hello", "hi"]]},
+    "question_preference": {"question": "tea", "chosen": "yes", "rejected": "no", "history": [["hello", "hi"]]},
     "messages_preference": {"messages": PROMPT, "chosen": bot("yes"), "rejected": "no"},
     "openai_preference": {
         "input": {"messages": PROMPT, "tools": [], "parallel_tool_calls": True},
@@ -233,6 +234,13 @@ def test_implicit_prompt_of_texts_ends_with_a_whole_word():
         one_example({"chosen": "yes", "rejected": "no"}, "preference_implicit", "here")
 
 
+@pytest.mark.parametrize("column", ["prompt", "instruction", "question", "messages"])
+def test_texts_that_begin_alike_are_not_split_beside_a_prompt(column):
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black.", column: "What is the sky like?"}
+    with pytest.raises(StageError, match=rf"here: the column '{column}' beside texts that begin with their prompt"):
+        one_example(row, "preference_implicit")
+
+
 def test_alpaca_joins_instruction_and_input_and_takes_a_system_message():
     row = {"instruction": "Translate.", "input": "tea", "output": "thé", "system": "Be brief."}
     assert one_example(row, "alpaca", "here").prompt == [system("Be brief."), user("Translate.\n\ntea")]
@@ -243,7 +251,7 @@ def test_alpaca_joins_instruction_and_input_and_takes_a_system_message():
     ("row", "names"),
     [
         ({"prompt": "a", "chosen": hh("a", "yes"), "rejected": hh("a", "no")}, ("hh", "preference")),
-        ({"question": "a", "chosen": "yes", "rejected": "no"}, ("preference_implicit", "preference")),
+        ({"query": "a", "chosen": "yes", "rejected": "no"}, ("preference_implicit (", "preference (", "in columns")),
         (PAIRS["preference"] | {"messages": []}, ("preference", "messages_preference")),
         ({"words": "a"}, ("hh", "sharegpt", "instruction")),
         ({"text": "a", "prompt": "b"}, ("prompt", "text")),

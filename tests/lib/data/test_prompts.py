@@ -17,9 +17,14 @@ def test_a_row_of_the_table_is_a_whole_prompt():
         "prompt_ids": [[1, 2], [7]],
         "messages": [json_text(MESSAGES), json_text(MESSAGES[1:])],
         "facts": [json_text(FACTS), "{}"],
+        "context": ["{}", json_text({"tools": [{"name": "add"}]})],
+        "source": ["films", "sums"],
     }
     prompts = prompts_of(columns)
-    assert prompts == [Prompt(3, [1, 2], MESSAGES, FACTS), Prompt(5, [7], MESSAGES[1:], {})]
+    assert prompts == [
+        Prompt(3, [1, 2], MESSAGES, FACTS, {}, "films"),
+        Prompt(5, [7], MESSAGES[1:], {}, {"tools": [{"name": "add"}]}, "sums"),
+    ]
     assert [list(message) for message in prompts[0].messages] == [["role", "content"]] * 2  # as samples show them
 
 
@@ -36,7 +41,6 @@ SURROGATE = json.dumps("\ud800")
     [
         ("", "not valid JSON"),
         ("3", "expected a list of messages, found int"),
-        ("[]", "expected messages, found an empty list"),
         ('["a"]', "message 1: expected a message with 'role' and 'content', found str"),
         ('[{"role": "user"}]', "message 1: expected a message with 'role' and 'content', found keys role"),
         ('[{"role": "judge", "content": "a"}]', "unknown role 'judge'"),

@@ -13,12 +13,12 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 def test_columns_are_renamed_and_may_change_places():
     row = {"chosen": "worse", "rejected": "better", "query": "a", "id": 5}
     columns = RawColumns({"chosen": "rejected", "rejected": "chosen", "query": "prompt"}, ("id",))
-    assert columns.take(row, "here") == {"chosen": "better", "rejected": "worse", "prompt": "a"}
+    assert columns.take(row, "here")[0] == {"chosen": "better", "rejected": "worse", "prompt": "a"}
 
 
 def test_a_column_to_rename_must_be_there_unless_rows_may_lack_it():
     columns = RawColumns({"query": "prompt", "strength": "margin"}, ())
-    assert columns.take({"query": "a"}, "here") == {"prompt": "a"}
+    assert columns.take({"query": "a"}, "here")[0] == {"prompt": "a"}
     with pytest.raises(MalformedRowError, match="here: no column 'query' to rename, found question") as caught:
         columns.take({"question": "a"}, "here")
     assert caught.value.reason == "missing_column"
@@ -26,9 +26,9 @@ def test_a_column_to_rename_must_be_there_unless_rows_may_lack_it():
 
 def test_no_column_takes_the_place_of_another():
     row = {"query": "new", "prompt": "old"}
-    with pytest.raises(StageError, match=r"here: by prepare_data.columns two columns are named 'prompt'"):
+    with pytest.raises(StageError, match=r"here: by sources.columns two columns are named 'prompt'"):
         RawColumns({"query": "prompt"}, ()).take(row, "here")
-    assert RawColumns({"query": "prompt"}, ("prompt",)).take(row, "here") == {"prompt": "new"}
+    assert RawColumns({"query": "prompt"}, ("prompt",)).take(row, "here")[0] == {"prompt": "new"}
 
 
 @pytest.mark.parametrize("column", sorted(MEANINGFUL_COLUMNS - set(columns_of("preference"))))
@@ -38,7 +38,7 @@ def test_a_column_with_a_meaning_that_nothing_reads_is_refused_until_it_is_ignor
         RawColumns({}, ()).refuse_unread(row, "preference", "here")
     for nothing in (None, "", " ", [], {}):
         RawColumns({}, ()).refuse_unread(PAIR | {column: nothing}, "preference", "here")
-    assert RawColumns({}, (column,)).take(row, "here") == PAIR
+    assert RawColumns({}, (column,)).take(row, "here")[0] == PAIR
 
 
 @pytest.mark.parametrize(
@@ -75,30 +75,48 @@ def test_a_key_of_a_message_that_nothing_reads_is_refused_until_it_is_ignored(ke
 @pytest.mark.parametrize(
     ("renames", "ignored", "message"),
     [
-        ({}, ("scores",), "prepare_data.ignore_columns names 'scores', which no row has; did you mean 'score'"),
-        ({}, ("wheight",), "prepare_data.ignore_columns names 'wheight', which no row has; did you mean 'weight'"),
-        ({"sytem": "system"}, (), "prepare_data.columns names 'sytem', which no row has; did you mean 'system'"),
+        ({}, ("scores",), "sources.ignore_columns names 'scores', which no row has; did you mean 'score'"),
+        ({}, ("wheight",), "sources.ignore_columns names 'wheight', which no row has; did you mean 'weight'"),
+        ({"sytem": "system"}, (), "sources.columns names 'sytem', which no row has; did you mean 'system'"),
     ],
 )
 def test_a_name_that_no_row_has_is_an_error(renames, ignored, message):
     columns = RawColumns(renames, ignored)
     row = {"messages": [{"role": "user", "content": "a", "weight": None}], "score": 1, "system": "b"}
-    columns.refuse_unread(columns.take(row, "here") | {"score": None}, "messages", "here")
+    columns.refuse_unread(columns.take(row, "here")[0] | {"score": None}, "messages", "here")
     with pytest.raises(StageError) as caught:
         columns.refuse_unseen()
     assert message in str(caught.value)
 
 
-def test_what_is_read_and_what_is_not_is_told_in_one_line():
+def test_what_is_read_and_what_is_not_is_told_line_by_line():
     columns = RawColumns({"query": "prompt"}, ("score", "weight"))
     message = {"role": "assistant", "content": "a", "weight": 1, "id": 2}
     row = {"query": "a", "chosen": [message], "rejected": "c", "score": 1, "at\nnight": 5, "half \ud83d": 1}
-    columns.refuse_unread(columns.take(row, "here"), "preference", "here")
+    columns.refuse_unread(columns.take(row, "here")[0], "preference", "here")
     columns.refuse_unseen()
-    assert columns.summary("preference") == (
-        "format preference; columns read: chosen, prompt, rejected; not read: at\\nnight, half \\ud83d; "
-        "ignored by name: score, weight; keys of messages not read: id"
-    )
+    assert columns.summary("preference") == [
+        "columns read: chosen, prompt (from query), rejected",
+        "not read: at\\nnight, half \\ud83d",
+        "ignored by name: score, weight",
+        "keys of messages not read: id",
+    ]
+
+
+def test_columns_of_facts_are_taken_and_read_no_more_unless_a_format_may_read_them():
+    columns = RawColumns({"q": "prompt"}, (), ("id", "label", "q"))
+    row = {"q": "a", "completion": "b", "label": True, "id": 3}
+    taken, facts = columns.take(row, "here")
+    assert taken == {"prompt": "a", "completion": "b", "label": True}
+    assert facts == {"id": 3, "label": True, "q": "a"}
+    with pytest.raises(MalformedRowError, match="here: no column 'id' for facts, found q"):
+        columns.take({"q": "a"}, "here")
+
+
+def test_a_column_with_a_meaning_may_be_a_fact():
+    RawColumns({}, (), ("score",)).refuse_unread(PAIR | {"score": 1}, "preference", "here")
+    with pytest.raises(StageError, match="the column 'score'"):
+        RawColumns({}, (), ("id",)).refuse_unread(PAIR | {"score": 1}, "preference", "here")
 
 
 @pytest.mark.parametrize("target", ["promt", "", "reward", "role"])

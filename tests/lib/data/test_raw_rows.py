@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.raw_rows import hub_rows, local_rows
+from stages.lib.data.hub_data import HubData, hub_rows
+from stages.lib.data.raw_rows import FileOptions, local_rows
 
 ROWS = [{"prompt": 'é, "a"\nb', "chosen": "yes"}, {"prompt": "c", "chosen": "no"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -43,18 +44,18 @@ def write_rows(path):
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet"])
 def test_every_type_of_file_gives_the_same_rows(tmp_path, suffix):
     file = write_rows(tmp_path / f"a.{suffix}")
-    assert [row for _, row in local_rows(file)] == ROWS
+    assert [row for _, row in local_rows(file, FileOptions())] == ROWS
 
 
 def test_rows_are_named_by_line_or_row(tmp_path):
     lines = write(tmp_path / "a.jsonl", "\n" + LINES)
-    assert [where for where, _ in local_rows(lines)] == [f"{lines}, line 2", f"{lines}, line 3"]
+    assert [where for where, _ in local_rows(lines, FileOptions())] == [f"{lines}, line 2", f"{lines}, line 3"]
     array = write_rows(tmp_path / "a.json")
-    assert [where for where, _ in local_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
+    assert [where for where, _ in local_rows(array, FileOptions())] == [f"{array}, row 1", f"{array}, row 2"]
 
 
 def test_json_lines_under_the_name_of_an_array_are_read(tmp_path):
-    assert [row for _, row in local_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + LINES.encode()))] == ROWS
+    assert rows_of(write(tmp_path / "a.json", b"\xef\xbb\xbf" + LINES.encode())) == ROWS
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_path, capsys):
@@ -62,7 +63,11 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_pa
         write(tmp_path / name, json.dumps({"file": name}) + "\n")
     for name in ("README.md", "LICENSE", "b/NOTE.md", ".gitignore", ".cache/x.jsonl", "README.upstream.md"):
         write(tmp_path / name, "words")
-    assert [row["file"] for _, row in local_rows(tmp_path)] == ["a/test.jsonl", "b/train.jsonl", "c.jsonl"]
+    assert [row["file"] for _, row in local_rows(tmp_path, FileOptions())] == [
+        "a/test.jsonl",
+        "b/train.jsonl",
+        "c.jsonl",
+    ]
     names = ".cache, .gitignore, LICENSE, README.md, README.upstream.md, b/NOTE.md"
     assert capsys.readouterr().out == f"{tmp_path}: documents and hidden files are not read: {names}\n"
 
@@ -123,22 +128,22 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_pa
 def test_a_bad_file_is_an_error_that_says_where(tmp_path, name, content, message):
     write(tmp_path / name, content)
     with pytest.raises(StageError) as caught:
-        list(local_rows(tmp_path / name))
+        list(local_rows(tmp_path / name, FileOptions()))
     assert message in str(caught.value)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(StageError, match="missing does not exist"):
-        list(local_rows(tmp_path / "missing"))
+        list(local_rows(tmp_path / "missing", FileOptions()))
     write(tmp_path / "LICENSE", "words")
     with pytest.raises(StageError, match="holds no data file"):
-        list(local_rows(tmp_path))
+        list(local_rows(tmp_path, FileOptions()))
 
 
 def test_a_value_of_any_length_and_a_character_of_any_kind_is_read_from_csv(tmp_path):
     long = "x" * 1_000_000
     file = write(tmp_path / "a.CSV", f'"a\nb",c\n{long},"\0;\r\n"\n')
-    assert [row for _, row in local_rows(file)] == [{"a\nb": long, "c": "\0;\r\n"}]
+    assert [row for _, row in local_rows(file, FileOptions())] == [{"a\nb": long, "c": "\0;\r\n"}]
 
 
 def parquet(path, columns, names=None):
@@ -173,7 +178,7 @@ def bad_text():
 def test_a_parquet_file_with_a_value_that_cannot_be_read_is_named_by_row_and_column(tmp_path, columns, names, message):
     file = parquet(tmp_path / "a.parquet", map(pyarrow.array, columns), names)
     with pytest.raises(StageError) as caught:
-        list(local_rows(file))
+        list(local_rows(file, FileOptions()))
     assert message in str(caught.value)
     assert "line" not in str(caught.value)
 
@@ -189,7 +194,7 @@ def test_a_broken_page_of_parquet_and_one_nested_too_deeply_are_named(tmp_path):
     deep = parquet(tmp_path / "deep.parquet", [pyarrow.array([value], kind)], ["x"])
     for bad in (file, deep):
         with pytest.raises(StageError, match=f"{bad.name}: not a Parquet file that can be read"):
-            list(local_rows(bad))
+            list(local_rows(bad, FileOptions()))
 
 
 def test_an_encrypted_parquet_file_is_named(tmp_path):
@@ -197,12 +202,12 @@ def test_an_encrypted_parquet_file_is_named(tmp_path):
     content = file.read_bytes()
     file.write_bytes(b"PARE" + content[4:-4] + b"PARE")  # how files with an encrypted footer begin and end
     with pytest.raises(StageError, match=r"a.parquet: not a Parquet file that can be read"):
-        list(local_rows(file))
+        list(local_rows(file, FileOptions()))
 
 
 def test_values_of_parquet_keep_their_types(tmp_path):
     file = parquet(tmp_path / "a.parquet", [pyarrow.array([datetime.date(2024, 1, 1)]), pyarrow.array([0.5])], "xy")
-    assert [row for _, row in local_rows(file)] == [{"x": datetime.date(2024, 1, 1), "y": 0.5}]
+    assert [row for _, row in local_rows(file, FileOptions())] == [{"x": datetime.date(2024, 1, 1), "y": 0.5}]
 
 
 def linked(folder, target):
@@ -236,7 +241,7 @@ def test_nothing_in_a_folder_is_passed_over_in_silence(tmp_path, name):
     make, message = WRONG[name]
     make(folder)
     with pytest.raises(StageError) as caught:
-        list(local_rows(folder))
+        list(local_rows(folder, FileOptions()))
     assert message in str(caught.value)
 
 
@@ -244,20 +249,20 @@ def test_nothing_in_a_folder_is_passed_over_in_silence(tmp_path, name):
 def test_documents_and_hidden_files_are_passed_over_whatever_they_are(tmp_path, name):
     write(tmp_path / "a.jsonl", LINES)
     (tmp_path / name).symlink_to("nowhere")
-    assert len(list(local_rows(tmp_path))) == 2
+    assert len(list(local_rows(tmp_path, FileOptions()))) == 2
 
 
 def test_the_path_itself_may_be_a_link_and_must_lead_to_a_file(tmp_path):
     write(tmp_path / "raw/a.jsonl", LINES)
     for name, target in (("folder", "raw"), ("file.jsonl", "raw/a.jsonl")):
         (tmp_path / name).symlink_to(target)
-        assert [row for _, row in local_rows(tmp_path / name)] == ROWS
+        assert [row for _, row in local_rows(tmp_path / name, FileOptions())] == ROWS
     (tmp_path / "broken").symlink_to("nowhere")
     with pytest.raises(StageError, match="broken is a link that leads to no file"):
-        list(local_rows(tmp_path / "broken"))
+        list(local_rows(tmp_path / "broken", FileOptions()))
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(StageError, match=r"pipe.jsonl is a FIFO"):
-        list(local_rows(tmp_path / "pipe.jsonl"))
+        list(local_rows(tmp_path / "pipe.jsonl", FileOptions()))
 
 
 @contextlib.contextmanager
@@ -281,7 +286,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
         write_rows(tmp_path / name).chmod(0)
     (tmp_path / "closed").chmod(0)
     with rights_of_nobody(), pytest.raises(PermissionError) as caught:
-        list(local_rows(Path(name)))
+        list(local_rows(Path(name), FileOptions()))
     (tmp_path / "closed").chmod(0o755)
     assert caught.value.filename == name  # `errors.run` makes one line of it
 
@@ -289,5 +294,36 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
 def test_a_folder_is_not_read_in_place_of_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "owner/name/train.jsonl", LINES)
-    with pytest.raises(StageError, match="hub_dataset: owner/name is also a file or folder here"):
-        list(hub_rows("owner/name", "0" * 40, None, None))
+    with pytest.raises(StageError, match="dataset: owner/name is also a file or folder here"):
+        list(hub_rows(HubData("owner/name", "0" * 40, None, None, None, False), None))
+
+
+def rows_of(path, **options):
+    return [row for _, row in local_rows(path, FileOptions(**options))]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_tables_are_parted_by_what_parts_their_header(tmp_path, name, delimiter):
+    file = write(tmp_path / name, f'a{delimiter}"b, c; d"\n1{delimiter}x'.encode())
+    assert rows_of(file) == [{"a": "1", "b, c; d": "x"}]
+
+
+def test_a_header_that_several_delimiters_part_is_an_error_until_one_is_named(tmp_path):
+    file = write(tmp_path / "a.csv", b"a,b;c,d\n1,2;3,4")
+    with pytest.raises(StageError, match=r"a.csv, line 1: the header has commas and semicolons: say in delimiter"):
+        rows_of(file)
+    assert rows_of(file, delimiter=";") == [{"a,b": "1,2", "c,d": "3,4"}]
+    assert rows_of(write(tmp_path / "b.csv", b"text\n1,2\n"), delimiter="\t") == [{"text": "1,2"}]
+
+
+def test_rows_may_stand_under_a_key_of_an_object(tmp_path):
+    file = write(tmp_path / "a.json", b'{"version": 1,\n "data": {"rows": [{"a": 1}, {"a": 2}]}}')
+    assert rows_of(file, rows_key="data.rows") == [{"a": 1}, {"a": 2}]
+    with pytest.raises(StageError, match=r"its first line is no JSON object by itself: .*rows_key"):
+        rows_of(file)
+    with pytest.raises(StageError, match=r"rows_key data.row: expected an object with 'row', found rows"):
+        rows_of(file, rows_key="data.row")
+    with pytest.raises(StageError, match=r"rows_key version.x: expected an object with 'x', found int"):
+        rows_of(file, rows_key="version.x")
+    with pytest.raises(StageError, match="expected an array of objects, found dict"):
+        rows_of(file, rows_key="data")

@@ -1,151 +1,205 @@
+"""Where rows go: each rule by hand on a few rows, and as a law on many."""
+
 from collections import Counter
 
 import pytest
-from stages.lib.data.prompt_splits import held_out_prompts, prompt_digests
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.prompt_digests import digests_of_row
+from stages.lib.data.row_places import RowPlaces, Share, sizes_of_shares
+from tests.lib.data.test_prompt_digests import turns
 
 
-def digests(texts, seed=1):
-    return [prompt_digests([{"role": "user", "content": text}], seed)[-1] for text in texts]
+class Row:
+    """A row of kind prompts unless another is said: a prompt given as 'a b c' (user, assistant, user)."""
+
+    def __init__(self, talk, split=None, source=0, kind="prompts", content=None):
+        self.talk, self.split, self.source, self.kind = talk, split, source, kind
+        self.content = (content or f"{kind} {talk}").encode()
 
 
-def alone(texts, seed=1):
-    """Prompts of one message each, as `held_out_prompts` takes them."""
-    return dict.fromkeys(digests(texts, seed), b"")
-
-
-def held_out_part(beginnings, fraction):
-    """The prompts of one split held out."""
-    return set(held_out_prompts(beginnings, {"test": fraction}))
-
-
-def conversations(*talks, seed=1):
-    """Prompts given as 'a b c': user, assistant, user."""
-    found = {}
-    for talk in talks:
-        *shorter, digest = prompt_digests(turns(talk), seed)
-        found[digest] = b"".join(shorter)
+def fates(rows, folder, *, seed=1, shares=None, names=("one", "two"), **fractions):
+    """What becomes of each row; `fractions` are of test and validation."""
+    path = folder / f"places-{len(list(folder.iterdir()))}"
+    with RowPlaces(path) as places:
+        for row in rows:
+            digests = digests_of_row({"prompt": turns(row.talk)}, seed)
+            places.add(row.source, row.kind, row.split, digests, row.content)
+        places.divide(fractions)
+        if shares is not None:
+            places.draw(shares, names, seed)
+        found = list(places.fates())
+        assert sum(places.counts().values()) == len(rows) == len(found)
     return found
 
 
-def turns(talk):
-    return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(talk.split())]
+def places_of(talks, folder, **arguments):
+    """Talk → its split."""
+    return dict(zip(talks, fates([Row(talk) for talk in talks], folder, **arguments), strict=True))
 
 
-def test_prompts_that_differ_in_case_and_white_space_only_are_one():
-    assert len(set(digests(["Make tea.", " make\n\ntea. ", "MAKE TEA."]))) == 1
-    assert len(set(digests(["make tea.", "make tea", "maketea."]))) == 3
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("ﬁlm", "film"),
-        ("Ｆｉｌｍ", "film"),
-        ("caf\u00e9", "cafe\u0301"),
-        ("STRASSE", "straße"),
-        ("a\u00a0b\u2003c", "A b c"),
-        ("℡", "tel"),
-        ("ẛ̣", "ṩ"),
-        ("ΌΣ", "ός"),
-    ],
-)
-def test_prompts_that_unicode_holds_for_equal_are_one(one, other):
-    assert len(set(digests([one, other]))) == 1
-
-
-def test_a_beginning_has_the_digest_of_the_prompt_that_it_is():
-    whole = prompt_digests([{"role": "system", "content": "s"}, *turns("a b c d e")], 1)
-    assert len(whole) == 3
-    for count, digest in zip((2, 4), whole, strict=False):
-        assert prompt_digests([{"role": "system", "content": "S "}, *turns("a b c d e")][:count], 1)[-1] == digest
-    assert not set(whole) & set(prompt_digests(turns("a b c d e"), 1))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_conversations_that_go_on_from_one_another_stand_on_one_side(seed):
+@pytest.mark.parametrize("seed", range(5))
+def test_conversations_that_go_on_from_one_another_stand_on_one_side(tmp_path, seed):
     talks = [f"{n} x {n}{tail}" for n in range(10) for tail in ("", "a", "a y z", "b", "b y z")]
     talks += [str(n) for n in range(10)]
-    of_talk = dict(zip(talks, conversations(*talks, seed=seed), strict=True))
-    held_out = held_out_part(conversations(*talks, seed=seed), 0.3)
-    sides = {n: {of_talk[talk] in held_out for talk in talks if talk.split()[0] == str(n)} for n in range(10)}
+    found = places_of(talks, tmp_path, seed=seed, test=0.3, validation=0.2)
+    sides = {n: {found[talk] for talk in talks if talk.split()[0] == str(n)} for n in range(10)}
     assert all(len(side) == 1 for side in sides.values())
-    assert len(held_out) == 18  # three tenths of 60 prompts, in whole groups of 6
+    # Three and two tenths of 60 prompts, in whole groups of 6.
+    assert Counter(found.values()) == {"train": 30, "test": 18, "validation": 12}
 
 
-def test_conversations_that_only_begin_alike_are_apart():
+def test_conversations_that_only_begin_alike_are_apart(tmp_path):
     """What they share is no prompt of the data: nothing of one is the beginning of the other."""
-    held_out = held_out_part(conversations("hello hi tea", "hello hi milk"), 0.5)
-    assert len(held_out) == 1
+    assert set(places_of(["hello hi tea", "hello hi milk"], tmp_path, test=0.5).values()) == {"train", "test"}
 
 
-def test_a_group_keeps_its_place_when_others_come():
-    few = conversations(*(f"{n} x {n}" for n in range(100)))
-    more = conversations(*(f"{n} x {n}" for n in range(110)))
-    assert len(held_out_part(few, 0.2) & held_out_part(more, 0.2)) >= 17
-    apart = conversations(*map(str, range(100)))
-    assert held_out_part(apart, 0.2) == set(sorted(apart)[:20])
+def test_a_group_keeps_its_place_when_others_come(tmp_path):
+    few, more = ([f"{n} x {n}" for n in range(count)] for count in (100, 110))
+    before, after = places_of(few, tmp_path, test=0.2), places_of(more, tmp_path, test=0.2)
+    assert sum(before[talk] == after[talk] == "test" for talk in few) >= 17
 
 
-def test_a_group_larger_than_the_part_to_hold_out_stays_in_train():
-    talk = " ".join(map(str, range(21)))
-    parts = [" ".join(talk.split()[: 2 * n + 1]) for n in range(11)]
-    big, small = conversations(*parts), conversations("a", "b c d")
+def test_the_groups_held_out_are_those_of_small_digests(tmp_path):
+    talks = [str(n) for n in range(100)]
+    digest_of = {talk: digests_of_row({"prompt": turns(talk)}, 1)[-1] for talk in talks}
+    found = places_of(talks, tmp_path, test=0.2, validation=0.1)
+    in_order = [found[talk] for talk in sorted(talks, key=digest_of.get)]
+    assert in_order == ["test"] * 20 + ["validation"] * 10 + ["train"] * 70
+
+
+def test_a_group_larger_than_the_part_to_hold_out_stays_in_train(tmp_path):
+    words = [str(n) for n in range(21)]
+    parts = [" ".join(words[: 2 * n + 1]) for n in range(11)]
     for seed in range(5):
-        held_out = held_out_part(conversations(*parts, "a", "b c d", seed=seed), 0.15)
-        assert held_out == set(conversations("a", "b c d", seed=seed))
-    assert len(big) == 11
-    assert held_out_part(big | conversations("a", "a c d"), 0.05) == set(conversations("a", "a c d"))
-    assert len(small) == 2
-
-
-def test_roles_and_the_borders_of_messages_matter():
-    one = [{"role": "user", "content": "a b"}]
-    two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    asked = [{"role": "system", "content": "a b"}]
-    assert len({b"".join(prompt_digests(prompt, 1)) for prompt in (one, two, asked)}) == 3
-    assert [len(prompt_digests(prompt, 1)) for prompt in (one, two, asked)] == [1, 2, 0]
+        found = places_of([*parts, "a", "b c d"], tmp_path, seed=seed, test=0.15)
+        assert {talk for talk, place in found.items() if place == "test"} == {"a", "b c d"}
+    found = places_of([*parts, "a", "a c d"], tmp_path, test=0.05)  # less than any group: the smallest one
+    assert {talk for talk, place in found.items() if place == "test"} == {"a", "a c d"}
 
 
 @pytest.mark.parametrize(("count", "fraction", "expected"), [(100, 0.1, 10), (7, 0.01, 1), (2, 0.9, 1), (10, 0.99, 9)])
-def test_the_held_out_part_has_the_size_asked_for_and_leaves_one_on_each_side(count, fraction, expected):
-    assert len(held_out_part(alone(map(str, range(count))), fraction)) == expected
+def test_the_held_out_part_has_the_size_asked_for_and_leaves_one_on_each_side(tmp_path, count, fraction, expected):
+    found = places_of([str(n) for n in range(count)], tmp_path, test=fraction)
+    assert Counter(found.values())["test"] == expected
 
 
-def test_the_draw_depends_on_the_seed_and_not_on_the_order():
-    texts = [str(number) for number in range(200)]
-    drawn = {}
-    for seed in (1, 2):
-        of_text = dict(zip(digests(texts, seed), texts, strict=True))
-        drawn[seed] = {of_text[digest] for digest in held_out_part(alone(texts, seed), 0.5)}
-    assert 30 < len(drawn[1] & drawn[2]) < 70  # half of 100 in common if independent, standard deviation 3.5
-    assert held_out_part(alone(texts), 0.5) == held_out_part(alone(reversed(texts)), 0.5)
-
-
-def test_one_prompt_cannot_be_split():
-    with pytest.raises(StageError, match="1 distinct prompt of 1 conversations cannot be divided among train and test"):
-        held_out_part(alone(["a", "A"]), 0.5)
-    with pytest.raises(StageError, match="2 distinct prompts of 1 conversations cannot"):
-        held_out_part(conversations("a", "a b c"), 0.5)
-
-
-def test_two_splits_are_held_out_side_by_side_in_whole_groups():
-    talks = [f"{n}{tail}" for n in range(100) for tail in ("", f" x {n}")]
-    found = held_out_prompts(conversations(*talks), {"test": 0.2, "validation": 0.1})
-    assert Counter(found.values()) == {"test": 40, "validation": 20}
-    place = dict(zip(talks, conversations(*talks), strict=True))
-    assert all(found.get(place[str(n)]) == found.get(place[f"{n} x {n}"]) for n in range(100))
-    alone_test = held_out_prompts(conversations(*talks), {"test": 0.2})
-    assert set(alone_test) == {digest for digest, split in found.items() if split == "test"}
-
-
-def test_each_of_three_sides_gets_a_prompt():
+def test_each_of_three_sides_gets_a_prompt(tmp_path):
     for seed in range(5):
-        found = held_out_prompts(alone("abc", seed), {"test": 0.9, "validation": 0.05})
-        assert sorted(found.values()) == ["test", "validation"]
-    with pytest.raises(
-        StageError, match="2 distinct prompts of 2 conversations cannot be divided among train and test"
-    ):
-        held_out_prompts(alone("ab"), {"test": 0.1, "validation": 0.1})
-    assert held_out_prompts(alone("ab"), {"test": 0.0, "validation": 0.0}) == {}
+        found = places_of("abc", tmp_path, seed=seed, test=0.9, validation=0.05)
+        assert sorted(found.values()) == ["test", "train", "validation"]
+    message = "2 distinct prompts in 2 groups cannot be divided among train and test and validation"
+    with pytest.raises(StageError, match=message):
+        places_of("ab", tmp_path, test=0.1, validation=0.1)
+    with pytest.raises(StageError, match="1 distinct prompt in 1 group cannot be divided among train and test"):
+        places_of("a", tmp_path, test=0.5)
+    assert set(places_of("a", tmp_path, test=0.0, validation=0.0).values()) == {"train"}
+
+
+def test_the_draw_depends_on_the_seed_and_not_on_the_order(tmp_path):
+    talks = [str(number) for number in range(200)]
+    drawn = {
+        seed: {talk for talk, place in places_of(talks, tmp_path, seed=seed, test=0.5).items() if place == "test"}
+        for seed in (1, 2)
+    }
+    assert 30 < len(drawn[1] & drawn[2]) < 70  # half of 100 in common if independent, standard deviation 3.5
+    assert places_of(talks[::-1], tmp_path, test=0.5) == places_of(talks, tmp_path, test=0.5)
+
+
+def test_a_source_s_own_split_claims_its_prompts_test_first(tmp_path):
+    rows = [
+        Row("a", "train"),
+        Row("b", "train"),
+        Row("b", "validation", source=1),
+        Row("a", "test", source=1),
+        Row("b x c", "test", source=1),  # goes on from b
+        Row("d", "train"),
+        Row("d", source=1),
+        Row("e x f", source=1),
+        Row("g x h", "validation"),
+        Row("g x h y i", source=1),  # goes on from a validation prompt, and no source says where it belongs
+    ]
+    assert fates(rows, tmp_path, test=0.0) == [
+        "in_test",
+        "in_test",
+        "in_test",
+        "test",
+        "test",
+        "train",
+        "duplicate",
+        "train",
+        "validation",
+        "in_validation",
+    ]
+
+
+def test_given_splits_take_no_part_in_the_draw(tmp_path):
+    free, fixed = [str(n) for n in range(50)], [f"fixed{n}" for n in range(30)]
+    alone = places_of(free, tmp_path, test=0.2, validation=0.1)
+    rows = [Row(talk, "test", source=1) for talk in fixed] + [Row(talk) for talk in free]
+    assert fates(rows, tmp_path, test=0.2, validation=0.1) == ["test"] * 30 + list(alone.values())
+
+
+def test_of_equal_rows_of_a_kind_the_first_stays(tmp_path):
+    rows = [
+        Row("a", kind="sft", content="x"),
+        Row("a", kind="sft", content="y"),
+        Row("a", kind="sft", content="x", source=1),
+        Row("a", kind="preference", content="x", source=1),
+    ]
+    assert fates(rows, tmp_path) == ["train", "train", "duplicate", "train"]
+
+
+@pytest.mark.parametrize(
+    ("there", "shares", "expected"),
+    [
+        ((100, 100), (Share(1.0), Share(3.0)), (33, 100)),  # the second is used up at 100 / 3 a unit of weight
+        ((100, 900), (Share(1.0), Share(3.0)), (100, 300)),
+        ((7, 7), (Share(0.1), Share(0.3)), (2, 7)),
+        ((100, 100), (Share(2.0), Share()), (100, 100)),
+        ((100, 100), (Share(rows=30), Share(rows=300)), (30, 100)),
+        ((100, 40), (Share(1.0), Share(1.0)), (40, 40)),
+    ],
+)
+def test_sizes_of_a_mixture_by_hand(there, shares, expected):
+    found = sizes_of_shares(dict(enumerate(there)), dict(enumerate(shares)))
+    assert tuple(found.values()) == expected
+
+
+def mixed(folder, count=200, **arguments):
+    rows = [Row(f"{source}-{n}", source=source) for source in (0, 1) for n in range(count)]
+    shares = {0: Share(1.0), 1: Share(4.0)}
+    return rows, fates(rows, folder, shares=shares, **arguments)
+
+
+def test_a_mixture_is_drawn_by_weight_from_train_alone_and_the_same_each_time(tmp_path):
+    rows, found = mixed(tmp_path, test=0.1)
+    counts = Counter((row.source, fate) for row, fate in zip(rows, found, strict=True))
+    train = {source: counts[source, "train"] + counts[source, "not_drawn"] for source in (0, 1)}
+    assert counts[1, "train"] == train[1]
+    assert counts[0, "train"] == train[1] // 4
+    assert counts[0, "test"] + counts[1, "test"] == 40
+    assert mixed(tmp_path, test=0.1)[1] == found
+
+
+def test_the_rows_drawn_are_another_sample_with_another_seed_and_hardly_move_when_rows_come(tmp_path):
+    def drawn(**arguments):
+        rows, found = mixed(tmp_path, **arguments)
+        return {row.talk for row, fate in zip(rows, found, strict=True) if row.source == 0 and fate == "train"}
+
+    first, other, more = drawn(), drawn(seed=2), drawn(count=220)
+    assert len(first) == len(other) == 50
+    assert len(first & other) < 25  # 12.5 if independent
+    assert len(first & more) >= 40
+
+
+def test_rows_left_out_by_number_are_counted_and_not_drawn(tmp_path):
+    with RowPlaces(tmp_path / "places") as places:
+        for n in range(4):
+            places.add(0, "sft", None, [bytes([n])], bytes([n]))
+        places.divide({})
+        places.leave_out([1, 2], "near_duplicate")
+        places.draw({0: Share(rows=1)}, ["one"], 1)
+        found = list(places.fates())
+    assert found[1:3] == ["near_duplicate"] * 2
+    assert sorted((found[0], found[3])) == ["not_drawn", "train"]

@@ -8,7 +8,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.data import template_process
-from stages.lib.data.template_process import RenderingError, TemplateProcess
+from stages.lib.data.template_process import Rendered, RenderingError, TemplateProcess, ToRender
 
 USER = [{"role": "user", "content": "hä\ud83c\n"}]
 VARIABLES = {"bos_token": "<s>"}
@@ -21,8 +21,32 @@ def process():
 
 
 def test_a_text_comes_back_as_the_template_writes_it(process):
-    assert process.render(ECHO, VARIABLES, (USER, True)) == "<s>hä\ud83c\nTrue"
-    assert process.render(ECHO, {}, (USER, False)) == "hä\ud83c\nFalse"
+    assert process.render(ECHO, VARIABLES, ToRender(USER, True)) == Rendered("<s>hä\ud83c\nTrue", [])
+    assert process.render(ECHO, {}, ToRender(USER, False)).text == "hä\ud83c\nFalse"
+
+
+def test_a_template_gets_tools_and_the_arguments_of_a_row(process):
+    template = "{{ tools | tojson }}{{ thinking }}{{ messages[0].tool_calls }}{{ tools is none }}"
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    message = {"role": "assistant", "content": "", "tool_calls": [1]}
+    asked = ToRender([message], False, tools, {"thinking": True})
+    assert process.render(template, {}, asked).text == (
+        '[{"type": "function", "function": {"name": "add"}}]True[1]False'
+    )
+    assert process.render(template, {}, ToRender([message], False)).text == "null[1]True"
+    with pytest.raises(RenderingError, match="multiple values for keyword argument 'bos_token'"):
+        process.render(template, {"bos_token": "<s>"}, ToRender([message], False, None, {"bos_token": "x"}))
+
+
+def test_places_of_what_the_assistant_writes(process):
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}."
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": role, "content": role * 2} for role in ("user", "assistant", "user", "assistant")]
+    text, spans = process.render(template, {}, ToRender(messages, False, spans=True))
+    assert [text[start:end] for start, end in spans] == ["assistantassistant."] * 2
+    assert process.render(template, {}, ToRender(messages, False)).spans == []
 
 
 def test_what_has_no_address_is_printed_as_jinja_prints_it(process):
@@ -30,17 +54,14 @@ def test_what_has_no_address_is_printed_as_jinja_prints_it(process):
     said = "<x at 0x7f>"  # by a user
     printed = "None 1.5 range(0, 2) [1, 'a'] [['a', 'b'], ['c']] <x at 0x7f>"
     message = [{"role": "user", "content": said}]
-    assert process.render(template + "{{ messages[0].content }}", {}, (message, True)) == printed
+    assert process.render(template + "{{ messages[0].content }}", {}, ToRender(message, True)).text == printed
 
 
 def test_results_of_many_are_those_of_each(process):
-    conversations = [([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(300)]
-    process.render_ahead(ECHO, VARIABLES, conversations)
-    sent = process.results
-    texts = [process.render(ECHO, VARIABLES, conversation) for conversation in conversations]
+    conversations = [ToRender([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(300)]
+    texts = [result.text for result in process.render_all(ECHO, VARIABLES, conversations)]
     assert texts == [f"<s>{number}{number % 2 == 0}" for number in range(300)]
-    assert process.results is sent  # nothing was asked for twice
-    assert process.render("{{ messages[0].content }}", {}, conversations[7]) == "7"
+    assert process.render("{{ messages[0].content }}", {}, conversations[7]).text == "7"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +88,7 @@ def test_results_of_many_are_those_of_each(process):
 def test_what_a_template_raises_is_one_line(process, template, message):
     for _ in range(2):  # and the process goes on
         with pytest.raises(RenderingError) as raised:
-            process.render(template, {}, (USER, True))
+            process.render(template, {}, ToRender(USER, True))
         assert str(raised.value).startswith(message)
         assert "\n" not in str(raised.value)
 
@@ -82,7 +103,7 @@ def test_a_template_without_end_is_stopped(monkeypatch, template):
     process = TemplateProcess()
     begun = time.monotonic()
     with pytest.raises(StageError, match=r"^the chat template was stopped: rendering .* took more than 0\.5 s$"):
-        process.render(template, {}, (USER, True))
+        process.render(template, {}, ToRender(USER, True))
     assert time.monotonic() - begun < 60
     assert process.process.returncode == -signal.SIGPROF
 
@@ -97,11 +118,11 @@ def test_a_template_without_end_is_stopped(monkeypatch, template):
 )
 def test_a_template_that_grows_is_stopped_at_the_first_conversation(template, message):
     process = TemplateProcess()
-    other = ([{"role": "user", "content": "b"}], True)
-    process.render_ahead(template, {}, [(USER, True), other])
-    assert len(process.results) == 1
-    with pytest.raises(StageError, match=message):
-        process.render(template, {}, (USER, True))
+    other = ToRender([{"role": "user", "content": "b"}], True)
+    first, second = process.render_all(template, {}, [ToRender(USER, True), other])
+    assert second is first
+    assert isinstance(first, StageError)
+    assert message in str(first)
     assert process.process.wait() == -signal.SIGKILL
 
 
@@ -109,11 +130,11 @@ def test_what_came_before_the_end_of_the_process_counts(monkeypatch):
     monkeypatch.setattr(template_process, "SECONDS", 0.5)
     process = TemplateProcess()
     template = "{% if messages[0].content == '3' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
-    conversations = [([{"role": "user", "content": str(number)}], True) for number in range(5)]
-    process.render_ahead(template, {}, conversations)
-    assert [process.render(template, {}, conversation) for conversation in conversations[:3]] == ["0", "1", "2"]
-    with pytest.raises(StageError, match=r"more than 0\.5 s"):
-        process.render(template, {}, conversations[3])
+    conversations = [ToRender([{"role": "user", "content": str(number)}], True) for number in range(5)]
+    results = process.render_all(template, {}, conversations)
+    assert [result.text for result in results[:3]] == ["0", "1", "2"]
+    assert [str(result) for result in results[3:]] == [str(results[3])] * 2
+    assert "more than 0.5 s" in str(results[3])
 
 
 def test_a_process_that_is_gone_is_one_message_and_the_next_is_another(monkeypatch):
@@ -121,9 +142,9 @@ def test_a_process_that_is_gone_is_one_message_and_the_next_is_another(monkeypat
     assert template_process.template_process() is first
     os.kill(first.process.pid, signal.SIGKILL)
     with pytest.raises(StageError, match="its process was ended by signal 9"):
-        first.render(ECHO, {}, (USER, True))
+        first.render(ECHO, {}, ToRender(USER, True))
     second = template_process.template_process()
     assert second is not first
-    assert second.render(ECHO, {}, (USER, False)).endswith("False")
+    assert second.render(ECHO, {}, ToRender(USER, False)).text.endswith("False")
     monkeypatch.setattr(os, "getpid", lambda: -1)  # a fork has pipes of its own
     assert template_process.template_process() is not second

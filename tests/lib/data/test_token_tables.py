@@ -11,6 +11,7 @@ from stages.lib.data.token_tables import (
     REFERENCE_SCHEMA,
     SFT_SCHEMA,
     TOKENIZER_NOTE,
+    UNPAIRED_SCHEMA,
     TableWriter,
     check_table_fits,
     read_note,
@@ -36,9 +37,10 @@ def prompts(count):
 
 
 def with_texts(columns):
-    """The same messages and facts in every row."""
+    """The same messages, facts and source in every row."""
     count = len(columns["row"])
-    return columns | {"messages": [MESSAGES] * count, "facts": ['{"task": "sums"}'] * count}
+    texts = {"messages": MESSAGES, "facts": '{"task": "sums"}', "context": '{"tools": []}', "source": "films"}
+    return columns | {name: [text] * count for name, text in texts.items()}
 
 
 def test_a_table_comes_back(tmp_path):
@@ -48,17 +50,19 @@ def test_a_table_comes_back(tmp_path):
         "chosen_ids": [[4, 0], [5, 6, 0]],
         "rejected_ids": [[0], [7, 0]],
         "margin": [0.0, 0.5],
+        "source": ["films", "ratings"],
     }
     write_table(tmp_path / "t.arrow", columns, PREFERENCE_SCHEMA)
     table = read_table(tmp_path / "t.arrow", PREFERENCE_SCHEMA)
     assert len(table) == 2
-    assert table[1] == {"row": 2, "prompt_ids": [3], "chosen_ids": [5, 6, 0], "rejected_ids": [7, 0], "margin": 0.5}
+    assert table[1] == {name: values[1] for name, values in columns.items()}
     assert table["chosen_ids"][0] == [4, 0]
     assert table[[1, 0]]["row"] == [2, 0]
 
 
 def test_masks_and_log_probs_come_back(tmp_path):
-    write_table(tmp_path / "s.arrow", {"row": [5], "input_ids": [[1, 2]], "loss_mask": [[False, True]]}, SFT_SCHEMA)
+    columns = {"row": [5], "input_ids": [[1, 2]], "loss_mask": [[False, True]], "source": ["films"]}
+    write_table(tmp_path / "s.arrow", columns, SFT_SCHEMA)
     assert read_table(tmp_path / "s.arrow", SFT_SCHEMA)[0]["loss_mask"] == [False, True]
     logps = {"row": [5], "reference_chosen_logps": [-1.5], "reference_rejected_logps": [-2.25]}
     write_table(tmp_path / "r.arrow", logps, REFERENCE_SCHEMA)
@@ -121,6 +125,7 @@ SMALL = ModelFacts("llama", vocab_size=12, positions=5, has_classifier=True, att
 def test_a_row_of_more_tokens_than_positions_is_named(tmp_path):
     path = tmp_path / "t.arrow"
     columns = {"row": [4, 7], "prompt_ids": [[1, 2], [1, 2, 3]], "chosen_ids": [[1, 2, 3], [1]], "margin": [None, None]}
+    columns["source"] = ["films", "films"]
     write_table(path, columns | {"rejected_ids": [[1], [1, 2]]}, PREFERENCE_SCHEMA)
     check_table_fits(read_table(path, PREFERENCE_SCHEMA), SMALL, path)
     with pytest.raises(StageError, match=r"t\.arrow, row 4: 5 tokens"):
@@ -202,9 +207,16 @@ def test_notes_that_are_not_text(tmp_path):
 
 NAN, INFINITE = float("nan"), float("inf")
 GOOD = {
-    "sft": (SFT_SCHEMA, {"input_ids": [1, 2], "loss_mask": [False, True]}),
-    "preference": (PREFERENCE_SCHEMA, {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None}),
-    "prompts": (PROMPT_SCHEMA, {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}"}),
+    "sft": (SFT_SCHEMA, {"input_ids": [1, 2], "loss_mask": [False, True], "source": "films"}),
+    "preference": (
+        PREFERENCE_SCHEMA,
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None, "source": "films"},
+    ),
+    "unpaired": (UNPAIRED_SCHEMA, {"prompt_ids": [1], "completion_ids": [2], "label": False, "source": "films"}),
+    "prompts": (
+        PROMPT_SCHEMA,
+        {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}", "context": "{}", "source": "films"},
+    ),
     "reference": (REFERENCE_SCHEMA, {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}),
 }
 FAULTS = [
@@ -221,6 +233,7 @@ FAULTS = [
             ("preference", "prompt_ids"),
             ("preference", "chosen_ids"),
             ("preference", "rejected_ids"),
+            ("unpaired", "completion_ids"),
         )
         for value, message in ((None, "list is null"), ([], "list is empty"), ([None], "list holds a null"))
     ),
@@ -230,11 +243,14 @@ FAULTS = [
     ("sft", "loss_mask", [False, False], "the mask is false everywhere"),
     ("sft", "loss_mask", [True, True], "the mask is true at the first token"),
     ("prompts", "messages", None, "the text is null"),
-    ("prompts", "messages", "[]", "expected messages, found an empty list"),
+    ("prompts", "messages", "{}", "expected a list of messages, found dict"),
     ("prompts", "messages", '[{"role": "user"}]', "message 1: expected a message with 'role' and 'content'"),
     ("prompts", "facts", None, "the text is null"),
     ("prompts", "facts", "[]", "expected an object, found list"),
     ("prompts", "facts", "{", "not valid JSON"),
+    ("prompts", "context", "[]", "expected an object, found list"),
+    ("unpaired", "label", None, "the label is null"),
+    ("sft", "source", None, "the text is null"),
     *(("preference", "margin", value, "the margin is not a finite number") for value in (-1.0, NAN, INFINITE)),
     ("reference", "reference_chosen_logps", None, "the log-prob is null"),
     ("reference", "reference_rejected_logps", NAN, "the log-prob is not a finite number"),

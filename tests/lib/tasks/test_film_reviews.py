@@ -15,6 +15,7 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.command.params import build
 from stages.lib.data.prompts import Prompt
+from stages.lib.settings.declaration import block
 from stages.lib.tasks import film_gold
 from stages.lib.tasks.film_reviews import (
     TITLE_FIRST_WORDS,
@@ -28,9 +29,8 @@ from stages.lib.tasks.film_reviews import (
     write_review,
 )
 
-SETTINGS = FilmReviewSettings(
-    sft_rows=300, preference_rows=300, prompt_rows=300, validation_rows=80, test_rows=120, label_temperature=1.0
-)
+SIZES = {"sft_rows": 300, "preference_rows": 300, "prompt_rows": 300, "validation_rows": 80, "test_rows": 120}
+SETTINGS = FilmReviewSettings(**block(FilmReviewSettings, **SIZES, label_temperature=1.0))
 SPLITS = ("train", "validation", "test")
 KINDS = ("sft", "preference", "prompts")
 
@@ -205,11 +205,11 @@ def test_seeds_kinds_and_splits_draw_from_generators_of_their_own():
 def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
     code = (
         "import json, sys\n"
+        "from stages.lib.settings.declaration import block\n"
         "from stages.lib.tasks.film_reviews import FilmReviewSettings, rows\n"
         "assert not {'numpy', 'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "sizes = dict(sft_rows=300, preference_rows=300, prompt_rows=300, label_temperature=1.0)\n"
-        "sizes |= dict(validation_rows=80, test_rows=120)\n"
-        "print(json.dumps([*rows(FilmReviewSettings(**sizes), 17)]))\n"
+        f"settings = FilmReviewSettings(**block(FilmReviewSettings, **{SIZES}, label_temperature=1.0))\n"
+        "print(json.dumps([*rows(settings, 17)]))\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -219,7 +219,7 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sft_rows": 0}, "sft_rows must be at least 1 and at most 100000, found 0"),
+        ({"sft_rows": 100_001}, "sft_rows must be at least 0 and at most 100000, found 100001"),
         ({"preference_rows": -1}, "preference_rows must be .*, found -1"),
         ({"prompt_rows": 10**9}, "prompt_rows must be .*, found 1000000000"),
         ({"test_rows": 0}, "test_rows must be .*, found 0"),
@@ -230,3 +230,12 @@ def test_a_fresh_process_gives_the_same_rows_without_heavy_imports(hash_seed):
 def test_contradictory_settings_are_refused(change, message):
     with pytest.raises(StageError, match=message):
         build(FilmReviewSettings, dict(SETTINGS) | change, "film_reviews")
+
+
+def test_a_kind_of_no_size_is_in_no_split():
+    settings = SETTINGS.model_copy(update={"sft_rows": 0, "preference_rows": 0})
+    assert settings.kinds == ("prompts",)
+    assert {row.kind for row in rows(settings, 17)} == {"prompts"}
+    assert known(settings, 17) == {}
+    kept = [row for row in rows(SETTINGS, 17) if row.kind == "prompts"]
+    assert list(rows(settings, 17)) == kept

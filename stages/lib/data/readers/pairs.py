@@ -4,7 +4,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.data import hh_transcripts
 from stages.lib.data.conversations import Example, Message, assistant, messages_from, pair_from, text_from, user
 from stages.lib.data.raw_rows import RawRow
-from stages.lib.data.readers.prompt_and_reply import history_of, in_template, prompt_in, refuse_template, reply_in
+from stages.lib.data.readers.prompt_and_reply import COLUMNS_OF_PROMPTS, history_of, in_template, prompt_in, reply_in
 from stages.lib.data.readers.row_place import RowPlace, refuse_beside
 from stages.lib.data.readers.single_replies import sharegpt_messages
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
@@ -12,7 +12,6 @@ from stages.lib.data.tool_calls import tools_from
 
 
 def read_hh(row: RawRow, place: RowPlace) -> list[Example]:
-    refuse_template("a transcript", place)
     chosen, rejected = (text_from(row[key], place.column(key)) for key in ("chosen", "rejected"))
     return [pair_from(hh_transcripts.turns(chosen), hh_transcripts.turns(rejected))]
 
@@ -25,12 +24,15 @@ def read_alpaca_preference(row: RawRow, place: RowPlace) -> list[Example]:
     return [pair_after(prompt_in(row, "instruction", place), row, "instruction", place)]
 
 
+def read_question_preference(row: RawRow, place: RowPlace) -> list[Example]:
+    return [pair_after(prompt_in(row, "question", place), row, "question", place)]
+
+
 def read_messages_preference(row: RawRow, place: RowPlace) -> list[Example]:
     return [pair_after(prompt_in(row, "messages", place), row, "messages", place)]
 
 
 def read_sharegpt_preference(row: RawRow, place: RowPlace) -> list[Example]:
-    refuse_template("a prompt of messages", place)
     return [pair_after(sharegpt_messages(row, place), row, "conversations", place)]
 
 
@@ -45,9 +47,9 @@ def read_preference_implicit(row: RawRow, place: RowPlace) -> list[Example]:
         if hh_transcripts.is_transcript(chosen) and hh_transcripts.is_transcript(rejected):
             refuse_beside(row, ("history",), "transcripts", place)
             return read_hh(row, place)
+        refuse_beside(row, COLUMNS_OF_PROMPTS, "texts that begin with their prompt", place)
         return [split_texts(chosen, rejected, row, place)]
     refuse_beside(row, ("history",), "messages", place)
-    refuse_template("a prompt of messages", place)
     return [pair_from(*(messages_from(row[key], place.column(key)) for key in ("chosen", "rejected")))]
 
 
@@ -74,7 +76,6 @@ def read_openai_preference(row: RawRow, place: RowPlace) -> list[Example]:
     given = row["input"]
     if not isinstance(given, dict) or "messages" not in given:
         raise MalformedRowError(f"{place.column('input')}: expected an object with 'messages'", "not_messages")
-    refuse_template("a prompt of messages", place)
     prompt = messages_from(given["messages"], place.column("input"))
     tools = tools_from(given.get("tools"), f"{place.column('input')}, 'tools'")
     if tools is not None and row.get("tools"):

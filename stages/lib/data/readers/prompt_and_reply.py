@@ -40,15 +40,14 @@ def prompt_in(row: RawRow, column: str, place: RowPlace) -> list[Message]:
     value = row[column]
     if isinstance(value, list) or column not in TEXTS_OF_A_PROMPT:
         refuse_beside(row, BESIDE_A_TEXT, "a prompt of messages", place)
-        refuse_template("a prompt of messages", place)
         return messages_from(value, place.column(column))
     text = text_from(value, place.column(column))
     if hh_transcripts.is_prompt_transcript(text):
         refuse_beside(row, BESIDE_A_TEXT, "a prompt that is a transcript", place)
-        refuse_template("a prompt that is a transcript", place)
         return hh_transcripts.prompt_turns(text, place.column(column))
     text = with_second_text(text, row, column, place)
-    return [*history_of(row, place), user(in_template(text, place))] if text.strip() else []
+    asked = in_template(text, place)
+    return [*history_of(row, place), user(asked)] if text.strip() else []
 
 
 def with_second_text(text: str, row: RawRow, column: str, place: RowPlace) -> str:
@@ -65,13 +64,10 @@ def with_second_text(text: str, row: RawRow, column: str, place: RowPlace) -> st
 
 
 def in_template(text: str, place: RowPlace) -> str:
+    """The text in the template of the options, where there is one."""
+    place.templated = True
     template = place.options.input_template
     return text if template is None else template.format(text)
-
-
-def refuse_template(found: str, place: RowPlace) -> None:
-    if place.options.input_template is not None:
-        raise StageError(f"{place.where}: input_template is for prompts that are texts, and this is {found}")
 
 
 def history_of(row: RawRow, place: RowPlace) -> list[Message]:

@@ -86,8 +86,9 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
     nodes: dict[Any, tuple[str, RawRow]] = {}
     for where, row in rows:
         identity = row.get(id_key)
-        if not isinstance(identity, str | int):
-            raise StageError(f"{where}: expected the id of a message in '{id_key}', found {type(identity).__name__}")
+        for key, value in ((id_key, identity), (parent_key, row.get(parent_key) or "")):
+            if not isinstance(value, str | int):
+                raise StageError(f"{where}: expected the id of a message in '{key}', found {type(value).__name__}")
         if identity in nodes:
             raise StageError(f"{where}: the id {identity!r} stands twice, first at {nodes[identity][0]}")
         nodes[identity] = (where, {**row, settings.replies_key: []})

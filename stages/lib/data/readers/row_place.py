@@ -1,18 +1,21 @@
 """Where a row that is read comes from, how it is to be read, and what is counted while it is."""
 
 from collections import Counter
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from stages.lib.command.errors import StageError
 from stages.lib.settings.reading import ReadingOptions
 
 
-class RowPlace(NamedTuple):
+@dataclass(slots=True)
+class RowPlace:
     """What a reader is told beside the row."""
 
     where: str  # file and row, as an error message names them
     options: ReadingOptions
     counts: Counter  # of what is cut from a row, and of pairs that are not made
+    templated: bool = False  # the prompt was a text, and went into the template
 
     def column(self, name: str) -> str:
         return f"{self.where}, '{name}'"

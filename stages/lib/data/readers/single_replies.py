@@ -55,4 +55,5 @@ def read_prompt(row: RawRow, place: RowPlace) -> list[Example]:
 
 def read_text(row: RawRow, place: RowPlace) -> list[Example]:
     text = text_from(row["text"], place.column("text"))
-    return [Example(text=in_template(text, place) if text.strip() else text)]
+    templated = in_template(text, place)
+    return [Example(text=templated if text.strip() else text)]
