@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.data_stages import sources_of, write_rows
-from tests.stages.tiny_pipeline import PROJECT, new_project, read_yaml, write_yaml
+from tests.stages.data_stages import use_source
+from tests.stages.tiny_pipeline import PROJECT, new_project, read_yaml
 
 NAMES = [
     "my data.jsonl",
@@ -27,18 +27,17 @@ INJECTION = "$(touch pwned)/../data/raw/x.jsonl"
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = new_project(tmp_path_factory.mktemp("project"))
+    (folder / "data/raw").mkdir(parents=True)
     shutil.copytree(PROJECT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
     subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=folder, check=True)
     return folder
 
 
-def repro(folder: Path, path: str, stage: str = "read_source@own") -> subprocess.CompletedProcess:
-    """Run one stage by DVC, with one source at `path`."""
-    sources = sources_of(files={"own": {"path": path, "kinds": ["sft", "preference", "prompts"]}})
-    write_yaml(folder / "params.yaml", read_yaml(folder / "params.yaml") | {"sources": sources})
+def repro(folder: Path, path: str, name: str = "mine") -> subprocess.CompletedProcess:
+    use_source(folder, {"path": path, "kinds": ["prompts"]}, name)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "read_source"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -46,23 +45,29 @@ def repro(folder: Path, path: str, stage: str = "read_source@own") -> subprocess
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_any_name_is_read_and_tracked(project: Path, name: str) -> None:
     path = f"data/raw/{name}"
-    rows = [{"prompt": f"{name} {number}", "chosen": "yes", "rejected": "no"} for number in range(6)]
-    write_rows(project / path, rows)
-    for stage in ("read_source@own", "prepare_data"):
-        done = repro(project, path, stage)
-        assert done.returncode == 0, done.stdout + done.stderr
-    lines = (project / "data/prepared/train/prompts.jsonl").read_text().splitlines()
-    assert {json.loads(line)["prompt"][0]["content"] for line in lines} < {row["prompt"] for row in rows}
-    locked = read_yaml(project / "dvc.lock")["stages"]["read_source@own"]
+    rows = [{"prompt": f"{name} {number}"} for number in range(6)]
+    (project / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = repro(project, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (project / "data/sources/mine/rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"][0]["content"] for line in lines] == [row["prompt"] for row in rows]
+    locked = read_yaml(project / "dvc.lock")["stages"]["read_source@mine"]
     assert path in [dep["path"] for dep in locked["deps"]]
     assert not list(project.rglob("pwned"))
 
 
 @pytest.mark.slow
 def test_a_path_that_is_a_command_is_run_by_nothing(project: Path) -> None:
-    write_rows(project / "data/raw/x.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])  # where it leads
     done = repro(project, INJECTION)
     assert done.returncode != 0
-    told = "error: params.yaml: sources.files.own: path must"
-    assert [line for line in done.stderr.splitlines() if line.startswith(told)]
+    assert [
+        line for line in done.stderr.splitlines() if "path must not go up with .. from a folder that it names" in line
+    ]
+    assert not list(project.rglob("pwned"))
+
+
+@pytest.mark.slow
+def test_a_name_that_is_a_command_is_run_by_nothing(project: Path) -> None:
+    done = repro(project, "data/raw/it's.jsonl", "$(touch pwned)")
+    assert done.returncode != 0
     assert not list(project.rglob("pwned"))

@@ -14,10 +14,11 @@ BEFORE = """# Formats of raw data
 Made of the examples that the tests read (`tests/lib/data/format_examples.py`); written by
 `python -m tests.lib.data.format_table --write`.
 
-A row's format is named in `format`, or `auto`: then it must be certain by its columns, or the run ends with a line that
-lists the candidates. `columns` gives columns of your own the names below, and `facts` lets columns ride on with prompts
-to rewards and evaluation. What the raw rows become is shown for the kind that they are made for; a pair also gives an
-sft row with its chosen reply, and each of them a prompt.
+A row's format is named in `format`, or `auto`: then it must be certain by its columns, or the run ends with a line
+that lists the candidates. `columns` gives columns of your own the names below (`question.text` is the key `text` of
+the object in the column `question`), and `facts` lets columns ride on with prompts to rewards and evaluation. What the
+raw rows become is shown for the kind that they are made for; a pair also gives an sft row with its chosen reply, and
+each of them a prompt.
 
 Files are `.jsonl`, `.json` (an array, or an object with the rows under the key that `rows_key` names), `.csv` (commas,
 or semicolons or tabs where the header leaves no doubt; else `delimiter` names it), `.tsv` (all of them also `.gz`) and
