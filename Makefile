@@ -40,13 +40,15 @@ endif
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. All settings are
 # checked first: by the first stage of the graph, which `--single-item` would leave out. DVC runs stages that do not
 # depend on each other, and lists them in dvc.lock, in an order that is up to Python's hash seed. Nor can it read a
-# dvc.lock that it was killed in the middle of writing.
+# dvc.lock that it was killed in the middle of writing. Of a group without entries it would run the whole graph.
 dvc_repro = PYTHONHASHSEED=0 .venv/bin/dvc repro
 repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) code_manifest && )\
-  $(dvc_repro) $(if $(ONLY),--single-item) $(1) && .venv/bin/python -m stages.tools.prune_scratch
+  $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
+  $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-ppo train-grpo evaluate report ppo grpo dpo \
-        metrics metrics-diff plots dag status lineage use explain schemas join preview test test-fast fuzz prove soak lint clean
+        metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak lint \
+        clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,38 +62,38 @@ repro: $(VENV) ## Bring everything up to date, to the report
 tokenize: $(VENV) ## Up to the token tables of all three kinds of data
 	$(call repro,tokenize_data)
 
-train-sft: $(VENV) ## Up to the supervised model
+train-sft: $(VENV) ## Up to the supervised models: all of the section, as with the next ones
 	$(call repro,train_sft)
 
-train-rm: $(VENV) ## Up to the reward model
+train-rm: $(VENV) ## Up to the reward models
 	$(call repro,train_rm)
 
 ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO needs
 	$(call repro,ref_logprobs)
 
-train-dpo: $(VENV) ## Up to the DPO policy
+train-dpo: $(VENV) ## Up to the DPO policies
 	$(call repro,train_dpo)
 
-train-ppo: $(VENV) ## Up to the PPO policy
+train-ppo: $(VENV) ## Up to the PPO policies
 	$(call repro,train_ppo)
 
-train-grpo: $(VENV) ## Up to the GRPO policy
+train-grpo: $(VENV) ## Up to the GRPO policies
 	$(call repro,train_grpo)
 
-evaluate: $(VENV) ## Up to the evaluation of every policy
-	$(call repro,evaluate)
+evaluate: $(VENV) ## Up to the evaluation of every policy and reward model
+	$(call repro,evaluate score_samples evaluate_rm)
 
 report: $(VENV) ## Up to metrics/report.html
 	$(call repro,report)
 
 ppo: $(VENV) ## The PPO branch alone, up to its evaluation
-	$(call repro,evaluate@ppo)
+	$(call repro,evaluate@ppo score_samples@ppo)
 
 grpo: $(VENV) ## The GRPO branch alone, up to its evaluation
-	$(call repro,evaluate@grpo)
+	$(call repro,evaluate@grpo score_samples@grpo)
 
 dpo: $(VENV) ## The DPO branch alone, up to its evaluation
-	$(call repro,evaluate@dpo)
+	$(call repro,evaluate@dpo score_samples@dpo)
 
 metrics: $(VENV) ## Print the metrics
 	.venv/bin/dvc metrics show
@@ -119,10 +121,13 @@ lineage: $(VENV) ## Say where a checkpoint comes from, and whether it is as reco
 use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops edits made by hand)
 	.venv/bin/python -m stages.tools.use_profile --profile "profiles/$$PROFILE.yaml" $(if $(FORCE),--drop-edits)
 
+fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then HF_HUB_OFFLINE=1 make repro needs no network
+	.venv/bin/python -m stages.tools.fetch
+
 preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test)
 	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT")
 
-explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.loss, KEY=runtime.default.threads (KEY= lists them)
+explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.dpo.loss, KEY=runtime.default.threads (KEY= lists them)
 	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")
 
 schemas: $(VENV) ## Write schemas/, by which editors complete and check params.yaml and runtime.yaml

@@ -69,10 +69,9 @@ def main(
             return found
 
         found = this_run.keep_all("pairs", len(pairs), dict.fromkeys(SIDES, NUMBER), compute)
-        sources = pairs["source"][:] if "source" in pairs.column_names else [""] * len(pairs)
         results = with_sources(
             lambda places: reward_model_metrics(*([found[side][place] for place in places] for side in SIDES)),
-            sources,
+            pairs["source"][:],
         )
         this_run.publish(lambda staged: write_json(staged["metrics"], results))
     processes.leave()

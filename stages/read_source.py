@@ -28,7 +28,7 @@ from stages.lib.command.run import run
 from stages.lib.data.conversations import Example, Message
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import examples_of
-from stages.lib.data.hub_data import HubData, hub_rows
+from stages.lib.data.hub_data import hub_rows
 from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
@@ -170,21 +170,10 @@ def raw_rows(settings: FileSource | HubSource) -> Iterator[tuple[str, RawRow]]:
         options = FileOptions(settings.delimiter, settings.rows_key)
         rows = islice(local_rows(Path(settings.path), options), settings.max_rows)
     else:
-        rows = hub_rows(hub_data(settings), settings.max_rows)
+        rows = hub_rows(settings.data, settings.max_rows)
     if isinstance(settings.comparison, TreeComparison) and settings.comparison.id_key is not None:
         rows = trees_of_rows(rows, settings.comparison)
     yield from rows
-
-
-def hub_data(settings: HubSource) -> HubData:
-    return HubData(
-        settings.dataset,
-        settings.revision,
-        settings.config,
-        settings.data_dir,
-        settings.hub_split,
-        settings.streaming,
-    )
 
 
 def why_none_is_left(counts: Counter[str]) -> str:
@@ -198,8 +187,8 @@ def task_rows(settings: TaskSettings, seed: int) -> Iterator[SourceRow]:
         yield {"kind": kind, "split": split, **values}
 
 
-def write_rows(folder: Path, rows: Iterator[SourceRow]) -> None:
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+def write_rows(path: Path, rows: Iterator[SourceRow]) -> None:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -221,15 +210,14 @@ def main(
     sources = read_params("sources", Sources)
     name = entry_name(name, sources.by_name, "sources")
     settings, tally = sources.by_name[name], Tally()
-    outs = [out / name, metrics / f"{name}.json", metrics / f"{name}.txt"]
-    with written_whole(*outs) as (folder, numbers, text):
-        folder.mkdir()
+    outs = [out / name / "rows.jsonl", metrics / f"{name}.json", metrics / f"{name}.txt"]
+    with written_whole(*outs) as (file, numbers, text):
         if isinstance(settings, TaskSettings):
-            write_rows(folder, tally.counted(task_rows(settings, read_value("seed", int))))
+            write_rows(file, tally.counted(task_rows(settings, read_value("seed", int))))
             lines, counts = [f"made by the task {settings.task}"], Counter[str]()
         else:
             reading = Reading(settings, sources.place_of(name))
-            write_rows(folder, tally.counted(reading.rows()))
+            write_rows(file, tally.counted(reading.rows()))
             lines, counts = reading.finish(), reading.counts
         values = {**dict(sorted(counts.items())), **tally.metrics()}
         write_json(numbers, values)

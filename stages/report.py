@@ -1,27 +1,32 @@
-"""One self-contained HTML page on what a run came to: outcome, policies, reward model, data, curves, samples.
+"""One self-contained HTML page on what a run came to: outcome, policies, reward models, data, curves, samples.
 
-    python -m stages.report --metrics metrics --samples data/samples --out metrics/report.html
+    python -m stages.report --metrics metrics --samples data/samples --scores data/sample_scores \\
+        --out metrics/report.html
 
-A policy is in the report if METRICS holds its evaluation. The page needs no network and no script; what models and data
-say is escaped; the same metrics give the same bytes.
+It shows what params.yaml names, whatever else lies in the folders. The page needs no network and no script; what models
+and data say is escaped; the same metrics give the same bytes.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from stages.lib.command.hashing import dvc_hashes
+from stages.lib.command.params import read_params
 from stages.lib.command.run import run
 from stages.lib.operations.run_log import log_run
 from stages.lib.report.curve_tables import CurveTable, training_and_evaluation
 from stages.lib.report.figures import Line, left_out_note, line_figure, line_sample
 from stages.lib.report.number_formats import decimal, number, percent, signed
-from stages.lib.report.outcome import BASELINE, has_gold, outcome, shown
+from stages.lib.report.outcome import Measured, outcome, shown
 from stages.lib.report.pages import joined_names, render_page, write_page
-from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Metrics, read_inputs
+from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Named, read_inputs
+from stages.lib.settings.evaluate import Evaluate
+from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.score_samples import ScoreSamples
 
 # The curves to see at once; the others of a stage are folded away.
 FIRST_CURVES = (
@@ -44,64 +49,91 @@ class TableRow(NamedTuple):
     cells: list[Cell]
 
 
-def policies_table(evaluations: Mapping[str, Metrics], absent: list[str]) -> dict[str, Any]:
-    gold = any(has_gold(metrics) for metrics in evaluations.values())
-    measure = "gold" if gold else "reward"
-    columns = {
+def policies_table(measured: Mapping[str, Measured], reference: str) -> dict[str, Any]:
+    """One row for each policy, and below it one for each source of rows, if there are several."""
+    rows = {shown(name): metrics for name, metrics in measured.items()}
+    rows = {label: part for name, metrics in rows.items() for label, part in by_source(name, metrics).items()}
+    measure = next((name for name in ("gold", "reward") if any(f"{name}_mean" in row for row in rows.values())), "")
+    columns: dict[str, Callable[[Measured], Cell]] = {
+        "perplexity": lambda metrics: plain(metrics, "sft_perplexity", 2),
         "reward": lambda metrics: with_difference(metrics, "reward"),
-        **({"gold utility": lambda metrics: with_difference(metrics, "gold")} if gold else {}),
-        f"win rate by {measure}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_sft"),
-        "KL from SFT, nats": kl_from_sft,
-        "ends with EOS": lambda metrics: Cell(percent(metrics["eos_rate"])),
-        "length, tokens": lambda metrics: Cell(decimal(metrics["length_mean"], 1)),
-        "distinct-1": lambda metrics: Cell(decimal(metrics["distinct_1"], 3)),
-        "distinct-2": lambda metrics: Cell(decimal(metrics["distinct_2"], 3)),
+        "gold utility": lambda metrics: with_difference(metrics, "gold"),
+        f"win rate by {measure}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_reference"),
+        f"KL from {reference}, nats": kl_from_reference,
+        "ends with EOS": lambda metrics: share(metrics, "eos_rate"),
+        "length, tokens": lambda metrics: plain(metrics, "length_mean", 1),
+        "distinct-1": lambda metrics: plain(metrics, "distinct_1", 3),
+        "distinct-2": lambda metrics: plain(metrics, "distinct_2", 3),
         "preference accuracy": lambda metrics: share(metrics, "preference_accuracy"),
     }
-    rows = [
-        TableRow(shown(policy), [cell(metrics) for cell in columns.values()]) for policy, metrics in evaluations.items()
-    ]
-    return {"head": ["", *columns], "rows": rows, "absent": [shown(policy) for policy in absent]}
+    return table_of(rows, columns)
 
 
-def with_difference(metrics: Metrics, measure: str) -> Cell:
-    """The mean of a measure, and below it the difference from SFT; SFT itself has none."""
-    if f"{measure}_mean" not in metrics and measure == "gold":
+def table_of(rows: Mapping[str, Measured], columns: Mapping[str, Callable[[Measured], Cell]]) -> dict[str, Any]:
+    """The columns in which there is anything."""
+    cells = {title: [cell(metrics) for metrics in rows.values()] for title, cell in columns.items()}
+    cells = {title: column for title, column in cells.items() if any(cell.value != NOTHING for cell in column)}
+    lines = [TableRow(name, [column[place] for column in cells.values()]) for place, name in enumerate(rows)]
+    return {"head": ["", *cells], "rows": lines}
+
+
+def by_source(name: str, metrics: Measured) -> dict[str, Measured]:
+    """What was measured on all rows and, as rows of their own, on those of each source: `<metric>/<source>`."""
+    found: dict[str, dict[str, float]] = {name: {}}
+    for key, value in metrics.items():
+        metric, _, source = key.partition("/")
+        found.setdefault(f"{name}, {source}" if source else name, {})[metric] = value
+    return {**found}
+
+
+def plain(metrics: Measured, key: str, places: int) -> Cell:
+    return Cell(decimal(metrics[key], places)) if key in metrics else Cell(NOTHING)
+
+
+def with_difference(metrics: Measured, measure: str) -> Cell:
+    """The mean of a measure, and below it the difference from the reference, if it is not the reference's own."""
+    if f"{measure}_mean" not in metrics:
         return Cell(NOTHING)
     mean = decimal(metrics[f"{measure}_mean"])
-    if metrics.path.stem == BASELINE:
+    if f"{measure}_minus_reference_mean" not in metrics:
         return Cell(mean)
-    difference, low, high = (signed(metrics[f"{measure}_minus_sft_{part}"]) for part in ("mean", "ci_low", "ci_high"))
+    parts = ("mean", "ci_low", "ci_high")
+    difference, low, high = (signed(metrics[f"{measure}_minus_reference_{part}"]) for part in parts)
     return Cell(mean, f"{difference} ({low} to {high})")
 
 
-def kl_from_sft(metrics: Metrics) -> Cell:
-    if metrics.path.stem == BASELINE:
-        return Cell(decimal(metrics["kl_to_sft_mean"]))
-    low, high = (decimal(metrics[f"kl_to_sft_ci_{end}"]) for end in ("low", "high"))
-    return Cell(decimal(metrics["kl_to_sft_mean"]), f"{low} to {high}")
-
-
-def share(metrics: Metrics, key: str) -> Cell:
-    """A share with its interval. SFT against itself says nothing, and is left out."""
-    if key not in metrics or metrics.path.stem == BASELINE:
+def kl_from_reference(metrics: Measured) -> Cell:
+    if "kl_to_reference_mean" not in metrics:
         return Cell(NOTHING)
+    low, high = (decimal(metrics[f"kl_to_reference_ci_{end}"]) for end in ("low", "high"))
+    return Cell(decimal(metrics["kl_to_reference_mean"]), f"{low} to {high}")
+
+
+def share(metrics: Measured, key: str) -> Cell:
+    """A share, with its interval where there is one."""
+    if key not in metrics:
+        return Cell(NOTHING)
+    if f"{key}_ci_low" not in metrics:
+        return Cell(percent(metrics[key]))
     low, high = (percent(metrics[f"{key}_ci_{end}"]) for end in ("low", "high"))
     return Cell(percent(metrics[key]), f"{low} to {high}")
 
 
-def reward_model_table(inputs: Inputs) -> dict[str, Any]:
-    metrics = inputs.training["train_rm"]
-    evaluation = next(iter(inputs.evaluations.values()))
-    low, high = (percent(metrics[f"eval_accuracy_ci_{end}"]) for end in ("low", "high"))
+def reward_models_table(inputs: Inputs) -> dict[str, Any]:
+    """Each reward model that was evaluated or trained."""
+    trained = [name for name, stage in inputs.named.trained.items() if stage == "train_rm"]
+    rows: dict[str, Measured] = {}
+    for name in dict.fromkeys([*inputs.reward_models, *trained]):
+        rows |= by_source(name, {**inputs.training.get(name, {}), **inputs.reward_models.get(name, {})})
     bayes = inputs.data.get("bayes_accuracy")
-    cells = {
-        "held-out accuracy": Cell(percent(metrics["eval_accuracy"]), f"{low} to {high}"),
-        "Bayes accuracy": Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes)),
-        "held-out loss": Cell(decimal(metrics["eval_loss"], 4)),
-        "calibration error": Cell(decimal(evaluation["rm_calibration_error"], 3)),
+    columns: dict[str, Callable[[Measured], Cell]] = {
+        "test accuracy": lambda metrics: share(metrics, "accuracy"),
+        "Bayes accuracy": lambda _: Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes)),
+        "calibration error": lambda metrics: plain(metrics, "calibration_error", 3),
+        "validation accuracy": lambda metrics: share(metrics, "validation_accuracy"),
+        "validation loss": lambda metrics: plain(metrics, "validation_loss", 4),
     }
-    return {"head": ["", *cells], "rows": [TableRow("Reward model", list(cells.values()))]}
+    return table_of(rows, columns)
 
 
 def data_table(inputs: Inputs) -> dict[str, Any]:
@@ -111,8 +143,17 @@ def data_table(inputs: Inputs) -> dict[str, Any]:
         counts = [inputs.data[f"{kind}/{split}_rows"] for split in SPLITS]
         counts += [tokens[f"{split}_{what}"] for what in ("rows", "tokens") for split in SPLITS]
         rows.append(TableRow(kind, [Cell(number(count)) for count in counts]))
-    raw_rows = number(inputs.data["raw_rows"]) if "raw_rows" in inputs.data else ""
-    return {"head": head, "rows": rows, "raw_rows": raw_rows}
+        rows += [TableRow(f"{kind}, {source}", cells) for source, cells in prepared_by_source(inputs, kind)]
+    return {"head": head, "rows": rows}
+
+
+def prepared_by_source(inputs: Inputs, kind: str) -> Iterator[tuple[str, list[Cell]]]:
+    """Of each source, where there are several, its prepared rows in each split."""
+    ending = f"/{kind}/{SPLITS[0]}_rows"
+    sources = [key.removesuffix(ending) for key in inputs.data if key.endswith(ending)]
+    for source in sources if len(sources) > 1 else ():
+        prepared = [Cell(number(inputs.data[f"{source}/{kind}/{split}_rows"])) for split in SPLITS]
+        yield source, prepared + [Cell(NOTHING)] * 2 * len(SPLITS)
 
 
 def dropped_table(inputs: Inputs) -> dict[str, Any]:
@@ -130,84 +171,121 @@ def dropped_table(inputs: Inputs) -> dict[str, Any]:
     return {"head": ["dropped by, because", "rows"], "rows": rows}
 
 
-def stage_curves(stage: str, metrics: Metrics, curve: CurveTable) -> dict[str, Any]:
-    """The figures of one training stage: each metric with its held-out twin."""
+def model_curves(name: str, stage: str, metrics: Measured, curve: CurveTable) -> dict[str, Any]:
+    """The figures of one model's training: each metric with its twin on validation rows."""
     panels = []
     for index, (title, columns) in enumerate(training_and_evaluation(list(curve.metrics)).items()):
         lines = [
-            Line("training" if name == title else "held-out", *curve.points(name), style=int(name != title))
-            for name in columns
+            Line("training" if column == title else "validation", *curve.points(column), style=int(column != title))
+            for column in columns
         ]
         lines = [line for line in lines if line.values]
         if lines:
-            svg = line_figure(lines, title=f"{stage} {title}", id_prefix=f"{stage}-{index}")
+            svg = line_figure(lines, title=f"{name} {title}", id_prefix=f"{name}-{index}")
             panels.append({"title": title, "svg": svg, "note": left_out_note(lines)})
     first = [panel for panel in panels if panel["title"] in FIRST_CURVES] or panels
-    summary = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in metrics.items())
+    summary = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in metrics.items())
     return {
-        "name": stage,
+        "name": name,
+        "stage": stage,
         "summary": summary,
         "first": first,
         "others": [panel for panel in panels if panel not in first],
     }
 
 
-def side_by_side(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The same prompt answered by each policy; SFT's answer comes with every policy's, should SFT be missing."""
+def side_by_side(samples: Mapping[str, list[dict[str, Any]]], reference: str) -> list[dict[str, Any]]:
+    """The same prompt answered by each policy; the reference's answer comes with a policy's, if it is none of them."""
+    samples = {policy: rows for policy, rows in samples.items() if rows}
     together = []
     for rows in zip(*samples.values(), strict=True):
-        responses = [response_of(policy, row) for policy, row in zip(samples, rows, strict=True)]
-        if BASELINE not in samples:
-            responses.insert(0, response_of_sft(rows[0]))
-        together.append({"row": rows[0]["row"], "prompt": rows[0]["prompt"], "responses": responses})
+        responses = [response_of(shown(policy), row) for policy, row in zip(samples, rows, strict=True)]
+        if reference not in map(shown, samples):
+            responses.insert(0, response_of_reference(reference, rows[0]))
+        together.append({"row": rows[0]["row"], "prompt": messages_of(rows[0]["prompt"]), "responses": responses})
     return together
 
 
+def messages_of(prompt: Any) -> list[dict[str, str]]:
+    """A prompt without messages is its text."""
+    return [{"role": "text", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def response_of(policy: str, row: dict[str, Any]) -> dict[str, Any]:
-    numbers = {"reward": row["reward"], "gold": row.get("gold"), "KL": row["kl"] if policy != BASELINE else None}
+    numbers = {"reward": row.get("reward"), "gold": row.get("gold"), "KL": row.get("kl")}
     size = f"{number(row['length'])} tokens"
-    return response(policy, row["response"], [*named(numbers), size], cut=not row["ended"])
+    return response(policy, row["response"], [*named_numbers(numbers), size], cut=not row["ended"])
 
 
-def response_of_sft(row: dict[str, Any]) -> dict[str, Any]:
-    numbers = {"reward": row["sft_reward"], "gold": row.get("sft_gold")}
-    return response(BASELINE, row["sft_response"], named(numbers), cut=False)
+def response_of_reference(reference: str, row: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"reward": row.get("reference_reward"), "gold": row.get("reference_gold")}
+    return response(reference, row["reference_response"], named_numbers(numbers), cut=not row["reference_ended"])
 
 
 def response(policy: str, text: str, numbers: list[str], *, cut: bool) -> dict[str, Any]:
-    return {"policy": shown(policy), "text": text, "numbers": ", ".join(numbers), "cut": cut}
+    return {"policy": policy, "text": text, "numbers": ", ".join(numbers), "cut": cut}
 
 
-def named(numbers: Mapping[str, float | None]) -> list[str]:
+def named_numbers(numbers: Mapping[str, float | None]) -> list[str]:
     return [f"{name} {decimal(value)}" for name, value in numbers.items() if value is not None]
 
 
 def page_of(inputs: Inputs) -> str:
+    named, measured = inputs.named, inputs.measured
+    reference = shown(named.reference)
+    names = [shown(name) for name in named.policies] or [*named.reward_models] or [*named.trained] or ["the data"]
     return render_page(
         "report.html.jinja",
         {
-            "title": f"Report on {joined_names(shown(policy) for policy in inputs.evaluations)}",
-            "outcome": outcome(inputs.evaluations, inputs.training["train_rm"], inputs.data.get("bayes_accuracy")),
-            "policies": policies_table(inputs.evaluations, inputs.absent),
-            "reward_model": reward_model_table(inputs),
+            "title": f"Report on {joined_names(names)}",
+            "outcome": outcome(measured, reference, inputs.reward_models, inputs.data.get("bayes_accuracy")),
+            "reference": reference,
+            "policies": policies_table(measured, reference) if measured else None,
+            "reward_models": reward_models_table(inputs),
             "data": data_table(inputs),
             "dropped": dropped_table(inputs),
             "line_samples": [line_sample(0), line_sample(1)],
-            "stages": [stage_curves(stage, inputs.training[stage], curve) for stage, curve in inputs.curves.items()],
-            "samples": side_by_side(inputs.samples),
-            "samples_note": f"The first {SHOWN_SAMPLES} held-out prompts, whatever came of them.",
+            "curves": [
+                model_curves(name, named.trained[name], inputs.training[name], curve)
+                for name, curve in inputs.curves.items()
+            ],
+            "samples": side_by_side(inputs.samples, reference),
+            "samples_note": f"The first {SHOWN_SAMPLES} test prompts, whatever came of them.",
         },
+    )
+
+
+def named_in_params() -> Named:
+    """What params.yaml names."""
+    sections = {
+        "train_sft": read_params("train_sft", dict[str, Any]),
+        "train_rm": read_params("train_rm", dict[str, Any]),
+        "train_dpo": read_params("train_dpo", dict[str, Any]),
+        "train_ppo": read_params("train_ppo", dict[str, Any]),
+        "train_grpo": read_params("train_grpo", dict[str, Any]),
+    }
+    evaluate = read_params("evaluate", Evaluate)
+    at_reference = [name for name, path in evaluate.policies.items() if path == evaluate.reference]
+    policies = dict.fromkeys([*at_reference[:1], *evaluate.policies])
+    return Named(
+        kinds=read_params("prepare_data", PrepareData).kinds,
+        trained={name: stage for stage, names in sections.items() for name in names},
+        policies=tuple(policies),
+        reference=at_reference[0] if at_reference else evaluate.reference,
+        scored=read_params("score_samples", ScoreSamples).policies,
+        reward_models=tuple(read_params("evaluate_rm", dict[str, Any])),
     )
 
 
 def main(
     metrics: Annotated[Path, typer.Option(help="Folder of the metrics and curves.")],
     samples: Annotated[Path, typer.Option(help="Folder of the samples, one JSON-lines file per policy.")],
+    scores: Annotated[Path, typer.Option(help="Folder of a reward model's scores of them.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
 ) -> None:
-    """Write the report on what is in METRICS and SAMPLES."""
+    """Write the report on what params.yaml names, from METRICS, SAMPLES and SCORES."""
     started = time.monotonic()
-    page = page_of(read_inputs(metrics, samples))
+    page = page_of(read_inputs(named_in_params(), metrics, samples, scores))
     write_page(out, page)
     log_run("report", dvc_hashes([out]), time.monotonic() - started)
     print(f"Wrote {out}; open it in a browser.")

@@ -152,6 +152,7 @@ def main(
             seed,
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
+            after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
         results |= {"train_rows": len(train), "validation_rows": len(validation), "steps": total}

@@ -46,7 +46,7 @@ if not asks_for_help():
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
@@ -76,6 +76,7 @@ def grpo_phases(
         learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
         batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
         row |= mean_of_each([learner.update(rows) for rows in batches])
+        keep_policy(this_run, collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 

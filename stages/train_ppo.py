@@ -52,7 +52,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -150,6 +150,7 @@ def ppo_phases(
             row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
             # 5. The coefficient of the next phase's KL.
             parts.kl_controller.update(row["objective/kl"], len(rollouts.episodes))
+            keep_policy(this_run, parts.collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 

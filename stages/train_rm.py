@@ -97,6 +97,7 @@ def main(
             seed,
             weights=lambda: lora.trained(engine.master_weights(classifier)),
             shown=SHOWN,
+            after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = summarise(best.results, len(validation)) | {"train_rows": len(train), "steps": total}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)

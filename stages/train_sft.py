@@ -91,6 +91,7 @@ def main(
             seed,
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
+            after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = {
             "validation_loss": best.results["loss"],

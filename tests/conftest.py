@@ -1,6 +1,13 @@
-"""The order of the test files: those that take minutes come first, so that none is left for one process alone."""
+"""The order of the test files: those that take minutes come first, so that none is left for one process alone.
+
+Tests of properties draw the same examples in every run, and may take as long as a loaded machine needs.
+"""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 LONG = (
     "tests/pipeline/test_repro.py",

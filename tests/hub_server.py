@@ -1,7 +1,8 @@
 """A small server on loopback that speaks as much of the Hugging Face Hub's protocol as downloading takes.
 
 Give its address to a subprocess as HF_ENDPOINT (`HubServer.environment`), and the unmodified loading code of datasets,
-huggingface_hub and transformers works against it. Files are served as plain (not LFS) files of one commit.
+huggingface_hub and transformers works against it. Files are served as those of one commit, large
+(LFS) ones like the others.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ class HubRepository:
     name: str  # owner/name
     commit: str  # 40 hexadecimal digits
     files: dict[str, bytes]
+    large: frozenset[str] = frozenset()  # paths of files that are kept apart from it, known by their SHA-256
 
     def revisions(self) -> tuple[str, ...]:
         return ("main", self.commit)
@@ -49,7 +51,10 @@ class HubRepository:
     def entry(self, path: str) -> dict[str, Any] | None:
         """One file or folder as the tree and paths-info routes describe it; None if there is no such path."""
         if path in self.files:
-            return {"type": "file", "path": path, "size": len(self.files[path]), "oid": blob_id(self.files[path])}
+            content = self.files[path]
+            entry = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+            kept_apart = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
+            return entry | ({"lfs": kept_apart} if path in self.large else {})
         if any(file.startswith(f"{path}/") for file in self.files):
             return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
         return None

@@ -23,13 +23,15 @@ def main(stage: Annotated[str, typer.Option()]) -> None:
             "LAUNCH must name the launcher as on the first machine, such as torchrun with --nnodes; "
             f"it is {launch!r}, with which this machine would run the stage by itself"
         )
-    words = shlex.split(command_of(stage))
-    print(f"> {shlex.join(words)}", flush=True)
+    name, command = stage_here(stage)
+    words = shlex.split(command)
+    print(f"{name} > {shlex.join(words)}", flush=True)
+    os.environ["DVC_STAGE"] = name  # as DVC says it on the first machine: which entry of its section it is
     os.execvp(words[0], words)
 
 
-def command_of(stage: str) -> str:
-    """The command of a stage of dvc.yaml, with the values of params.yaml in it.
+def stage_here(stage: str) -> tuple[str, str]:
+    """The name of a stage of dvc.yaml, and its command; of a group that has but one, its.
 
     Raises:
         StageError: there is no such stage, there are several, or it starts without a launcher.
@@ -45,7 +47,7 @@ def command_of(stage: str) -> str:
         raise StageError(f"{stage} is several stages; name one of {', '.join(one.addressing for one in found)}")
     if "stages/launch.sh" not in found[0].cmd:
         raise StageError(f"{stage} runs as one process on the first machine; no other takes part")
-    return found[0].cmd
+    return found[0].addressing, found[0].cmd
 
 
 if __name__ == "__main__":

@@ -212,18 +212,23 @@ def is_earlier(entry: Mapping[str, Any], out: str, lock: Lock, workspace: Worksp
 
 
 def origin_of(settings: Mapping[str, Any]) -> str | None:
-    """Where a stage got what no other stage made, from its settings as recorded; None if it has no `source`."""
-    for section in (value for value in settings.values() if isinstance(value, dict) and "source" in value):
-        source = section["source"]
-        for kind in ("dataset", "model"):
-            if source == "hub" and section.get(f"hub_{kind}"):
-                where = [f"{key} {section[f'hub_{key}']}" for key in ("data_dir", "split") if section.get(f"hub_{key}")]
-                name = f"Hub {kind} {section[f'hub_{kind}']} at revision {section['hub_revision']}"
-                return ", ".join([name, *where])
-        if source == "local":
-            return f"local: {section['path']}"
-        return {"film_reviews": "generated film reviews", "scratch": "new random weights"}.get(source, source)
-    return None
+    """Where a stage got what no other stage made, from its settings as recorded; None of a stage that brings nothing.
+
+    Those that do record single entries of `sources` or `prepare_base`: `sources.hub.hh.dataset: …`.
+    """
+    entries = [key.split(".")[:3] for key in settings if key.startswith(("sources.", "prepare_base."))]
+    if not entries:
+        return None
+    section, kind, name = entries[0]
+    found = dotted({key: value for key, value in settings.items() if key.startswith(f"{section}.{kind}.{name}")})
+    found = {key.removeprefix(f"{section}.{kind}.{name}."): value for key, value in found.items()}
+    if kind == "hub":
+        what = "dataset" if section == "sources" else "model"
+        where = [f"{key} {found[key]}" for key in ("config", "data_dir", "hub_split") if found.get(key)]
+        return ", ".join([f"Hub {what} {found[what]} at revision {found['revision']}", *where])
+    if kind == "files":
+        return f"local: {found['path']}"
+    return "new random weights" if section == "prepare_base" else f"made by the task {found['task']}"
 
 
 def declared_stages() -> dict[str, Record]:
@@ -269,7 +274,7 @@ def changed_code(name: str, code: list[Record] | None) -> list[str]:
 
 
 def changed_settings(name: str, recorded: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    before, now = dotted(recorded), dotted({key: params[key] for key in recorded if key in params})
+    before, now = dotted(recorded), dotted(held(params, recorded))
     absent = object()
     return [
         f"{name} was made with {key} {as_yaml(before.get(key))}, and {PARAMS_FILE} has {as_yaml(now.get(key))}"
@@ -305,6 +310,18 @@ def changed_sources(name: str, inputs: Iterable[Mapping[str, Any]]) -> list[str]
         if entry["state"] == ALTERED and not entry["unrecorded_maker"]
     ]
     return unrecorded + changed
+
+
+def held(params: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What params.yaml has at dotted keys, as far as it has something there."""
+    absent, found = object(), {}
+    for key in keys:
+        value: Any = params
+        for part in key.split("."):
+            value = value.get(part, absent) if isinstance(value, Mapping) else absent
+        if value is not absent:
+            found[key] = value
+    return found
 
 
 def dotted(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:

@@ -30,51 +30,53 @@ WIDTH_ABOVE = 110
 
 def params_text(settings: dict[str, Any], declared: Declared) -> str:
     """The text of a params.yaml that holds `settings`, which are `declared` so."""
-    text = HEADER + "\n".join(_lines(settings, declared, 0, set())) + "\n"
+    text = HEADER + "\n".join(_Writer().lines(settings, declared, 0)) + "\n"
     return dumps_yaml(parse_yaml_for_update(text, str(PARAMS_FILE)))
 
 
-def _lines(values: dict[str, Any], declared: Declared, indent: int, said: set[str]) -> Iterator[str]:
-    """The lines of a mapping. `said` are the descriptions that the text already has."""
-    for name, value in values.items():
-        below = (declared.entry or declared.below(name)).narrowed(value)
-        if indent == 0 and isinstance(value, dict):
-            yield ""
-        comment = "" if declared.entry else _once(declared.below(name).node.get("description", ""), said)
-        is_block = isinstance(value, dict) and bool(value) and not below.types
-        if is_block:
-            yield from _line(f"{name}:", comment, indent)
-            yield from _lines(value, below, indent + 2, said)
-        elif isinstance(value, list | tuple) and value:
+class _Writer:
+    """Writes mappings line by line, and knows what it has written."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+        self.after_list = False  # DVC drops a comment that stands alone behind a list's last item
+
+    def lines(self, values: dict[str, Any], declared: Declared, indent: int) -> Iterator[str]:
+        for name, value in values.items():
+            below = (declared.entry or declared.below(name)).narrowed(value)
+            if indent == 0 and isinstance(value, dict):
+                yield ""
+            comment = "" if declared.entry else self.once(declared.below(name).node.get("description", ""))
+            if isinstance(value, dict) and value and not below.types and (below.keys or below.entry):
+                yield from self.line(f"{name}:", comment, indent)
+                yield from self.lines(value, below, indent + 2)
+            elif isinstance(value, list | tuple) and value:
+                yield from self.line(f"{name}:", comment, indent)
+                yield from (f"{' ' * indent}- {_flow(item)}" for item in value)
+                self.after_list = True
+            else:
+                text = "" if value is None else f" {_flow(value)}"
+                yield from self.line(f"{name}:{text}", comment, indent)
+                if value is None and comment and below.keys and not below.types:
+                    defaults = {key: below.below(key).defaults for key in below.keys}
+                    yield from (f"{' ' * (indent + 2)}#{line}" for line in self.lines(defaults, below, 1))
+
+    def once(self, description: str) -> str:
+        if description in self.said:
+            return ""
+        self.said.add(description)
+        return description
+
+    def line(self, text: str, comment: str, indent: int) -> Iterator[str]:
+        """A key with its comment behind it or, where the line would be too long, above it."""
+        text = " " * indent + text
+        behind = f"{text:{COMMENT_COLUMN - 1}} # {comment}"
+        if comment and len(behind) > LONGEST_LINE and not self.after_list:
             yield from _above(comment, indent)
-            yield f"{' ' * indent}{name}:"
-            yield from (f"{' ' * indent}- {_flow(item)}" for item in value)
+            yield text
         else:
-            text = "" if value is None else f" {_flow(value)}"
-            yield from _line(f"{name}:{text}", comment, indent)
-            if value is None and comment and below.keys and not below.types:
-                defaults = {key: below.below(key).defaults for key in below.keys}
-                yield from (f"{' ' * (indent + 2)}#{line}" for line in _lines(defaults, below, 1, said))
-
-
-def _once(description: str, said: set[str]) -> str:
-    if description in said:
-        return ""
-    said.add(description)
-    return description
-
-
-def _line(text: str, comment: str, indent: int) -> Iterator[str]:
-    """A key with its comment behind it or, where the line would be too long, above it."""
-    text = " " * indent + text
-    behind = f"{text:{COMMENT_COLUMN - 1}} # {comment}"
-    if not comment:
-        yield text
-    elif len(behind) <= LONGEST_LINE:
-        yield behind
-    else:
-        yield from _above(comment, indent)
-        yield text
+            yield behind if comment else text
+        self.after_list = False
 
 
 def _above(comment: str, indent: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.json_schema import KIND, Declared
+from stages.lib.command.json_schema import KIND, Declared, of_any_name
 from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import PARAMS_FILE
 from stages.lib.command.quoted import nearest
@@ -58,9 +58,9 @@ def merged(default: Any, values: Any, declared: Declared) -> Any:
     is_mapping = isinstance(default, dict) and isinstance(values, dict)
     if not is_mapping or not (declared.entry or declared.keys):  # a mapping of names to plain values is replaced
         return values
-    if declared.entry is not None:
-        entry = declared.entry
-        return {name: merged(default.get(name, entry.defaults), value, entry) for name, value in values.items()}
+    if of_any_name(declared.node):
+        usual = declared.entry.defaults if declared.entry else None
+        return {name: merged(default.get(name, usual), value, declared.below(name)) for name, value in values.items()}
     if values.get(KIND, default.get(KIND)) != default.get(KIND):
         default = declared.narrowed(values).defaults
     declared = declared.narrowed(default | values)

@@ -14,6 +14,7 @@ from stages.lib.settings.sections import default_params
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "code_manifest"  # the stage that checks the settings and writes the manifests
 LAUNCHER = "stages/launch.sh"
+READS_FOR_OTHERS = "stages/lib/command/entries.py"  # the section that `read_entry` is given
 
 
 def load_graph(root: Path = ROOT) -> dict[str, Any]:
@@ -88,35 +89,33 @@ def stage_names() -> tuple[str, ...]:
 
 
 def training_stages() -> tuple[str, ...]:
-    """The stages that train a model."""
-    return tuple(name for name in load_graph()["stages"] if name.startswith("train_"))
+    """The stages that train a model, as the default run has them."""
+    return tuple(name for name in all_instances(load_graph()) if name.startswith("train_"))
 
 
 def computing_stages() -> tuple[str, ...]:
     """The stages that $LAUNCH starts, on several processes if so asked, but for evaluations."""
-    stages = load_graph()["stages"]
-    return tuple(name for name, stage in stages.items() if LAUNCHER in stage["cmd"] and "matrix" not in stage)
+    stages = all_instances(load_graph())
+    evaluations = ("evaluate", "evaluate_rm", "score_samples")
+    return tuple(
+        name for name, stage in stages.items() if LAUNCHER in stage["cmd"] and name.partition("@")[0] not in evaluations
+    )
 
 
 def trained_policies() -> tuple[str, ...]:
     """The policies that are evaluated beside the supervised model."""
-    return tuple(policy for policy in load_graph()["stages"]["evaluate"]["matrix"]["policy"] if policy != "sft")
+    return tuple(policy for policy in default_params()["evaluate"]["policies"] if policy != "sft")
 
 
 def script_of(stage: str) -> str:
-    """The script of a stage, or of an instance of one with a matrix: they carry one name."""
-    return f"stages/{name_of_script(stage)}.py"
-
-
-def name_of_script(stage: str) -> str:
-    """What a stage of dvc.yaml runs; a name that is none of these is a script's own."""
+    """The script of a stage, or of an instance of a group: several groups may run one."""
     name = stage.partition("@")[0]
     group = load_graph()["stages"].get(name)
-    return script_name(body_of(group)["cmd"]) if group else name
+    return f"stages/{script_name(body_of(group)['cmd']) if group else name}.py"
 
 
 def manifest_path(stage: str) -> str:
-    return f"{MANIFESTS}/{name_of_script(stage)}.txt"
+    return f"{MANIFESTS}/{Path(script_of(stage)).stem}.txt"
 
 
 def code_of(stage: str, root: Path = ROOT) -> list[str]:
@@ -125,13 +124,15 @@ def code_of(stage: str, root: Path = ROOT) -> list[str]:
 
 
 def params_read(files: list[str], root: Path = ROOT) -> set[str]:
-    """Top-level keys of params.yaml that code reads, by its calls of `read_params`, `read_value`, `read_seed`."""
+    """Top-level keys of params.yaml that code reads, by its calls of `read_params` and their like."""
     keys = set()
     for file in files:
-        for node in ast.walk(parsed(root / file)) if file.endswith(".py") else ():
+        if not file.endswith(".py") or file == READS_FOR_OTHERS:
+            continue
+        for node in ast.walk(parsed(root / file)):
             if isinstance(node, ast.Call) and called_name(node) == "read_seed":
                 keys.add("seed")
-            elif isinstance(node, ast.Call) and called_name(node) in ("read_params", "read_value"):
+            elif isinstance(node, ast.Call) and called_name(node) in ("read_params", "read_value", "read_entry"):
                 if not (node.args and is_text(node.args[0])):
                     raise ValueError(f"{file}:{node.lineno}: the key must be written out, or no test can see it")
                 keys.add(node.args[0].value)

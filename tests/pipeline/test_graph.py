@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.operations.code_closure import MANIFESTS, manifest_of
+from stages.lib.operations.code_closure import MANIFESTS, manifest_of, script_name
+from stages.lib.settings.sources import FileSource, HubSource, TaskSettings
 from tests.pipeline.graph import (
     FIRST,
     ROOT,
     all_instances,
+    body_of,
     called_name,
     code_of,
     computing_stages,
@@ -32,11 +34,14 @@ from tests.pipeline.graph import (
     params_read,
     parsed,
     paths,
+    script_of,
 )
 
 GRAPH = load_graph()
-STAGES = tuple(GRAPH["stages"])
-TEMPLATED = re.compile(r"\$\{(?!item\.)[\w.]+\}")
+BODIES = {name: body_of(stage) for name, stage in GRAPH["stages"].items()}
+STAGES = tuple(BODIES)
+TEMPLATED = re.compile(r"\$\{(?!item\.|key\})[\w.]+\}")
+OF_SECTION = re.compile(r"\$\{(?!item\b|key\})(\w+)")
 IN_GIT = ("metrics/", str(MANIFESTS))
 TOP_FOLDERS = ("data", "metrics", "models", str(MANIFESTS))
 BEFORE_ALL = {"params.yaml", "runtime.yaml", "stages"}  # deps of the first stage
@@ -49,7 +54,12 @@ def paths_in_cmd(stage: dict[str, Any]) -> list[str]:
 
 
 def wrong_params(name: str, stage: dict[str, Any], root: Path = ROOT) -> set[str]:
-    return set(stage.get("params") or ()) ^ params_read(code_of(name, root), root)
+    return sections_of(stage) ^ params_read(code_of(name, root), root)
+
+
+def sections_of(stage: dict[str, Any]) -> set[str]:
+    """The top-level keys of params.yaml that a stage declares, or keys below them."""
+    return {entry.split(".")[0] for entry in stage.get("params") or ()}
 
 
 def undeclared_paths(stage: dict[str, Any]) -> list[str]:
@@ -63,7 +73,7 @@ def paths_not_in_cmd(stage: dict[str, Any]) -> list[str]:
 
     A dep that a setting names is not among them: its script reads it in params.yaml.
     """
-    deps = [dep for dep in paths(stage["deps"]) if not is_code(dep) and not TEMPLATED.fullmatch(dep)]
+    deps = [dep for dep in paths(stage["deps"]) if not is_code(dep) and not dep.startswith("${")]
     declared = [dep for dep in deps if dep not in BEFORE_ALL] + outs_of(stage)
     return [path for path in declared if not any(is_at_or_below(path, named) for named in paths_in_cmd(stage))]
 
@@ -78,22 +88,25 @@ def deps_that_nothing_makes(graph: dict[str, Any]) -> list[str]:
     outs = [out for stage in all_instances(graph).values() for out in outs_of(stage)]
     deps = {dep for stage in all_instances(graph).values() for dep in paths(stage["deps"])}
     ours = [dep for dep in sorted(deps) if dep.startswith(("data/", "models/", "metrics/"))]
-    return [dep for dep in ours if not any(is_at_or_below(dep, out) for out in outs)]
+    return [dep for dep in ours if not any(is_at_or_below(dep, out) or is_at_or_below(out, dep) for out in outs)]
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_one_dep_of_code_is_the_manifest(name):
-    deps = [dep for dep in paths(GRAPH["stages"][name]["deps"]) if is_code(dep)]
+    deps = [dep for dep in paths(BODIES[name]["deps"]) if is_code(dep)]
     assert deps == ([] if name == FIRST else [manifest_path(name)])
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_its_script_and_its_metrics_carry_one_name(name):
-    """And its section in params.yaml, which the test of the params sees to."""
-    stage = GRAPH["stages"][name]
-    assert re.match(rf"(python -m stages\.|sh stages/launch\.sh ){name} --", stage["cmd"])
+    """And its section in params.yaml, which the test of the params sees to. What is trained has names of its own."""
+    stage = BODIES[name]
+    script = Path(script_of(name)).stem
+    assert re.match(rf"(python -m stages\.|sh stages/launch\.sh ){script} --", stage["cmd"])
+    assert name == script or name.startswith(f"{script}_")
+    folders = ["training", "curves"] if name.startswith("train_") else [script]
     for path in paths([*(stage.get("metrics") or ()), *(stage.get("plots") or ())]):
-        assert name in path.removesuffix(".json").removesuffix(".csv").split("/")
+        assert {*folders} & {*path.removesuffix(".json").split("/")}
     assert name not in sys.stdlib_module_names
 
 
@@ -112,40 +125,49 @@ def test_imports_are_such_as_the_closure_sees():
 
 def test_the_committed_manifests_are_of_this_code():
     written = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / MANIFESTS).iterdir()}
-    assert written == {name: manifest_of(f"stages/{name}.py", ROOT) for name in STAGES if name != FIRST}
+    scripts = {script_name(body["cmd"]) for name, body in BODIES.items() if name != FIRST}
+    assert written == {name: manifest_of(f"stages/{name}.py", ROOT) for name in scripts}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_params_declared_are_the_params_read(name):
-    assert not wrong_params(name, GRAPH["stages"][name])
+    """Groups that run one script may read different ones of its params: only tasks draw, and so need the seed."""
+    script = script_name(BODIES[name]["cmd"])
+    group = [body for body in BODIES.values() if script_name(body["cmd"]) == script]
+    assert not wrong_params(script, {"params": [entry for body in group for entry in body.get("params") or ()]})
+
+
+@pytest.mark.parametrize("group", ["files", "hub", "tasks"])
+def test_a_source_is_read_again_for_every_key_but_what_is_drawn_of_it(group):
+    model = {"files": FileSource, "hub": HubSource, "tasks": TaskSettings}[group]
+    body = next(stage["do"] for stage in GRAPH["stages"].values() if stage.get("foreach") == f"${{sources.{group}}}")
+    declared = {entry.rpartition(".")[2] for entry in body["params"] if "." in entry}
+    assert declared == model.model_fields.keys() - {"weight", "rows"}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_paths_of_the_command_are_declared_and_the_reverse(name):
-    stage = GRAPH["stages"][name]
+    stage = BODIES[name]
     assert not undeclared_paths(stage)
     assert not paths_not_in_cmd(stage)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_templated_keys_belong_to_a_declared_section(name):
-    stage = GRAPH["stages"][name]
-    used = set(re.findall(r"\$\{(\w+)", " ".join([stage["cmd"], *paths(stage["deps"]), *outs_of(stage)])))
-    assert used - {"item"} <= set(stage.get("params") or ())
+    stage = BODIES[name]
+    used = set(OF_SECTION.findall(" ".join([stage["cmd"], *paths(stage["deps"]), *outs_of(stage)])))
+    assert used <= sections_of(stage)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_no_value_of_params_stands_in_a_command(name):
-    """A shell runs the command; the items of a matrix are written out in dvc.yaml."""
-    stage = GRAPH["stages"][name]
-    assert re.findall(r"\$\{(?!item\.)", stage["cmd"]) == []
-    for items in stage.get("matrix", {}).values():
-        assert all(re.fullmatch(r"\w+", item) for item in items)
+    """A shell runs the command. A script is told by $DVC_STAGE which entry of its section it is run for."""
+    assert "$" not in BODIES[name]["cmd"]
 
 
 def test_every_section_of_params_is_some_stages():
     sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    declared = {key for stage in GRAPH["stages"].values() for key in stage.get("params") or ()}
+    declared = {section for stage in BODIES.values() for section in sections_of(stage)}
     assert set(sections) == declared
 
 
@@ -160,22 +182,24 @@ def test_every_dep_of_data_and_models_is_made_by_a_stage():
 def test_the_graph_has_the_stages_of_the_documentation():
     assert list(all_instances(GRAPH)) == [
         FIRST,
+        "read_source_task@film_reviews",
         "prepare_data",
-        "prepare_base",
+        "prepare_base@base",
         *(f"tokenize_data@{kind}" for kind in ("sft", "preference", "prompts")),
-        "train_sft",
-        "train_rm",
-        "ref_logprobs",
-        "train_dpo",
-        "train_ppo",
-        "train_grpo",
-        *(f"evaluate@{policy}" for policy in ("sft", "dpo", "ppo", "grpo")),
+        "train_sft@sft",
+        "train_rm@rm",
+        "ref_logprobs@sft",
+        "train_dpo@dpo",
+        "train_ppo@ppo",
+        "train_grpo@grpo",
+        *(f"{stage}@{policy}" for stage in ("evaluate", "score_samples") for policy in ("sft", "dpo", "ppo", "grpo")),
+        "evaluate_rm@rm",
         "report",
     ]
 
 
 def test_how_a_stage_is_started_is_in_no_deps():
-    stages = [stage for name, stage in GRAPH["stages"].items() if name != FIRST]
+    stages = [stage for name, stage in BODIES.items() if name != FIRST]
     deps = {dep for stage in stages for dep in paths(stage["deps"])}
     assert not deps & {"stages", "stages/launch.sh", "runtime.yaml", "params.yaml", "Makefile", "requirements.lock"}
 
@@ -197,7 +221,14 @@ def test_git_ignores_what_dvc_tracks_and_nothing_else_of_the_graph():
     cached = {out for out in outs if not out.startswith(IN_GIT)}
     users_own = {"models/pretrained", "data/raw/hh-rlhf"}
     left_behind = {".scratch/train_rm-0a1b", "plots/curves.html", "models/.sft.partial", "metrics/.report.html.partial"}
-    kept = {"data/raw/none", "dvc.lock", "dvc.yaml", "params.yaml", "stages/templates/chat.jinja", ".dvc/config"}
+    kept = {
+        "data/raw/own.jsonl.dvc",
+        "dvc.lock",
+        "dvc.yaml",
+        "params.yaml",
+        "stages/templates/chat.jinja",
+        ".dvc/config",
+    }
     asked = sorted({*outs, *users_own, *left_behind, *kept})
     answer = subprocess.run(
         ["git", "check-ignore", "--no-index", *asked], cwd=ROOT, capture_output=True, text=True, check=False
@@ -208,7 +239,7 @@ def test_git_ignores_what_dvc_tracks_and_nothing_else_of_the_graph():
 @pytest.mark.parametrize("name", computing_stages())
 def test_training_cannot_see_the_gold_utility(name):
     """The gold utility is in the generator's code and in the prepared rows: training has neither."""
-    deps = paths(GRAPH["stages"][name]["deps"])
+    deps = paths(all_instances(GRAPH)[name]["deps"])
     assert [file for file in code_of(name) if "gold" in file or "film" in file] == []
     assert [dep for dep in deps if dep.startswith(("data/prepared", "data/raw", "data/samples", "metrics"))] == []
     for file in code_of(name):
@@ -237,8 +268,7 @@ SMALL = {
         "train": {
             "matrix": {"kind": ["a", "b"]},
             "cmd": (
-                "sh stages/launch.sh train --kind ${item.kind} --rows data/${item.kind} --template ${train.page} "
-                "--out models/${item.kind}"
+                "sh stages/launch.sh train --rows data/${item.kind} --template ${train.page} --out models/${item.kind}"
             ),
             "deps": ["code_manifests/train.txt", "data/${item.kind}", "${train.page}"],
             "params": ["seed", "train"],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.tiny_pipeline import PROJECT, change, new_project, read_yaml
+from tests.stages.data_stages import sources_of, write_rows
+from tests.stages.tiny_pipeline import PROJECT, new_project, read_yaml, write_yaml
 
 NAMES = [
     "my data.jsonl",
@@ -20,7 +21,7 @@ NAMES = [
     "`touch pwned`.jsonl",
     "-x.jsonl",
 ]
-INJECTION = "$(touch pwned)/../data/raw/none"
+INJECTION = "$(touch pwned)/../data/raw/x.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def repro(folder: Path, **settings: str) -> subprocess.CompletedProcess:
-    change(folder / "params.yaml", {"prepare_data": settings})
+def repro(folder: Path, path: str, stage: str = "read_source@own") -> subprocess.CompletedProcess:
+    """Run one stage by DVC, with one source at `path`."""
+    sources = sources_of(files={"own": {"path": path, "kinds": ["sft", "preference", "prompts"]}})
+    write_yaml(folder / "params.yaml", read_yaml(folder / "params.yaml") | {"sources": sources})
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "prepare_data"]
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -44,20 +47,22 @@ def repro(folder: Path, **settings: str) -> subprocess.CompletedProcess:
 def test_a_file_of_any_name_is_read_and_tracked(project: Path, name: str) -> None:
     path = f"data/raw/{name}"
     rows = [{"prompt": f"{name} {number}", "chosen": "yes", "rejected": "no"} for number in range(6)]
-    (project / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = repro(project, source="local", path=path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = (project / "data/prepared/prompts/train.jsonl").read_text().splitlines()
+    write_rows(project / path, rows)
+    for stage in ("read_source@own", "prepare_data"):
+        done = repro(project, path, stage)
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines = (project / "data/prepared/train/prompts.jsonl").read_text().splitlines()
     assert {json.loads(line)["prompt"][0]["content"] for line in lines} < {row["prompt"] for row in rows}
-    locked = read_yaml(project / "dvc.lock")["stages"]["prepare_data"]
+    locked = read_yaml(project / "dvc.lock")["stages"]["read_source@own"]
     assert path in [dep["path"] for dep in locked["deps"]]
     assert not list(project.rglob("pwned"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["film_reviews", "local"])
-def test_a_path_that_is_a_command_is_run_by_nothing(project: Path, source: str) -> None:
-    done = repro(project, source=source, path=INJECTION)
+def test_a_path_that_is_a_command_is_run_by_nothing(project: Path) -> None:
+    write_rows(project / "data/raw/x.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])  # where it leads
+    done = repro(project, INJECTION)
     assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: params.yaml: prepare_data: path must")]
+    told = "error: params.yaml: sources.files.own: path must"
+    assert [line for line in done.stderr.splitlines() if line.startswith(told)]
     assert not list(project.rglob("pwned"))

@@ -37,7 +37,7 @@ from tests.proofs.forked_trials import forked_rows
 from tests.proofs.kill_table import Row, added_up, report
 from tests.proofs.real_trials import real_rows
 from tests.proofs.tiny_projects import SAVING, STAGES, without_outs, write_lock
-from tests.stages.tiny_pipeline import change, new_project
+from tests.stages.tiny_pipeline import change, change_entries, new_project
 
 ON_TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
 KILLS_IN_COMMIT = 3
@@ -110,7 +110,7 @@ def copy_for(truth: Path, folder: Path, stage: str = "", settings: dict[str, Any
     shutil.copytree(truth, folder, symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
     change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
     if settings:
-        change(folder / "params.yaml", {stage: settings})
+        change_entries(folder, {stage: settings})
         without_outs(folder, stage)
         ended = run_forked(folder, stage)
         if ended.status:

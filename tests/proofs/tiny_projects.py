@@ -18,8 +18,10 @@ SAVING = STAGES[1:]  # tokenize keeps nothing
 
 
 def outs_of(stage: str) -> list[str]:
-    """The paths that a stage writes, from dvc.yaml: outs, metrics and plots."""
-    return graph.outs_of(graph.all_instances(graph.load_graph())[stage])
+    """The paths that a stage writes, from dvc.yaml: outs, metrics and plots; of a group that has but one, its."""
+    stages = graph.all_instances(graph.load_graph())
+    (found,) = [name for name in stages if stage in (name, name.partition("@")[0])]
+    return graph.outs_of(stages[found])
 
 
 def write_lock(folder: Path) -> None:

@@ -24,6 +24,7 @@ from stages.lib.rl.samplers.own import OwnSampler
 from tests.stages.tiny_pipeline import (
     call,
     change,
+    change_entries,
     inside,
     lay_over,
     new_project,
@@ -147,7 +148,7 @@ def make_bf16_project(project: Path, alone: Processes) -> None:
     if folder.exists():
         return
     shutil.copytree(project, folder, symlinks=True)
-    change(folder / "params.yaml", {stage: {"precision": "bf16"} for stage in (*TRAINING, "ref_logprobs", "evaluate")})
+    change_entries(folder, {stage: {"precision": "bf16"} for stage in (*TRAINING, "ref_logprobs", "evaluate")})
     made = run_stage(folder, "ref_logprobs", {"engine": "torch"}, Probe(is_main=True), alone)
     shutil.copytree(made / "data/ref_logprobs", folder / "data/ref_logprobs", dirs_exist_ok=True)
     shutil.rmtree(made)
@@ -164,7 +165,7 @@ def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, pro
         runtime["default"]["deepspeed"] = knobs.get("deepspeed", {})
         write_yaml(folder / "runtime.yaml", runtime)
         if kind in WITH_LORA:
-            change(folder / "params.yaml", {stage: {"lora": LORA}})
+            change_entries(folder, {stage: {"lora": LORA}})
     processes.broadcast(None)
     module = importlib.import_module(f"stages.{script(stage)}")
     options = stage_options(stage)

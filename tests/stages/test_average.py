@@ -25,14 +25,14 @@ from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.train_dpo import Pairs
 from tests.stages.test_training import curve, metrics
-from tests.stages.tiny_pipeline import call, change, inside
+from tests.stages.tiny_pipeline import call, change_entries, inside
 from tests.tiny_models import CPU
 
 Copy = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
 DECAY = 0.8
 EVALUATED = [(stage, keep) for stage in ("train_sft", "train_rm", "train_dpo") for keep in ("last", "best")]
-ROLLOUTS = "data/rollouts/train_ppo/rollouts.jsonl"
+ROLLOUTS = "data/rollouts/ppo/rollouts.jsonl"
 
 
 class AveragedRun(NamedTuple):
@@ -55,7 +55,7 @@ class AveragedRun(NamedTuple):
 def run_with_an_average(folder: Path, stage: str, keep: str | None, monkeypatch: pytest.MonkeyPatch) -> AveragedRun:
     optimizer = "optimizer" if keep else "policy_optimizer"
     values = {optimizer: {"ema_decay": DECAY}} | ({"keep": keep} if keep else {})
-    change(folder / "params.yaml", {stage: values})
+    change_entries(folder, {stage: values})
     weights: list[Weights] = []
     step = Engine.step
 
@@ -109,18 +109,18 @@ def held_out_loss(run: AveragedRun, weights: Weights | None = None) -> float:
 
 
 def sft_loss(model: nn.Module, batching: MicroBatching) -> float:
-    rows = read_table(Path("data/tokens/sft/eval.arrow"), SFT_SCHEMA)
+    rows = read_table(Path("data/tokens/validation/sft.arrow"), SFT_SCHEMA)
     return global_means(SftObjective(batching), TokenLogProbs(model), rows[:], train=False)["loss"]
 
 
 def rm_loss(model: nn.Module, batching: MicroBatching) -> float:
-    pairs = read_table(Path("data/tokens/preference/eval.arrow"), PREFERENCE_SCHEMA)
+    pairs = read_table(Path("data/tokens/validation/preference.arrow"), PREFERENCE_SCHEMA)
     objective = RewardObjective(batching, read_params("train_rm", TrainRm).use_margin)
     return global_means(objective, SequenceScores(model), pairs[:], train=False)["loss"]
 
 
 def dpo_loss(model: nn.Module, batching: MicroBatching) -> float:
-    pairs = Pairs(Path("data/tokens/preference/eval.arrow"), Path("data/ref_logprobs/eval.arrow"))
+    pairs = Pairs(Path("data/tokens/validation/preference.arrow"), Path("data/ref_logprobs/sft/validation.arrow"))
     objective = PreferenceObjective(batching, read_params("train_dpo", TrainDpo).loss)
     return global_means(objective, TokenLogProbs(model), pairs[:], train=False)["loss"]
 
@@ -143,12 +143,12 @@ def test_the_average_of_the_weights_is_evaluated(
     copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch, stage: str, keep: str
 ) -> None:
     run = run_with_an_average(copy_of_tiny(), stage, keep, monkeypatch)
-    losses = {row + 1: loss for row, loss in curve(run.folder, stage)["eval/loss"].dropna().items()}
+    losses = {row + 1: loss for row, loss in curve(run.folder, stage)["validation/loss"].dropna().items()}
     assert len(losses) > 1
     for step, loss in losses.items():  # float32 holds a log-prob of some hundred nats to 3e-5
         assert loss == pytest.approx(held_out_loss(run, run.averages[step]), rel=1e-5)
         assert loss != pytest.approx(held_out_loss(run, run.weights[step]), rel=1e-4)
-    reported = metrics(run.folder, stage)["eval_loss"]
+    reported = metrics(run.folder, stage)["validation_loss"]
     assert reported == pytest.approx(losses[run.kept_step], rel=1e-6)
     assert reported == pytest.approx(held_out_loss(run), rel=1e-5)
 

@@ -82,12 +82,12 @@ def test_the_outs_of_the_graph_are_all_known() -> None:
 @pytest.mark.parametrize(
     ("file", "changed", "message"),
     [
-        ("params.yaml", {"train_ppo": {"minibatch_size": 3}}, "must be a multiple of minibatch_size (3)"),
+        ("params.yaml", {"train_ppo": {"ppo": {"minibatch_size": 3}}}, "must be a multiple of minibatch_size (3)"),
         ("params.yaml", {"evaluate": {"max_new_tokens": 4000}}, "evaluate.max_new_tokens is 4128, but the new model"),
         ("params.yaml", {"seed": -1}, "params.yaml: seed must be at least 0"),
         (
             "params.yaml",
-            {"train_rm": {"init_from": "$(touch pwned)"}},
+            {"train_rm": {"rm": {"init_from": "$(touch pwned)"}}},
             "train_rm.init_from: '$(touch pwned)' (str) is not",
         ),
         (

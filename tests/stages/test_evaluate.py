@@ -1,6 +1,8 @@
 """The evaluation script, tiny: its numbers against transformers', its grades by task, how it ends on bad facts."""
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,16 @@ import pytest
 import torch
 
 from stages.lib.data.prompts import json_text, prompts_of
-from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_table
 from stages.lib.runs.partial_results import PartialResults
 from stages.lib.tasks.film_gold import gold_utility
 from stages.lib.tasks.table import TASKS
-from stages.prepare_data import write_prepared
 from tests.lib.tasks import sums
-from tests.stages.tiny_pipeline import call, change, refusal
+from tests.stages.tiny_pipeline import call, change, read_yaml, refusal, write_yaml
 from tests.tables import Columns, rewrite
 
 Copy = Callable[..., Path]
-PROMPTS = "data/tokens/prompts/eval.arrow"
+PROMPTS = "data/tokens/test/prompts.arrow"
 
 
 def metrics(folder: Path, name: str) -> dict[str, float]:
@@ -30,41 +31,102 @@ def samples_of(folder: Path, policy: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"data/samples/{policy}.jsonl").read_text().splitlines()]
 
 
-def is_a_tie(results: dict[str, float]) -> None:
+def test_the_reference_is_compared_with_nothing(tiny: Path) -> None:
+    """Itself would be a tie whatever it is worth."""
+    results, scores = metrics(tiny, "evaluate/sft"), metrics(tiny, "score_samples/sft")
+    assert [key for key in (*results, *scores) if "reference" in key or "preference" in key] == []
+    assert {"gold_mean", "sft_perplexity", "eos_rate"} <= results.keys()
+    assert "reference_response" not in samples_of(tiny, "sft")[0]
+
+
+def test_a_model_under_two_names_is_a_tie_with_itself_in_bf16_as_well(copy_of_tiny: Copy) -> None:
+    """However evaluate cuts its batches, in which a log-prob in bf16 is another one."""
+    folder = copy_of_tiny()
+    shutil.copytree(folder / "models/sft", folder / "models/twin")
+    change(folder / "params.yaml", {"evaluate": {"precision": "bf16"}})
+    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 500}})
+    settings = read_yaml(folder / "params.yaml")
+    settings["evaluate"]["policies"] = {"twin": "models/twin"}
+    settings["score_samples"]["policies"] = ["twin"]
+    write_yaml(folder / "params.yaml", settings)
+    call(folder, "evaluate")  # the only one needs no name
+    call(folder, "score_samples")
+    results = metrics(folder, "evaluate/twin") | metrics(folder, "score_samples/twin")
     for name in ("reward", "gold"):
-        assert results[f"{name}_minus_sft_mean"] == 0
-        assert results[f"{name}_win_rate_vs_sft"] == 0.5
-    assert results["kl_to_sft_mean"] == 0
+        assert results[f"{name}_minus_reference_mean"] == 0
+        assert results[f"{name}_win_rate_vs_reference"] == 0.5
+    assert results["kl_to_reference_mean"] == 0
     assert results["preference_accuracy"] == 0.5
 
 
-def test_fine_tuning_beside_itself_is_a_tie(tiny: Path) -> None:
-    is_a_tie(metrics(tiny, "evaluate/sft"))
+def test_perplexity_is_that_of_the_tokens_that_are_trained(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    table = read_table(tiny / "data/tokens/test/sft.arrow", SFT_SCHEMA)
+    model, losses = AutoModelForCausalLM.from_pretrained(tiny / "models/dpo"), []
+    for row in table:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logps = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
+        found = -logps.gather(-1, ids[0, 1:, None]).squeeze(-1)
+        losses += found[torch.tensor(row["loss_mask"][1:])].tolist()
+    results = metrics(tiny, "evaluate/dpo")
+    assert results["sft_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert results["sft_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert results["sft_rows"] == len(table)
 
 
-def test_fine_tuning_beside_itself_is_a_tie_in_bf16_as_well(copy_of_tiny: Copy) -> None:
-    """However evaluate cuts its batches, in which a log-prob in bf16 is another one than in those of ref_logprobs."""
+def test_implicit_accuracy_is_of_both_models_on_the_test_pairs(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    models = {name: AutoModelForCausalLM.from_pretrained(tiny / f"models/{name}") for name in ("dpo", "sft")}
+    right = []
+    for row in read_table(tiny / "data/tokens/test/preference.arrow", PREFERENCE_SCHEMA):
+        gap = {}
+        for name, model in models.items():
+            logps = []
+            for side in ("chosen_ids", "rejected_ids"):
+                ids = torch.tensor([row["prompt_ids"] + row[side]])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double()
+                targets = torch.tensor(row[side])[:, None]
+                logps.append(float(torch.log_softmax(logits, dim=-1).gather(-1, targets).sum()))
+            gap[name] = logps[0] - logps[1]
+        right.append(gap["dpo"] > gap["sft"])
+    results = metrics(tiny, "evaluate/dpo")
+    assert results["preference_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert results["preference_pairs"] == len(right)
+
+
+def test_each_source_has_its_columns(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}, "evaluate": {"precision": "bf16"}})
-    call(folder, "ref_logprobs")
-    change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 500}})
-    call(folder, "evaluate@sft")
-    is_a_tie(metrics(folder, "evaluate/sft"))
-
-
-def test_a_reference_of_another_precision_is_computed_anew(copy_of_tiny: Copy, tiny: Path) -> None:
-    folder = copy_of_tiny()
-    before = {policy: metrics(tiny, f"evaluate/{policy}") for policy in ("sft", "dpo")}
-    change(folder / "params.yaml", {"ref_logprobs": {"precision": "bf16"}})
-    call(folder, "ref_logprobs")
-    for policy, expected in before.items():
-        call(folder, f"evaluate@{policy}")
-        assert metrics(folder, f"evaluate/{policy}") == expected
+    half = {"sft": SFT_SCHEMA, "preference": PREFERENCE_SCHEMA, "prompts": PROMPT_SCHEMA}
+    for kind, schema in half.items():
+        rewrite(
+            folder / f"data/tokens/test/{kind}.arrow",
+            schema,
+            lambda columns: columns | {"source": ["a" if row < 4 else "b" for row in range(len(columns["row"]))]},
+        )
+    before = metrics(folder, "evaluate/dpo")
+    for stage in ("evaluate@dpo", "score_samples@dpo", "evaluate_rm@rm"):
+        call(folder, stage)
+    results = metrics(folder, "evaluate/dpo")
+    assert {key: value for key, value in results.items() if "/" not in key} == before
+    assert (results["prompts/a"], results["prompts/b"]) == (4, 8)
+    gold = [sample["gold"] for sample in samples_of(folder, "dpo")]
+    assert results["gold_mean/a"] == sum(gold[:4]) / 4
+    assert results["preference_accuracy"] * 12 == pytest.approx(
+        4 * results["preference_accuracy/a"] + 8 * results["preference_accuracy/b"]
+    )
+    scores = metrics(folder, "score_samples/dpo")
+    assert 12 * scores["reward_mean"] == pytest.approx(4 * scores["reward_mean/a"] + 8 * scores["reward_mean/b"])
+    of_rm = metrics(folder, "evaluate_rm/rm")
+    assert 12 * of_rm["accuracy"] == pytest.approx(4 * of_rm["accuracy/a"] + 8 * of_rm["accuracy/b"])
 
 
 def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
     samples = samples_of(tiny, "ppo")
-    prepared = [json.loads(line) for line in (tiny / "data/prepared/prompts/eval.jsonl").read_text().splitlines()]
+    prepared = [json.loads(line) for line in (tiny / "data/prepared/test/prompts.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == [prepared[sample["row"]]["prompt"] for sample in samples]
     gold = [gold_utility(prepared[sample["row"]]["facts"], sample["response"]) for sample in samples]
     assert [sample["gold"] for sample in samples] == gold
@@ -72,7 +134,9 @@ def test_the_evaluation_is_that_of_its_samples(tiny: Path) -> None:
     assert results["gold_mean"] == pytest.approx(sum(gold) / len(gold))
     assert "gold_prompts" not in results  # all of them
     assert results["eos_rate"] == sum(sample["ended"] for sample in samples) / len(samples)
-    assert results["reward_mean"] == pytest.approx(sum(sample["reward"] for sample in samples) / len(samples), abs=1e-5)
+    scores = [json.loads(line)["score"] for line in (tiny / "data/sample_scores/ppo.jsonl").read_text().splitlines()]
+    found = metrics(tiny, "score_samples/ppo")["reward_mean"]
+    assert found == pytest.approx(sum(scores) / len(samples), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0])
@@ -87,7 +151,9 @@ def test_reward_and_kl_are_those_that_transformers_computes(
     record = PartialResults._record
     monkeypatch.setattr(PartialResults, "_record", lambda self, value: kept.append(value) or record(self, value))
     call(folder, "evaluate@ppo")
-    answers = kept[1]  # after those of SFT
+    answers = next(value for value in kept if "ids" in value)
+    call(folder, "score_samples@ppo")
+    answers |= {"rewards": kept[-1]["score"]}
     models = {name: AutoModelForCausalLM.from_pretrained(folder / f"models/{name}") for name in ("ppo", "sft")}
     scorer = AutoModelForSequenceClassification.from_pretrained(folder / "models/rm")
     prompts = prompts_of(read_table(folder / PROMPTS, PROMPT_SCHEMA)[:5])
@@ -111,9 +177,13 @@ def test_a_second_task_is_one_file_and_an_entry_in_the_table(
     """Its rows are written, encoded and graded by the scripts that know no task; then some prompts lose theirs."""
     monkeypatch.setitem(TASKS, "sums", sums)
     folder = copy_of_tiny()
-    kinds = {kind: folder / f"written/{kind}" for kind in ("sft", "preference", "prompts")}
-    write_prepared(sums.rows({"rows": 6}, 30), tuple(kinds), kinds)
-    call(folder, "tokenize_data@prompts", rows="written/prompts")
+    for split, number in (("train", 30), ("validation", 30), ("test", 36)):
+        rows = [row.values for row in sums.rows({"rows": 6}, 30) if row.kind == "prompts"]
+        of_split = [{**row, "source": "sums"} for row in rows if number <= row["facts"]["answer"] - 2 < number + 6]
+        file = folder / f"written/{split}/prompts.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in of_split))
+    call(folder, "tokenize_data@prompts", prepared="written")
     call(folder, "evaluate@ppo")
     samples, results = samples_of(folder, "ppo"), metrics(folder, "evaluate/ppo")
     assert [sample["prompt"][0]["content"] for sample in samples] == [f"what is {36 + n} plus 2?" for n in range(6)]

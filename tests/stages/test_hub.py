@@ -14,26 +14,22 @@ from safetensors.torch import load_file
 from stages.lib.settings.sections import default_params
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
 from tests.pipeline.graph import stage_names
-from tests.stages.test_prepare_data import FILES, prepare, prepared, refused, write_raw
+from tests.stages.data_stages import lines, read, settings, sources_of, write_rows
 from tests.stages.tiny_pipeline import PROJECT, call, change, lay_over, new_project, read_yaml, start, write_yaml
+from tests.stages.tiny_qwen import save_qwen
 
 DATA = "Anthropic/hh-rlhf"
 DATA_COMMIT = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 MODEL = "Qwen/Qwen2.5-0.5B"
 MODEL_COMMIT = "060db6499f32faf8b98477b0a26969ef7d8b9987"
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SECTION = {
-    "source": "hub",
-    "path": "data/raw/none",
-    "hub_dataset": DATA,
-    "hub_revision": DATA_COMMIT,
-    "hub_data_dir": "harmless-base",
+SOURCE = {
+    "dataset": DATA,
+    "revision": DATA_COMMIT,
+    "data_dir": "harmless-base",
     "format": "hh",
+    "kinds": ["sft", "preference", "prompts"],
 }
+PARTS, PARTS_COMMIT = "owner/parts", "1" * 40
 
 
 def transcripts(first, count):
@@ -52,35 +48,8 @@ def compressed(rows):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A Qwen2 of a few thousand parameters with a byte-level tokenizer, laid out as on the Hub."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
-    tokenizer.train_from_iterator(["question good bad which?"] * 9, trainer)
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=320,  # more rows than the tokenizer has tokens, as Qwen2.5 has
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    (folder / "README.md").write_text("# A tiny model\n", encoding="utf-8")
+    save_qwen(folder)
     return folder
 
 
@@ -93,52 +62,105 @@ def hub(model_folder):
         "helpful-base/train.jsonl.gz": compressed(transcripts(100, 10)),
     }
     data = HubRepository("datasets", DATA, DATA_COMMIT, files)
-    with HubServer([data, repository_of_folder("models", MODEL, MODEL_COMMIT, model_folder)]) as server:
+    answers = [json.dumps({"instruction": f"ask {n}", "output": "yes"}) + "\n" for n in range(80)]
+    parts = {f"train-{n}.jsonl": "".join(answers[20 * n : 20 * n + 20]).encode() for n in range(4)}
+    more = HubRepository("datasets", PARTS, PARTS_COMMIT, parts)
+    with HubServer([data, more, repository_of_folder("models", MODEL, MODEL_COMMIT, model_folder)]) as server:
         yield server
 
 
-def test_a_data_set_is_prepared_as_the_same_rows_in_a_file_are(hub, tmp_path):
-    process = prepare(tmp_path / "hub", "data/raw/none", env=hub.environment(tmp_path / "cache"), **SECTION)
-    rows_of, metrics = prepared(process, tmp_path / "hub")
-    assert (metrics["raw_rows"], metrics["dropped/empty_reply"]) == (40, 4)
-    assert len(rows_of["preference/train"]) + len(rows_of["preference/eval"]) == 36
-    raw = write_raw(tmp_path / "local", transcripts(0, 40))
-    local = prepared(prepare(tmp_path / "local", raw), tmp_path / "local")
-    assert (rows_of, metrics) == local
-    assert all(rows_of[name] for name in FILES)
+def read_hub(folder, env, **changed):
+    """Run read_source on one Hub source, in a process of its own."""
+    settings(folder, sources_of(hub={"own": SOURCE | changed}))
+    return subprocess.run(
+        [sys.executable, "-m", "stages.read_source", "--out", "data/sources", "--metrics", "metrics/read_source"],
+        cwd=folder,
+        env={**env, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows_and_metrics(done, folder):
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics/read_source/own.json").read_text())
+    return lines(folder / "data/sources/own/rows.jsonl"), metrics
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_is_read_as_the_same_rows_in_a_file_are(hub, tmp_path, streaming):
+    folder = tmp_path / "hub"
+    rows, metrics = rows_and_metrics(read_hub(folder, hub.environment(tmp_path / "cache"), streaming=streaming), folder)
+    assert (metrics["rows_read"], metrics["dropped/empty_reply"], metrics["preference/rows"]) == (40, 4, 36)
+    path = write_rows(tmp_path / "raw.jsonl", transcripts(0, 40))
+    settings(tmp_path / "local", sources_of(files={"own": {"path": path, "kinds": SOURCE["kinds"]}}))
+    assert read(tmp_path / "local", "own")[:2] == (rows, metrics)
     assert any(DATA_COMMIT in request and "harmless-base/train.jsonl.gz" in request for request in hub.requests)
     assert not any("helpful-base" in request for request in hub.requests)
 
 
-def test_one_split_of_a_data_set_is_read(hub, tmp_path):
-    env = hub.environment(tmp_path / "cache")
-    process = prepare(tmp_path, "data/raw/none", env=env, **SECTION | {"hub_split": "test"})
-    rows_of, metrics = prepared(process, tmp_path)
-    assert metrics["raw_rows"] == 10
-    numbers = [row["prompt"][-1]["content"] for row in rows_of["prompts/train"] + rows_of["prompts/eval"]]
-    assert sorted(numbers) == [f"“{number}”" for number in range(30, 39)]
+@pytest.mark.parametrize(
+    ("changed", "numbers"),
+    [
+        ({"hub_split": "test"}, range(30, 40)),
+        ({"hub_split": "train[10:15]"}, range(10, 15)),
+        ({"hub_split": "train[:10%]"}, range(3)),
+        ({"hub_split": "train[5:]", "max_rows": 2}, range(5, 7)),
+        ({"hub_split": "train[10:15]", "streaming": True}, range(10, 15)),
+        ({"hub_split": "train[25:]", "streaming": True}, range(25, 30)),
+        ({"hub_split": "test", "streaming": True, "max_rows": 4}, range(30, 34)),
+    ],
+)
+def test_a_split_and_rows_of_one_are_read(hub, tmp_path, changed, numbers):
+    rows, metrics = rows_and_metrics(read_hub(tmp_path, hub.environment(tmp_path / "cache"), **changed), tmp_path)
+    assert metrics["rows_read"] == len(numbers)
+    asked = [row["prompt"][-1]["content"] for row in rows if row["kind"] == "prompts"]
+    assert asked == [f"“{number}”" for number in numbers if number % 10 != 9]
+
+
+def test_streaming_asks_for_no_file_beyond_the_rows_asked_for(hub, tmp_path):
+    changed = {"dataset": PARTS, "revision": PARTS_COMMIT, "data_dir": None, "format": "auto", "kinds": ["sft"]}
+    asked = {}
+    for streaming in (True, False):
+        before = len(hub.requests)
+        env = hub.environment(tmp_path / f"cache-{streaming}")
+        rows, _ = rows_and_metrics(read_hub(tmp_path, env, streaming=streaming, max_rows=30, **changed), tmp_path)
+        assert [row["messages"][0]["content"] for row in rows] == [f"ask {number}" for number in range(30)]
+        asked[streaming] = {
+            part for part in range(4) for text in hub.requests[before:] if f"train-{part}.jsonl" in text
+        }
+    assert asked == {True: {0, 1}, False: {0, 1, 2, 3}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changed", "named"),
     [
-        ({"hub_dataset": "Anthropic/none"}, "Anthropic/none"),
-        ({"hub_revision": "f" * 40}, "f" * 40),
-        ({"hub_data_dir": "nowhere"}, "folder nowhere"),
+        ({"dataset": "Anthropic/none"}, "Anthropic/none"),
+        ({"revision": "f" * 40}, "f" * 40),
+        ({"data_dir": "nowhere"}, "folder nowhere"),
         ({"hub_split": "validation"}, "validation"),
+        ({"config": "nothing"}, "config nothing"),
+        ({"dataset": "Anthropic/none", "streaming": True}, "Anthropic/none"),
+        ({"hub_split": "validation", "streaming": True}, "validation"),
     ],
 )
-def test_what_the_hub_does_not_have_is_one_message(hub, tmp_path, changes, named):
-    folder = tmp_path / "run"
-    process = prepare(folder, "data/raw/none", env=hub.environment(tmp_path / "cache"), **SECTION | changes)
-    refused(process, folder, named, "could not be loaded from the Hub")
+def test_what_the_hub_does_not_have_is_one_message(hub, tmp_path, changed, named):
+    done = read_hub(tmp_path / "run", hub.environment(tmp_path / "cache"), **changed)
+    refused(done, named, "could not be loaded from the Hub")
+
+
+def refused(done, *messages):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert all(message in errors[0] for message in messages), errors
 
 
 def test_a_hub_out_of_reach_is_one_message(tmp_path):
     env = hub_environment("http://127.0.0.1:9", tmp_path / "cache")  # the port that discards, where nobody listens
-    folder = tmp_path / "run"
-    process = prepare(folder, "data/raw/none", env=env, **SECTION)
-    refused(process, folder, DATA, "could not be loaded from the Hub", "network")
+    refused(read_hub(tmp_path / "run", env), DATA, "could not be loaded from the Hub", "network")
 
 
 LOAD = f"""

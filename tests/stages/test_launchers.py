@@ -101,8 +101,8 @@ def uneven(copy_of_tiny: Copy) -> Callable[[str], Path]:
 
     def copy(name: str) -> Path:
         folder = copy_of_tiny(name)
-        change(folder / "params.yaml", {"train_sft": {"epochs": 1.0, "batch_size": 9}})
-        first_row_alone(folder / "data/tokens/sft/eval.arrow", SFT_SCHEMA)
+        change(folder / "params.yaml", {"train_sft": {"sft": {"epochs": 1.0, "batch_size": 9}}})
+        first_row_alone(folder / "data/tokens/validation/sft.arrow", SFT_SCHEMA)
         return folder
 
     return copy
@@ -124,7 +124,9 @@ def expected(two_processes: dict[str, bytes], uneven: Callable[[str], Path]) -> 
         call(alone, "train_sft")
         models = [load_file(path / "models/sft/model.safetensors") for path in (folder, alone)]
         assert distance(*models) < 1e-5
-        losses = [json.loads((path / "metrics/train_sft.json").read_text())["eval_loss"] for path in (folder, alone)]
+        losses = [
+            json.loads((path / "metrics/training/sft.json").read_text())["validation_loss"] for path in (folder, alone)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     return two_processes
 
@@ -192,7 +194,7 @@ def test_two_processes_evaluate_one_prompt_and_one_pair(copy_of_tiny: Copy) -> N
     for name in ("alone", "two"):
         folder = copy_of_tiny(name)
         change(folder / "params.yaml", {"evaluate": {"max_prompts": 1}})
-        first_row_alone(folder / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
+        first_row_alone(folder / "data/tokens/validation/preference.arrow", PREFERENCE_SCHEMA)
         call(folder, "ref_logprobs")
         if name == "alone":
             call(folder, "evaluate@ppo")

@@ -98,7 +98,7 @@ def test_the_chain_goes_back_to_the_data_with_every_hash_of_the_lock(recorded: P
         assert stage["run"] == next(run for run in runs if run["stage"] == name)
     makers = {entry["path"]: entry["made_by"] for entry in record["stages"]["prepare_base"]["inputs"]}
     assert makers == {
-        "data/prepared/sft/train.jsonl": "prepare_data",
+        "data/prepared/train/sft.jsonl": "prepare_data",
         "data/raw/none": None,
         "stages/templates/chat.jinja": None,
     }
@@ -167,7 +167,7 @@ def append(text: str) -> Callable[[Path], None]:
 
 
 def set_beta(path: Path) -> None:
-    change(path, {"train_rm": {"epochs": 2.0}})
+    change(path, {"train_rm": {"rm": {"epochs": 2.0}}})
 
 
 def declare_more(path: Path) -> None:
@@ -183,12 +183,12 @@ OLDER = "older"
     [
         ("models/sft/config.json", append("\n"), ALTERED, ["models/sft was altered since train_sft ran"]),
         (
-            "data/prepared/sft/train.jsonl",
+            "data/prepared/train/sft.jsonl",
             append("\n"),
             ALTERED,
             [
                 "data/prepared/sft was altered since prepare_data ran",
-                "data/prepared/sft/train.jsonl was altered since prepare_data ran",
+                "data/prepared/train/sft.jsonl was altered since prepare_data ran",
             ],
         ),
         (
@@ -238,7 +238,7 @@ def test_what_is_not_here_is_said_and_is_no_fault(project: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("path", ["models/sft", "data/prepared/sft/train.jsonl"])
+@pytest.mark.parametrize("path", ["models/sft", "data/prepared/train/sft.jsonl"])
 def test_a_stage_that_read_an_earlier_version_is_named(project: Path, path: str) -> None:
     """As after a later `dvc repro train_sft` alone: the record of the version that train_rm read is gone."""
     reader = "train_rm" if path == "models/sft" else "prepare_base"
@@ -319,4 +319,4 @@ def test_hub_sources_are_named_with_their_revision() -> None:
     assert named.startswith(f"Hub dataset Anthropic/hh-rlhf at revision {data['hub_revision']}")
     assert (f", data_dir {data['hub_data_dir']}" in named) == bool(data["hub_data_dir"])
     assert origin_of({"prepare_base": base | {"source": "local", "path": "models/mine"}}) == "local: models/mine"
-    assert origin_of({"train_rm": {"epochs": 1.0}, "seed": 1}) is None
+    assert origin_of({"train_rm": {"rm": {"epochs": 1.0}}, "seed": 1}) is None

@@ -21,7 +21,7 @@ from tests.stages.test_training import (
     refused,
     weights,
 )
-from tests.stages.tiny_pipeline import call, change, inside, start
+from tests.stages.tiny_pipeline import call, change, change_entries, inside, start
 
 Copy = Callable[..., Path]
 RANK = 2
@@ -32,7 +32,7 @@ BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft", "grpo": "sft"}
 
 
 def use_lora(folder: Path, *stages: str, **changed: Any) -> Path:
-    change(folder / "params.yaml", {stage: {"lora": {**BLOCK, **changed}} for stage in stages})
+    change_entries(folder, {stage: {"lora": {**BLOCK, **changed}} for stage in stages})
     return folder
 
 
@@ -49,7 +49,7 @@ def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sequences(folder: Path) -> list[list[int]]:
-    table = read_table(folder / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
+    table = read_table(folder / "data/tokens/validation/preference.arrow", PREFERENCE_SCHEMA)
     return [row["prompt_ids"] + row["chosen_ids"] for row in table]
 
 
@@ -89,7 +89,7 @@ def test_peft_puts_the_adapter_on_the_base(tiny: Path, adapted: Path, model: str
 def held_out_loss(model: nn.Module, folder: Path) -> float:
     """Cross-entropy per completion token, worked out row by row."""
     total, tokens = 0.0, 0
-    for row in read_table(folder / "data/tokens/sft/eval.arrow", SFT_SCHEMA):
+    for row in read_table(folder / "data/tokens/validation/sft.arrow", SFT_SCHEMA):
         ids = torch.tensor(row["input_ids"])
         with torch.no_grad():
             log_probs = torch.log_softmax(model(ids[None]).logits[0, :-1], dim=-1)
@@ -100,9 +100,9 @@ def held_out_loss(model: nn.Module, folder: Path) -> float:
 
 def test_the_published_model_is_the_one_that_was_evaluated(adapted: Path) -> None:
     results = metrics(adapted, "train_sft")
-    assert results["eval_loss"] < results["eval_loss_base"]
+    assert results["validation_loss"] < results["validation_loss_before"]
     loss = held_out_loss(AutoModelForCausalLM.from_pretrained(adapted / "models/sft"), adapted)
-    assert loss == pytest.approx(results["eval_loss"], abs=1e-5)
+    assert loss == pytest.approx(results["validation_loss"], abs=1e-5)
 
 
 def test_metrics_count_what_is_trained(tiny: Path, adapted: Path) -> None:
@@ -122,7 +122,7 @@ def test_preference_optimization_starts_at_the_cached_reference(adapted: Path) -
 
 
 def rollouts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data/rollouts/train_ppo/rollouts.jsonl").open()]
+    return [json.loads(line) for line in (folder / "data/rollouts/ppo/rollouts.jsonl").open()]
 
 
 def test_the_policy_starts_at_its_base_and_is_measured_against_it(tiny: Path, adapted: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
     prompts = {}
     from stages.lib.data.token_tables import PROMPT_SCHEMA
 
-    for row in read_table(tiny / "data/tokens/prompts/train.arrow", PROMPT_SCHEMA):
+    for row in read_table(tiny / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA):
         prompts[row["row"]] = row["prompt_ids"]
     last = [row for row in rollouts(adapted) if row["iteration"] == 3]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def dequantized_base(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_adapters_on_a_4_bit_base_are_merged_into_what_it_computed(wider: Path) -> None:
     use_lora(wider, "train_dpo", base_quantization="nf4")
-    change(wider / "params.yaml", {"ref_logprobs": {"base_quantization": "nf4"}})
+    change(wider / "params.yaml", {"ref_logprobs": {"sft": {"base_quantization": "nf4"}}})
     for stage in ("ref_logprobs", "train_dpo"):
         call(wider, stage)
     first = curve(wider, "train_dpo").iloc[0]

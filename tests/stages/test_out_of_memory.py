@@ -16,14 +16,16 @@ from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.runs.stage_run import StageRun
 from stages.lib.runs.training_run import TrainingRun
 from stages.lib.settings.runtime import read_runtime
+from tests.pipeline.graph import computing_stages
 from tests.proofs.tiny_projects import outs_of, remove_outs
 from tests.stages.tiny_pipeline import call, change, contents, inside, refusal
 
 Copy = Callable[..., Path]
-STAGES = ("train_sft", "train_rm", "ref_logprobs", "train_dpo", "train_ppo", "evaluate@ppo")
+STAGES = (*computing_stages(), "evaluate@ppo")
+WITH_ROLLOUTS = [stage for stage in STAGES if f"data/rollouts/{stage}" in outs_of(stage)]
 # Padded tokens of a pass that fit, and the micro_batch_tokens at which all do.
 FITS, SIZE = 700, 512
-FITS_OF_PPO, SIZE_OF_PPO = 260, 256  # its sequences are shorter
+FITS_OF_ROLLOUTS, SIZE_OF_ROLLOUTS = 260, 256  # their sequences are shorter
 ROWS_FIT = 3  # of which a token is sampled
 
 
@@ -48,7 +50,7 @@ class Hungry:
 
 
 def fits_of(stage: str) -> int:
-    return FITS_OF_PPO if stage == "train_ppo" else FITS
+    return FITS_OF_ROLLOUTS if stage in WITH_ROLLOUTS else FITS
 
 
 def outs(folder: Path, stage: str) -> dict[str, bytes]:
@@ -83,14 +85,14 @@ def test_with_retry_it_ends_as_with_the_smaller_size_from_the_start(
 ) -> None:
     folder, small = copy_of_tiny(), copy_of_tiny("small")
     change(folder / "runtime.yaml", {"default": {"on_out_of_memory": "retry"}})
-    size = SIZE_OF_PPO if stage == "train_ppo" else SIZE
+    size = SIZE_OF_ROLLOUTS if stage in WITH_ROLLOUTS else SIZE
     change(small / "runtime.yaml", {"default": {"micro_batch_tokens": size, "generation_batch_size": 2}})
     hungry = Hungry(monkeypatch, fits_of(stage))
     call(folder, stage)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == hungry.failures > 0
     assert sum(f"with micro_batch_tokens {size}, which stays in force" in line for line in warnings) == 1
-    sampled = stage in ("train_ppo", "evaluate@ppo")
+    sampled = stage in (*WITH_ROLLOUTS, "evaluate@ppo")
     assert sum("with generation_batch_size 2, which stays" in line for line in warnings) == sampled
     call(small, stage)
     assert hungry.failures == len(warnings)
@@ -129,7 +131,7 @@ def test_a_run_that_was_killed_goes_on_with_what_has_fitted(
             call(folder, stage)
     (state,) = folder.glob(".scratch/*/code-*/checkpoint-00000002/state.json")
     parts = json.loads(state.read_text())["parts"]
-    assert parts["budget"] == {"asked_for": 8192, "size": SIZE_OF_PPO if stage == "train_ppo" else SIZE}
+    assert parts["budget"] == {"asked_for": 8192, "size": SIZE_OF_ROLLOUTS if stage in WITH_ROLLOUTS else SIZE}
     failures = hungry.failures
     capsys.readouterr()
     call(folder, stage)

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     cut_short(folder, "train_rm", monkeypatch, after=4)
-    (state,) = folder.glob(".scratch/train_rm-*/*/checkpoint-00000004/state.json")
+    (state,) = folder.glob(".scratch/train_rm@rm-*/*/checkpoint-00000004/state.json")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
@@ -96,10 +96,10 @@ def test_another_setting_or_input_starts_anew(
     fresh = copy_of_tiny("fresh")
     for project in (folder, fresh):
         if changed == "setting":
-            change(project / "params.yaml", {"train_rm": {"optimizer": {"learning_rate": 0.0033}}})
+            change(project / "params.yaml", {"train_rm": {"rm": {"optimizer": {"learning_rate": 0.0033}}}})
         else:
-            (project / "data/tokens/preference/train.arrow").write_bytes(
-                (project / "data/tokens/preference/eval.arrow").read_bytes()
+            (project / "data/tokens/train/preference.arrow").write_bytes(
+                (project / "data/tokens/validation/preference.arrow").read_bytes()
             )
     capsys.readouterr()
     call(folder, "train_rm")
@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
     before = checkpoints(folder)
     used = sum(len(content) for content in before.values()) // 1024
     small_disk(used + used // 4 + 64)  # room for two and a quarter, and the next is the third
-    with pytest.raises(StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm-.*No space left"):
+    with pytest.raises(StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm@rm-.*No space left"):
         call(folder, "train_rm")
     assert checkpoints(folder) == before
     small_disk(64 * 1024)
@@ -215,23 +215,21 @@ def test_a_checkpoint_of_code_that_saved_other_things_is_refused(
 def test_a_full_disk_under_the_results_is_told_at_each_start(folder: Path, tiny: Path) -> None:
     with disk_at(folder / "results") as resize:
         resize(16)
-        out = "results/rm"
+        out, model = "results", "results/rm"
         for _ in range(2):  # the second has nothing left to do but to publish
             with pytest.raises(StageError, match=r"^no space left at .*results/\.rm\.partial/.*; free some"):
                 call(folder, "train_rm", out=out)
             assert list((folder / "results").iterdir()) == []
         resize(64 * 1024)
         call(folder, "train_rm", out=out)
-        assert contents(folder / out) == contents(tiny / "models/rm")
+        assert contents(folder / model) == contents(tiny / "models/rm")
 
 
 @pytest.mark.slow
 def test_a_full_disk_under_the_base_model_is_one_line(folder: Path) -> None:
     with disk_at(folder / "results") as resize:
         resize(16)
-        (folder / "moved.sh").write_text(
-            f'exec {os.sys.executable} -m $(echo "$@" | sed s#models/base#results/base#)\n'
-        )
+        (folder / "moved.sh").write_text(f'exec {os.sys.executable} -m $(echo "$@" | sed s#models#results#)\n')
         process = start(folder, "prepare_base", launch="sh moved.sh")
         _, errors = process.communicate()
         assert process.returncode == 2, errors
@@ -248,7 +246,9 @@ def test_a_checkpoint_above_a_quota_keeps_the_earlier_one(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(map(len, before.values())) // 2, limits[1]))
     try:
-        with pytest.raises(StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm-.*File too large"):
+        with pytest.raises(
+            StageError, match=r"checkpoint of step 3 cannot be written to .*train_rm@rm-.*File too large"
+        ):
             call(folder, "train_rm")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -267,10 +267,10 @@ def test_a_full_disk_ends_tokenize_with_one_line(folder: Path) -> None:
     assert process.returncode == 2, errors
     assert errors.startswith("error: no space left")
     assert len(errors.splitlines()) == 1
-    assert not [path for path in (folder / "data/tokens").iterdir() if "preference" in path.name]
+    assert not [path for path in (folder / "data/tokens").rglob("*") if "preference" in path.name]
 
 
-@pytest.mark.parametrize(("stage", "chunks"), [("ref_logprobs", 4), ("evaluate@ppo", 3)])
+@pytest.mark.parametrize(("stage", "chunks"), [("ref_logprobs", 4), ("evaluate@ppo", 4)])
 def test_what_was_computed_before_a_kill_is_not_computed_again(
     folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stage: str, chunks: int
 ) -> None:
@@ -312,7 +312,7 @@ def test_a_signal_while_sampling_saves_the_iterations_before(
             call(folder, stage)
     assert ended.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr()
-    assert said.err.endswith(f"{stage}: stopped by SIGTERM; state saved at step 1\n")
+    assert said.err.endswith(f"{stage}@{stage.removeprefix('train_')}: stopped by SIGTERM; state saved at step 1\n")
     assert "  2/3  " not in said.out
     call(folder, stage)
     assert "resuming from step 1" in capsys.readouterr().out

@@ -24,14 +24,14 @@ from tests.stages.test_training import (
     reached,
     weights,
 )
-from tests.stages.tiny_pipeline import call, change, refusal, start
+from tests.stages.tiny_pipeline import call, change, change_entries, refusal, start
 from tests.tiny_models import batching, tiny_llama
 
 Copy = Callable[..., Path]
 
 
 def rollouts_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data/rollouts/train_grpo/rollouts.jsonl").open(encoding="utf-8")]
+    return [json.loads(line) for line in (folder / "data/rollouts/grpo/rollouts.jsonl").open(encoding="utf-8")]
 
 
 def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -106,7 +106,7 @@ def test_the_curve_is_that_of_the_rollouts(tiny: Path) -> None:
 
 def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_grpo": {"epochs": 1, "minibatch_size": 8}})
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"epochs": 1, "minibatch_size": 8}}})
     call(folder, "train_grpo")
     rows = curve(folder, "train_grpo")
     assert rows["policy/clipfrac"].tolist() == [0, 0, 0]
@@ -118,7 +118,7 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
 def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy) -> None:
     """All of a prompt's responses are alike: no reward moves the policy, and it starts where the KL pulls it."""
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}})
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}}})
     call(folder, "train_grpo")
     row = curve(folder, "train_grpo").iloc[0]
     assert row["group/distinct"] == 0.5
@@ -153,7 +153,7 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, 
     """Stopped on the way, and finished by one."""
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
-        change(project / "params.yaml", {"train_grpo": {"iterations": 20}})
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20}}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
     assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1
@@ -172,7 +172,7 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, 
 def test_a_policy_with_adapters_is_measured_against_its_base(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
     lora = {"rank": 2, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
-    change(folder / "params.yaml", {"train_grpo": {"lora": lora | {"save_adapter": True}}})
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"lora": lora | {"save_adapter": True}}}})
     call(folder, "train_grpo")
     rows = curve(folder, "train_grpo")
     assert rows["objective/kl"][0] == rows["policy/kl"][0] * 0
@@ -184,9 +184,9 @@ def test_a_policy_with_adapters_is_measured_against_its_base(copy_of_tiny: Copy,
 
 def test_a_prompt_that_leaves_no_room_is_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_grpo": {"max_new_tokens": 5000}})
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"max_new_tokens": 5000}}})
     message = refusal(folder, "train_grpo", capsys)
-    assert "data/tokens/prompts/train.arrow with train_grpo.max_new_tokens: the longest prompt has" in message
+    assert "data/tokens/train/prompts.arrow with train_grpo.grpo.max_new_tokens: the longest prompt has" in message
 
 
 def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
@@ -207,7 +207,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     [
         (
             {"samples_per_prompt": 1},
-            "params.yaml: train_grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+            "params.yaml: train_grpo.grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
         ),
         (
             {"minibatch_size": 3},
@@ -220,5 +220,5 @@ def test_a_wrong_setting_is_named(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture, values: dict[str, Any], message: str
 ) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_grpo": values})
+    change_entries(folder, {"train_grpo": values})
     assert message in refusal(folder, "train_grpo", capsys)

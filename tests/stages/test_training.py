@@ -31,11 +31,11 @@ TWO_PROCESSES = f"{Path(sys.executable).with_name('torchrun')} --standalone --np
 
 
 def curve(folder: Path, stage: str) -> pd.DataFrame:
-    return pd.read_csv(folder / f"metrics/curves/{stage}.csv")
+    return pd.read_csv(folder / f"metrics/curves/{stage.removeprefix('train_')}.csv")
 
 
 def metrics(folder: Path, name: str) -> dict[str, float]:
-    return json.loads((folder / f"metrics/{name}.json").read_text())
+    return json.loads((folder / f"metrics/{name.replace('train_', 'training/')}.json").read_text())
 
 
 def weights(folder: Path, model: str) -> dict[str, torch.Tensor]:
@@ -51,11 +51,11 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 def test_fine_tuning_lowers_the_held_out_loss(tiny: Path) -> None:
     results = metrics(tiny, "train_sft")
-    assert results["eval_loss"] < results["eval_loss_base"]
+    assert results["validation_loss"] < results["validation_loss_before"]
     # An untrained model knows nothing: a uniform choice among v tokens costs ln v, and random logits of variance σ²
     # another σ²/2; with weights of variance 1/d that σ² is 1.
     config = json.loads((tiny / "models/base/config.json").read_text())
-    assert results["eval_loss_base"] == pytest.approx(math.log(config["vocab_size"]) + 0.5, abs=0.2)
+    assert results["validation_loss_before"] == pytest.approx(math.log(config["vocab_size"]) + 0.5, abs=0.25)
 
 
 def test_preference_optimization_starts_at_ln_2(tiny: Path) -> None:
@@ -72,7 +72,7 @@ def test_policy_optimization_starts_at_the_reference(tiny: Path) -> None:
 
 
 def test_every_rollout_is_published(tiny: Path) -> None:
-    lines = (tiny / "data/rollouts/train_ppo/rollouts.jsonl").read_text().splitlines()
+    lines = (tiny / "data/rollouts/ppo/rollouts.jsonl").read_text().splitlines()
     rollouts = [json.loads(line) for line in lines]
     assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
     mean = sum(rollout["score"] for rollout in rollouts[:8]) / 8
@@ -98,7 +98,7 @@ def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
     from stages.lib.models.scalar_scores import SequenceScores
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "models/rm").eval()
-    table = read_table(tiny / "data/tokens/preference/eval.arrow", PREFERENCE_SCHEMA)
+    table = read_table(tiny / "data/tokens/validation/preference.arrow", PREFERENCE_SCHEMA)
     sequences = [row["prompt_ids"] + row["chosen_ids"] for row in table]
     tokenizer = AutoTokenizer.from_pretrained(tiny / "models/rm", padding_side=side)
     padded = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
@@ -112,8 +112,15 @@ def test_transformers_scores_as_we_do(tiny: Path, side: str) -> None:
     assert ours.tolist() == pytest.approx([alone[row] for row in batch.rows], abs=1e-5)
 
 
-def test_the_published_reward_model_has_the_published_accuracy(tiny: Path) -> None:
-    assert metrics(tiny, "evaluate/sft")["rm_accuracy"] == pytest.approx(metrics(tiny, "train_rm")["eval_accuracy"])
+def test_the_published_reward_model_has_the_published_accuracy(copy_of_tiny: Copy, tiny: Path) -> None:
+    """By the stage that evaluates it on test rows, were these the validation rows."""
+    folder = copy_of_tiny()
+    for path in ("data/tokens/{}/preference.arrow", "data/prepared/{}/preference.jsonl"):
+        shutil.copy(folder / path.format("validation"), folder / path.format("test"))
+    call(folder, "evaluate_rm@rm")
+    found, told = metrics(folder, "evaluate_rm/rm"), metrics(tiny, "train_rm")
+    assert found["accuracy"] == pytest.approx(told["validation_accuracy"])
+    assert found["margin_mean"] == pytest.approx(told["validation_reward_margin"])
 
 
 @pytest.mark.parametrize("stage", ["train_sft", "train_ppo"])
@@ -127,9 +134,10 @@ def test_another_micro_batch_size_gives_the_same_step(copy_of_tiny: Copy, tiny: 
 
 def outs_of(folder: Path, stage: str) -> dict[str, bytes]:
     model = stage.removeprefix("train_")
-    paths = [folder / f"models/{model}", folder / f"metrics/{stage}.json", folder / f"metrics/curves/{stage}.csv"]
+    paths = [folder / f"models/{model}", folder / f"metrics/training/{model}.json"]
+    paths.append(folder / f"metrics/curves/{model}.csv")
     if stage == "train_ppo":
-        paths.append(folder / "data/rollouts/train_ppo")
+        paths.append(folder / "data/rollouts/ppo")
     return {f"{path.name}/{name}": content for path in paths for name, content in contents(path).items()}
 
 
@@ -157,7 +165,7 @@ def test_another_back_and_number_of_processes_goes_on(copy_of_tiny: Copy) -> Non
     """The averages, too: with them all that an optimizer holds goes from whole to shards and back."""
     undisturbed, folder = copy_of_tiny("undisturbed"), copy_of_tiny()
     for project in (undisturbed, folder):
-        change(project / "params.yaml", {"train_sft": {"optimizer": {"ema_decay": 0.8}}})
+        change(project / "params.yaml", {"train_sft": {"sft": {"optimizer": {"ema_decay": 0.8}}}})
     call(undisturbed, "train_sft")
     terminated = 128 + signal.SIGTERM
     for knobs, launch, status in (({}, "", terminated), ({"zero_stage": 2}, TWO_PROCESSES, 1)):
@@ -185,16 +193,16 @@ def refused(folder: Path, stage: str, **changed: str) -> str:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kep": "best"}, "params.yaml: train_dpo.kep is not a known key; did you mean 'keep'?"),
-        ({"beta": 0.1}, "params.yaml: train_dpo.beta is not a known key; did you mean 'loss.beta'?"),
+        ({"kep": "best"}, "params.yaml: train_dpo.dpo.kep is not a known key; did you mean 'keep'?"),
+        ({"beta": 0.1}, "params.yaml: train_dpo.dpo.beta is not a known key; did you mean 'loss.beta'?"),
         (
             {"loss": {"type": "ipo", "beta": "high"}},
-            "params.yaml: train_dpo.loss.beta: expected a number, found 'high' (str)",
+            "params.yaml: train_dpo.dpo.loss.beta: expected a number, found 'high' (str)",
         ),
         ({"loss": {"type": "sigmoyd", "beta": 0.1}}, "did you mean 'sigmoid'?"),
         (
             {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
-            "train_dpo.loss.label_smoothing is not a known key",
+            "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
     ],
 )
@@ -203,7 +211,7 @@ def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], me
 
     folder = copy_of_tiny()
     settings = read_yaml(folder / "params.yaml")
-    settings["train_dpo"].update(values)
+    settings["train_dpo"]["dpo"].update(values)
     write_yaml(folder / "params.yaml", settings)
     assert message in refused(folder, "train_dpo")
 
@@ -212,46 +220,52 @@ def test_a_missing_setting_is_named(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "clip_range" not in line))
-    assert "params.yaml: train_ppo.clip_range is missing" in refused(folder, "train_ppo")
+    assert "params.yaml: train_ppo.ppo.clip_range is missing" in refused(folder, "train_ppo")
 
 
 def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    assert "data/raw is not a model folder" in refused(folder, "train_sft", model="data/raw")
+    change(folder / "params.yaml", {"train_sft": {"sft": {"model": "data/raw"}}})
+    assert "data/raw is not a model folder" in refused(folder, "train_sft")
 
 
 def test_a_language_model_is_no_reward_model(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    assert "models/sft is not a reward model" in refused(folder, "train_ppo", reward_model="models/sft")
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {"reward_model": "models/sft"}}})
+    assert "models/sft is not a reward model" in refused(folder, "train_ppo")
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused(copy_of_tiny: Copy) -> None:
+def test_a_critic_with_another_tokenizer_is_refused_with_what_else_there_is(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     file = folder / "models/rm/tokenizer.json"
     file.write_text(file.read_text() + "\n")
-    assert "different tokenizers: their tokenizer.json differ" in refused(folder, "train_ppo")
+    said = refused(folder, "train_ppo")
+    assert "models/rm has another tokenizer than models/sft" in said
+    assert "let critic name models/sft (its body with a new head), or a reward model that was trained from it" in said
 
 
 def test_a_token_outside_the_vocabulary_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    path = folder / "data/tokens/preference/train.arrow"
+    path = folder / "data/tokens/train/preference.arrow"
     columns = read_table(path, PREFERENCE_SCHEMA)[:]
     columns["chosen_ids"][3][0] = 913657
     rewrite(path, PREFERENCE_SCHEMA, lambda _: columns)
     message = refused(folder, "train_rm")
-    assert "train.arrow, row 3" in message
+    assert "train/preference.arrow, row 3" in message
     assert "913657" in message
 
 
 def test_reference_log_probs_of_other_rows_are_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    shutil.copy(folder / "data/ref_logprobs/eval.arrow", folder / "data/ref_logprobs/train.arrow")
+    shutil.copy(folder / "data/ref_logprobs/sft/validation.arrow", folder / "data/ref_logprobs/sft/train.arrow")
     assert "was made from other rows" in refused(folder, "train_dpo")
 
 
 def test_a_run_that_diverges_is_stopped(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_sft": {"optimizer": {"learning_rate": 1e9, "schedule": "constant"}}})
+    change(
+        folder / "params.yaml", {"train_sft": {"sft": {"optimizer": {"learning_rate": 1e9, "schedule": "constant"}}}}
+    )
     assert "training has diverged" in refused(folder, "train_sft")
     assert (folder / "models/sft/model.safetensors").is_file()
 
@@ -272,7 +286,8 @@ def test_a_second_writer_is_refused(copy_of_tiny: Copy) -> None:
 @pytest.mark.slow
 def test_a_mistake_is_one_message_and_exit_code_2(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    process = start(folder, "train_sft", model="data/raw")
+    change(folder / "params.yaml", {"train_sft": {"sft": {"model": "data/raw"}}})
+    process = start(folder, "train_sft")
     _, errors = process.communicate()
     assert process.returncode == 2
     assert errors.count("error:") == 1
@@ -282,7 +297,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(copy_of_tiny: Copy) -> None:
 @pytest.mark.slow
 def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    process = start(folder, "train_sft", launch=TWO_PROCESSES, model="data/raw")
+    change(folder / "params.yaml", {"train_sft": {"sft": {"model": "data/raw"}}})
+    process = start(folder, "train_sft", launch=TWO_PROCESSES)
     _, errors = process.communicate()
     assert process.returncode != 0
     assert errors.count("error: data/raw is not a model folder") == 1
@@ -290,7 +306,7 @@ def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
 
 def test_a_kl_above_its_limit_stops_before_the_update(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_ppo": {"max_kl": 1e-9}})
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {"max_kl": 1e-9}}})
     call(folder, "train_ppo")
     ours, whole = curve(folder, "train_ppo"), curve(tiny, "train_ppo")
     last = next(index for index, kl in enumerate(whole["objective/kl"]) if kl > 1e-9)
@@ -302,13 +318,13 @@ def test_a_kl_above_its_limit_stops_before_the_update(copy_of_tiny: Copy, tiny: 
 
 def test_a_policy_too_far_from_its_rollouts_ends_the_phase(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_ppo": {"max_policy_kl": 1e-9, "epochs": 1}})
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {"max_policy_kl": 1e-9, "epochs": 1}}})
     call(folder, "train_ppo")
     # The first minibatch of a phase is at distance 0, the second is not.
     rows = curve(folder, "train_ppo")
     assert list(rows["policy/updates"]) == [1, 1, 1]
     # Two updates a phase are planned and one is made: before the last phase 2 are over and 2 to come.
-    settings = read_yaml(folder / "params.yaml")["train_ppo"]
+    settings = read_yaml(folder / "params.yaml")["train_ppo"]["ppo"]
     for column, optimizer in (("learning_rate", "policy_optimizer"), ("value/learning_rate", "critic_optimizer")):
         of = settings[optimizer]
         schedule = (of["learning_rate"], of["warmup_ratio"], of["min_learning_rate_ratio"], of["schedule"])
@@ -332,7 +348,7 @@ def test_the_distance_of_a_policy_costs_no_pass_of_the_critic(
     counts = []
     for limit in (None, 1e9):
         folder = copy_of_tiny(f"limit-{limit}")
-        change(folder / "params.yaml", {"train_ppo": {"max_policy_kl": limit}})
+        change(folder / "params.yaml", {"train_ppo": {"ppo": {"max_policy_kl": limit}}})
         passes.clear()
         call(folder, "train_ppo")
         counts.append(Counter(passes))
@@ -343,7 +359,7 @@ def test_the_distance_of_a_policy_costs_no_pass_of_the_critic(
 
 def test_only_the_critic_learns_while_it_warms_up(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_ppo": {"critic_warmup_iterations": 1}})
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {"critic_warmup_iterations": 1}}})
     call(folder, "train_ppo")
     rows = curve(folder, "train_ppo")
     assert list(rows["policy/updates"]) == [0, 4, 4]
@@ -356,16 +372,18 @@ def test_only_the_critic_learns_while_it_warms_up(copy_of_tiny: Copy) -> None:
 
 def test_margins_are_wanted_where_they_are_used(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_rm": {"use_margin": True}})
-    assert "train.arrow, row 0 has no margin" in refused(folder, "train_rm")
+    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
+    assert "data/tokens/train/preference.arrow, row 0 has no margin: set train_rm.rm.use_margin: false" in refused(
+        folder, "train_rm"
+    )
 
 
 def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    for split in ("train", "eval"):
-        path = folder / f"data/tokens/preference/{split}.arrow"
+    for split in ("train", "validation"):
+        path = folder / f"data/tokens/{split}/preference.arrow"
         rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": [1.5] * len(columns["row"])})
-    change(folder / "params.yaml", {"train_rm": {"use_margin": True}})
+    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
     call(folder, "train_rm")
     # A new head scores all alike: -ln sigmoid(0 - 1.5) = 1.7014.
     assert curve(folder, "train_rm")["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=0.1)
@@ -373,10 +391,9 @@ def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
 
 def test_another_precision_than_the_references_is_refused(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_dpo": {"precision": "bf16"}})
-    assert "train_dpo.precision is bf16, but data/ref_logprobs was computed with precision fp32" in refused(
-        folder, "train_dpo"
-    )
+    change(folder / "params.yaml", {"train_dpo": {"dpo": {"precision": "bf16"}}})
+    said = "train_dpo.dpo: precision is bf16, but data/ref_logprobs/sft was computed with precision fp32"
+    assert said in refused(folder, "train_dpo")
 
 
 def test_a_model_that_lacks_weights_is_refused(copy_of_tiny: Copy) -> None:
@@ -403,13 +420,14 @@ def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy, tiny:
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    assert "data/tokens/preference/train, row 0: its log-prob is nan" in refused(folder, "ref_logprobs")
+    assert "data/tokens/train/preference.arrow, row 0: its log-prob is nan" in refused(folder, "ref_logprobs")
     file.write_bytes((tiny / "models/sft/model.safetensors").read_bytes())
     file = folder / "models/rm/model.safetensors"
     tensors = load_file(file)
     tensors["score.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    assert "a model is broken" in refused(folder, "evaluate@sft")
+    assert "row 0: a score is nan; models/rm is broken" in refused(folder, "evaluate_rm@rm")
+    assert "row 0: the score of a reply is nan" in refused(folder, "score_samples@sft")
 
 
 def test_as_many_checkpoints_stay_as_runtime_yaml_says(copy_of_tiny: Copy) -> None:

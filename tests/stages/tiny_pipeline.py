@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from stages.lib.command.run import run_or_say_why_not
 from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.sections import default_params
+from tests.pipeline.graph import training_stages
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
 # The report depends on these, also where nothing has been written to one.
@@ -81,6 +82,15 @@ def change(path: Path, values: dict[str, Any]) -> None:
     write_yaml(path, settings)
 
 
+ENTRIES = dict(key.split("@") for key in training_stages()) | {"ref_logprobs": "sft"}
+
+
+def change_entries(folder: Path, values: dict[str, dict[str, Any]]) -> None:
+    """Lay the values of a section over those of its one entry, where a section has entries."""
+    named = {section: {ENTRIES[section]: own} if section in ENTRIES else own for section, own in values.items()}
+    change(folder / "params.yaml", named)
+
+
 def new_project(folder: Path) -> Path:
     """A folder with tiny settings, in which the scripts can run."""
     settings = default_params()
@@ -102,18 +112,22 @@ def new_project(folder: Path) -> Path:
 def stage_options(stage: str, **changed: str) -> list[str]:
     """The options with which dvc.yaml starts a stage, as a flat list; `changed` replaces single paths."""
     name, _, item = stage.partition("@")
-    group = read_yaml(PROJECT / "dvc.yaml")["stages"][name]
-    words = group.get("do", group)["cmd"].split()
+    words = command(stage).split()
     options = words[words.index(next(word for word in words if word.startswith("--"))) :]
     for option, value in changed.items():
         options[options.index(f"--{option.replace('_', '-')}") + 1] = value
     return [*options, *([ITEM_OPTIONS.get(name, "--name"), item] if item else [])]
 
 
-def script(stage: str) -> str:
-    """The script of a stage: several groups of stages may run one."""
+def command(stage: str) -> str:
+    """What dvc.yaml runs, without the name of an entry, which DVC gives in the environment."""
     group = read_yaml(PROJECT / "dvc.yaml")["stages"][stage.partition("@")[0]]
-    return script_name(group.get("do", group)["cmd"])
+    return group.get("do", group)["cmd"]
+
+
+def script(stage: str) -> str:
+    """Several groups of stages may run one."""
+    return script_name(command(stage))
 
 
 @contextlib.contextmanager

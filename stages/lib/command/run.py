@@ -1,5 +1,6 @@
 """A stage as a command: paths as options, and a user's mistake as one message with exit code 2 and no traceback."""
 
+import os
 import shutil
 import signal
 import sys
@@ -10,7 +11,6 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from stages.lib.command import signals_while_loading
 from stages.lib.command.errors import StageError, StoppedError, one_line
 from stages.lib.command.file_errors import file_message, no_space_explained
 from stages.lib.command.kernels import choose_kernels
@@ -25,8 +25,22 @@ USER_ERROR_EXIT_CODE = 2
 PathOption = Annotated[Path, typer.Option()]  # a required --path option; DVC shows every input and output in a command
 
 
-# Here, since torch reads its environment as soon as a script imports it.
-if signals_while_loading.is_a_stage("__main__"):
+def _in_a_stage() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.startswith("stages.")
+
+
+def _end_at_once(number: int, _frame: object) -> NoReturn:
+    """End a stage that still loads libraries: no work is there to tidy up yet."""
+    speak_for_all(f"stopped by {signal.Signals(number).name}")
+    os._exit(128 + number)
+
+
+# Not in `run`, which a script calls seconds later: a signal may come while it imports torch, and torch reads its
+# environment as soon as it is imported.
+if _in_a_stage():
+    for _number in STOP_SIGNALS:
+        signal.signal(_number, _end_at_once)
     choose_kernels()
 
 

@@ -150,7 +150,7 @@ def examples_of(
         MalformedRowError: a column is missing or of the wrong type, a role is unknown.
         UnusableRowError: the row is well formed and of no use, such as one with an empty reply.
     """
-    refuse_disagreement(name, options)
+    refuse_disagreement(name, options, f"{where}: ")
     if missing := missing_columns(row, name):
         raise MalformedRowError(
             f"{where}: format '{name}' needs the column '{missing[0]}', found {', '.join(row) or 'none'}; "
@@ -158,7 +158,7 @@ def examples_of(
             "missing_column",
         )
     facts = facts or {}
-    if name in PAIRS:
+    if name in PAIRS and not isinstance(options.comparison, TreeComparison):
         refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
     read = READERS[name].read(row, place)
@@ -177,14 +177,16 @@ WHICH_IS_WHICH = (
 )
 
 
-def refuse_disagreement(name: str, options: ReadingOptions) -> None:
-    """Raise a StageError if a format, or auto for any, and the options do not go together."""
+def refuse_disagreement(name: str, options: ReadingOptions, where: str = "") -> None:
+    """Raise a StageError, beginning with `where`, if a format, or auto for any, and the options do not go together."""
     if name == "comparison" and options.comparison is None:
-        raise StageError("format comparison needs the setting comparison, which says what is compared and how")
+        raise StageError(f"{where}format comparison needs the setting comparison: what is compared, and how")
     if name not in ("auto", "comparison") and options.comparison is not None:
-        raise StageError(f"comparison is set, and format is '{name}': make it comparison or auto")
+        raise StageError(f"{where}comparison is set, and format is '{name}': make it comparison or auto")
     if options.threshold is not None and options.comparison is None and name not in ("auto", *REPLIES):
-        raise StageError(f"threshold makes unpaired data of single replies, and format '{name}' does not have them")
+        raise StageError(
+            f"{where}threshold makes unpaired data of single replies, and format '{name}' does not have them"
+        )
 
 
 def missing_columns(row: RawRow, name: Format) -> list[str]:
@@ -230,14 +232,14 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     if example.rejected is not None and "margin" in read and is_given(row.get("margin")):
         example = replace(example, margin=margin_from(row["margin"], place.where))
     if name in REPLIES:
-        example = replace(example, label=label_of(row, place))
+        example = replace(example, label=label_from(row, place))
     if tools := tools_of(row, place):
         example = replace(example, tools=tools)
     arguments = object_from(row.get("chat_template_kwargs"), place.column("chat_template_kwargs"))
     return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
 
 
-def label_of(row: RawRow, place: RowPlace) -> bool | None:
+def label_from(row: RawRow, place: RowPlace) -> bool | None:
     """Whether a single reply is a good one, by its label or by its score; None where nothing says so."""
     threshold = place.options.threshold
     if threshold is not None and threshold.score is not None:

@@ -4,6 +4,7 @@ Without streaming the whole data set is downloaded and kept in the library's cac
 comes, and no further than the rows asked for.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.hub_files import Repository, fetched, without_network
 from stages.lib.data.raw_rows import ROWS_OF_A_BATCH, RawRow, arrow_rows
 
 SLICED = re.compile(r"([\w.-]+)\[(-?\d*%?):(-?\d*%?)\]")  # train[10:20], train[:10%]: as the library writes it
+DESCRIPTIONS = ("README.md", "dataset_infos.json")  # which may say what its splits and columns are
 STREAMED = re.compile(r"([\w.-]+)\[(\d*):(\d*)\]")
 
 
@@ -26,6 +29,15 @@ class HubData(NamedTuple):
     data_dir: str | None
     split: str | None  # or a slice of one
     streaming: bool
+
+    @property
+    def repository(self) -> Repository:
+        return Repository("dataset", self.dataset, self.revision)
+
+    @property
+    def part(self) -> tuple[str | None, str | None]:
+        """What of the repository it is."""
+        return self.config, self.data_dir
 
     def __str__(self) -> str:
         parts = {"config": self.config, "folder": self.data_dir, "split": self.split}
@@ -81,12 +93,13 @@ def hub_splits(data: HubData) -> dict[str, Any]:
             "Hub's; rename that, or read it as a source of files"
         )
     sliced = STREAMED.fullmatch(data.split or "") if data.streaming else None
+    path, revision = (str(fetched_folder(data)), None) if without_network() else (data.dataset, data.revision)
     try:
         loaded: Any = datasets.load_dataset(
-            data.dataset,
+            path,
             data.config,
             data_dir=data.data_dir,
-            revision=data.revision,
+            revision=revision,
             split=sliced[1] if sliced else data.split,
             streaming=data.streaming,
         )
@@ -97,6 +110,62 @@ def hub_splits(data: HubData) -> dict[str, Any]:
         loaded = loaded.skip(start)
         loaded = loaded.take(max(0, int(sliced[3]) - start)) if sliced[3] else loaded
     return {data.split: loaded} if data.split else dict(loaded)
+
+
+def fetched_folder(data: HubData) -> Path:
+    """Where `make fetch` has put the files of a data set, for a run without a network.
+
+    Raises:
+        StageError: it is not there, or its folder gives other files than the Hub did.
+    """
+    found = fetched(data.repository, data.part)
+    if found is None:
+        raise StageError(
+            f"{data} is not in the cache, and HF_HUB_OFFLINE is set: run `make fetch` where there is a network"
+        )
+    folder, files = found
+    read = {os.path.relpath(path, folder) for path in files_of_builder(data, str(folder), None)}
+    other = read ^ files.difference(DESCRIPTIONS)
+    if other:
+        raise StageError(
+            f"{data}: in the cache it has other files than on the Hub, such as {min(other)}; remove {folder}"
+        )
+    return folder
+
+
+def hub_files_of(data: HubData) -> list[str]:
+    """The paths in its repository of the files that a data set on the Hub is read from.
+
+    Raises:
+        StageError: the Hub cannot be reached, or has no such data set, commit, configuration, folder or split.
+    """
+    start = f"hf://datasets/{data.dataset}@{data.revision}/"
+    files = [path.removeprefix(start) for path in files_of_builder(data, data.dataset, data.revision)]
+    for path in files:
+        if "://" in path or path.startswith("/"):
+            raise StageError(f"{data} is read from {path}, which is no file of its repository, and cannot be fetched")
+    return files + [name for name in DESCRIPTIONS if is_on_the_hub(data, name)]
+
+
+def files_of_builder(data: HubData, path: str, revision: str | None) -> list[str]:
+    """Addresses of the files of all splits, each once. Raises StageError as `hub_files_of`."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, data.config, data_dir=data.data_dir, revision=revision)
+    except Exception as error:  # as above
+        raise not_loaded(data, error) from None
+    splits: Any = builder.config.data_files or {}
+    name = (data.split or "").partition("[")[0]
+    if name and name not in splits:
+        raise StageError(f"{data}: it has no split {name}, but {', '.join(map(str, splits)) or 'none'}")
+    return [*dict.fromkeys(str(path) for paths in splits.values() for path in paths)]
+
+
+def is_on_the_hub(data: HubData, file: str) -> bool:
+    from huggingface_hub import HfApi
+
+    return HfApi().file_exists(data.dataset, file, repo_type="dataset", revision=data.revision)
 
 
 def not_loaded(data: HubData, error: Exception) -> StageError:

@@ -248,11 +248,14 @@ def delimiter_of(file: Path) -> str:
                 header = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
             except csv.Error:
                 continue
-        if len(header) > 1:
+        if len(header) > 1 and not any('"' in name for name in header):  # else it parts what stands in quotes
             found[delimiter] = name
     if len(found) > 1:
         raise StageError(f"{file}, line 1: the header has {' and '.join(found.values())}: say in delimiter which parts")
-    return next(iter(found), ",")
+    delimiter = next(iter(found), ",")
+    if delimiter != ",":
+        tell_once(one_line(f"{file}: by its header, fields are parted by {found[delimiter]}"))
+    return delimiter
 
 
 def tsv_rows(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import render, require_fast
+from stages.lib.data.chat import NO_CONTEXT, Context, asked, render_all, rendered, require_fast
 from stages.lib.data.conversations import Message
+from stages.lib.data.template_process import ToRender
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import TOKENIZER_JSON, longest_sequence, read_config, require_json_objects
 
@@ -37,19 +38,28 @@ class RewardTexts:
     def has_template(self) -> bool:
         return isinstance(self.tokenizer.chat_template, str)
 
-    def encode(self, prompt: Sequence[Message] | str, reply: str) -> list[int]:
-        """Ids of a prompt (messages, or text that the reply goes on from) and a reply.
+    def encode(
+        self,
+        prompts: Sequence[Sequence[Message] | str],
+        replies: Sequence[str],
+        contexts: Sequence[Context] | None = None,
+    ) -> list[list[int]]:
+        """Ids of each prompt (messages, or text that the reply goes on from) with its reply.
 
+        Args:
+            contexts: what the template gets beside the messages.
         Raises:
-            StageError: the chat template refuses the conversation, or it is too long for the model.
+            StageError: the chat template refuses a conversation, or one is too long for the model.
         """
-        if isinstance(prompt, str) or not self.has_template:
-            text = prompt + reply if isinstance(prompt, str) else "\n".join([*map(content_of, prompt), reply])
-            ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids
-        else:
-            conversation: list[Message] = [*prompt, {"role": "assistant", "content": reply}]
-            text = render(self.tokenizer, conversation, add_generation_prompt=False)
-            ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        asked_with = [NO_CONTEXT] * len(prompts) if contexts is None else contexts
+        by_template = [self.has_template and not isinstance(prompt, str) for prompt in prompts]
+        rows = [*zip(prompts, replies, asked_with, by_template, strict=True)]
+        to_render = [conversation(prompt, reply, context) for prompt, reply, context, by in rows if by]
+        texts = iter([rendered(result).text for result in render_all(self.tokenizer, to_render)] if to_render else [])
+        return [self._ids(next(texts) if by else plain(prompt, reply), plain=not by) for prompt, reply, _, by in rows]
+
+    def _ids(self, text: str, *, plain: bool) -> list[int]:
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=plain).ids
         if self.longest is not None and len(ids) > self.longest:
             raise StageError(
                 f"{self.folder} reads at most {self.longest} tokens of its own, and a prompt with its reply has "
@@ -58,8 +68,17 @@ class RewardTexts:
         return ids
 
 
-def content_of(message: Message) -> str:
-    return message["content"]
+def conversation(prompt: Sequence[Message] | str, reply: str, context: Context) -> ToRender:
+    """Messages with a reply, to be rendered."""
+    assert not isinstance(prompt, str), "text is not rendered"
+    return asked([*prompt, {"role": "assistant", "content": reply}], context, add_generation_prompt=False)
+
+
+def plain(prompt: Sequence[Message] | str, reply: str) -> str:
+    """A prompt and its reply without a template."""
+    if isinstance(prompt, str):
+        return prompt + reply
+    return "\n".join([*(message["content"] for message in prompt), reply])
 
 
 def load_any_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":

@@ -56,8 +56,7 @@ class EvaluationRows:
 
     def sources(self, kind: str) -> list[str]:
         """Of each row."""
-        table = self.tables[kind]
-        return table["source"][:] if "source" in table.column_names else [""] * len(table)
+        return self.tables[kind]["source"][:]
 
     def require_fit(self, config: Any, max_new_tokens: int) -> None:
         """Raise StageError if the model has no such token, or no room for a prompt with its response."""
@@ -79,7 +78,7 @@ def prompts_of_texts(table: "Dataset", max_prompts: int | None, model: Path) -> 
         if start > 1:
             ids = row["input_ids"][:start]
             context = {"text": tokenizer.decode(ids)}
-            prompts.append(Prompt(row["row"], ids, [], {}, context, row.get("source", "")))
+            prompts.append(Prompt(row["row"], ids, [], {}, context, row["source"]))
         if len(prompts) == max_prompts:
             break
     return prompts

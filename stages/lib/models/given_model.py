@@ -26,14 +26,16 @@ TOKENIZER_CHOICES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
 
 
-def download(model: str, revision: str, *, trust_remote_code: bool) -> Path:
-    """Fetch one revision of a Hub model, or find it in the cache. Raises StageError if it cannot be had.
+def hub_patterns(*, trust_remote_code: bool) -> list[str]:
+    """Which files of a Hub model are fetched: code only where it may be run, weights in pickles never."""
+    return [*HUB_FILES, *(["*.py"] if trust_remote_code else [])]
 
-    Code is fetched only where it may be run, weights in pickles never.
-    """
+
+def download(model: str, revision: str, *, trust_remote_code: bool) -> Path:
+    """Fetch one revision of a Hub model, or find it in the cache. Raises StageError if it cannot be had."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    patterns = hub_patterns(trust_remote_code=trust_remote_code)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # of many unrelated types: from the network, the Hub's answers and the disk

@@ -94,9 +94,10 @@ def label_of(config: dict[str, Any], path: Path, wanted: str | int | None) -> tu
         return 0, None
     if isinstance(wanted, str):
         if names.count(wanted) != 1:
+            found = "two labels" if wanted in names else "no label"
             raise StageError(
-                f"{path} has {names.count(wanted) or 'no'} labels '{wanted}', which reward_label names"
-                f"{nearest(wanted, names)}; it has {', '.join(names[:20])}"
+                f"{path} has {found} '{wanted}', which reward_label names (it has {', '.join(names[:20])})"
+                f"{nearest(wanted, names)}"
             )
         wanted = names.index(wanted)
     if wanted >= len(names):

@@ -1,6 +1,6 @@
 """The loop of every stage that trains on a fixed table: take steps, evaluate, keep the last weights or the best.
 
-best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",))
+best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",), after_step=…)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +50,7 @@ def fit(
     *,
     weights: Callable[[], dict[str, torch.Tensor]],
     shown: tuple[str, ...],
+    after_step: Callable[[int], None],
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
@@ -59,6 +60,8 @@ def fit(
         seed: of the order of rows.
         weights: what training changes, as it stands; called within `engine.averaged()`.
         shown: names of what a progress line shows.
+        after_step: is told of each finished step (0-based) before its checkpoint, to keep its model; not of the last,
+            unless it is the best that will be published.
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
@@ -79,6 +82,8 @@ def fit(
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}
         run.record(step, objective.units(rows), row, shown)
+        if step + 1 < total or settings.keep == "best":
+            after_step(step)
     return best
 
 

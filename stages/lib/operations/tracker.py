@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
+TrackerName = Literal["tensorboard", "wandb"]
 TrackedRow = tuple[int, Mapping[str, float]]  # step (1-based), values
 
 
@@ -11,7 +12,7 @@ class TrackerSettings(Protocol):
     """What `runtime.yaml` says of trackers; the file explains each key."""
 
     @property
-    def trackers(self) -> tuple[str, ...]: ...
+    def trackers(self) -> tuple[TrackerName, ...]: ...
     @property
     def tracker_folder(self) -> str: ...
     @property

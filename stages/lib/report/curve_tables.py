@@ -11,7 +11,7 @@ from typing import NamedTuple
 from stages.lib.command.errors import StageError
 from stages.lib.report.number_formats import LARGEST, is_usable
 
-EVAL = "eval/"
+VALIDATION = "validation/"
 STEP = "step"
 MOST_COLUMNS = 500  # each is a figure of the page
 AGAIN = "run its training stage again"
@@ -103,8 +103,8 @@ def rising(steps: list[float | None], places: list[str]) -> list[int]:
 
 
 def training_and_evaluation(columns: list[str]) -> dict[str, list[str]]:
-    """The columns to show together: each metric with its `eval/` twin, or that alone, in the order of the table."""
+    """The columns to show together: each metric with its `validation/` twin, or alone, in the order of the table."""
     together: dict[str, list[str]] = {}
     for name in columns:
-        together.setdefault(name.removeprefix(EVAL), []).append(name)
+        together.setdefault(name.removeprefix(VALIDATION), []).append(name)
     return together

@@ -1,4 +1,4 @@
-"""The outcome of a run in three sentences made from its metrics: better than SFT or not, by whose measure, how far off.
+"""The outcome of a run in sentences made from its metrics: better than the reference or not, by whose measure, how far.
 
 A difference counts as one only if its 95 % interval leaves out zero, an accuracy as better than guessing only if its
 interval lies above one half.
@@ -8,70 +8,96 @@ from collections.abc import Mapping
 
 from stages.lib.report.number_formats import decimal, number, percent, signed
 
-BASELINE = "sft"
+KNOWN = ("sft", "dpo", "ppo", "grpo")  # whose names their field writes in capitals
 Measured = Mapping[str, float]
 
 
-def outcome(policies: Mapping[str, Measured], reward_model: Measured, bayes_accuracy: float | None) -> list[str]:
-    """Three sentences.
+def outcome(
+    policies: Mapping[str, Measured],
+    reference: str,
+    reward_models: Mapping[str, Measured],
+    bayes_accuracy: float | None,
+) -> list[str]:
+    """The sentences, one for each thing that was measured.
 
     Args:
-        policies: the evaluation of each policy by its name; `sft` is the baseline and may be missing.
-        reward_model: the metrics of the reward model's training: `eval_accuracy` with its interval.
-        bayes_accuracy: the best accuracy that can be expected on the held-out pairs, or None where it is unknown.
+        policies: what was measured on each policy, by its name; the reference may be among them.
+        reference: its name as it is shown.
+        reward_models: what was measured on each reward model.
+        bayes_accuracy: the best accuracy that can be expected on the test pairs, or None where it is unknown.
     """
-    return [
-        policies_against_sft({name: metrics for name, metrics in policies.items() if name != BASELINE}),
-        of_reward_model(reward_model, bayes_accuracy),
-        of_drift(policies),
-    ]
+    answered = {name: metrics for name, metrics in policies.items() if "prompts" in metrics}
+    compared = {name: metrics for name, metrics in answered.items() if is_compared(metrics)}
+    sentences = [against_reference(compared, reference)] if compared else []
+    sentences += [of_reward_model(name, metrics, bayes_accuracy) for name, metrics in reward_models.items()]
+    texts = {name: metrics for name, metrics in policies.items() if "sft_perplexity" in metrics}
+    sentences += [of_texts(texts)] if texts else []
+    sentences += [of_drift(answered, reference)] if answered else []
+    return sentences or ["Nothing was evaluated."]
 
 
-def policies_against_sft(trained: Mapping[str, Measured]) -> str:
-    if not trained:
-        return "No policy but SFT was evaluated, so there is nothing to compare it with."
-    count = number(next(iter(trained.values()))["prompts"])
-    clauses = "; ".join(comparison(name, metrics) for name, metrics in trained.items())
-    sentence = f"On {count} held-out prompts, {clauses}"
-    if not any(has_gold(metrics) for metrics in trained.values()):
+def is_compared(metrics: Measured) -> bool:
+    """Whether a policy was compared with the reference, rather than being it."""
+    return "kl_to_reference_mean" in metrics
+
+
+def against_reference(compared: Mapping[str, Measured], reference: str) -> str:
+    measured = {name: measure_of(metrics) for name, metrics in compared.items()}
+    if not any(measured.values()):
+        return f"Neither a gold utility nor a reward model says which policy is better than {reference}."
+    count = number(next(iter(compared.values()))["prompts"])
+    clauses = [comparison(name, compared[name], measure, reference) for name, measure in measured.items() if measure]
+    sentence = f"On {count} test prompts, {'; '.join(clauses)}"
+    if "gold" not in measured.values():
         sentence += "; that is the reward model's own opinion, as this data has no gold utility to check it against"
     return f"{sentence}."
 
 
-def comparison(name: str, metrics: Measured) -> str:
-    """What became of one policy, by the gold utility where there is one."""
-    if not has_gold(metrics):
-        return f"{shown(name)} {verdict(metrics, 'reward')} in mean reward ({evidence(metrics, 'reward')})"
+def measure_of(metrics: Measured) -> str | None:
+    """What a policy is judged by: the gold utility where there is one, or a reward model, or nothing."""
+    return next((name for name in ("gold", "reward") if f"{name}_minus_reference_mean" in metrics), None)
+
+
+def comparison(name: str, metrics: Measured, measure: str, reference: str) -> str:
+    """What became of one policy."""
+    said = f"{shown(name)} {verdict(metrics, measure, reference)} in mean"
+    if measure == "reward":
+        return f"{said} reward ({evidence(metrics, 'reward', reference)})"
     graded = f" on {number(metrics['gold_prompts'])} of them" if "gold_prompts" in metrics else ""
-    text = f"{shown(name)} {verdict(metrics, 'gold')} in mean gold utility{graded} ({evidence(metrics, 'gold')})"
-    if verdict(metrics, "gold") != "beats SFT" and verdict(metrics, "reward") == "beats SFT":
-        text += f", although the reward model puts it above SFT ({difference(metrics, 'reward')})"
+    text = f"{said} gold utility{graded} ({evidence(metrics, 'gold', reference)})"
+    beats = f"beats {reference}"
+    if "reward_minus_reference_mean" not in metrics or verdict(metrics, "gold", reference) == beats:
+        return text
+    if verdict(metrics, "reward", reference) == beats:
+        text += f", although the reward model puts it above {reference} ({difference(metrics, 'reward', reference)})"
     return text
 
 
-def verdict(metrics: Measured, measure: str) -> str:
-    if metrics[f"{measure}_minus_sft_ci_low"] > 0:
-        return "beats SFT"
-    if metrics[f"{measure}_minus_sft_ci_high"] < 0:
-        return "falls below SFT"
-    return "cannot be told from SFT"
+def verdict(metrics: Measured, measure: str, reference: str) -> str:
+    if metrics[f"{measure}_minus_reference_ci_low"] > 0:
+        return f"beats {reference}"
+    if metrics[f"{measure}_minus_reference_ci_high"] < 0:
+        return f"falls below {reference}"
+    return f"cannot be told from {reference}"
 
 
-def difference(metrics: Measured, measure: str) -> str:
-    mean, low, high = (signed(metrics[f"{measure}_minus_sft_{part}"]) for part in ("mean", "ci_low", "ci_high"))
-    includes_zero = ", which includes zero" if verdict(metrics, measure) == "cannot be told from SFT" else ""
+def difference(metrics: Measured, measure: str, reference: str) -> str:
+    mean, low, high = (signed(metrics[f"{measure}_minus_reference_{part}"]) for part in ("mean", "ci_low", "ci_high"))
+    includes_zero = ", which includes zero" if verdict(metrics, measure, reference).startswith("cannot") else ""
     return f"{mean}, 95\N{NO-BREAK SPACE}% interval {low} to {high}{includes_zero}"
 
 
-def evidence(metrics: Measured, measure: str) -> str:
-    rate, low, high = (percent(metrics[f"{measure}_win_rate_vs_sft{part}"]) for part in ("", "_ci_low", "_ci_high"))
-    return f"{difference(metrics, measure)}; better on {rate} of the prompts, {low} to {high}"
+def evidence(metrics: Measured, measure: str, reference: str) -> str:
+    rate, low, high = (
+        percent(metrics[f"{measure}_win_rate_vs_reference{part}"]) for part in ("", "_ci_low", "_ci_high")
+    )
+    return f"{difference(metrics, measure, reference)}; better on {rate} of the prompts, {low} to {high}"
 
 
-def of_reward_model(metrics: Measured, bayes_accuracy: float | None) -> str:
-    accuracy, low, high = (metrics[f"eval_accuracy{part}"] for part in ("", "_ci_low", "_ci_high"))
+def of_reward_model(name: str, metrics: Measured, bayes_accuracy: float | None) -> str:
+    accuracy, low, high = (metrics[f"accuracy{part}"] for part in ("", "_ci_low", "_ci_high"))
     sentence = (
-        f"The reward model agrees with {percent(accuracy)} of the held-out preferences "
+        f"The reward model {name} agrees with {percent(accuracy)} of the test preferences "
         f"(95\N{NO-BREAK SPACE}% interval {percent(low)} to {percent(high)}"
     )
     if high < 0.5:
@@ -90,13 +116,21 @@ def of_reward_model(metrics: Measured, bayes_accuracy: float | None) -> str:
     )
 
 
-def of_drift(policies: Mapping[str, Measured]) -> str:
+def of_texts(policies: Mapping[str, Measured]) -> str:
+    count = number(next(iter(policies.values()))["sft_rows"])
+    found = {name: number(metrics["sft_perplexity"]) for name, metrics in policies.items()}
+    return f"The perplexity of {count} test texts is {listed(found)}."
+
+
+def of_drift(policies: Mapping[str, Measured], reference: str) -> str:
     ended = {name: percent(metrics["eos_rate"]) for name, metrics in policies.items()}
     endings = f"the share of responses that end by themselves, with EOS, is {listed(ended)}"
-    moved = {name: decimal(metrics["kl_to_sft_mean"]) for name, metrics in policies.items() if name != BASELINE}
+    moved = {
+        name: decimal(metrics["kl_to_reference_mean"]) for name, metrics in policies.items() if is_compared(metrics)
+    }
     if not moved:
         return f"{endings[0].upper()}{endings[1:]}."
-    return f"The KL from SFT, in nats per response, is {listed(moved)}; {endings}."
+    return f"The KL from {reference}, in nats per response, is {listed(moved)}; {endings}."
 
 
 def listed(values: Mapping[str, str]) -> str:
@@ -106,8 +140,8 @@ def listed(values: Mapping[str, str]) -> str:
 
 
 def shown(name: str) -> str:
-    """A policy's name as its field writes it."""
-    return name.upper()
+    """A policy's name as its field writes it, where it has one."""
+    return name.upper() if name in KNOWN else name
 
 
 def has_gold(metrics: Measured) -> bool:

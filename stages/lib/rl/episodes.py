@@ -10,7 +10,7 @@ class Episode(NamedTuple):
 
     prompt: Prompt
     ids: list[int]  # of the response, up to and including the first EOS
-    text: str
+    text: str  # of `ids` before EOS: what a reward or a grade reads; the log of rollouts shows EOS, too
     ended: bool  # with EOS, rather than at the limit of new tokens
     sample: int  # which of a prompt's samples, 0-based
     engine_logps: list[float] | None  # of `ids` as the engine that sampled them computed them, in nats

@@ -16,6 +16,7 @@ from stages.lib.rl.rewards.reward_model import RewardModel, facts_of_reward, loa
 from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_reading import RewardReading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +48,11 @@ def load_critic(
     its first head, else a model of its own.
 
     Args:
-        reading: how the reward model is read, and the critic too where it starts from one.
+        reading: how the reward model is read, and so the critic that starts from the same folder.
         batching: of passes over the policy's ids.
     """
-    classifier = cast("PreTrainedModel", load_critic_start(critic, reading, loading, seed, policy))
+    of_critic = reading if critic == reward_model else RewardReading(reward_head=None, reward_label=None)
+    classifier = cast("PreTrainedModel", load_critic_start(critic, of_critic, loading, seed, policy))
     lora = Lora(classifier, lora_settings, seed, critic)
     # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
     shared = lora_settings and loading.runtime.zero_stage < 3 and critic == reward_model

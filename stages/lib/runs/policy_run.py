@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -10,7 +11,7 @@ from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.trained_policy import TrainedPolicy
-from stages.lib.runs.training_run import TrainingRun
+from stages.lib.runs.training_run import SavesModels, TrainingRun
 
 SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
 
@@ -28,6 +29,22 @@ def record_phase(
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
         this_run.say(line)
+
+
+class Phased(SavesModels, Protocol):
+    """What `keep_policy` reads of a section of params.yaml."""
+
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def model(self) -> str: ...
+
+
+def keep_policy(this_run: TrainingRun, policy: TrainedPolicy, iteration: int, settings: Phased) -> None:
+    """Keep the model folder of a phase (0-based) after its updates, where one is due; the last phase's is published."""
+    if iteration + 1 < settings.iterations:
+        this_run.keep_model(iteration, policy.engine, policy.lora, settings, tokenizer_from=Path(settings.model))
 
 
 def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:

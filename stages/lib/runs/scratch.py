@@ -8,6 +8,7 @@ other settings or inputs never resume an old state:
         code-9f8e7d6c5b4a3f2e/      what this version of the stage's code has saved
             checkpoint-00000040/    state.json, tensors-*.safetensors, manifest.json (checksums)
             logs/                   files that grow as training goes on; a checkpoint knows their lengths
+            models/                 whole model folders of steps on the way
         kept/                       partial results of a stage that has no checkpoints
         outs/ + complete.json       the finished outs, until dvc.lock holds their hashes
 """
@@ -40,6 +41,7 @@ from stages.lib.runs.checkpoints import (
     write_checkpoint,
     write_synced,
 )
+from stages.lib.runs.step_models import add_model, take_models
 
 
 class ScratchFolder:
@@ -70,6 +72,7 @@ class ScratchFolder:
         self.folder = scratch_root() / f"{stage}-{fingerprint[:16]}"
         self.state = self.folder / f"code-{self.code[:16]}"
         self.logs = self.state / "logs"
+        self.models = self.state / "models"
         self.kept = self.folder / "kept"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,7 @@ class ScratchFolder:
 
     def _refuse_links(self) -> None:
         """Raise StageError for a link in place of a folder whose files are removed in time."""
-        for path in (self.state, self.logs, self.kept):
+        for path in (self.state, self.logs, self.models, self.kept):
             if path.is_symlink():
                 raise StageError(f"{path} is a link; remove it, or have $STAGEWISE_SCRATCH name another folder")
 
@@ -141,6 +144,17 @@ class ScratchFolder:
                 with contextlib.suppress(OSError):  # what a file system holds back goes with the next one
                     remove(other)
 
+    def keep_model(self, step: int, keep_last: int | None, write: Callable[[Path], None]) -> None:
+        """Keep a whole model folder of a step (1-based), and of all such the last `keep_last`, until the run is done.
+
+        Raises:
+            StageError: the disk is full or not writable; the folders before are as they were.
+        """
+        try:
+            add_model(self.models, step, keep_last, write)
+        except OSError as error:
+            raise StageError(f"the model of step {step} cannot be written to {self.models}: {error}") from None
+
     def load(self) -> "Checkpoint | None":
         """The newest checkpoint that is whole and may be used, or None; the logs are cut to its lengths.
 
@@ -158,12 +172,14 @@ class ScratchFolder:
             if not self._take_logs(folder.parent / "logs", checkpoint.state.pop("log_lengths")):
                 print(f"warning: {self.logs} lacks lines that {folder} counts on; trying another", file=sys.stderr)
                 continue
+            take_models(folder.parent / "models", self.models, checkpoint.state["step"])
             if folder.parent != self.state:
                 print(f"note: {folder} was made by other code; going on from it, as runtime.yaml asks", flush=True)
             print(f"resuming from step {checkpoint.state['step']} ({folder})", flush=True)
             return checkpoint
         for log in self.logs.iterdir():
             remove(log)
+        remove(self.models)
         return None
 
     def _candidates(self) -> list[Path]:

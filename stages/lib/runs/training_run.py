@@ -25,7 +25,9 @@ import torch
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import value_hash
 from stages.lib.command.jsonl import write_json
+from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.processes import Processes
+from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import save_model
 from stages.lib.operations.progress import Progress
 from stages.lib.operations.stop_signal import StopSignal
@@ -34,7 +36,9 @@ from stages.lib.runs.checkpoints import Checkpoint
 from stages.lib.runs.curve import Curve
 from stages.lib.runs.model_card import write_model_card
 from stages.lib.runs.stage_run import StageRun
+from stages.lib.runs.step_models import copy_models
 from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.save_every import SaveEvery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +87,16 @@ class Pace:
         yield
         self.saved_at = time.monotonic()
         self.saves_took = [self.saves_took[1], self.saved_at - started]
+
+
+class SavesModels(Protocol):
+    """What `keep_model` reads of a section of params.yaml."""
+
+    @property
+    def save_every(self) -> SaveEvery | None: ...
+
+    @property
+    def save_dtype(self) -> str: ...
 
 
 class TrainingRun(StageRun):
@@ -232,6 +246,27 @@ class TrainingRun(StageRun):
         """A file that grows during training and is cut back when a checkpoint is resumed (main process only)."""
         return self.scratch.logs / name if self.scratch else None
 
+    def keep_model(self, step: int, engine: Engine, lora: Lora, settings: SavesModels, *, tokenizer_from: Path) -> None:
+        """Keep a whole model folder of a step (0-based) if one is due after it: models/<name>/step_<n>, 1-based.
+
+        All processes call this together, before the step's checkpoint. The weights are those that would be published.
+        """
+        due = settings.save_every
+        if due is None or (step + 1) % due.steps:
+            return
+        with engine.averaged():
+            weights = engine.master_weights(lora.model)
+
+            def write(folder: Path) -> None:
+                merged, dtype = lora.merged(weights), settings.save_dtype
+                save_model(lora.model, merged, folder, save_dtype=dtype, tokenizer_from=tokenizer_from)
+                inputs = self.own_scratch.input_hashes
+                card = {"stage": self.stage, "settings": self.settings, "inputs": inputs}
+                write_model_card(folder, **card, metrics={"step": step + 1, **lora.counts()})
+                lora.save_adapter(lora.trained(weights), folder, dtype)
+
+            self.processes.in_main(lambda: self.own_scratch.keep_model(step + 1, due.keep_last_k, write))
+
     def publish(self, build: Callable[[dict[str, Path]], None]) -> None:
         """As StageRun.publish; "curve" is filled here."""
 
@@ -256,6 +291,7 @@ class TrainingRun(StageRun):
 
         def build(staged: dict[str, Path]) -> None:
             save_model(model, weights, staged["model"], save_dtype=save_dtype, tokenizer_from=tokenizer_from)
+            copy_models(self.own_scratch.models, staged["model"])
             write_model_card(
                 staged["model"],
                 stage=self.stage,

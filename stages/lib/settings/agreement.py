@@ -38,7 +38,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_like_reference(params)
     for name, settings in params["train_rm"].items():
         if settings.use_margin and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.use_margin: pairs made by sources.tasks have no margin")
+            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for settings in settings_by_key(stage, params).values():
@@ -149,8 +149,9 @@ def require_positions(positions: int, name: str, params: Mapping[str, Any]) -> N
     limits = params["tokenize_data"]
     needed = {"tokenize_data.max_length": limits.max_length} | {
         f"tokenize_data.max_prompt_length + {key}.max_new_tokens": limits.max_prompt_length + settings.max_new_tokens
-        for stage in ("train_ppo", "train_grpo", "evaluate")
-        for key, settings in settings_by_key(stage, params).items()
+        for section in params
+        for key, settings in settings_by_key(section, params).items()
+        if hasattr(settings, "max_new_tokens")
     }
     for keys, tokens in needed.items():
         if tokens > positions:

@@ -9,6 +9,7 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts, read_object
 from stages.lib.operations.scratch_root import scratch_root
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
+from stages.lib.settings.model_agreement import require_models_on_the_way, require_readable_reward_models
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
 from stages.lib.settings.runtime import read_runtimes
 from stages.lib.settings.sections import read_all_params
@@ -27,16 +28,19 @@ def outs_of_graph(graph: dict[str, Any], document: dict[str, Any]) -> list[str]:
         entries = [entry for kind in ("outs", "metrics", "plots") for entry in body.get(kind) or ()]
         names = entries_of_group(stage, document)
         for path in (next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries):
-            found += [path.replace("${key}", name) for name in names] if "${key}" in path else [path]
+            is_for_each = "${key}" in path or "${item}" in path
+            found += (
+                [path.replace("${key}", name).replace("${item}", name) for name in names] if is_for_each else [path]
+            )
     return [path.partition("${")[0].rstrip("/") for path in found]
 
 
 def entries_of_group(stage: dict[str, Any], document: dict[str, Any]) -> list[str]:
-    """The names for each of which a group with `foreach: ${section.key}` has a stage."""
+    """The names for each of which a group with `foreach: ${section.key}` has a stage: a mapping's keys, or a list."""
     values: Any = document
     for part in str(stage.get("foreach", "")).strip("${}").split("."):
         values = values.get(part) if isinstance(values, dict) else None
-    return [*values] if isinstance(values, dict) else []
+    return [*values] if isinstance(values, dict | list) else []
 
 
 def known_models(base: PrepareBase) -> Iterator[tuple[ModelFacts, str]]:
@@ -76,6 +80,8 @@ def check_settings() -> list[str]:
     require_agreement(params, runtimes)
     require_served(data, sources)
     require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE), load_yaml(PARAMS_FILE)))
+    require_models_on_the_way(params)
+    require_readable_reward_models(params)
     scratch_root()
     warnings: list[str] = []
     for facts, name in known_models(base):

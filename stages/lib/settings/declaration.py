@@ -29,7 +29,7 @@ def key(default: Any, says: str, *, unit: str | None = None, source: str | None 
     return Field(description=description, json_schema_extra={"default": default})
 
 
-def block(model: type[Settings], **changed: Any) -> dict[str, Any]:
+def block(model: type[Settings], /, **changed: Any) -> dict[str, Any]:
     """The defaults of a model's keys, with some `changed`, as the default of a key that holds such a block."""
     unknown = changed.keys() - model.model_fields.keys()
     if unknown:

@@ -6,6 +6,7 @@ from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Te
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.save_every import SaveEvery, save_every
 
 
 class EpochSettings(Settings):
@@ -18,5 +19,6 @@ class EpochSettings(Settings):
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     eval_every: Count = key(100, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
     keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest validation loss")
+    save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(None, "null: every weight is trained; else adapters on a frozen base, a block")
     optimizer: OptimizerSettings = key(block(OptimizerSettings), "AdamW, its schedule and clipping")

@@ -7,15 +7,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.quoted import nearest
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.sections import KINDS
 
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
-NAMED = (*TRAINED, "ref_logprobs", "evaluate_rm")  # sections that map names to settings
+TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
+NAMED = tuple(section for section, kind in KINDS.items() if get_origin(kind) is dict)  # that map names to settings
 MODELS, REFERENCES = Path("models"), Path("data/ref_logprobs")
 NEEDED_KIND = {
     "train_sft": "sft",

@@ -12,23 +12,12 @@ from stages.lib.command.params import build
 from stages.lib.command.quoted import describe, nearest
 from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
+from stages.lib.operations.stage_names import DATA_STAGES, STAGES
+from stages.lib.operations.tracker import TrackerName
 from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, key
 
 RUNTIME_FILE = Path("runtime.yaml")
-# The stages that launch.sh starts, each with a section of its own name.
-STAGES = (
-    "train_sft",
-    "train_rm",
-    "ref_logprobs",
-    "train_dpo",
-    "train_ppo",
-    "train_grpo",
-    "evaluate",
-    "score_samples",
-    "evaluate_rm",
-)
-DATA_STAGES = ("tokenize_data",)  # they use `workers` alone
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
 # What params.yaml and the other keys decide.
 OUR_DEEPSPEED_KEYS = {
@@ -127,7 +116,7 @@ class Runtime(Settings):
     resume_across_code_change: bool = key(
         False, "let a killed run go on from its checkpoint although the code has changed since"
     )
-    trackers: Several[Literal["tensorboard", "wandb"]] = key([], "where a curve goes beside its CSV: one, both or none")
+    trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")
     tracker_folder: Text = key(
         "runs",
         "event files and wandb's folders, in the project (a link may lead elsewhere); Git and DVC ignore runs/",

@@ -11,7 +11,7 @@ from pydantic import StrictBool, model_validator
 from stages.lib.command.errors import StageError
 from stages.lib.command.json_schema import LARGEST_WHOLE
 from stages.lib.data.formats import WITHOUT_PAIRS, Format, refuse_disagreement
-from stages.lib.data.hub_data import refuse_unreadable_split
+from stages.lib.data.hub_data import HubData, refuse_unreadable_split
 from stages.lib.data.prepared_rows import Kind, Split
 from stages.lib.data.raw_columns import refuse_unknown_targets
 from stages.lib.settings.bounds import Count, ErrorOrDrop, Name, Positive, Several, Text
@@ -121,6 +121,11 @@ class HubSource(RowSettings):
     streaming: StrictBool = key(
         False, "true: download no more than the rows asked for (max_rows, or a slice in rows), at each run again"
     )
+
+    @property
+    def data(self) -> HubData:
+        """What is read of the Hub."""
+        return HubData(self.dataset, self.revision, self.config, self.data_dir, self.hub_split, self.streaming)
 
     @model_validator(mode="after")
     def _check_hub(self) -> "HubSource":

@@ -11,6 +11,7 @@ from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.save_every import SaveEvery, save_every
 
 
 class TrainGrpo(RewardReading):
@@ -42,6 +43,7 @@ class TrainGrpo(RewardReading):
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,
         "null: every weight is trained; else a block: the frozen base is also the reference, if that is the same model",

@@ -22,6 +22,7 @@ from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.save_every import SaveEvery, save_every
 
 
 class TrainPpo(RewardReading):
@@ -73,6 +74,7 @@ class TrainPpo(RewardReading):
     critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,
         "null: every weight is trained; else a block: policy and critic get adapters, and their frozen bases also "

@@ -16,16 +16,16 @@ TASK = "task"  # the fact that names a prompt's task
 class Task(Protocol):
     """Rows, what is known of them, and grades."""
 
-    def rows(self, settings: Any, seed: int) -> Iterator[PreparedRow]:
+    def rows(self, settings: Any, seed: int, /) -> Iterator[PreparedRow]:
         """The prepared rows of all kinds and splits; equal arguments give equal rows.
 
         The facts of a prompt are `{"task": its name, …}`.
         """
 
-    def known(self, settings: Any, seed: int) -> dict[str, float]:
+    def known(self, settings: Any, seed: int, /) -> dict[str, float]:
         """Metrics of the rows that only who made them can tell, such as the best accuracy that labels allow."""
 
-    def grade(self, prompt: Prompt, response: str) -> float:
+    def grade(self, prompt: Prompt, response: str, /) -> float:
         """How good the text of a response is, on the task's own scale; more is better.
 
         Raises:

@@ -12,6 +12,7 @@ import pytest
 
 from stages.lib.command import errors
 from stages.lib.operations import last_words
+from tests.real_files import PROJECT
 
 SCRIPT = """
 from stages.lib.command.run import PathOption, run
@@ -119,6 +120,20 @@ def test_a_signal_ends_a_stage_with_one_line_and_tidies_up(tmp_path: Path) -> No
         process.send_signal(number)
         output, errors = process.communicate()
         assert (process.returncode, output, errors) == (128 + number, "tidied up\n", f"stopped by {number.name}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_libraries_are_loaded_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal comes in the middle of the import of torch, whose place a file takes."""
+    (tmp_path / "torch.py").write_text(f"import signal\nsignal.raise_signal({number.value})\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train_sft"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"stopped by {number.name}\n")
 
 
 def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -537,7 +537,7 @@ SEVERAL_RESPONSES = [
 ]
 ANSWER = {"message_id": "2", "parent_id": "1", "role": "assistant", "rank": 1, "text": "No!"}
 BETTER = {"message_id": "3", "parent_id": "1", "role": "assistant", "rank": 0, "text": "Yes."}
-ROOT = {"message_id": "1", "parent_id": None, "role": "prompter", "rank": None, "text": "Tea?"}
+ROOT = {"message_id": "1", "parent_id": None, "role": "prompter", "rank": None, "text": "Tea?", "labels": {"spam": 0}}
 TREES = [
     FormatExample(
         "a tree of messages with ranked replies (OpenAssistant)",

@@ -7,8 +7,8 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError, UnusableRowError
 from stages.lib.data.detection import FormatOfRows, detect_format
-from stages.lib.data.formats import READERS, WITHOUT_PAIRS, Format, picked_facts
-from tests.lib.data.reading import one_example, said
+from stages.lib.data.formats import READERS, WITHOUT_PAIRS, Format, columns_read, picked_facts
+from tests.lib.data.reading import one_example, options, said
 from tests.real_files import real_file
 
 
@@ -327,6 +327,36 @@ def test_a_conversation_without_a_reply_says_why(messages, reason):
         one_example({"messages": messages}, "messages", "here")
     with pytest.raises(UnusableRowError, match=f"^{reason}$"):
         one_example({"prompt": "a", "completion": messages}, "prompt_completion", "here")
+
+
+def test_a_column_that_rides_on_as_a_fact_is_no_reply_unless_a_format_needs_it():
+    assert detect_format({"prompt": "a", "solution": "b"}, "here", ("solution",)) == "prompt"
+    assert detect_format({"text": "a", "url": "b"}, "here", ("url",)) == "text"
+    assert detect_format({"question": "a", "answer": "b"}, "here", ("answer",)) == "question_answer"
+    with pytest.raises(StageError, match="a reply may stand in other"):
+        detect_format({"prompt": "a", "solution": "b", "other": "c"}, "here", ("solution",))
+
+
+def test_a_score_that_gives_the_label_takes_the_place_of_the_column():
+    scored = columns_read("messages", options(threshold={"score": "stars"}))
+    assert scored == {"messages", "system", "tools", "functions", "chat_template_kwargs", "stars"}
+    assert "label" in columns_read("messages", options())
+    assert "label" in columns_read("messages", options(threshold={"score": "label"}))
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [(True, True), (False, False), ("True", True), (" false ", False), ("TRUE", True)]
+)
+def test_a_label_says_whether_a_single_reply_is_good(label, expected):
+    for name, row in REPLIES.items():
+        assert one_example(row | {"label": label}, name).label is expected
+
+
+@pytest.mark.parametrize("label", [0, 1, "1", "good", None, "", [True]])
+def test_a_label_of_another_kind_is_not_guessed(label):
+    with pytest.raises(MalformedRowError, match="here, 'label': expected true or false") as caught:
+        one_example(REPLIES["messages"] | {"label": label}, "messages")
+    assert caught.value.reason == "bad_label"
 
 
 def test_all_rows_are_of_the_format_of_the_first():

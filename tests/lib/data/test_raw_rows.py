@@ -55,7 +55,7 @@ def test_rows_are_named_by_line_or_row(tmp_path):
 
 
 def test_json_lines_under_the_name_of_an_array_are_read(tmp_path):
-    assert [row for _, row in local_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + LINES.encode()))] == ROWS
+    assert rows_of(write(tmp_path / "a.json", b"\xef\xbb\xbf" + LINES.encode())) == ROWS
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_its_documents(tmp_path, capsys):
@@ -294,7 +294,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
 def test_a_folder_is_not_read_in_place_of_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "owner/name/train.jsonl", LINES)
-    with pytest.raises(StageError, match="hub_dataset: owner/name is also a file or folder here"):
+    with pytest.raises(StageError, match="dataset: owner/name is also a file or folder here"):
         list(hub_rows(HubData("owner/name", "0" * 40, None, None, None, False), None))
 
 

@@ -136,6 +136,7 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         ([system("s"), user("a"), CALLING, TOOL, CALLING, TOOL, bot("b"), user("c"), bot("d")], None),
         ([user("a"), TOOL, bot("b")], "not_alternating"),
         ([TOOL, bot("b")], "not_alternating"),
+        ([user("a"), bot("x"), bot("y"), user("b"), bot("c")], "not_alternating"),
         ([user("a"), CALLING, bot("b")], "not_alternating"),
         ([user("a"), CALLING, TOOL, user("c"), bot("b")], "not_alternating"),
         ([user("a"), system("s"), bot("b")], "not_alternating"),

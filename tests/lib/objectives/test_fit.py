@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ALONE = Processes(0, 1, CPU)
 RATE = 0.5
 TRAIN = {"x": [1.0, -2.0, 3.0, 0.5, 4.0], "weight": [1, 5, 2, 1, 3]}
 HELD_OUT = {"x": [0.5, 0.8], "weight": [1, 3]}  # nearer to w after 4 steps than after 6
-COLUMNS = ("loss", "distance", "grad_norm", "learning_rate", "eval/loss")
+COLUMNS = ("loss", "distance", "grad_norm", "learning_rate", "validation/loss")
 SEED = 3
 OPTIMIZER = OptimizerSettings(
     learning_rate=RATE,
@@ -49,12 +49,14 @@ OPTIMIZER = OptimizerSettings(
 def settings_of(keep: str) -> EpochSettings:
     """12 rows: 6 steps of 2, the third of which takes rows of two epochs."""
     return EpochSettings(
+        model="models/sft",
         epochs=2.4,
         batch_size=2,
         precision="fp32",
         save_dtype="float32",
         eval_every=4,
         keep=keep,
+        save_every=None,
         lora=None,
         optimizer=OPTIMIZER,
     )
@@ -129,7 +131,7 @@ def worked_out_again() -> tuple[list[dict[str, float]], list[float]]:
         corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.95 ** (step + 1))
         w -= RATE * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
         if step + 1 in (4, total):
-            row["eval/loss"] = mean(w, Table(HELD_OUT)[:], 2)
+            row["validation/loss"] = mean(w, Table(HELD_OUT)[:], 2)
         curve.append(row | {"learning_rate": RATE})
         points.append(w)
     return curve, points
@@ -151,13 +153,19 @@ def new_run(folder: Path) -> Iterator[TrainingRun]:
             yield run
 
 
-def fitted(run: TrainingRun, settings: EpochSettings = SETTINGS, train: dict = TRAIN) -> tuple[BestWeights, Point]:
+def fitted(
+    run: TrainingRun,
+    settings: EpochSettings = SETTINGS,
+    train: dict = TRAIN,
+    after_step: Callable[[int], None] = lambda _: None,
+) -> tuple[BestWeights, Point]:
     module = Point()
     total = steps_in(5, settings.batch_size, settings.epochs)
     engine = TorchEngine(module, settings.optimizer, total, run.runtime, ALONE)
     tables = (Table(train), Table(HELD_OUT))
     weights = engine.master_weights
-    best = fit(run, engine, Quadratic(), *tables, settings, SEED, weights=lambda: weights(module), shown=("loss",))
+    words = {"weights": lambda: weights(module), "shown": ("loss",), "after_step": after_step}
+    best = fit(run, engine, Quadratic(), *tables, settings, SEED, **words)
     run.publish(lambda _: None)
     return best, module
 
@@ -174,11 +182,11 @@ def test_it_does_what_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert float(module.w.detach()) == pytest.approx(points[-1], rel=1e-5)
     found = curve_of(tmp_path)
     assert [row.pop("step") for row in found] == [1, 2, 3, 4, 5, 6]
-    assert found == [pytest.approx(row, rel=1e-5) for row in curve]  # there is no column eval/distance
+    assert found == [pytest.approx(row, rel=1e-5) for row in curve]  # there is no column validation/distance
     # The step with the lower held-out loss is kept, with all metrics of its evaluation.
-    assert curve[3]["eval/loss"] < curve[5]["eval/loss"]
+    assert curve[3]["validation/loss"] < curve[5]["validation/loss"]
     assert best.step == 4
-    held_out = {"loss": curve[3]["eval/loss"], "distance": mean(points[4], Table(HELD_OUT)[:], 1)}
+    held_out = {"loss": curve[3]["validation/loss"], "distance": mean(points[4], Table(HELD_OUT)[:], 1)}
     assert best.results == pytest.approx(held_out, rel=1e-5)
     assert float(best.weights["w"]) == pytest.approx(points[4], rel=1e-5)
     shown = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
@@ -221,3 +229,13 @@ def test_with_last_nothing_is_copied(tmp_path: Path) -> None:
         best, _ = fitted(run, settings_of("last"))
     assert best.step == 6
     assert best.weights is None
+
+
+@pytest.mark.parametrize(("keep", "told"), [("last", [0, 1, 2, 3, 4]), ("best", [0, 1, 2, 3, 4, 5])])
+def test_it_tells_of_each_step_whose_weights_are_not_published_as_the_last(
+    keep: str, told: list[int], tmp_path: Path
+) -> None:
+    found: list[int] = []
+    with new_run(tmp_path) as run:
+        fitted(run, settings_of(keep), after_step=found.append)
+    assert found == told

@@ -66,7 +66,7 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
             "zero_optimization.offload_optimizer: nvme is not supported; offload_optimizer and",
         ),
         ("train_rm: {deepspeed: {zero_optimization: 3}}\n", "deepspeed.zero_optimization must hold keys, found 3"),
-        ("train_rm: {trackers: [wandbb]}\n", "trackers[0]: 'wandbb' (str) is not one of: tensorboard, wandb; did you"),
+        ("train_rm: {trackers: [wandbb]}\n", "trackers[0]: 'wandbb' (str) is not one of: tensorboard, wandb"),
         ("train_rm: {trackers: wandb}\n", "train_rm.trackers: expected a list, found 'wandb' (str)"),
         ("train_rm: {trackers: [wandb, wandb]}\n", "trackers must name each tracker once, found wandb, wandb"),
         ("train_rm: {tracker_run: a/b}\n", "tracker_run must be up to 100 letters, digits, spaces, dots, - and _"),

@@ -10,7 +10,7 @@ from stages.lib.tasks.task import TASK
 
 
 def rows(settings: dict[str, int], seed: int) -> Iterator[PreparedRow]:
-    for split, first in (("train", seed), ("eval", seed + settings["rows"])):
+    for split, first in (("train", seed), ("test", seed + settings["rows"])):
         for number in range(first, first + settings["rows"]):
             prompt, right, wrong = [user(f"what is {number} plus 2?")], f"it is {number + 2}.", f"it is {number}."
             yield PreparedRow("sft", split, {"messages": [*prompt, assistant(right)]})

@@ -1,9 +1,9 @@
 """The reward of a reward model, the pipeline's own or a given one: its score of a prompt and a response to it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -12,8 +12,9 @@ from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
 from stages.lib.compute.sequence_scores import PairScores, all_pair_scores, all_scores
-from stages.lib.data.chat import encode_completion, encode_prompt, load_tokenizer
+from stages.lib.data.chat import Context, encode_completion, encode_prompt, load_tokenizer
 from stages.lib.data.conversations import Message
+from stages.lib.data.encoding import encode_text
 from stages.lib.data.reward_texts import RewardTexts
 from stages.lib.models.model_facts import read_config
 from stages.lib.models.pretrained import Loading
@@ -22,6 +23,9 @@ from stages.lib.models.reward_models import load_scores
 from stages.lib.models.scalar_scores import ClassifierScores
 from stages.lib.models.tokenizer_files import has_same_tokenizer
 from stages.lib.rl.episodes import Episode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PromptOrText = Sequence[Message] | str  # a prompt: messages, or text that the reply goes on from
 
@@ -70,8 +74,9 @@ class RewardModel:
         if self.texts is None:
             prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
             return [*self.score_ids(prompts, responses)]
-        messages = [episode.prompt.messages for episode in episodes]
-        return [*self.score_texts(messages, [episode.text for episode in episodes])]
+        prompts = [episode.prompt.context.get("text") or episode.prompt.messages for episode in episodes]
+        contexts = [context_of(episode.prompt.context) for episode in episodes]
+        return [*self.score_texts(prompts, [episode.text for episode in episodes], contexts=contexts)]
 
     def score_ids(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         """The score of each completion, in the order given, of a model that shares the policy's tokenizer."""
@@ -84,34 +89,45 @@ class RewardModel:
         return all_pair_scores(self.scores, pairs, self.batching)
 
     def score_texts(
-        self, prompts: Sequence[PromptOrText], replies: Sequence[str], ended: Sequence[bool] | None = None
+        self,
+        prompts: Sequence[PromptOrText],
+        replies: Sequence[str],
+        ended: Sequence[bool] | None = None,
+        contexts: Sequence[Context] | None = None,
     ) -> list[float]:
         """The score of each reply to its prompt, in the order given.
 
         Args:
             ended: with EOS, rather than at a limit of tokens, as each reply did (None: all of them). One that shares
                 the policy's tokenizer reads the EOS of those that did.
+            contexts: what a chat template of its own gets beside the messages.
         Raises:
             StageError: a chat template refuses a conversation, or one is too long for the model; with the policy's
                 tokenizer also as `chat.encode_completion`.
         """
-        rows = zip(prompts, replies, [True] * len(replies) if ended is None else ended, strict=True)
-        encoded = [self._encode(*row) for row in rows]
-        return all_scores(
-            self.scores, [prompt for prompt, _ in encoded], [reply for _, reply in encoded], self.batching
-        )
-
-    def _encode(self, prompt: PromptOrText, reply: str, ended: bool) -> tuple[list[int], list[int]]:
         if self.texts is not None:
-            return [], self.texts.encode(prompt, reply)
+            ids = self.texts.encode(prompts, replies, contexts)
+            return all_scores(self.scores, [[]] * len(ids), ids, self.batching)
         assert self.folder is not None, "texts are encoded with a tokenizer"
         tokenizer = load_tokenizer(self.folder)
-        if isinstance(prompt, str):
-            backend = tokenizer.backend_tokenizer
-            first, second = (backend.encode(text, add_special_tokens=False).ids for text in (prompt, reply))
-            return first, second
-        ids = encode_completion(tokenizer, prompt, {"role": "assistant", "content": reply})
-        return encode_prompt(tokenizer, prompt), ids if ended else ids[:-1]
+        rows = zip(prompts, replies, [True] * len(replies) if ended is None else ended, strict=True)
+        encoded = [encoded_as_the_policy_does(tokenizer, *row) for row in rows]
+        return self.score_ids([prompt for prompt, _ in encoded], [reply for _, reply in encoded])
+
+
+def encoded_as_the_policy_does(
+    tokenizer: "PreTrainedTokenizerBase", prompt: PromptOrText, reply: str, ended: bool
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of a reply, as the pipeline's own stages give them."""
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt), encode_text(tokenizer, reply)
+    ids = encode_completion(tokenizer, prompt, {"role": "assistant", "content": reply})
+    return encode_prompt(tokenizer, prompt), ids if ended else ids[:-1]
+
+
+def context_of(context: Mapping[str, Any]) -> Context:
+    """What a prompt's row has for the chat template."""
+    return Context(context.get("tools"), context.get("template_arguments"))
 
 
 def load_reward_model(
