@@ -44,15 +44,9 @@ def made(folder: Path, profile: str, files: Callable[[Path], None]) -> Path:
     settings = shortened(settings_of(PROJECT / f"profiles/{profile}.yaml"))
     settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160}
     write_yaml(project / "params.yaml", settings)
-    stages = [name for stage in all_instances_of(settings) for name in [stage]]
-    for stage in stages:
+    for stage in all_instances(load_graph(), settings):
         call(project, stage)
     return project
-
-
-def all_instances_of(params: dict[str, Any]) -> list[str]:
-    """The stages of the graph with these settings, in the order in which they can run."""
-    return [*all_instances(load_graph(), params)]
 
 
 def metrics(folder: Path, name: str) -> dict[str, float]:
@@ -115,7 +109,8 @@ def transcripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_is_kept_or_counted(transcripts: Path) -> None:
     read, counts = metrics(transcripts, "read_source/hh"), metrics(transcripts, "prepare_data")
     dropped = sum(value for name, value in read.items() if name.startswith("dropped/"))
-    assert read["preference/rows"] + dropped == read["raw_rows"] == 240
+    assert read["rows_kept"] + dropped == read["rows_read"] == 240
+    assert read["rows_kept"] == read["preference/rows"] == read["sft/rows"]
     kept = sum(counts[f"preference/{split}_rows"] for split in ("train", "validation", "test"))
     left_out = sum(value for name, value in counts.items() if name.startswith("hh/preference/dropped/"))
     assert kept + left_out == read["preference/rows"]
