@@ -27,7 +27,7 @@ from stages.lib.command.run import run
 from stages.lib.data.alike_rows import contaminated_rows, near_duplicates
 from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
 from stages.lib.data.prompt_digests import content_digest, digests_of_row
-from stages.lib.data.row_places import FATES, RowPlaces, Share
+from stages.lib.data.row_places import FATES, DrawnShare, RowPlaces
 from stages.lib.operations.run_log import log_run
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.sources import Sources, TaskSettings
@@ -71,7 +71,7 @@ def settle(places: RowPlaces, folder: Path, sources: Sources, settings: PrepareD
     if settings.near_duplicates is not None:
         found = near_duplicates(train_rows(places, folder, sources, settings), settings.near_duplicates, seed)
         places.leave_out(found, "near_duplicate")
-    shares = {numbers[name]: Share(source.weight, source.rows) for name, source in sources.by_name.items()}
+    shares = {numbers[name]: DrawnShare(source.weight, source.rows) for name, source in sources.by_name.items()}
     places.draw(shares, list(numbers), seed)
 
 
@@ -105,7 +105,7 @@ def write_prepared(rows: Iterator[tuple[TakenRow, str]], kinds: tuple[Kind, ...]
                 files[fate, row.kind].write(line + "\n")
 
 
-def metrics_of(counts: Mapping[tuple[int, int, int], int], names: list[str], kinds: tuple[Kind, ...]) -> Counter[str]:
+def rows_by_fate(counts: Mapping[tuple[int, int, int], int], names: list[str], kinds: tuple[Kind, ...]) -> Counter[str]:
     """Rows of each kind and split, and of each source and kind what became of them."""
     found = Counter({f"{kind}/{split}_rows": 0 for kind in kinds for split in SPLITS})
     for (source, kind, fate), count in counts.items():
@@ -172,7 +172,7 @@ def main(
             written_whole(*(out / split for split in SPLITS), metrics) as (*folders, metrics_partial),
         ):
             settle(places, sources, named, settings, seed)
-            counts = metrics_of(places.counts(), list(named.by_name), settings.kinds)
+            counts = rows_by_fate(places.counts(), list(named.by_name), settings.kinds)
             require_rows(counts, settings.kinds)
             rows = placed_rows(places, sources, named, settings)
             write_prepared(rows, settings.kinds, dict(zip(SPLITS, folders, strict=True)))

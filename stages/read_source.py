@@ -187,8 +187,8 @@ def task_rows(settings: TaskSettings, seed: int) -> Iterator[SourceRow]:
         yield {"kind": kind, "split": split, **values}
 
 
-def write_rows(folder: Path, rows: Iterator[SourceRow]) -> None:
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+def write_rows(path: Path, rows: Iterator[SourceRow]) -> None:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -210,15 +210,14 @@ def main(
     sources = read_params("sources", Sources)
     name = entry_name(name, sources.by_name, "sources")
     settings, tally = sources.by_name[name], Tally()
-    outs = [out / name, metrics / f"{name}.json", metrics / f"{name}.txt"]
-    with written_whole(*outs) as (folder, numbers, text):
-        folder.mkdir()
+    outs = [out / name / "rows.jsonl", metrics / f"{name}.json", metrics / f"{name}.txt"]
+    with written_whole(*outs) as (file, numbers, text):
         if isinstance(settings, TaskSettings):
-            write_rows(folder, tally.counted(task_rows(settings, read_value("seed", int))))
+            write_rows(file, tally.counted(task_rows(settings, read_value("seed", int))))
             lines, counts = [f"made by the task {settings.task}"], Counter[str]()
         else:
             reading = Reading(settings, sources.place_of(name))
-            write_rows(folder, tally.counted(reading.rows()))
+            write_rows(file, tally.counted(reading.rows()))
             lines, counts = reading.finish(), reading.counts
         values = {**dict(sorted(counts.items())), **tally.metrics()}
         write_json(numbers, values)

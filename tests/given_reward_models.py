@@ -32,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def save_tokenizer(folder: Path, *, template: str | None = TEMPLATE, longest: int = 128) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 300 tokens that puts <s> and </s> around plain text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,9 @@ def save_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> PreTrain
         single="<s> $A </s>", special_tokens=[("<s>", START_ID), ("</s>", END_ID)]
     )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, model_max_length=128, **names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, model_max_length=longest, **names
+    )
     fast.save_pretrained(folder)
     return fast
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-class Item(NamedTuple):
+class HubItem(NamedTuple):
     """Something of the Hub that params.yaml names."""
 
     key: str  # in params.yaml
@@ -58,15 +58,15 @@ def main() -> None:
         sys.exit(USER_ERROR_EXIT_CODE)
 
 
-def named_items() -> Iterator[Item]:
+def named_items() -> Iterator[HubItem]:
     """All that params.yaml names of the Hub."""
     for name, source in read_params("sources", Sources).hub.items():
-        yield Item(f"sources.hub.{name}", source.data.repository, source.data)
+        yield HubItem(f"sources.hub.{name}", source.data.repository, source.data)
     for name, model in read_params("prepare_base", PrepareBase).hub.items():
-        yield Item(f"prepare_base.hub.{name}", Repository("model", model.model, model.revision), None)
+        yield HubItem(f"prepare_base.hub.{name}", Repository("model", model.model, model.revision), None)
 
 
-def fetch(item: Item, *, trust_remote_code: bool) -> Sequence["RepoFile"]:
+def fetch(item: HubItem, *, trust_remote_code: bool) -> Sequence["RepoFile"]:
     """Bring an item into the cache. Returns its files. Raises StageError if that cannot be done."""
     from huggingface_hub.utils import disable_progress_bars
 
@@ -78,7 +78,7 @@ def fetch(item: Item, *, trust_remote_code: bool) -> Sequence["RepoFile"]:
         if data is None:
             files = model_files(repository, trust_remote_code=trust_remote_code)
         else:
-            files = listed(repository, hub_files_of(data))
+            files = hub_entries(repository, hub_files_of(data))
         for file in files:
             again = bring(repository, file)
             told = ", was damaged and is fetched again" if again else ""
@@ -107,7 +107,7 @@ def model_files(repository: Repository, *, trust_remote_code: bool) -> list["Rep
     return found
 
 
-def listed(repository: Repository, paths: Sequence[str]) -> list["RepoFile"]:
+def hub_entries(repository: Repository, paths: Sequence[str]) -> list["RepoFile"]:
     """What the Hub says of these files."""
     from huggingface_hub import HfApi
 

@@ -10,11 +10,12 @@ import pytest
 from dvc.repo import Repo
 
 from tests.proofs.dvc_projects import git, start_dvc
+from tests.stages.data_stages import use_source
 from tests.stages.tiny_pipeline import PROJECT, change
 
 ADDED = {"data/raw/x.jsonl.dvc", "data/raw/more/y.csv.dvc", "models/pretrained.dvc"}
-PARAMS = {"prepare_data": {"source": "local", "path": "data/raw/x.jsonl"}}
-OUT = "data/prepared/preference/train.jsonl"
+PAIRS = {"path": "data/raw/x.jsonl", "kinds": ["preference", "sft", "prompts"]}
+OUT = "data/prepared/train/preference.jsonl"
 
 
 def dvc(folder: Path, *words: str) -> str:
@@ -65,7 +66,7 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
     project = tmp_path / "project"
     copy_of_files(project)
     write_raw(project)
-    change(project / "params.yaml", PARAMS)
+    use_source(project, PAIRS)
     use_cache(project, cache_type)
     dvc(project, "add", "data/raw/x.jsonl", "data/raw/more/y.csv", "models/pretrained")
     dvc(project, "remote", "add", "--default", "storage", str(tmp_path / "storage"))
@@ -73,7 +74,7 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
     dvc(project, "repro", "prepare_data")
     git(project, "add", "--all")
     tracked = set(git(project, "ls-files", "data", "models").split())
-    assert tracked == {"data/raw/none", *ADDED}
+    assert {path for path in tracked if not path.endswith("/.gitkeep")} == ADDED
     git(project, "commit", "-q", "-m", "raw data")
     assert git(project, "status", "--porcelain") == ""
     dvc(project, "push")
@@ -81,7 +82,7 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(project), str(clone))
     use_cache(clone, cache_type)
-    dvc(clone, "pull", *ADDED, "prepare_data")
+    dvc(clone, "pull", *ADDED, "read_source@mine", "prepare_data")
     assert added_files(clone) == ADDED
     raw = clone / "data/raw/x.jsonl"
     assert raw.is_symlink() == (cache_type == "symlink")
@@ -94,7 +95,8 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
     assert "Running stage 'prepare_data'" in dvc(clone, "repro", "prepare_data")
     assert (clone / OUT).read_bytes() != first
     assert {line[3:] for line in git(clone, "status", "--porcelain").splitlines()} <= {
-        *("params.yaml", "dvc.lock", "metrics/prepare_data.json")
+        *("params.yaml", "dvc.lock", "metrics/prepare_data.json"),
+        *("metrics/read_source/mine.json", "metrics/read_source/mine.txt"),
     }
 
 
@@ -102,7 +104,7 @@ def test_raw_data_is_added_pushed_cloned_pulled_and_used(tmp_path: Path, cache_t
 def test_an_experiment_in_a_copy_finds_local_data(tmp_path: Path) -> None:
     project = copy_of_files(tmp_path / "project")
     write_raw(project)
-    change(project / "params.yaml", PARAMS)
+    use_source(project, PAIRS)
     dvc(project, "add", "data/raw/x.jsonl")
     git(project, "add", "--all")
     git(project, "commit", "-q", "-m", "raw data")
@@ -112,7 +114,7 @@ def test_an_experiment_in_a_copy_finds_local_data(tmp_path: Path) -> None:
     counts = json.loads(
         git(project, "show", "refs/exps/" + exp_ref(project, "other-seed") + ":metrics/prepare_data.json")
     )
-    assert counts["preference/train_rows"] + counts["preference/eval_rows"] == 40
+    assert sum(counts[f"preference/{split}_rows"] for split in ("train", "validation", "test")) == 40
     assert not os.path.lexists(project / OUT)
 
 

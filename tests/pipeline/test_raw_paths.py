@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.tiny_pipeline import PROJECT, change, new_project, read_yaml
+from tests.stages.data_stages import use_source
+from tests.stages.tiny_pipeline import PROJECT, new_project, read_yaml
 
 NAMES = [
     "my data.jsonl",
@@ -20,22 +21,23 @@ NAMES = [
     "`touch pwned`.jsonl",
     "-x.jsonl",
 ]
-INJECTION = "$(touch pwned)/../data/raw/none"
+INJECTION = "$(touch pwned)/../data/raw/x.jsonl"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = new_project(tmp_path_factory.mktemp("project"))
+    (folder / "data/raw").mkdir(parents=True)
     shutil.copytree(PROJECT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
     subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=folder, check=True)
     return folder
 
 
-def repro(folder: Path, **settings: str) -> subprocess.CompletedProcess:
-    change(folder / "params.yaml", {"prepare_data": settings})
+def repro(folder: Path, path: str, name: str = "mine") -> subprocess.CompletedProcess:
+    use_source(folder, {"path": path, "kinds": ["prompts"]}, name)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "prepare_data"]
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "read_source"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -43,21 +45,29 @@ def repro(folder: Path, **settings: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_any_name_is_read_and_tracked(project: Path, name: str) -> None:
     path = f"data/raw/{name}"
-    rows = [{"prompt": f"{name} {number}", "chosen": "yes", "rejected": "no"} for number in range(6)]
+    rows = [{"prompt": f"{name} {number}"} for number in range(6)]
     (project / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = repro(project, source="local", path=path)
+    done = repro(project, path)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = (project / "data/prepared/prompts/train.jsonl").read_text().splitlines()
-    assert {json.loads(line)["prompt"][0]["content"] for line in lines} < {row["prompt"] for row in rows}
-    locked = read_yaml(project / "dvc.lock")["stages"]["prepare_data"]
+    lines = (project / "data/sources/mine/rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"][0]["content"] for line in lines] == [row["prompt"] for row in rows]
+    locked = read_yaml(project / "dvc.lock")["stages"]["read_source@mine"]
     assert path in [dep["path"] for dep in locked["deps"]]
     assert not list(project.rglob("pwned"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["film_reviews", "local"])
-def test_a_path_that_is_a_command_is_run_by_nothing(project: Path, source: str) -> None:
-    done = repro(project, source=source, path=INJECTION)
+def test_a_path_that_is_a_command_is_run_by_nothing(project: Path) -> None:
+    done = repro(project, INJECTION)
     assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: params.yaml: prepare_data: path must")]
+    assert [
+        line for line in done.stderr.splitlines() if "path must not go up with .. from a folder that it names" in line
+    ]
+    assert not list(project.rglob("pwned"))
+
+
+@pytest.mark.slow
+def test_a_name_that_is_a_command_is_run_by_nothing(project: Path) -> None:
+    done = repro(project, "data/raw/it's.jsonl", "$(touch pwned)")
+    assert done.returncode != 0
     assert not list(project.rglob("pwned"))

@@ -11,7 +11,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.sources import FileSource, HubSource, Sources
 from stages.lib.settings.task_sources import FilmReviewSettings
-from tests.stages.tiny_pipeline import inside
+from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
 MODELS = {"files": FileSource, "hub": HubSource, "tasks": FilmReviewSettings}
 HALF = {"validation_fraction": 0.25, "test_fraction": 0.25}
@@ -24,6 +24,13 @@ def sources_of(**groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for group, of_name in groups.items()
     }
     return block(Sources, **({"tasks": {}} | given))
+
+
+def use_source(folder: Path, source: dict[str, Any], name: str = "mine") -> None:
+    """Make one source of files the only one of a project."""
+    params = read_yaml(folder / "params.yaml")
+    params["sources"] = sources_of(files={name: source})
+    write_yaml(folder / "params.yaml", params)
 
 
 def settings(folder: Path, sources: dict[str, Any], seed: int = 17, **changed: Any) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from stages.lib.command.strict_yaml import load_yaml
-from stages.lib.operations.code_closure import MANIFESTS
+from stages.lib.operations.code_closure import MANIFESTS, script_name
 from stages.lib.settings.check import outs_of_graph
+from stages.lib.settings.sections import default_params
 from stages.prepare_base import check_settings_again
 from stages.tools.use_profile import settings_of
 from tests.pipeline.graph import all_instances, outs_of
@@ -22,6 +23,7 @@ from tests.stages.tiny_pipeline import (
     new_project,
     read_yaml,
     stage_options,
+    use_base,
     write_yaml,
 )
 
@@ -50,7 +52,8 @@ def check(folder: Path, *options: str, **variables: str) -> subprocess.Completed
 def test_nothing_is_said_if_all_is_well_and_torch_is_not_loaded(project: Path) -> None:
     done = check(project, *stage_options("code_manifest"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert len(list((project / MANIFESTS).iterdir())) == len(load_yaml(PROJECT / "dvc.yaml")["stages"]) - 1
+    scripts = {script_name(stage["cmd"]) for stage in all_instances(load_yaml(PROJECT / "dvc.yaml")).values()}
+    assert {file.stem for file in (project / MANIFESTS).iterdir()} == scripts - {"code_manifest"}
     code = (
         "import sys, stages.code_manifest as c; c.check_settings(); c.manifests();"
         "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
@@ -65,7 +68,7 @@ def test_the_committed_settings_pass() -> None:
 @pytest.mark.parametrize("profile", ["hh-local", "qwen2.5-0.5b-hh"])
 def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: Path, profile: str) -> None:
     own_model(project / "models/pretrained", max_position_embeddings=512)
-    (project / "data/raw/hh-rlhf").mkdir()
+    (project / "data/raw/hh-rlhf").mkdir(parents=True)
     write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
     done = check(project, HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -73,7 +76,7 @@ def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: 
 
 def test_the_outs_of_the_graph_are_all_known() -> None:
     graph = load_yaml(PROJECT / "dvc.yaml")
-    known = outs_of_graph(graph)
+    known = outs_of_graph(graph, default_params())
     for stage in all_instances(graph).values():
         for out in outs_of(stage):
             assert any(out == name or out.startswith(f"{name}/") for name in known), out
@@ -87,13 +90,13 @@ def test_the_outs_of_the_graph_are_all_known() -> None:
         ("params.yaml", {"seed": -1}, "params.yaml: seed must be at least 0"),
         (
             "params.yaml",
-            {"train_rm": {"rm": {"init_from": "$(touch pwned)"}}},
-            "train_rm.init_from: '$(touch pwned)' (str) is not",
+            {"train_rm": {"rm": {"model": "$(touch pwned)"}}},
+            "train_rm.rm.model: $(touch pwned) is neither there nor made by a stage",
         ),
         (
             "params.yaml",
-            {"prepare_base": {"chat_template": "a.jinja"}},
-            "prepare_base.chat_template: a.jinja does not exist",
+            {"prepare_base": {"scratch": {"base": {"chat_template": "a.jinja"}}}},
+            "chat_template: stages/chat_templates has no file a.jinja; put it there, or name one of chat.jinja",
         ),
         ("runtime.yaml", {"default": {"threads": 0}}, "threads must be at least 1"),
         ("runtime.yaml", {"default": {"tracker_folder": ".git/x"}}, "tracker_folder must not lie in .git/"),
@@ -135,15 +138,12 @@ def own_model(folder: Path, **config: object) -> None:
     (folder / "config.json").write_text(text)
 
 
-LOCAL = {"prepare_base": {"source": "local", "path": "models/own", "corpus": "data/raw/none"}}
-
-
 def test_a_model_folder_is_asked_before_anything_runs(project: Path) -> None:
     own_model(project / "models/own", max_position_embeddings=150)
-    change(project / "params.yaml", LOCAL)
+    use_base(project, "files", path="models/own")
     assert "tokenize_data.max_length is 192, but models/own has 150 positions" in check(project).stderr
     own_model(project / "models/other", model_type="bloom")
-    change(project / "params.yaml", {"prepare_base": {"path": "models/other"}})
+    use_base(project, "files", path="models/other")
     assert (
         "attention: sdpa is not there for models of type bloom, as models/other is; set it to eager"
         in check(project).stderr
@@ -152,7 +152,7 @@ def test_a_model_folder_is_asked_before_anything_runs(project: Path) -> None:
 
 def test_a_model_without_a_classifier_is_a_warning(project: Path) -> None:
     own_model(project / "models/own", model_type="cohere")
-    change(project / "params.yaml", LOCAL)
+    use_base(project, "files", path="models/own")
     done = check(project)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: models of type cohere, as models/own is, have no sequence classifier")
@@ -160,8 +160,7 @@ def test_a_model_without_a_classifier_is_a_warning(project: Path) -> None:
 
 
 def test_a_hub_model_is_asked_once_its_files_are_here(project: Path, tmp_path: Path) -> None:
-    hub = {"source": "hub", "hub_model": "some/model", "hub_revision": REVISION, "corpus": "data/raw/none"}
-    change(project / "params.yaml", {"prepare_base": hub})
+    use_base(project, "hub", model="some/model", revision=REVISION)
     cache = tmp_path / "cache"
     assert check(project, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1").returncode == 0
     own_model(cache / f"models--some--model/snapshots/{REVISION}", max_position_embeddings=150)
@@ -176,7 +175,7 @@ def test_prepare_base_has_the_settings_checked_once_a_hub_model_is_here(
     change(project / "params.yaml", {"evaluate": {"max_new_tokens": 4000}})
     with inside(project):
         check_settings_again()
-        monkeypatch.setenv("DVC_STAGE", "prepare_base")
+        monkeypatch.setenv("DVC_STAGE", "prepare_base_hub@base")
         with pytest.raises(SystemExit) as ended:
             check_settings_again()
     assert ended.value.code == 2
@@ -184,7 +183,7 @@ def test_prepare_base_has_the_settings_checked_once_a_hub_model_is_here(
 
 def test_another_machine_runs_no_value_through_a_shell(project: Path) -> None:
     graph = read_yaml(project / "dvc.yaml")
-    graph["stages"]["train_sft"]["cmd"] = "sh stages/launch.sh train_sft --tokens '$(touch pwned)' ; touch pwned"
+    graph["stages"]["train_sft"]["do"]["cmd"] = "sh stages/launch.sh train_sft --tokens '$(touch pwned)' ; touch pwned"
     (project / "dvc.yaml").write_text(json.dumps(graph))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, check=True)
     done = subprocess.run(

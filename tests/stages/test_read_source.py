@@ -40,7 +40,7 @@ def refused(folder, rows, **keys):
     """The message with which a source is refused; nothing is written."""
     with pytest.raises(StageError) as caught:
         read_rows(folder, rows, **keys)
-    assert not list(folder.glob("data/sources/*"))
+    assert not list(folder.glob("data/sources/*/*"))
     assert not list(folder.glob("metrics/read_source/*"))
     return str(caught.value)
 

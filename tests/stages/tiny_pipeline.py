@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 
 from stages.lib.command.run import run_or_say_why_not
 from stages.lib.operations.code_closure import script_name
+from stages.lib.settings.declaration import block
+from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
 from stages.lib.settings.sections import default_params
 from tests.pipeline.graph import training_stages
 
@@ -82,13 +84,21 @@ def change(path: Path, values: dict[str, Any]) -> None:
     write_yaml(path, settings)
 
 
-ENTRIES = {stage: name for stage, name in (key.split("@") for key in training_stages())} | {"ref_logprobs": "sft"}
+ENTRIES = dict(key.split("@") for key in training_stages()) | {"ref_logprobs": "sft"}
 
 
 def change_entries(folder: Path, values: dict[str, dict[str, Any]]) -> None:
     """Lay the values of a section over those of its one entry, where a section has entries."""
     named = {section: {ENTRIES[section]: own} if section in ENTRIES else own for section, own in values.items()}
     change(folder / "params.yaml", named)
+
+
+def use_base(folder: Path, group: str, **changed: Any) -> None:
+    """Make one model of a group of prepare_base (files, hub) the only model to start from."""
+    model = {"files": ModelOfFolder, "hub": ModelOfHub}[group]
+    params = read_yaml(folder / "params.yaml")
+    params["prepare_base"] = {"scratch": {}, "files": {}, "hub": {}} | {group: {"base": block(model, **changed)}}
+    write_yaml(folder / "params.yaml", params)
 
 
 def new_project(folder: Path) -> Path:

@@ -1,11 +1,9 @@
 """Lists and objects that stand in a cell as text: JSON, or what Python prints of them, as pandas writes to CSV."""
 
 import ast
-import io
 import math
-import tokenize
+import re
 import warnings
-from itertools import pairwise
 from typing import Any
 
 from stages.lib.command.errors import StageError
@@ -13,8 +11,9 @@ from stages.lib.command.jsonl import parse_json
 from stages.lib.data.row_errors import MalformedRowError
 
 # Python's parser takes some hundred bytes a character; a conversation is far shorter.
-LONGEST_LITERAL = 1_000_000
-BETWEEN_TOKENS = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
+LONGEST_LITERAL = 500_000
+# A text as Python prints it, in UTF-8: one pair of quotes. Two side by side are one constant of the syntax tree.
+ONE_TEXT = re.compile(rb"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 HINT = "expected JSON, or what Python prints of lists and dictionaries"
 
 
@@ -33,7 +32,7 @@ def value_in_cell(text: str, where: str) -> Any:
         told = str(error)
         if "not valid JSON" not in told or text.lstrip()[:1] not in ("[", "{"):
             raise MalformedRowError(f"{told}: {HINT}", "unreadable_cell") from None
-    return literal(text, told)
+    return literal(text.strip(), told)
 
 
 def literal(text: str, told: str) -> Any:
@@ -45,10 +44,9 @@ def literal(text: str, told: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # about backslashes that stand for nothing
-            tree = ast.parse(text.strip(), mode="eval")
-        refuse_joined_texts(text.strip())
-        return plain_value(tree.body)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, SyntaxWarning, tokenize.TokenError) as error:
+            tree = ast.parse(text, mode="eval")
+        return plain_value(tree.body, text.encode().splitlines())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, SyntaxWarning) as error:
         reason = f" ({error})" if isinstance(error, UnclearLiteralError) else ""
         raise MalformedRowError(f"{told}: {HINT}{reason}", "unreadable_cell") from None
 
@@ -57,30 +55,33 @@ class UnclearLiteralError(ValueError):
     """A Python literal that Python reads as something else than was meant."""
 
 
-def plain_value(node: ast.expr) -> Any:
-    """The JSON value of a literal's syntax tree. Raises ValueError for what JSON does not have, such as a set."""
+def plain_value(node: ast.expr, lines: list[bytes]) -> Any:
+    """The JSON value of a literal's syntax tree.
+
+    Args:
+        lines: the source, in UTF-8.
+    Raises:
+        UnclearLiteralError: JSON has no such value, such as a set; or it may not be what was meant.
+    """
     match node:
+        case ast.Constant(value=str() as text):
+            source = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
+            if node.lineno != node.end_lineno or not ONE_TEXT.fullmatch(source):
+                raise UnclearLiteralError("two texts without a comma between them, as NumPy prints a list")
+            return text
         case ast.Constant(value=float() as number) if math.isinf(number):
             raise UnclearLiteralError("a number larger than any float64")
-        case ast.Constant(value=None | bool() | int() | float() | str()):
+        case ast.Constant(value=None | bool() | int() | float()):
             return node.value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
-            return -plain_value(node.operand)
+            return -plain_value(node.operand, lines)
         case ast.List(elts=items):
-            return [plain_value(item) for item in items]
+            return [plain_value(item, lines) for item in items]
         case ast.Dict(keys=keys, values=values):
-            names = [plain_value(key) if key is not None else None for key in keys]
+            names = [plain_value(key, lines) if key is not None else None for key in keys]
             if not all(isinstance(name, str) for name in names):
                 raise UnclearLiteralError("a dictionary whose keys are not all texts")
             if len(set(names)) < len(names):
                 raise UnclearLiteralError("a key stands twice in one dictionary; which value counts?")
-            return dict(zip(names, map(plain_value, values), strict=True))
+            return dict(zip(names, (plain_value(value, lines) for value in values), strict=True))
     raise UnclearLiteralError(f"a Python {type(node).__name__.lower()} is no JSON value")
-
-
-def refuse_joined_texts(text: str) -> None:
-    """Raise a ValueError where two texts stand side by side: Python joins them."""
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    kinds = [token.type for token in tokens if token.type not in BETWEEN_TOKENS]
-    if any(left == right == tokenize.STRING for left, right in pairwise(kinds)):
-        raise UnclearLiteralError("two texts without a comma between them, as NumPy prints a list")

@@ -257,10 +257,11 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Mes
 
 
 def with_eos(specials: SpecialTokens, ids: list[int]) -> list[int]:
-    """The ids of a reply and one EOS. Raises UnusableRowError if there is one among them already."""
+    """The ids of a reply, with an EOS put at their end. Raises UnusableRowError if one is among them already."""
     if specials.eos_id in ids:
         raise UnusableRowError(SPECIAL_TOKEN_IN_TEXT)
-    return [*ids, specials.eos_id]
+    ids.append(specials.eos_id)
+    return ids
 
 
 def decode_completion(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 FOLLOWING = {"": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
 Message = dict[str, Any]
 CALLS = "function_call"  # the role under which ShareGPT has the assistant's calls, as JSON text
-# Roles in OpenAI's, TRL's and ShareGPT's words, and OpenAssistant's.
+# Roles in the words of OpenAI, TRL, ShareGPT, OpenAssistant and Gemma.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -35,6 +35,9 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     CALLS: "assistant",
     "tool": "tool",
     "function": "tool",

@@ -159,7 +159,7 @@ def examples_of(
         )
     facts = facts or {}
     if name in PAIRS and not isinstance(options.comparison, TreeComparison):
-        refuse_winner_columns(row, columns_read(name, options) | facts.keys(), renames or {}, where)
+        refuse_winner_columns(row, columns_read(name, options), facts, renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
     read = READERS[name].read(row, place)
     if options.input_template is not None and not place.templated:

@@ -4,6 +4,7 @@ A column or a key of a message that would change what the data says, and that no
 ignored by name. Others that nothing reads, such as an id, are told in one line.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from stages.lib.command.errors import StageError, one_line
@@ -14,7 +15,6 @@ from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.row_place import is_given, unread_value
 from stages.lib.settings.reading import ReadingOptions
 
-MESSAGE_COLUMNS = frozenset({"prompt", "chosen", "rejected", "completion", "messages", "conversations"})
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
 # Names with a meaning of their own in data for fine-tuning (TRL, OpenAI, LLaMA-Factory, Axolotl), by which a row says
 # something else than its texts alone.
@@ -35,6 +35,8 @@ MEANINGFUL_COLUMNS = frozenset(
         "rank",
         "ranks",
         "votes",
+        "choices",
+        "options",
         "tools",
         "tool_calls",
         "functions",
@@ -87,6 +89,7 @@ class RawColumns:
         self.options, self.place = options, place
         compared = columns_read("comparison", options) if options.comparison is not None else frozenset()
         self.named = COLUMNS | compared  # what a reader may look at
+        self.inner = [name for name in sorted({*renames, *facts, *compared}) if "." in name]
         self.own: set[str] = set()
         self.ours: set[str] = set()
         self.keys: set[str] = set()
@@ -98,6 +101,7 @@ class RawColumns:
             StageError: a column gets the name of another one that the row has.
             MalformedRowError: the row lacks a column to rename that not every row may lack, or one of the facts.
         """
+        row = with_inner_columns(row, self.inner)
         self.own.update(row)
         taken = {}
         for own, value in row.items():
@@ -124,8 +128,10 @@ class RawColumns:
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
                 raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
-        for column in sorted(row.keys() & read & MESSAGE_COLUMNS):
+        for column in sorted(row.keys() & read):
             for number, message in enumerate(messages_in(row[column]), start=1):
+                if not {"role", "from"} & message.keys():
+                    continue
                 self.keys.update(message)
                 for key in sorted(message.keys() & MEANINGFUL_KEYS - self.ignored):
                     if is_given(message[key]):
@@ -156,8 +162,25 @@ class RawColumns:
         return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
 
 
+def with_inner_columns(row: RawRow, names: Iterable[str]) -> RawRow:
+    """The row with a column for each name with dots that leads into objects, such as question.text.
+
+    The other values of such an object become columns of the same kind, so that what is not read of it is told.
+    """
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            outer = ".".join(parts[:end])
+            if name not in row and isinstance(row.get(outer), dict):
+                inner = {f"{outer}.{key}": value for key, value in row[outer].items()}
+                row = {column: value for column, value in row.items() if column != outer} | inner
+    return row
+
+
 def messages_in(value: Any) -> list[dict[str, Any]]:
-    """The messages of a value that may be a list of them, a single one, or something else."""
+    """The objects of a value that may be a list of messages, a single one, an object with messages, or anything."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
 
 

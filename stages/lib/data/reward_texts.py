@@ -56,7 +56,9 @@ class RewardTexts:
         rows = [*zip(prompts, replies, asked_with, by_template, strict=True)]
         to_render = [conversation(prompt, reply, context) for prompt, reply, context, by in rows if by]
         texts = iter([rendered(result).text for result in render_all(self.tokenizer, to_render)] if to_render else [])
-        return [self._ids(next(texts) if by else plain(prompt, reply), plain=not by) for prompt, reply, _, by in rows]
+        return [
+            self._ids(next(texts) if by else plain_text(prompt, reply), plain=not by) for prompt, reply, _, by in rows
+        ]
 
     def _ids(self, text: str, *, plain: bool) -> list[int]:
         ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=plain).ids
@@ -74,7 +76,7 @@ def conversation(prompt: Sequence[Message] | str, reply: str, context: Context) 
     return asked([*prompt, {"role": "assistant", "content": reply}], context, add_generation_prompt=False)
 
 
-def plain(prompt: Sequence[Message] | str, reply: str) -> str:
+def plain_text(prompt: Sequence[Message] | str, reply: str) -> str:
     """A prompt and its reply without a template."""
     if isinstance(prompt, str):
         return prompt + reply

@@ -64,7 +64,7 @@ FATES_OF_ROWS = f"""
 """
 
 
-class Share(NamedTuple):
+class DrawnShare(NamedTuple):
     """How many train rows of a kind a source gives: of weight and rows at most one; neither: all."""
 
     weight: float | None = None
@@ -155,7 +155,7 @@ class RowPlaces:
         entries = ((FATES.index(reason), number + 1) for number in numbers)
         self.database.executemany("UPDATE rows SET fate = ? WHERE number = ?", entries)
 
-    def draw(self, shares: Mapping[int, Share], names: Collection[str], seed: int) -> None:
+    def draw(self, shares: Mapping[int, DrawnShare], names: Collection[str], seed: int) -> None:
         """Step 4, by the share of each source. `names` are those of the sources, in their order."""
         named = list(names)
         counts = self.counts()
@@ -189,7 +189,7 @@ def draw_digest(key: str, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, key=hashlib.blake2b(key.encode()).digest()).digest()
 
 
-def sizes_of_shares(there: Mapping[int, int], shares: Mapping[int, Share]) -> dict[int, int]:
+def sizes_of_shares(there: Mapping[int, int], shares: Mapping[int, DrawnShare]) -> dict[int, int]:
     """How many rows of a kind each source gives: the largest mixture in these weights that repeats no row.
 
     With n rows of a source of weight w the mixture has at most n / w rows for each unit of weight: the least of these

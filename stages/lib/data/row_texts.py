@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stages.lib.data.chat import (
+    NO_CONTEXT,
     TEMPLATE_REFUSES,
     RefusedRowError,
     asked,
@@ -75,11 +76,12 @@ def recipe(specials: SpecialTokens, row: Conversation, loss_on: LossOn | None, *
     Raises:
         UnusableRowError: a text holds a special token, or each reply has weight 0.
     """
-    refuse_special_tokens(specials, texts_of(row.prompt))
-    refuse_special_tokens(specials, texts_of(row.replies))
-    refuse_special_tokens(specials, texts_in([row.text or "", *row.context]))
     if row.text is not None:
+        refuse_special_tokens(specials, [row.text])
         return Recipe(row, [], [], False, [])
+    refuse_special_tokens(specials, texts_of([*row.prompt, *row.replies]))
+    if row.context is not NO_CONTEXT:
+        refuse_special_tokens(specials, texts_in(row.context))
     if loss_on is None:
         start = asked(row.prompt, row.context, add_generation_prompt=True)
         wholes = [asked([*row.prompt, reply], row.context, add_generation_prompt=False) for reply in row.replies]

@@ -33,6 +33,9 @@ class ToRender(NamedTuple):
     spans: bool = False  # also say where in the text the template's {% generation %} blocks are
 
 
+NOTHING_MORE = (None, None, False)
+
+
 class Rendered(NamedTuple):
     """A conversation's text, and the places in it of the template's {% generation %} blocks, if they were asked for."""
 
@@ -82,16 +85,16 @@ class TemplateProcess:
         with contextlib.suppress(BrokenPipeError):
             self.writer.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self.writer.flush()
-        results: list[RenderingResult] = []
-        for _ in conversations:
-            answer = self.reader.readline()
-            result = _result(json.loads(answer)) if answer else self._ended()
-            results.append(result)
-            if isinstance(result, StageError):  # it ends the stage: the others need not take their time
-                self.process.kill()
-                _process_of.cache_clear()
-                return results + [result] * (len(conversations) - len(results))
-        return results
+        answers = self.reader.readline()
+        results = [_result(answer) for answer in json.loads(answers)] if answers else [self._ended()]
+        stopped = next((number for number, result in enumerate(results) if isinstance(result, StageError)), None)
+        if stopped is None:
+            return results
+        self.process.kill()
+        _process_of.cache_clear()
+        if not answers and len(conversations) > 1:  # which of them ended it?
+            return _one_by_one(template, variables, conversations)
+        return results[:stopped] + [results[stopped]] * (len(conversations) - stopped)
 
     def _ended(self) -> StageError:
         """Why the process has ended without an answer; the next rendering is another one's."""
@@ -107,9 +110,22 @@ class TemplateProcess:
         )
 
 
+def _one_by_one(
+    template: str, variables: Mapping[str, Any], conversations: Sequence[ToRender]
+) -> list[RenderingResult]:
+    results: list[RenderingResult] = []
+    for conversation in conversations:
+        results += template_process().render_all(template, variables, [conversation])
+        if isinstance(results[-1], StageError):
+            break
+    return results + results[-1:] * (len(conversations) - len(results))
+
+
 def _request(conversation: ToRender) -> dict[str, Any]:
     """What says nothing is left out, since it would be written and read for each of millions."""
     request = {"messages": conversation.messages, "add_generation_prompt": conversation.add_generation_prompt}
+    if conversation[2:] == NOTHING_MORE:
+        return request
     return request | {name: value for name, value in zip(OPTIONAL, conversation[2:], strict=True) if value}
 
 

@@ -7,7 +7,7 @@ requests from stdin and answers on stdout, each a line of JSON:
 
     {"template": …, "variables": {…}}      what is rendered from now on, and with which variables; no answer
     [{"messages": […], "add_generation_prompt": …, "tools"?: […], "template_arguments"?: {…}, "spans"?: true}, …]
-        → for each a line {"text": …, "spans"?: …}, {"error": …} or {"excess": …}
+        → [{"text": …, "spans"?: …} | {"error": …} | {"excess": …}, …]
 
 `spans` are the places, as [start, end] in the text, of what stands in the template's `{% generation %}` blocks.
 
@@ -48,12 +48,13 @@ def main() -> None:
         if isinstance(request, dict):
             template, variables = request["template"], request["variables"]
             continue
+        answers = []
         for conversation in request:
             signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process that does not handle it
-            answer = answered(render_jinja_template, template, variables, conversation)
+            answers.append(answered(render_jinja_template, template, variables, conversation))
             signal.setitimer(signal.ITIMER_PROF, 0)
-            sys.stdout.write(answer + "\n")
-            sys.stdout.flush()
+        sys.stdout.write(f"[{', '.join(answers)}]\n")  # at once: waking the other process takes as long as rendering
+        sys.stdout.flush()
 
 
 def answered(render: Any, template: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def _reply(specials: SpecialTokens, parts: list[tuple[Part, list[int]]]) -> Repl
             joined += ids
         else:
             ended = with_eos(specials, ids)
-            joined += ended if part.ends else ids
+            joined += ended if part.ends else ended[:-1]
     return Reply(joined, untrained)
 
 

@@ -5,6 +5,7 @@ wrong way round in as many rows as the second one won: such a column must be des
 name.
 """
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -23,16 +24,20 @@ VOTE = re.compile("-1|[0-3]|[ab]|true|false|tie|left|right|first|second|model_[a
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def refuse_winner_columns(row: RawRow, used: Collection[str], renames: Mapping[str, str], where: str) -> None:
-    """Raise a StageError if a column that nothing uses may say which of the row's two replies is better.
+def refuse_winner_columns(
+    row: RawRow, read: Collection[str], facts: Mapping[str, Any], renames: Mapping[str, str], where: str
+) -> None:
+    """Raise a StageError if a column that nothing reads may say which of the row's two replies is better.
 
-    By its name; and where `renames` (own column: ours) made the user's columns chosen and rejected, also by its value.
+    By its name; and where `renames` (own column: ours) made the user's columns chosen and rejected, also by its value,
+    and though it rides on as one of the `facts`.
     """
     own = [own for own, ours in renames.items() if ours in ("chosen", "rejected")]
-    for column in row:
-        if column in used or not is_given(row[column]):
-            continue
-        if names_a_winner(column) or (own and is_like_a_vote(row[column], own)):
+    unread = {column: row[column] for column in row if column not in read and column not in facts}
+    suspect = {column for column in unread if names_a_winner(column) or (own and is_like_a_vote(unread[column], own))}
+    suspect |= {column for column in facts if own and names_a_winner(column)}
+    for column in sorted(suspect):
+        if is_given(unread.get(column, facts.get(column))):
             raise StageError(
                 f"{where}: the column '{column}' may say which of the two replies is better, which chosen and rejected "
                 "would not follow; describe it in comparison (type: winner), or put it into ignore_columns if chosen "
@@ -40,6 +45,7 @@ def refuse_winner_columns(row: RawRow, used: Collection[str], renames: Mapping[s
             )
 
 
+@functools.lru_cache(maxsize=1024)  # asked for every row
 def names_a_winner(column: str) -> bool:
     return any(WORD_OF_A_WINNER.fullmatch(word.lower()) for word in WORD.findall(column))
 

@@ -66,7 +66,7 @@ def find_any_head(path: Path, reading: HeadReading) -> RewardHead | None:
     if named is None and isinstance(prefix, str) and prefix in layers and (prefix != "score" or not classifier):
         named = prefix
     if classifier and named in (None, *HEADS_OF_CLASSIFIERS):
-        return RewardHead(None, *label_of(config, path, reading.reward_label))
+        return RewardHead(None, *output_of_label(config, path, reading.reward_label))
     if named is not None and named not in layers:
         raise StageError(
             f"{path} has no layer '{named}', which reward_head names{nearest(named, layers)}; with one output there "
@@ -82,7 +82,7 @@ def find_any_head(path: Path, reading: HeadReading) -> RewardHead | None:
     return RewardHead(found[0], 0, None, *normalisation(config, path))
 
 
-def label_of(config: dict[str, Any], path: Path, wanted: str | int | None) -> tuple[int, str | None]:
+def output_of_label(config: dict[str, Any], path: Path, wanted: str | int | None) -> tuple[int, str | None]:
     """Number and name of a classifier's output, the name None where it has but one."""
     names = labels(config, path)
     if wanted is None and len(names) > 1:

@@ -44,14 +44,14 @@ def require_safetensors(folder: Path, name: str) -> None:
 
 def _require_shards(folder: Path, name: str) -> None:
     """Raise a StageError unless each file that the index names is a safetensors file of the folder."""
-    for shard in shards_of(folder, name):
+    for shard in shards_in_index(folder, name):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise StageError(f"{name}: {INDEX} names {shard!r}: expected a .safetensors file of the same folder")
         if not (folder / shard).is_file():
             raise StageError(f"{name}: {INDEX} names {shard}, which is missing")
 
 
-def shards_of(folder: Path, name: str) -> list[str]:
+def shards_in_index(folder: Path, name: str) -> list[str]:
     """The files that the index names. Raises a StageError if it names none."""
     shards = read_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
@@ -62,7 +62,7 @@ def shards_of(folder: Path, name: str) -> list[str]:
 def weights_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a model folder, which has been through `require_safetensors`."""
     whole = folder / WEIGHTS
-    return [whole] if whole.is_file() else [folder / shard for shard in shards_of(folder, name)]
+    return [whole] if whole.is_file() else [folder / shard for shard in shards_in_index(folder, name)]
 
 
 def read_tensor(folder: Path, tensor: str) -> "torch.Tensor | None":

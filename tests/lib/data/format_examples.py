@@ -61,6 +61,21 @@ TEXTS_AND_PROMPTS = [
         facts=("solution",),
     ),
     FormatExample(
+        "conversations that wait for a reply, as prompts",
+        "prompt",
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                    {"from": "human", "value": "Tea?"},
+                ]
+            }
+        ],
+        [{"prompt": [user("Hi"), bot("Hello"), user("Tea?")]}],
+        columns={"conversations": "prompt"},
+    ),
+    FormatExample(
         "a transcript as the prompt",
         "prompt",
         [{"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:"}],
@@ -473,16 +488,17 @@ SEVERAL_RESPONSES = [
         options={"comparison": {"type": "scores", "pairs": "best_against_worst"}},
     ),
     FormatExample(
-        "responses in columns with a score each (WebGPT, SHP); a tie gives no pair",
+        "responses in columns with a score each, a prompt within an object (WebGPT); a tie gives no pair",
         "comparison",
         [
-            {"question": "Tea?", "answer_0": "No!", "answer_1": "Yes.", "score_0": -1.0, "score_1": 1.0},
-            {"question": "Tea?", "answer_0": "No!", "answer_1": "Yes.", "score_0": 0.0, "score_1": 0.0},
+            {"question": {"text": "Tea?"}, "answer_0": "No!", "answer_1": "Yes.", "score_0": -1.0, "score_1": 1.0},
+            {"question": {"text": "Tea?"}, "answer_0": "No!", "answer_1": "Yes.", "score_0": 0.0, "score_1": 0.0},
         ],
         [pair("Tea?", "Yes.", "No!")],
         options={
             "comparison": {"type": "scores", "responses": ["answer_0", "answer_1"], "scores": ["score_0", "score_1"]}
         },
+        columns={"question.text": "prompt"},
         counts={"pairs_left_out/tie": 1, "dropped/tie": 1},
     ),
     FormatExample(

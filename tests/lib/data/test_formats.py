@@ -268,6 +268,9 @@ def test_uncertain_detection_lists_the_candidates(row, names):
     assert all(name in message for name in names)
 
 
+OPENAI = PAIRS["openai_preference"]
+
+
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
@@ -282,6 +285,12 @@ def test_uncertain_detection_lists_the_candidates(row, names):
             "messages",
             {"messages": [{"role": "user", "content": [1]}]},
             "message 1, 'content', part 1: expected text, or a part of type 'text', found int",
+        ),
+        ("openai_preference", OPENAI | {"input": [user("a")]}, "here, 'input': expected an object with 'messages'"),
+        (
+            "openai_preference",
+            OPENAI | {"input": {"messages": [user("a")], "system": "b"}},
+            "here, 'input': 'system' is read by nothing here",
         ),
         ("alpaca", {"instruction": "a", "output": "b", "history": ["c"]}, "here, 'history': expected a list of pairs"),
     ],
@@ -363,7 +372,7 @@ def test_all_rows_are_of_the_format_of_the_first():
     formats = FormatOfRows("auto")
     assert formats.of(PAIRS["preference"], "a.jsonl, line 1") == "preference"
     assert formats.of(PAIRS["preference"] | {"margin": 1}, "b.jsonl, line 1") == "preference"
-    assert formats.of({"prompt": "a"}, "b.jsonl, line 2") == "preference"  # read_example says what it lacks
+    assert formats.of({"prompt": "a"}, "b.jsonl, line 2") == "preference"  # examples_of says what it lacks
     formats = FormatOfRows("auto")
     assert formats.of({"chosen": "tea yes", "rejected": "tea no"}, "a.jsonl, line 1") == "preference_implicit"
     with pytest.raises(StageError, match=r"b.jsonl, line 1: .* 'preference', and a.jsonl, line 1 of 'preference_impl"):

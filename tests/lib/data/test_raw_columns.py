@@ -6,6 +6,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError
 from stages.lib.data.detection import columns_of
 from stages.lib.data.raw_columns import MEANINGFUL_COLUMNS, MEANINGFUL_KEYS, RawColumns, refuse_unknown_targets
+from tests.lib.data.reading import options
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -22,6 +23,19 @@ def test_a_column_to_rename_must_be_there_unless_rows_may_lack_it():
     with pytest.raises(MalformedRowError, match="here: no column 'query' to rename, found question") as caught:
         columns.take({"question": "a"}, "here")
     assert caught.value.reason == "missing_column"
+
+
+def test_a_name_with_dots_leads_into_objects():
+    row = {"question": {"text": "a", "of": {"id": 5, "at": 6}}, "answer": "b", "a.b": 1}
+    columns = RawColumns({"question.text": "prompt"}, ("a.b",), ("question.of.id",))
+    taken, facts = columns.take(row, "here")
+    assert taken == {"prompt": "a", "question.of.at": 6, "answer": "b"}
+    assert facts == {"question.of.id": 5}
+    assert columns.own == {"question.text", "question.of.id", "question.of.at", "answer", "a.b"}
+    columns.refuse_unseen()
+    with pytest.raises(MalformedRowError, match=r"here: no column 'question.text' to rename, found question, answer"):
+        columns.take({"question": "a", "answer": "b"}, "here")
+    assert RawColumns({"a.b": "prompt"}).take({"a.b": 1, "a": {"b": 2}}, "here")[0] == {"prompt": 1, "a": {"b": 2}}
 
 
 def test_no_column_takes_the_place_of_another():
@@ -70,6 +84,25 @@ def test_a_key_of_a_message_that_nothing_reads_is_refused_until_it_is_ignored(ke
     single = {"conversations": [], "chosen": {"from": "gpt", "value": "a", key: "b"}, "rejected": {}}
     with pytest.raises(StageError, match=f"here, 'chosen', message 1: the key '{key}'"):
         RawColumns({}, ()).refuse_unread(single, "sharegpt_preference", "here")
+
+
+def test_messages_are_looked_through_wherever_they_are_read():
+    message = {"role": "assistant", "content": "a", "loss": False, "id": 1}
+    compared = options(comparison={"type": "winner", "responses": ["a", "b"], "winner": ["won"]})
+    for row, name, reading, where in [
+        ({"input": {"messages": [message]}}, "openai_preference", options(), "'input', message 1"),
+        ({"preferred_output": [message]}, "openai_preference", options(), "'preferred_output', message 1"),
+        ({"answer": [message], "question": "q"}, "question_answer", options(), "'answer', message 1"),
+        ({"a": "x", "b": [{"role": "user"}, message]}, "comparison", compared, "'b', message 2"),
+    ]:
+        with pytest.raises(StageError, match=f"here, {where}: the key 'loss'"):
+            RawColumns({}, options=reading).refuse_unread(row, name, "here")
+        columns = RawColumns({}, ("loss",), options=reading)
+        columns.refuse_unread(row, name, "here")
+        assert "id" in columns.keys
+    tools = RawColumns({})
+    tools.refuse_unread({"messages": [], "tools": [{"name": "f", "loss": 1}]}, "messages", "here")
+    assert tools.keys == set()
 
 
 @pytest.mark.parametrize(

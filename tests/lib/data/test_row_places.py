@@ -6,7 +6,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.prompt_digests import digests_of_row
-from stages.lib.data.row_places import RowPlaces, Share, sizes_of_shares
+from stages.lib.data.row_places import DrawnShare, RowPlaces, sizes_of_shares
 from tests.lib.data.test_prompt_digests import turns
 
 
@@ -153,12 +153,16 @@ def test_of_equal_rows_of_a_kind_the_first_stays(tmp_path):
 @pytest.mark.parametrize(
     ("there", "shares", "expected"),
     [
-        ((100, 100), (Share(1.0), Share(3.0)), (33, 100)),  # the second is used up at 100 / 3 a unit of weight
-        ((100, 900), (Share(1.0), Share(3.0)), (100, 300)),
-        ((7, 7), (Share(0.1), Share(0.3)), (2, 7)),
-        ((100, 100), (Share(2.0), Share()), (100, 100)),
-        ((100, 100), (Share(rows=30), Share(rows=300)), (30, 100)),
-        ((100, 40), (Share(1.0), Share(1.0)), (40, 40)),
+        (
+            (100, 100),
+            (DrawnShare(1.0), DrawnShare(3.0)),
+            (33, 100),
+        ),  # the second is used up at 100 / 3 a unit of weight
+        ((100, 900), (DrawnShare(1.0), DrawnShare(3.0)), (100, 300)),
+        ((7, 7), (DrawnShare(0.1), DrawnShare(0.3)), (2, 7)),
+        ((100, 100), (DrawnShare(2.0), DrawnShare()), (100, 100)),
+        ((100, 100), (DrawnShare(rows=30), DrawnShare(rows=300)), (30, 100)),
+        ((100, 40), (DrawnShare(1.0), DrawnShare(1.0)), (40, 40)),
     ],
 )
 def test_sizes_of_a_mixture_by_hand(there, shares, expected):
@@ -168,7 +172,7 @@ def test_sizes_of_a_mixture_by_hand(there, shares, expected):
 
 def mixed(folder, count=200, **arguments):
     rows = [Row(f"{source}-{n}", source=source) for source in (0, 1) for n in range(count)]
-    shares = {0: Share(1.0), 1: Share(4.0)}
+    shares = {0: DrawnShare(1.0), 1: DrawnShare(4.0)}
     return rows, fates(rows, folder, shares=shares, **arguments)
 
 
@@ -199,7 +203,7 @@ def test_rows_left_out_by_number_are_counted_and_not_drawn(tmp_path):
             places.add(0, "sft", None, [bytes([n])], bytes([n]))
         places.divide({})
         places.leave_out([1, 2], "near_duplicate")
-        places.draw({0: Share(rows=1)}, ["one"], 1)
+        places.draw({0: DrawnShare(rows=1)}, ["one"], 1)
         found = list(places.fates())
     assert found[1:3] == ["near_duplicate"] * 2
     assert sorted((found[0], found[3])) == ["not_drawn", "train"]

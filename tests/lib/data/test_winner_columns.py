@@ -71,6 +71,14 @@ def test_beside_replies_that_were_named_by_hand_a_vote_is_told_by_its_value(valu
     assert one_example(row, "preference", renames={"question": "prompt"})
 
 
+def test_a_fact_that_names_the_winner_does_not_leave_named_replies_as_they_are():
+    facts = {"better_response_id": 1}
+    with pytest.raises(StageError, match="here: the column 'better_response_id' may say which"):
+        one_example(PAIR, "preference", facts=facts, renames=RENAMED)
+    assert one_example(PAIR, "preference", facts=facts, renames={"query": "prompt"}).facts == facts
+    assert one_example(PAIR, "preference", facts={"better_response_id": None}, renames=RENAMED)
+
+
 @pytest.mark.parametrize("value", [7, 0.5, "A long text", "id-17", [0, "of"], {"a": 1}, "response_2", None, ""])
 def test_what_can_be_no_vote_may_stand_there(value):
     assert one_example(PAIR | {"annotation": value}, "preference", renames=RENAMED)

@@ -5,7 +5,7 @@ from stages.lib.data import hh_transcripts
 from stages.lib.data.conversations import Example, Message, assistant, messages_from, pair_from, text_from, user
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.prompt_and_reply import COLUMNS_OF_PROMPTS, history_of, in_template, prompt_in, reply_in
-from stages.lib.data.readers.row_place import RowPlace, refuse_beside
+from stages.lib.data.readers.row_place import RowPlace, is_given, refuse_beside
 from stages.lib.data.readers.single_replies import sharegpt_messages
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.tool_calls import tools_from
@@ -76,6 +76,9 @@ def read_openai_preference(row: RawRow, place: RowPlace) -> list[Example]:
     given = row["input"]
     if not isinstance(given, dict) or "messages" not in given:
         raise MalformedRowError(f"{place.column('input')}: expected an object with 'messages'", "not_messages")
+    for key in given.keys() - {"messages", "tools", "parallel_tool_calls"}:  # the last is about calling their service
+        if is_given(given[key]):
+            raise MalformedRowError(f"{place.column('input')}: '{key}' is read by nothing here", "unread_key")
     prompt = messages_from(given["messages"], place.column("input"))
     tools = tools_from(given.get("tools"), f"{place.column('input')}, 'tools'")
     if tools is not None and row.get("tools"):

@@ -1,0 +1,81 @@
+"""A reward model from elsewhere in the real stages: DistilBERT with two labels, a tokenizer of its own, no template."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.lib.command.jsonl import read_jsonl
+from tests.given_reward_models import logits_of, save_classifier, save_tokenizer
+from tests.stages.tiny_pipeline import call, change, refusal
+
+Copy = Callable[..., Path]
+GIVEN = {"reward_model": "data/raw/classifier", "reward_label": "POSITIVE"}
+
+
+@pytest.fixture
+def folder(copy_of_tiny: Copy) -> Path:
+    project = copy_of_tiny()
+    given, labels = project / "data/raw/classifier", {0: "NEGATIVE", 1: "POSITIVE"}
+    save_classifier(given, "distilbert", labels=labels, max_position_embeddings=512)
+    save_tokenizer(given, template=None, longest=512)
+    return project
+
+
+def scores_of_texts(folder: Path, texts: list[str]) -> list[float]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data/raw/classifier")
+    logits = logits_of(folder / "data/raw/classifier")
+    return [float(logits([tokenizer(text).input_ids])[0, 1]) for text in texts]
+
+
+def test_ppo_and_grpo_learn_from_it(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """And PPO's critic from the policy's own body."""
+    changes = {"train_ppo": {"ppo": GIVEN | {"critic": "models/sft"}}, "train_grpo": {"grpo": GIVEN}}
+    change(folder / "params.yaml", changes)
+    prompts = {row: rows["prompt"] for row, rows in enumerate(read_jsonl(folder / "data/prepared/train/prompts.jsonl"))}
+    for stage in ("train_ppo@ppo", "train_grpo@grpo"):
+        capsys.readouterr()
+        call(folder, stage)
+        said = [line for line in capsys.readouterr().out.splitlines() if "reward model" in line]
+        assert said == [
+            f"{stage}: reward model data/raw/classifier (distilbert): transformers' classifier, label POSITIVE, by its "
+            "own forward pass; text is encoded with its own tokenizer, as plain text, since it has no chat template"
+        ]
+        name = stage.partition("@")[2]
+        rows = list(read_jsonl(folder / f"data/rollouts/{name}/rollouts.jsonl"))
+        texts = [
+            "\n".join([*(m["content"] for m in prompts[row["row"]]), row["response"].replace("<|pad|>", "")])
+            for row in rows[:8]
+        ]
+        assert [row["score"] for row in rows[:8]] == pytest.approx(scores_of_texts(folder, texts), abs=1e-4)
+        card = (folder / f"models/{name}/README.md").read_text()
+        assert "`data/raw/classifier`" in card
+        assert '"reward_label": "POSITIVE"' in card
+
+
+def test_it_judges_pairs_and_samples(folder: Path) -> None:
+    change(folder / "params.yaml", {"evaluate_rm": {"rm": GIVEN}, "score_samples": GIVEN})
+    call(folder, "evaluate_rm@rm")
+    pairs = list(read_jsonl(folder / "data/prepared/test/preference.jsonl"))
+    found = []
+    for side in ("chosen", "rejected"):
+        texts = ["\n".join(m["content"] for m in [*pair["prompt"], *pair[side]]) for pair in pairs]
+        found.append(scores_of_texts(folder, texts))
+    right = sum(good > bad for good, bad in zip(*found, strict=True)) / len(pairs)
+    metrics = json.loads((folder / "metrics/evaluate_rm/rm.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(right)
+    call(folder, "score_samples@dpo")
+    scores = list(read_jsonl(folder / "data/sample_scores/dpo.jsonl"))
+    assert all(isinstance(row["score"], float) for row in scores)
+
+
+def test_its_tokenizer_makes_it_no_critic(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    change(folder / "params.yaml", {"train_ppo": {"ppo": GIVEN | {"critic": GIVEN["reward_model"]}}})
+    message = refusal(folder, "train_ppo@ppo", capsys)
+    assert "data/raw/classifier has another tokenizer than models/sft, and a critic judges each of the" in message
+    assert (
+        "let critic name models/sft (its body with a new head), or a reward model that was trained from it" in message
+    )
