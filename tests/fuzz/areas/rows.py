@@ -24,9 +24,10 @@ PAIRS = ("hh", "preference", "preference_chat", "preference_implicit", "sharegpt
 PAIRS += ("question_preference", "messages_preference", "openai_preference")
 REPLIES = ("alpaca", "messages", "prompt_completion", "sharegpt", "question_answer")
 KINDS = {
-    **dict.fromkeys(PAIRS, ["sft", "preference", "prompts"]),
-    **dict.fromkeys(REPLIES, ["sft", "prompts"]),
-    **{"prompt": ["prompts"], "text": ["sft"]},
+    **{name: ["sft", "preference", "prompts"] for name in PAIRS},
+    **{name: ["sft", "prompts"] for name in REPLIES},
+    "prompt": ["prompts"],
+    "text": ["sft"],
 }
 FOLDER = "data/raw/mine"
 READING = ("read_source@mine", "prepare_data")
@@ -89,7 +90,8 @@ def case(what: str, name: str, content: bytes, file: str, expected: Expected = "
 
 
 def named_row(what: str, name: str, rows: Rows, expected: Expected, changed: dict[str, Any]) -> Case:
-    return case(f"{name}: {what}", name, as_json_lines([*sound(name), *rows]), "rows.jsonl", expected, **changed)
+    before = [row | {"label": True} for row in sound(name)] if "unpaired" in changed.get("kinds", ()) else sound(name)
+    return case(f"{name}: {what}", name, as_json_lines([*before, *rows]), "rows.jsonl", expected, **changed)
 
 
 def text_file(what: str, file: str, content: str | bytes, expected: Expected = "refused", name: str = "hh") -> Case:
