@@ -187,7 +187,7 @@ def main(
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as there are cores
     kind = cast(Kind, entry_name(kind, KINDS, STAGE))
-    settings, seed = read_params(STAGE, Tokenize), read_value("seed", int)
+    settings, seed = read_params("tokenize_data", Tokenize), read_value("seed", int)
     facts = facts_with_room(tokenizer, settings)
     rows = {split: prepared / split / f"{kind}.jsonl" for split in SPLITS}
     shards = {split: shards_of(path) for split, path in rows.items()}
