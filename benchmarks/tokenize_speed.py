@@ -172,9 +172,8 @@ def main() -> None:
     theirs = [sys.executable, str(Path(__file__).resolve()), ".", "--map", "--workers", str(options.workers)]
     theirs += ["--tokenizer", base]
     found: dict[str, list[Measured]] = {"tokenize_data": [], "datasets.map": []}
-    print(
-        f"{options.workers} processes\n{'':14} {'rows':>9} {'seconds':>8} {'CPU s':>8} {'rows/CPU s':>10} {'peak MB':>8}"
-    )
+    print(f"{options.workers} processes")
+    print(f"{'':14} {'rows':>9} {'seconds':>8} {'CPU s':>8} {'rows/CPU s':>10} {'peak MB':>8}")
     for count in options.rows:
         write_rows(folder, lines, count)
         for name, command in (("tokenize_data", ours), ("datasets.map", theirs)):

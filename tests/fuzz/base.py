@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.hashing import dvc_hash, file_hash
-from tests.fuzz.case import put
+from tests.fuzz.case import Whole, put
 from tests.fuzz.child import run_stage
-from tests.pipeline.graph import stage_names
+from tests.pipeline.graph import body_of, load_graph, outs_of, put_in, stage_names
 from tests.proofs.forked_stage import load_libraries
-from tests.proofs.tiny_projects import outs_of
 from tests.stages.tiny_pipeline import new_project, read_yaml, stage_options
 
 # No step more than it takes to meet every row, and curves of which a page is drawn in a second.
 SMALLER = {
-    "train_sft": {"epochs": 1.0},
-    "train_ppo": {"iterations": 2, "epochs": 1},
-    "train_grpo": {"iterations": 2, "epochs": 1},
+    "train_sft": {"sft": {"epochs": 1.0}},
+    "train_ppo": {"ppo": {"iterations": 2, "epochs": 1}},
+    "train_grpo": {"grpo": {"iterations": 2, "epochs": 1}},
     "evaluate": {"max_prompts": 6, "max_new_tokens": 8, "bootstrap_resamples": 100},
 }
 SHOWN_COLUMNS = 2
@@ -59,7 +58,7 @@ def copy(base: Path, folder: Path, needs: tuple[str, ...], stages: tuple[str, ..
     """A copy of the base by hard links: what the cases of an area need, without the outs of `stages`."""
     folder.mkdir()
     (folder / "stages").symlink_to((base / "stages").resolve())
-    for name in ("params.yaml", "runtime.yaml", "dvc.yaml", "data/raw/none", *needs):
+    for name in ("params.yaml", "runtime.yaml", "dvc.yaml", *needs):
         source, target = base / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -84,8 +83,12 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 @functools.cache
 def outs(stage: str) -> tuple[str, ...]:
-    """The paths that a stage of dvc.yaml writes."""
-    return tuple(outs_of(stage))
+    """The paths that a stage of dvc.yaml writes, whatever its entry: not each stands in the default settings."""
+    group, _, entry = stage.partition("@")
+    body = body_of(load_graph()["stages"][group])
+    for placeholder in ("${key}", "${item}", "${item.kind}"):
+        body = put_in(body, placeholder, entry)
+    return tuple(outs_of(body))
 
 
 def other_than_base(folder: Path, stage: str) -> str | None:
@@ -105,10 +108,10 @@ def options_of(stage: str) -> list[str]:
 
 
 def overlaid(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `settings` with `values` laid over it, section by section; keys that are not there are added."""
+    """A copy of `settings` with `values` laid over it, key by key; keys that are not there are added."""
     copied = deepcopy(dict(settings))
     for key, value in values.items():
-        both = isinstance(value, Mapping) and isinstance(copied.get(key), dict) and key != "columns"
+        both = isinstance(value, Mapping) and isinstance(copied.get(key), dict) and not isinstance(value, Whole)
         copied[key] = overlaid(copied[key], value) if both else value
     return copied
 

@@ -8,6 +8,12 @@ from typing import Any, Literal, NamedTuple
 Expected = Literal["either", "refused", "accepted"]
 
 
+class Whole(dict[str, Any]):
+    """Settings that replace a mapping of settings, where others are laid over it."""
+
+    __slots__ = ()
+
+
 Complaint = Callable[[Path, bool], str | None]  # of the folder, and whether the case was accepted
 
 

@@ -21,7 +21,9 @@ FAULTS: dict[Kind, str] = {
 LONGEST_LINE = 1100
 ASIDE = ("warning:", "note:")
 # What an earlier stage has read, and so should have refused; how many tokens a row has, tokenize alone can tell.
-EARLIER = re.compile(r"data/prepared\S*, (line|row) \d+(?!.* budget is )|^(params|runtime)\.yaml: ")
+EARLIER = re.compile(
+    r"data/(sources|prepared)\S*, (line|row) \d+(?!.*( budget is |chat template))|^(params|runtime)\.yaml: "
+)
 PWNED = "pwned"  # the file that every injected command would make
 
 

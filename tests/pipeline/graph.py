@@ -71,8 +71,9 @@ def put_in(node: Any, placeholder: str, value: str) -> Any:
     return node.replace(placeholder, value) if isinstance(node, str) else node
 
 
-def all_instances(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return dict(instance for name, stage in graph["stages"].items() for instance in instances(name, stage))
+def all_instances(graph: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Every stage by its name, with the default settings or others."""
+    return dict(instance for name, stage in graph["stages"].items() for instance in instances(name, stage, params))
 
 
 def is_code(dep: str) -> bool:

@@ -10,28 +10,42 @@ import pytest
 
 from stages.lib.command.errors import LONGEST_MESSAGE, StageError
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, read_inputs
-from stages.report import page_of
+from stages.lib.settings.sections import default_params
+from stages.report import named_in_params, page_of
 from tests.real_files import PROJECT
+from tests.stages.tiny_pipeline import inside, write_yaml
 
 HOSTILE = '<script>alert(1)</script> {{ 7 * 7 }} {% raw %} "quoted" & </div> half of a pair: \ud83d'
-CURVE = "step,loss,grad_norm,eval/loss\n1,0.9,2.0,\n2,0.5,1.0,0.6\n"
-ARGUMENTS = ("--metrics", "metrics", "--samples", "data/samples", "--out", "metrics/report.html")
+CURVE = "step,loss,grad_norm,validation/loss\n1,0.9,2.0,\n2,0.5,1.0,0.6\n"
+ARGUMENTS = ("--metrics", "metrics", "--samples", "data/samples", "--scores", "data/sample_scores")
+ARGUMENTS += ("--out", "metrics/report.html")
 GAINS = {"sft": 0.0, "dpo": 0.425, "ppo": 0.625}
 ROWS = 16
 
 
 def evaluation(policy, gold):
     gain = GAINS[policy]
-    metrics = {"kl_to_sft_mean": 20 * gain, "kl_to_sft_ci_low": 18 * gain, "kl_to_sft_ci_high": 22 * gain}
-    metrics |= {"eos_rate": 1 - 1 / ROWS, "length_mean": 31.625, "prompts": ROWS}
-    metrics |= {"distinct_1": 0.0712, "distinct_2": 0.2931, "rm_calibration_error": 0.0312}
-    metrics |= interval("preference_accuracy", 0.74, 0.70, 0.78)
-    for measure in ("reward", "gold") if gold else ("reward",):
-        metrics[f"{measure}_mean"] = 0.1 + gain
-        metrics |= {f"{measure}_minus_sft_mean": gain}
-        metrics |= {f"{measure}_minus_sft_ci_{end}": gain + off for end, off in (("low", -0.125), ("high", 0.125))}
-        metrics |= interval(f"{measure}_win_rate_vs_sft", 0.5 + gain / 2, 0.45 + gain / 2, 0.55 + gain / 2)
-    return metrics
+    metrics = {"eos_rate": 1 - 1 / ROWS, "length_mean": 31.625, "prompts": ROWS}
+    metrics |= {"distinct_1": 0.0712, "distinct_2": 0.2931, "sft_perplexity": 12.5, "sft_loss": 2.5257, "sft_rows": 400}
+    if policy != "sft":
+        metrics |= {"kl_to_reference_mean": 20 * gain}
+        metrics |= {"kl_to_reference_ci_low": 18 * gain, "kl_to_reference_ci_high": 22 * gain}
+        metrics |= interval("preference_accuracy", 0.74, 0.70, 0.78)
+    return metrics | (compared("gold", policy) if gold else {})
+
+
+def scores(policy):
+    return {"prompts": ROWS, **compared("reward", policy)}
+
+
+def compared(measure, policy):
+    gain = GAINS[policy]
+    metrics = {f"{measure}_mean": 0.1 + gain}
+    if policy == "sft":
+        return metrics
+    metrics |= {f"{measure}_minus_reference_mean": gain}
+    metrics |= {f"{measure}_minus_reference_ci_{end}": gain + off for end, off in (("low", -0.125), ("high", 0.125))}
+    return metrics | interval(f"{measure}_win_rate_vs_reference", 0.5 + gain / 2, 0.45 + gain / 2, 0.55 + gain / 2)
 
 
 def interval(name, value, low, high):
@@ -41,16 +55,22 @@ def interval(name, value, low, high):
 def sample(policy, row, gold):
     found = {
         "row": row,
+        "source": "a",
         "prompt": [{"role": "user", "content": f"question {row} {HOSTILE}"}],
         "response": f"answer of {policy} to {row} {HOSTILE}",
-        "reward": 0.1 + GAINS[policy] + (0.5 if row % 2 else -0.5),
-        "kl": 20 * GAINS[policy],
         "length": 31 if row < 6 else 32,
         "ended": row != 1,
-        "sft_response": f"own answer of sft to {row}",
-        "sft_reward": 0.5,
     }
-    return found | ({"gold": 0.1 + GAINS[policy], "sft_gold": 0.1} if gold else {})
+    found |= {"gold": 0.1 + GAINS[policy]} if gold else {}
+    if policy == "sft":
+        return found
+    found |= {"kl": 20 * GAINS[policy], "reference_response": f"own answer of sft to {row}", "reference_ended": True}
+    return found | ({"reference_gold": 0.1} if gold else {})
+
+
+def score(policy, row):
+    found = {"row": row, "score": 0.1 + GAINS[policy] + (0.5 if row % 2 else -0.5)}
+    return found if policy == "sft" else found | {"reference_score": 0.5}
 
 
 def write(folder, name, values):
@@ -59,37 +79,62 @@ def write(folder, name, values):
     path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
 
 
-def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True):
+def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
     """All files of a finished run that the report reads."""
-    rows = {f"{kind}/{split}_rows": 400 for kind in ("sft", "preference", "prompts") for split in ("train", "eval")}
-    of_data = (
-        {"bayes_accuracy": 0.803} if gold else {"raw_rows": 2312, "dropped/empty_reply": 4, "dropped/duplicate": 0}
-    )
+    kinds, splits = ("sft", "preference", "prompts"), ("train", "validation", "test")
+    rows = {f"{kind}/{split}_rows": 400 for kind in kinds for split in splits}
+    of_data = {"bayes_accuracy": 0.803} if gold else {"dropped/empty_reply": 4, "dropped/duplicate": 0}
     write(folder, "metrics/prepare_data.json", rows | of_data)
-    for kind in ("sft", "preference", "prompts"):
-        counts = {"train_rows": 1388, "eval_rows": 399, "train_tokens": 412345, "eval_tokens": 41234}
+    for kind in kinds:
+        counts = {"train_rows": 1388, "validation_rows": 199, "test_rows": 399, "mean_prompt_tokens": 31.5}
+        counts |= {"train_tokens": 412345, "validation_tokens": 20111, "test_tokens": 41234}
         write(folder, f"metrics/tokenize_data/{kind}.json", counts | {"dropped/too_long": 12 if kind == "sft" else 0})
-    for stage in ("train_sft", "train_rm", *(f"train_{policy}" for policy in policies if policy != "sft")):
-        write(folder, f"metrics/{stage}.json", training(stage))
-        write(folder, f"metrics/curves/{stage}.csv", CURVE)
+    for name in (*(policy for policy in policies), *(["rm"] if reward else [])):
+        write(folder, f"metrics/training/{name}.json", training(name))
+        write(folder, f"metrics/curves/{name}.csv", CURVE)
     for policy in policies:
         write(folder, f"metrics/evaluate/{policy}.json", evaluation(policy, gold))
         write_samples(folder, policy, [sample(policy, row, gold) for row in range(ROWS)])
+        if reward:
+            write(folder, f"metrics/score_samples/{policy}.json", scores(policy))
+            write_scores(folder, policy, [score(policy, row) for row in range(ROWS)])
+    of_pairs = interval("accuracy", 0.78, 0.74, 0.82) | {"calibration_error": 0.0312, "margin_mean": 0.5, "pairs": 400}
+    if reward:
+        write(folder, "metrics/evaluate_rm/rm.json", of_pairs)
+    write_params(folder, policies, reward=reward)
     return folder
 
 
-def training(stage):
-    if stage == "train_ppo":
+def write_params(folder, policies, *, reward):
+    settings = default_params()
+    for section in ("train_sft", "train_dpo", "train_ppo", "train_grpo"):
+        settings[section] = {name: own for name, own in settings[section].items() if name in policies}
+    settings["evaluate"]["policies"] = {policy: f"models/{policy}" for policy in policies}
+    settings["score_samples"]["policies"] = [*policies] if reward else []
+    if not reward:
+        settings |= {"train_rm": {}, "evaluate_rm": {}}
+    write_yaml(folder / "params.yaml", settings)
+
+
+def training(name):
+    if name == "ppo":
         return {"iterations": 2, "stopped_early": 0}
-    return {"eval_loss": 0.6 + 2e-8, "steps": 2, "kept_step": 2, **interval("eval_accuracy", 0.78, 0.74, 0.82)}
+    of_rm = interval("validation_accuracy", 0.77, 0.73, 0.81) if name == "rm" else {}
+    return {"validation_loss": 0.6 + 2e-8, "steps": 2, "kept_step": 2, **of_rm}
 
 
 def write_samples(folder, policy, rows):
     write(folder, f"data/samples/{policy}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_scores(folder, policy, rows):
+    write(folder, f"data/sample_scores/{policy}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def page_in(folder):
-    return page_of(read_inputs(folder / "metrics", folder / "data/samples"))
+    with inside(folder):
+        named = named_in_params()
+    return page_of(read_inputs(named, folder / "metrics", folder / "data/samples", folder / "data/sample_scores"))
 
 
 def report(folder, **environment):
@@ -165,14 +210,15 @@ def test_two_runs_write_the_same_bytes(run_folder):
 def test_table_of_policies(parsed):
     head, *rows = parsed.tables[0]
     assert [cell[0] for cell in head[1:]] == [
-        *("reward", "gold utility", "win rate by gold", "KL from SFT, nats", "ends with EOS", "length, tokens"),
+        *("perplexity", "reward", "gold utility", "win rate by gold", "KL from SFT, nats", "ends with EOS"),
+        "length, tokens",
         *("distinct-1", "distinct-2", "preference accuracy"),
     ]
     assert rows[0] == [
-        *(["SFT"], ["0.10"], ["0.10"], ["–"], ["0.00"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"])
+        *(["SFT"], ["12.50"], ["0.10"], ["0.10"], ["–"], ["–"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"])
     ]
     assert rows[1] == [
-        ["DPO"],
+        *(["DPO"], ["12.50"]),
         *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["71.2 %", "66.2 % to 76.2 %"]),
         *(["8.50", "7.65 to 9.35"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["74.0 %", "70.0 % to 78.0 %"]),
     ]
@@ -181,26 +227,26 @@ def test_table_of_policies(parsed):
 
 def test_tables_of_reward_model_and_data(parsed):
     assert parsed.tables[1][1] == [
-        *(["Reward model"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["0.6000"], ["0.031"]),
+        *(["rm"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["0.031"], ["77.0 %", "73.0 % to 81.0 %"], ["0.6000"]),
     ]
-    assert parsed.tables[2][1] == [["sft"], ["400"], ["400"], ["1,388"], ["399"], ["412,345"], ["41,234"]]
+    assert parsed.tables[2][1] == [
+        *(["sft"], ["400"], ["400"], ["400"], ["1,388"], ["199"], ["399"], ["412,345"], ["20,111"], ["41,234"])
+    ]
     assert parsed.tables[3][1:] == [[["tokenize_data sft: too long"], ["12"]]]
 
 
-def test_outcome_is_three_sentences(parsed):
-    assert parsed.texts["outcome"][0].count("On 16 held-out prompts, DPO beats SFT in mean gold utility (+0.42") == 1
+def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
+    assert parsed.texts["outcome"][0].count("On 16 test prompts, DPO beats SFT in mean gold utility (+0.42") == 1
     after = next(index for index, (_, found) in enumerate(parsed.elements) if found.get("class") == "outcome")
-    assert [tag for tag, _ in parsed.elements[after + 1 : after + 5]] == ["p", "p", "p", "h2"]
+    assert [tag for tag, _ in parsed.elements[after + 1 : after + 6]] == ["p", "p", "p", "p", "h2"]
 
 
-def test_every_stage_has_its_curves_with_the_held_out_line(parsed):
+def test_every_model_has_its_curves_with_the_line_of_validation(parsed):
     labels = [found["aria-label"] for tag, found in parsed.elements if tag == "svg" and "aria-label" in found]
-    for stage in ("train_sft", "train_rm", "train_dpo", "train_ppo"):
-        assert (
-            f"{stage} loss: training from 0.9 at step 1 to 0.5 at step 2; held-out from 0.6 at step 2 to 0.6 at step 2"
-            in (labels)
-        )
-        assert f"{stage} grad_norm: training from 2 at step 1 to 1 at step 2" in labels
+    for name in ("sft", "rm", "dpo", "ppo"):
+        both = "training from 0.9 at step 1 to 0.5 at step 2; validation from 0.6 at step 2 to 0.6 at step 2"
+        assert f"{name} loss: {both}" in labels
+        assert f"{name} grad_norm: training from 2 at step 1 to 1 at step 2" in labels
     assert len(labels) == 8
 
 
@@ -248,23 +294,64 @@ def test_samples_stand_side_by_side(parsed):
 def test_real_data_without_gold_and_with_one_policy(tmp_path):
     parsed = Page(page_in(write_run(tmp_path, policies=("dpo",), gold=False)))
     head, row = parsed.tables[0]
-    assert [cell[0] for cell in head[1:4]] == ["reward", "win rate by reward", "KL from SFT, nats"]
+    assert [cell[0] for cell in head[1:5]] == ["perplexity", "reward", "win rate by reward", "KL from models/sft, nats"]
     assert row[0] == ["DPO"]
-    assert parsed.tables[1][1][2] == ["–", "not known"]
+    assert "Bayes accuracy" not in [cell[0] for cell in parsed.tables[1][0] if cell]
     assert parsed.tables[3][1:] == [[["prepare_data: empty reply"], ["4"]], [["tokenize_data sft: too long"], ["12"]]]
     assert "no gold utility to check it against" in parsed.texts["outcome"][0]
-    assert any("Not evaluated, so not here: SFT." in note for note in parsed.texts["note"])
-    assert any("Made from 2,312 raw rows." in note for note in parsed.texts["note"])
-    # SFT's answer to the same prompt comes with the policy's own.
+    # The reference's answer to the same prompt comes with the policy's own.
     assert "own answer of sft to 0" in parsed.texts["response"][0]
+    assert "reward 0.50" in parsed.texts["response"][0]
     assert "answer of dpo to 0" in parsed.texts["response"][1]
     assert "gold" not in "".join(parsed.texts["response"])
 
 
-def test_sft_alone(tmp_path):
-    parsed = Page(page_in(write_run(tmp_path, policies=("sft",))))
-    assert "nothing to compare it with" in parsed.texts["outcome"][0]
+def test_sft_alone_without_a_reward_model(tmp_path):
+    page = page_in(write_run(tmp_path, policies=("sft",), reward=False))
+    parsed = Page(page)
+    assert "The perplexity of 400 test texts is 12.5 for SFT." in parsed.texts["outcome"][0]
     assert [row[0] for row in parsed.tables[0][1:]] == [["SFT"]]
+    assert "Reward models" not in page
+    assert "beats" not in page
+
+
+def test_what_params_yaml_does_not_name_is_not_shown_and_not_read(tmp_path):
+    write_run(tmp_path)
+    write_params(tmp_path, ("sft", "dpo"), reward=True)
+    write(tmp_path, "metrics/evaluate/ppo.json", "broken")
+    page = page_in(tmp_path)
+    assert "PPO" not in page
+    assert "DPO" in page
+
+
+def test_nothing_evaluated_is_a_report_of_data_and_curves(tmp_path):
+    write_run(tmp_path)
+    settings = default_params()
+    settings["evaluate"]["policies"] = {}
+    settings["evaluate_rm"] = {}
+    settings["score_samples"]["policies"] = []
+    settings["train_grpo"] = {}
+    write_yaml(tmp_path / "params.yaml", settings)
+    page = page_in(tmp_path)
+    assert "Nothing was evaluated." in page
+    assert "Policies" not in page
+    assert "rm loss: training" in page
+
+
+def test_each_source_is_a_row_below_the_whole(tmp_path):
+    write_run(tmp_path)
+    metrics = evaluation("dpo", True)
+    metrics |= {f"{key}/{source}": value for key, value in metrics.items() for source in ("hh", "my_rows")}
+    write(tmp_path, "metrics/evaluate/dpo.json", metrics)
+    rows = json.loads((tmp_path / "metrics/prepare_data.json").read_text())
+    more = {f"{source}/{key}": 7 for key in rows if "/" in key for source in ("hh", "my_rows")}
+    write(tmp_path, "metrics/prepare_data.json", rows | more)
+    tables = Page(page_in(tmp_path)).tables
+    assert [row[0][0] for row in tables[0][1:]] == ["SFT", "DPO", "DPO, hh", "DPO, my_rows", "PPO"]
+    assert tables[0][3][1] == ["12.50"]
+    names = [row[0][0] for row in tables[2][1:]]
+    assert names[:3] == ["sft", "sft, hh", "sft, my_rows"]
+    assert tables[2][2][1:4] == [["7"], ["7"], ["7"]]
 
 
 @pytest.mark.parametrize(
@@ -273,10 +360,10 @@ def test_sft_alone(tmp_path):
         *(
             "metrics/prepare_data.json",
             "metrics/tokenize_data/prompts.json",
-            "metrics/train_rm.json",
-            "metrics/train_dpo.json",
+            "metrics/training/rm.json",
+            "metrics/training/dpo.json",
         ),
-        *("metrics/curves/train_sft.csv", "metrics/curves/train_ppo.csv", "data/samples/ppo.jsonl"),
+        *("metrics/curves/sft.csv", "metrics/curves/ppo.csv", "data/samples/ppo.jsonl"),
     ],
 )
 def test_a_missing_file_is_named(tmp_path, name):
@@ -289,17 +376,35 @@ def test_a_missing_file_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metrics/train_rm.json", "{", "not valid JSON"),
-        ("metrics/train_rm.json", "[1]", "expected a JSON object of numbers, found list"),
-        ("metrics/train_rm.json", '{"eval_loss": NaN}', "not usable JSON (NaN is not a JSON number"),
-        ("metrics/train_rm.json", '{"eval_loss": "low"}', "'eval_loss' is 'low', expected a finite number"),
-        ("metrics/train_rm.json", '{"eval_loss": true}', "'eval_loss' is True, expected a finite number"),
-        ("metrics/train_rm.json", '{"eval_loss": 0.6, "steps": 2}', "'eval_accuracy' is missing"),
-        ("metrics/train_rm.json", '{"eval_loss": 0.6}', "'steps' is missing"),
-        ("metrics/evaluate/dpo.json", '{"reward_mean": 0.5}', "is missing; run evaluate@dpo again"),
-        ("metrics/curves/train_rm.csv", "step,loss\n1,low\n", "column 'loss' holds 'low'"),
+        ("metrics/training/rm.json", "{", "not valid JSON"),
+        ("metrics/training/rm.json", "[1]", "expected a JSON object of numbers, found list"),
+        ("metrics/training/rm.json", '{"validation_loss": NaN}', "not usable JSON (NaN is not a JSON number"),
+        (
+            "metrics/training/rm.json",
+            '{"validation_loss": "low"}',
+            "'validation_loss' is 'low', expected a finite number",
+        ),
+        (
+            "metrics/training/rm.json",
+            '{"validation_loss": true}',
+            "'validation_loss' is True, expected a finite number",
+        ),
+        ("metrics/evaluate_rm/rm.json", '{"pairs": 3}', "'accuracy' is missing; run evaluate_rm@rm again"),
+        ("metrics/training/rm.json", '{"validation_loss": 0.6}', "'steps' is missing"),
+        (
+            "metrics/evaluate/dpo.json",
+            '{"prompts": 16, "gold_mean": 0.5}',
+            "'kl_to_reference_mean' is missing; run evaluate@dpo again",
+        ),
+        ("data/sample_scores/dpo.jsonl", '{"row": 0}\n', "line 1: expected a row and a score"),
+        ("data/sample_scores/dpo.jsonl", '{"row": 0, "score": 1.0}\n', "is of other samples than evaluate has made"),
+        ("metrics/curves/rm.csv", "step,loss\n1,low\n", "column 'loss' holds 'low'"),
         ("data/samples/dpo.jsonl", "", "is empty"),
-        ("data/samples/dpo.jsonl", '{"row": 0}\n', "line 1: 'prompt' is missing, expected a list of messages"),
+        (
+            "data/samples/dpo.jsonl",
+            '{"row": 0}\n',
+            "line 1: 'prompt' is missing, expected a text, or a list of messages",
+        ),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, name, text, message):
@@ -322,46 +427,48 @@ def test_samples_of_other_prompts_are_refused(tmp_path):
 BIG = "1" + 400 * "0"  # an integer beyond every float
 DEEP = 5000 * "[" + 5000 * "]"
 BROKEN_METRICS = [
-    ('{"eval_loss": ' + BIG + "}", "'eval_loss' is 1000", "expected a finite number of at most 1e+100"),
-    ('{"eval_loss": %s}' % (12 * BIG), "train_rm.json", "not usable JSON"),
-    ('{"eval_loss": 1e400}', "'eval_loss' is inf", "expected a finite number"),
-    ('{"eval_loss": 1e308}', "'eval_loss' is 1e+308", "expected a finite number"),
-    ('{"eval_loss": null}', "'eval_loss' is None", "run train_rm again"),
-    ('{"eval_loss": [0.5]}', "'eval_loss' is [0.5]", "run train_rm again"),
-    ('{"eval_loss": {"a": %s}}' % (900 * "[" + 900 * "]"), "'eval_loss' is {'a': [[[[", "run train_rm again"),
-    ('{"eval_loss": ' + DEEP + "}", "train_rm.json", "brackets nested too deeply"),
-    ('{"%s": "x"}' % (100_000 * "k"), "kkk", "run train_rm again"),
-    ('{"a\\nb": "x"}', "'a\nb' is 'x'", "run train_rm again"),
-    ('{"eval_accuracy": 1.5}', "'eval_accuracy' is 1.5", "expected a share from 0 to 1"),
-    ('{"eval_accuracy_ci_low": -0.5}', "'eval_accuracy_ci_low' is -0.5", "expected a share from 0 to 1"),
+    ('{"validation_loss": ' + BIG + "}", "'validation_loss' is 1000", "expected a finite number of at most 1e+100"),
+    ('{"validation_loss": %s}' % (12 * BIG), "rm.json", "not usable JSON"),
+    ('{"validation_loss": 1e400}', "'validation_loss' is inf", "expected a finite number"),
+    ('{"validation_loss": 1e308}', "'validation_loss' is 1e+308", "expected a finite number"),
+    ('{"validation_loss": null}', "'validation_loss' is None", "run train_rm@rm again"),
+    ('{"validation_loss": [0.5]}', "'validation_loss' is [0.5]", "run train_rm@rm again"),
+    (
+        '{"validation_loss": {"a": %s}}' % (900 * "[" + 900 * "]"),
+        "'validation_loss' is {'a': [[[[",
+        "run train_rm@rm again",
+    ),
+    ('{"validation_loss": ' + DEEP + "}", "rm.json", "brackets nested too deeply"),
+    ('{"%s": "x"}' % (100_000 * "k"), "kkk", "run train_rm@rm again"),
+    ('{"a\\nb": "x"}', "'a\nb' is 'x'", "run train_rm@rm again"),
+    ('{"validation_accuracy": 1.5}', "'validation_accuracy' is 1.5", "expected a share from 0 to 1"),
+    ('{"validation_accuracy_ci_low": -0.5}', "'validation_accuracy_ci_low' is -0.5", "expected a share from 0 to 1"),
     ('{"steps": -3}', "'steps' is -3", "expected a whole number, at least 0"),
     ('{"steps": 2.5}', "'steps' is 2.5", "expected a whole number, at least 0"),
-    ("", "train_rm.json", "not valid JSON"),
-    ("null", "train_rm.json", "found NoneType"),
-    (b'{"eval_l\xffss": 1}', "train_rm.json", "not UTF-8"),
+    ("", "rm.json", "not valid JSON"),
+    ("null", "rm.json", "found NoneType"),
+    (b'{"validation_l\xffss": 1}', "rm.json", "not UTF-8"),
 ]
 BROKEN_SAMPLES = [
     ({"prompt": [5]}, "'prompt' is [5]"),
-    ({"prompt": "text"}, "'prompt' is 'text'"),
     ({"prompt": [{"role": "user"}]}, "'prompt' is [{'role': 'user'}]"),
     ({"prompt": [{"role": ["user"], "content": "x"}]}, "'prompt' is [{"),
     ({"prompt": [{"role": "user", "content": None}]}, "'prompt' is [{"),
     ({"prompt": {"role": "user", "content": "x"}}, "'prompt' is {"),
     ({"gold": "x"}, "'gold' is 'x'"),
     ({"gold": None}, "'gold' is None"),
-    ({"sft_gold": True}, "'sft_gold' is True"),
+    ({"reference_gold": True}, "'reference_gold' is True"),
     ({"length": -1}, "'length' is -1"),
     ({"length": 2.5}, "'length' is 2.5"),
-    ({"reward": 10**401}, "'reward' is 1000"),
-    ({"reward": 1e308}, "'reward' is 1e+308"),
-    ({"sft_reward": None}, "'sft_reward' is None"),
+    ({"kl": 10**401}, "'kl' is 1000"),
+    ({"kl": 1e308}, "'kl' is 1e+308"),
     ({"kl": [1]}, "'kl' is [1]"),
     ({"row": True}, "'row' is True"),
     ({"row": -1}, "'row' is -1"),
     ({"ended": 1}, "'ended' is 1"),
     ({"response": 5}, "'response' is 5"),
     ({"response": None}, "'response' is None"),
-    ({"sft_response": ["a"]}, "'sft_response' is ['a']"),
+    ({"reference_response": ["a"]}, "'reference_response' is ['a']"),
 ]
 
 
@@ -379,7 +486,7 @@ def broken_run(tmp_path_factory):
 
 @pytest.mark.parametrize(("content", "where", "what"), BROKEN_METRICS, ids=range(len(BROKEN_METRICS)))
 def test_metrics_that_are_not_usable_are_named(broken_run, content, where, what):
-    path = broken_run / "metrics/train_rm.json"
+    path = broken_run / "metrics/training/rm.json"
     good = path.read_bytes()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = refusal(broken_run)
@@ -399,7 +506,7 @@ def test_samples_that_are_not_usable_are_named_beyond_those_shown_too(broken_run
     assert message.endswith("run evaluate@dpo again")
 
 
-@pytest.mark.parametrize("key", ["row", "prompt", "response", "reward", "kl", "length", "ended", "sft_response"])
+@pytest.mark.parametrize("key", ["row", "prompt", "response", "length", "ended"])
 def test_a_sample_without_a_key_is_named(broken_run, key):
     rows = [sample("dpo", row, gold=True) for row in range(ROWS)]
     write_samples(broken_run, "dpo", [{name: value for name, value in rows[0].items() if name != key}, *rows[1:]])
@@ -409,11 +516,11 @@ def test_a_sample_without_a_key_is_named(broken_run, key):
 
 
 def test_the_command_says_it_in_one_line_with_code_2(tmp_path):
-    write(write_run(tmp_path), "metrics/train_rm.json", '{"a\\nb%s": "x"}' % (5000 * "\\ud83d"))
+    write(write_run(tmp_path), "metrics/training/rm.json", '{"a\\nb%s": "x"}' % (5000 * "\\ud83d"))
     process = report(tmp_path)
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
-    assert line.startswith("error: metrics/train_rm.json: 'a\\nb\\ud83d")
+    assert line.startswith("error: metrics/training/rm.json: 'a\\nb\\ud83d")
     assert len(line) < LONGEST_MESSAGE + 20
 
 
@@ -429,16 +536,24 @@ def test_samples_of_another_evaluation_are_refused(tmp_path):
     write_run(tmp_path)
     rows = [sample("dpo", row, gold=True) for row in range(ROWS)]
     assert "has 15 rows" in refused(rows[:-1])
-    assert "mean reward 0.5250125, and" in refused([rows[0] | {"reward": rows[0]["reward"] + 2e-4}, *rows[1:]])
-    assert "mean kl" in refused([*rows[:-1], rows[-1] | {"kl": 0.0}])
+    assert "mean kl 8.500013, and" in refused([rows[0] | {"kl": rows[0]["kl"] + 2e-4}, *rows[1:]])
     assert "mean length" in refused([*rows[:-1], rows[-1] | {"length": 33}])
     assert "mean ended" in refused([*rows[:-1], rows[-1] | {"ended": False}])
     assert "mean gold" in refused([*rows[:-1], rows[-1] | {"gold": 9.0}])
     assert "gold utilities" in refused([sample("dpo", row, gold=False) for row in range(ROWS)])
-    assert "mean reward" in refused([sample("ppo", row, gold=True) for row in range(ROWS)])
+    assert "mean kl" in refused([sample("ppo", row, gold=True) for row in range(ROWS)])
     # Samples are rounded to six decimals.
-    write_samples(tmp_path, "dpo", [row | {"reward": row["reward"] + 4e-7} for row in rows])
+    write_samples(tmp_path, "dpo", [row | {"kl": row["kl"] + 4e-7} for row in rows])
     page_in(tmp_path)
+
+
+def test_scores_of_another_reward_model_are_refused(tmp_path):
+    write_run(tmp_path)
+    rows = [score("dpo", row) for row in range(ROWS)]
+    write_scores(tmp_path, "dpo", [rows[0] | {"score": 9.0}, *rows[1:]])
+    message = refusal(tmp_path)
+    assert "sample_scores/dpo.jsonl: mean score" in message
+    assert message.endswith("run score_samples@dpo again")
 
 
 def test_gold_of_a_part_of_the_prompts(tmp_path):
@@ -446,9 +561,9 @@ def test_gold_of_a_part_of_the_prompts(tmp_path):
     write(tmp_path, "metrics/evaluate/dpo.json", evaluation("dpo", True) | {"gold_prompts": 4})
     write_samples(tmp_path, "dpo", [sample("dpo", row, gold=row % 4 == 2) for row in range(ROWS)])
     parsed = Page(page_in(tmp_path))
-    assert "DPO beats SFT in mean gold utility on 4 of them (+0.42" in parsed.texts["outcome"][0]
+    assert "DPO beats models/sft in mean gold utility on 4 of them (+0.42" in parsed.texts["outcome"][0]
     shown = ["gold" in text for text in parsed.texts["response"]]
-    assert shown == [row % 4 == 2 for row in range(8) for _ in ("sft", "dpo")]
+    assert shown == [row % 4 == 2 for row in range(8) for _ in ("reference", "dpo")]
     write_samples(tmp_path, "dpo", [sample("dpo", row, gold=row % 5 == 2) for row in range(ROWS)])
     message = refusal(tmp_path)
     assert "data/samples/dpo.jsonl has gold utilities in 3 rows" in message
@@ -462,26 +577,26 @@ def test_gold_in_the_samples_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "curve", "what"),
+    ("name", "curve", "what"),
     [
-        ("train_rm", "step,loss\n1,0.5\n", "train_rm.csv ends at step 1, and"),
-        ("train_ppo", CURVE + "3,0.4,1.0,0.5\n", "train_ppo.csv ends at step 3, and"),
-        ("train_dpo", CURVE.replace("0.6", "0.61"), "train_dpo.csv has held-out loss 0.61 at step 2"),
-        ("train_sft", "step,loss,eval/loss\n1,0.5,0.6\n2,0.5,\n", "train_sft.csv has held-out loss nothing at step 2"),
+        ("rm", "step,loss\n1,0.5\n", "rm.csv ends at step 1, and"),
+        ("ppo", CURVE + "3,0.4,1.0,0.5\n", "ppo.csv ends at step 3, and"),
+        ("dpo", CURVE.replace("0.6", "0.61"), "dpo.csv has validation loss 0.61 at step 2"),
+        ("sft", "step,loss,validation/loss\n1,0.5,0.6\n2,0.5,\n", "sft.csv has validation loss nothing at step 2"),
     ],
 )
-def test_a_curve_of_another_run_is_refused(tmp_path, stage, curve, what):
-    write(write_run(tmp_path), f"metrics/curves/{stage}.csv", curve)
+def test_a_curve_of_another_run_is_refused(tmp_path, name, curve, what):
+    write(write_run(tmp_path), f"metrics/curves/{name}.csv", curve)
     message = refusal(tmp_path)
     assert what in message
-    assert f"metrics/{stage}.json says" in message
-    assert message.endswith(f"so they are of two runs; run {stage} again")
+    assert f"metrics/training/{name}.json says" in message
+    assert message.endswith(f"so they are of two runs; run train_{name}@{name} again")
 
 
 def test_the_kept_step_may_come_before_the_last(tmp_path):
-    metrics = training("train_rm") | {"eval_loss": 0.3, "steps": 3, "kept_step": 1}
-    write(write_run(tmp_path), "metrics/train_rm.json", metrics)
-    write(tmp_path, "metrics/curves/train_rm.csv", "step,loss,eval/loss\n1,0.5,0.3\n2,0.5,0.4\n3,0.5,0.5\n")
+    metrics = training("rm") | {"validation_loss": 0.3, "steps": 3, "kept_step": 1}
+    write(write_run(tmp_path), "metrics/training/rm.json", metrics)
+    write(tmp_path, "metrics/curves/rm.csv", "step,loss,validation/loss\n1,0.5,0.3\n2,0.5,0.4\n3,0.5,0.5\n")
     page_in(tmp_path)
 
 
@@ -501,12 +616,12 @@ HOSTILE_COLUMNS = [
 def test_columns_of_any_name_are_drawn_and_ids_stay_unique(tmp_path):
     names = ["step", *(f'"{name}"'.replace('="', '=""') for name in HOSTILE_COLUMNS)]
     lines = [names, *([step] + [step] * len(HOSTILE_COLUMNS) for step in (1, 2))]
-    write(write_run(tmp_path), "metrics/curves/train_ppo.csv", "\n".join(",".join(map(str, line)) for line in lines))
+    write(write_run(tmp_path), "metrics/curves/ppo.csv", "\n".join(",".join(map(str, line)) for line in lines))
     page = page_in(tmp_path)
     parsed = Page(page)
     labels = [found["aria-label"] for tag, found in parsed.elements if tag == "svg" and "aria-label" in found]
     for name in HOSTILE_COLUMNS:
-        assert f"train_ppo {name}: training from 1 at step 1 to 2 at step 2" in labels
+        assert f"ppo {name}: training from 1 at step 1 to 2 at step 2" in labels
     assert {tag for tag, _ in parsed.elements}.isdisjoint({"script", "b"})
     ids = [found["id"] for _, found in parsed.elements if "id" in found]
     assert len(ids) == len(set(ids))
@@ -515,14 +630,14 @@ def test_columns_of_any_name_are_drawn_and_ids_stay_unique(tmp_path):
 
 
 def test_large_and_infinite_values_are_drawn_or_said_to_be_missing(tmp_path):
-    write(write_run(tmp_path), "metrics/curves/train_ppo.csv", "step,a,b,c\n1,1e99,-inf,inf\n2,-1e100,3e38,inf\n")
+    write(write_run(tmp_path), "metrics/curves/ppo.csv", "step,a,b,c\n1,1e99,-inf,inf\n2,-1e100,3e38,inf\n")
     page = page_in(tmp_path)
-    assert "train_ppo a: training from 1e+99 at step 1 to -1e+100 at step 2" in page
-    assert "train_ppo b: training from 3e+38 at step 2 to 3e+38 at step 2" in page
+    assert "ppo a: training from 1e+99 at step 1 to -1e+100 at step 2" in page
+    assert "ppo b: training from 3e+38 at step 2 to 3e+38 at step 2" in page
     assert "<code>b</code> <small>1 infinite value not drawn</small>" in page
-    assert "train_ppo c: no values" in page
+    assert "ppo c: no values" in page
     assert "<code>c</code> <small>2 infinite values not drawn</small>" in page
-    assert "nan" not in page.lower().split("<h3><code>train_ppo")[1].split("<h2>")[0]
+    assert "nan" not in page.lower().split("<h3><code>ppo")[1].split("<h2>")[0]
 
 
 def test_folders_and_links_in_the_place_of_files_are_named(tmp_path):
@@ -535,10 +650,11 @@ def test_folders_and_links_in_the_place_of_files_are_named(tmp_path):
     dpo.mkdir()
     assert f"{dpo} is not a file" in refusal(tmp_path)
     dpo.rmdir()
+    write_params(tmp_path, ("sft", "ppo"), reward=True)
     sft.rename(tmp_path / "elsewhere.json")
     sft.symlink_to(tmp_path / "elsewhere.json")
     page_in(tmp_path)
-    curve = tmp_path / "metrics/curves/train_rm.csv"
+    curve = tmp_path / "metrics/curves/rm.csv"
     curve.unlink()
     os.mkfifo(curve)
     assert f"{curve} is not a file" in refusal(tmp_path)
@@ -548,14 +664,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_message(tmp_path):
     write_run(tmp_path)
     shutil.rmtree(tmp_path / "metrics/evaluate")
     write(tmp_path, "metrics/evaluate", "x")
-    assert "metrics/evaluate is not a folder" in refusal(tmp_path)
-    shutil.rmtree(tmp_path / "metrics")
-    write(tmp_path, "metrics", "x")
-    process = report(tmp_path)
-    assert (process.returncode, process.stderr) == (
-        2,
-        "error: metrics is not a folder; move it away and run the stage evaluate\n",
-    )
+    assert "metrics/evaluate/sft.json does not exist; the report needs it: run evaluate@sft" in refusal(tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_page_stays(tmp_path):
@@ -566,14 +675,13 @@ def test_a_folder_in_the_place_of_the_page_stays(tmp_path):
     assert (tmp_path / "metrics/report.html/kept").exists()
 
 
-def test_no_evaluation_at_all_is_an_error_with_code_2_that_keeps_the_old_page(tmp_path):
-    write_run(tmp_path, policies=())
+def test_what_is_missing_keeps_the_old_page(tmp_path):
+    write_run(tmp_path)
     write(tmp_path, "metrics/report.html", "old")
+    (tmp_path / "metrics/evaluate/sft.json").unlink()
     process = report(tmp_path)
     assert process.returncode == 2
-    assert process.stderr.splitlines() == [
-        "error: metrics/evaluate holds the evaluation of no policy; run the stage evaluate"
-    ]
+    assert process.stderr.startswith("error: metrics/evaluate/sft.json does not exist; the report needs it")
     assert (tmp_path / "metrics/report.html").read_text(encoding="utf-8") == "old"
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.lib.runs.scratch import ScratchFolder
 from tests.pipeline.graph import stage_names
-from tests.stages.tiny_pipeline import call, change, contents, new_project
+from tests.stages.tiny_pipeline import call, change, contents, new_project, read_yaml, write_yaml
 
 STEPS = {"train_sft@sft": 5, "train_rm@rm": 2, "train_dpo@dpo": 2, "train_ppo@ppo": 1, "train_grpo@grpo": 1}
 NOT_NEEDED = ("code_manifest", "evaluate", "evaluate_rm", "score_samples", "report")
@@ -163,3 +163,19 @@ def test_no_folders_are_kept_unasked(saved: Path, tmp_path: Path) -> None:
     assert steps_in(folder / "models/dpo") == []
     weights = [(path / "models/dpo/model.safetensors").read_bytes() for path in (saved, folder)]
     assert weights[0] == weights[1]
+
+
+def test_one_of_them_is_evaluated_as_a_policy(saved: Path, tmp_path: Path) -> None:
+    folder = without_state(saved, tmp_path / "evaluated")
+    settings = read_yaml(folder / "params.yaml")
+    settings["evaluate"]["policies"] = {
+        "before": "models/dpo/step_2",
+        "again": "models/dpo/step_2",
+        "dpo": "models/dpo",
+    }
+    write_yaml(folder / "params.yaml", settings)
+    for name in ("before", "again", "dpo"):
+        call(folder, f"evaluate@{name}")
+    found = {name: (folder / f"metrics/evaluate/{name}.json").read_bytes() for name in settings["evaluate"]["policies"]}
+    assert found["before"] == found["again"]
+    assert found["before"] != found["dpo"]

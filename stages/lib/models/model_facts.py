@@ -27,6 +27,8 @@ MOST_LAYERS = 10_000  # of a model that would be built before its weights, which
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # Names that architectures have for what a norm adds to a variance, around 1e-5: much more, and it returns nothing.
 NORM_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+# Types that number the positions of a sequence from the one after the pad token's id on, as fairseq did.
+COUNT_FROM_PAD = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert"})
 ALL_KERNELS = frozenset({"eager", "sdpa", "flash_attention_2"})
 KERNEL_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
@@ -104,9 +106,13 @@ def longest_sequence(config: dict[str, Any], where: str = "config.json") -> int 
         limit = _bounded(rope, original, LARGEST, where) or _bounded(config, original, LARGEST, where)
         if limit:
             return limit
-    return _bounded(config, "max_position_embeddings", LARGEST, where) or _bounded(
+    positions = _bounded(config, "max_position_embeddings", LARGEST, where) or _bounded(
         config, "n_positions", LARGEST, where
     )
+    pad_id = config.get("pad_token_id")
+    if positions and config.get("model_type") in COUNT_FROM_PAD:
+        return positions - 1 - (pad_id if type(pad_id) is int else 1)
+    return positions
 
 
 def _bounded(config: dict[str, Any], key: str, largest: int, where: str) -> int | None:

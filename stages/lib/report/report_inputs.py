@@ -164,7 +164,7 @@ def curve_of(path: Path, metrics: Metrics) -> CurveTable:
         if found is None or not math.isclose(found, metrics["validation_loss"], rel_tol=CURVE_ROUNDING):
             raise StageError(
                 f"{path} has validation loss {'nothing' if found is None else f'{found:.7g}'} at step "
-                f"{number(metrics['kept_step'])}, and {metrics.path} says {metrics['eval_loss']:.7g}, {other_run}"
+                f"{number(metrics['kept_step'])}, and {metrics.path} says {metrics['validation_loss']:.7g}, {other_run}"
             )
     return curve
 

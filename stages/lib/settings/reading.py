@@ -37,6 +37,10 @@ class PairSettings(Settings):
     margin: Literal["none", "gap"] = key("none", "gap: the pair's margin is the gap | none: it has none")
 
 
+# What a comparison says where its responses get labels, and nothing obeys it.
+WITHOUT_PAIRS_OF_THEM = {"pairs": "all", "least_gap": 0.0, "ties": "drop", "margin": "none", "best": "highest"}
+
+
 class WinnerComparison(PairSettings):
     """Two responses, and one or several columns that say which is better."""
 
@@ -175,6 +179,12 @@ class ReadingOptions(Settings):
                 raise ValueError("threshold is for scores: null with a comparison of another type")
             if scored != (self.threshold.score is None):
                 raise ValueError("threshold.score must be a column, and null with a comparison of type scores")
+            asked_for = self.comparison.model_dump() if self.comparison is not None else {}
+            if scored and asked_for != asked_for | WITHOUT_PAIRS_OF_THEM:
+                raise ValueError(
+                    "threshold makes no pairs: in comparison leave pairs all, least_gap 0, ties drop, margin none and "
+                    "best highest"
+                )
         return self
 
 

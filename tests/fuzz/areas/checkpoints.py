@@ -16,12 +16,12 @@ from tests.fuzz.base import other_than_base
 from tests.fuzz.case import Area, Case, Complaint, Expected, no_complaint, put
 from tests.fuzz.mutations import json_text, mutated_bytes, mutated_tree
 
-TRAINED = ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo")
-CHUNKED = ("ref_logprobs", "evaluate@dpo")
+TRAINED = ("train_sft@sft", "train_rm@rm", "train_dpo@dpo", "train_ppo@ppo", "train_grpo@grpo")
+CHUNKED = ("ref_logprobs@sft", "evaluate@dpo", "score_samples@dpo")
 
 
 def scratch(folder: Path, stage: str) -> Path:
-    return next((folder / ".scratch").glob(f"{stage.partition('@')[0]}-*"))
+    return next((folder / ".scratch").glob(f"{stage}-*"))
 
 
 def checkpoint(folder: Path, stage: str) -> Path:
@@ -167,43 +167,47 @@ STATES: tuple[tuple[str, bytes], ...] = (
 )
 NAMED = (
     *(case("nothing wrong", stage, lambda *_: None, "accepted") for stage in (*TRAINED, *CHUNKED)),
-    *(finished(f"is {text[:40]!r}", stage, text) for stage in ("train_sft", "ref_logprobs") for text in COMPLETE),
-    *(case(f"state: {what}", "train_sft", state(content)) for what, content in STATES),
-    *(case(f"state: {what}", "train_ppo", state(content)) for what, content in STATES[:2]),
-    *(case(f"manifest is {text[:40]!r}", "train_sft", manifest(text), "accepted") for text in MANIFESTS),
-    case("tensors: nothing", "train_sft", tensors(b"")),
-    case("tensors: no weights", "train_sft", tensors((2).to_bytes(8, "little") + b"{}")),
-    case("tensors: a pickle", "train_sft", tensors(PICKLE)),
-    case("the curve is shorter", "train_sft", log(lambda path: put(path, path.read_bytes()[:20])), "accepted"),
-    case("the curve is missing", "train_sft", log(lambda path: path.unlink()), "accepted"),
-    case("the curve is longer", "train_sft", log(lambda path: put(path, path.read_bytes() + b"x,y\n")), "accepted"),
-    case("the curve is a folder", "train_sft", log(lambda path: (path.unlink(), path.mkdir()))),
-    case("the lock is a folder", "train_sft", replaced("lock", lambda path: path.mkdir()), "refused"),
-    case("the logs are a file", "train_sft", replaced("code-*/logs", lambda path: put(path, "x")), "refused"),
-    case("the state is a file", "train_sft", replaced("code-*", lambda path: put(path, "x")), "refused"),
-    case("the checkpoint is a file", "train_sft", replaced("code-*/checkpoint-*", lambda path: put(path, "x"))),
+    *(
+        finished(f"is {text[:40]!r}", stage, text)
+        for stage in ("train_sft@sft", "ref_logprobs@sft")
+        for text in COMPLETE
+    ),
+    *(case(f"state: {what}", "train_sft@sft", state(content)) for what, content in STATES),
+    *(case(f"state: {what}", "train_ppo@ppo", state(content)) for what, content in STATES[:2]),
+    *(case(f"manifest is {text[:40]!r}", "train_sft@sft", manifest(text), "accepted") for text in MANIFESTS),
+    case("tensors: nothing", "train_sft@sft", tensors(b"")),
+    case("tensors: no weights", "train_sft@sft", tensors((2).to_bytes(8, "little") + b"{}")),
+    case("tensors: a pickle", "train_sft@sft", tensors(PICKLE)),
+    case("the curve is shorter", "train_sft@sft", log(lambda path: put(path, path.read_bytes()[:20])), "accepted"),
+    case("the curve is missing", "train_sft@sft", log(lambda path: path.unlink()), "accepted"),
+    case("the curve is longer", "train_sft@sft", log(lambda path: put(path, path.read_bytes() + b"x,y\n")), "accepted"),
+    case("the curve is a folder", "train_sft@sft", log(lambda path: (path.unlink(), path.mkdir()))),
+    case("the lock is a folder", "train_sft@sft", replaced("lock", lambda path: path.mkdir()), "refused"),
+    case("the logs are a file", "train_sft@sft", replaced("code-*/logs", lambda path: put(path, "x")), "refused"),
+    case("the state is a file", "train_sft@sft", replaced("code-*", lambda path: put(path, "x")), "refused"),
+    case("the checkpoint is a file", "train_sft@sft", replaced("code-*/checkpoint-*", lambda path: put(path, "x"))),
     case(
         "the checkpoint is a dangling link",
-        "train_sft",
+        "train_sft@sft",
         replaced("code-*/checkpoint-*", lambda path: path.symlink_to("x")),
     ),
-    case("the kept results are a file", "ref_logprobs", replaced("kept", lambda path: put(path, "x")), "refused"),
+    case("the kept results are a file", "ref_logprobs@sft", replaced("kept", lambda path: put(path, "x")), "refused"),
     Case(
         "the scratch folder is a file",
         lambda folder: (shutil.rmtree(folder / ".scratch"), put(folder / ".scratch", "x")),
-        ("train_sft",),
+        ("train_sft@sft",),
         "refused",
     ),
     Case(
         "the scratch folder is a dangling link",
         lambda folder: (shutil.rmtree(folder / ".scratch"), (folder / ".scratch").symlink_to("x/y")),
-        ("train_sft",),
+        ("train_sft@sft",),
         "refused",
     ),
     Case(
         "the log of runs is a folder",
         lambda folder: ((folder / ".scratch/runs.jsonl").unlink(), (folder / ".scratch/runs.jsonl").mkdir()),
-        ("train_sft",),
+        ("train_sft@sft",),
         "accepted",
     ),
 )
@@ -247,7 +251,7 @@ CHUNKS = (
     *(
         case(
             f"kept rows are {text[:40]!r}",
-            "ref_logprobs",
+            "ref_logprobs@sft",
             lambda folder, stage, text=text: put(chunk(folder, stage), text),
             "accepted",
         )

@@ -10,14 +10,16 @@ from tests.fuzz.base import other_than_base, outs
 from tests.fuzz.case import Area, Case, Complaint, Expected, put
 
 STAGES = (
+    "read_source_task@film_reviews",
     "prepare_data",
-    "prepare_base",
+    "prepare_base@base",
     "tokenize_data@sft",
-    "train_sft",
-    "ref_logprobs",
-    "train_ppo",
-    "train_grpo",
+    "train_sft@sft",
+    "ref_logprobs@sft",
+    "train_ppo@ppo",
+    "train_grpo@grpo",
     "evaluate@sft",
+    "score_samples@sft",
     "report",
 )
 OUTSIDE = "outside"
@@ -120,7 +122,7 @@ PARENT_CASES = tuple(
     at_parent(stage, out, what, make, expected)
     for stage in STAGES
     for out in outs(stage)
-    if out.startswith(("metrics/", "data/tokens", "data/samples", "data/rollouts"))
+    if out.startswith(("metrics/", "data/tokens", "data/samples", "data/sample_scores", "data/rollouts"))
     for what, make, expected in AT_PARENT
     if stage != "report"
 )
@@ -132,19 +134,23 @@ PERMISSION_CASES = tuple(
 )
 # An input, and a stage that reads it.
 INPUTS = (
-    ("prepare_base", "data/prepared/sft/train.jsonl"),
-    ("tokenize_data@sft", "data/prepared/sft/train.jsonl"),
+    ("prepare_data", "data/sources/film_reviews/rows.jsonl"),
+    ("prepare_base@base", "data/prepared/train/sft.jsonl"),
+    ("tokenize_data@sft", "data/prepared/train/sft.jsonl"),
     ("tokenize_data@sft", "models/base/tokenizer.json"),
     ("tokenize_data@sft", "models/base/config.json"),
-    ("train_sft", "data/tokens/sft/train.arrow"),
-    ("train_sft", "models/base/model.safetensors"),
-    ("train_sft", "models/base/tokenizer_config.json"),
-    ("train_dpo", "data/ref_logprobs/train.arrow"),
-    ("tokenize_data@prompts", "data/prepared/prompts/eval.jsonl"),
-    ("evaluate@sft", "data/tokens/prompts/eval.arrow"),
-    ("report", "metrics/train_sft.json"),
-    ("report", "metrics/curves/train_sft.csv"),
+    ("train_sft@sft", "data/tokens/train/sft.arrow"),
+    ("train_sft@sft", "models/base/model.safetensors"),
+    ("train_sft@sft", "models/base/tokenizer_config.json"),
+    ("train_dpo@dpo", "data/ref_logprobs/sft/train.arrow"),
+    ("tokenize_data@prompts", "data/prepared/test/prompts.jsonl"),
+    ("evaluate@sft", "data/tokens/test/prompts.arrow"),
+    ("score_samples@sft", "data/samples/sft.jsonl"),
+    ("evaluate_rm@rm", "data/prepared/test/preference.jsonl"),
+    ("report", "metrics/training/sft.json"),
+    ("report", "metrics/curves/sft.csv"),
     ("report", "data/samples/sft.jsonl"),
+    ("report", "data/sample_scores/sft.jsonl"),
 )
 AT_INPUT: tuple[tuple[str, Callable[[Path], object], bool], ...] = (
     ("not there", lambda _: None, False),

@@ -9,25 +9,23 @@ from typing import Any
 
 from tests.fuzz.areas.odd_configs import CODE, CONFIG_VALUES, INDEXES, PICKLE, TOKENIZER_VALUES
 from tests.fuzz.areas.params import CHECK
-from tests.fuzz.case import Area, Case, Expected, put
+from tests.fuzz.case import Area, Case, Expected, Whole, put
 from tests.fuzz.mutations import json_text, mutated_bytes, mutated_tree
 
 GIVEN = "models/given"
-LOCAL = {
-    "prepare_base": {"source": "local", "path": GIVEN, "corpus": "data/raw/none", "special_tokens": []}
-    | {"chat_template": "data/raw/none"}
-}
-GIVEN_STAGES = (*CHECK, "prepare_base", "tokenize_data@sft", "train_sft")
+OF_FOLDER = {"path": GIVEN, "chat_template": None, "special_tokens": [], "eos_token": None, "dtype": "float32"}
+GIVEN_STAGES = (*CHECK, "prepare_base_files@base", "tokenize_data@sft", "train_sft@sft")
 # The model that a stage reads, and the stage.
 READ_BY = (
     ("models/base", "tokenize_data@sft"),
-    ("models/base", "train_sft"),
-    ("models/sft", "train_rm"),
-    ("models/sft", "ref_logprobs"),
-    ("models/sft", "train_dpo"),
-    ("models/rm", "train_ppo"),
-    ("models/rm", "train_grpo"),
-    ("models/rm", "evaluate@sft"),
+    ("models/base", "train_sft@sft"),
+    ("models/sft", "train_rm@rm"),
+    ("models/sft", "ref_logprobs@sft"),
+    ("models/sft", "train_dpo@dpo"),
+    ("models/rm", "train_ppo@ppo"),
+    ("models/rm", "train_grpo@grpo"),
+    ("models/rm", "score_samples@sft"),
+    ("models/rm", "evaluate_rm@rm"),
     ("models/dpo", "evaluate@dpo"),
 )
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -41,7 +39,8 @@ def given(what: str, change: Callable[[Path], object], expected: Expected = "eit
         shutil.copytree(folder / "models/dpo", folder / GIVEN)  # models/base is an out of the first stage
         change(folder / GIVEN)
 
-    settings = {"prepare_base": LOCAL["prepare_base"] | more.pop("settings", {})}
+    base = OF_FOLDER | more.pop("settings", {})
+    settings = {"prepare_base": Whole(scratch={}, files={"base": base}, hub={})}
     return Case(f"given model: {what}", prepare, GIVEN_STAGES, expected, settings, **more)
 
 
@@ -212,7 +211,9 @@ FILE_CASES = (
         if stage != "tokenize_data@sft"  # which has no use for the model
     ),
     *(
-        made(f"config.json {key} is {value!r}"[:90], "models/base", "train_sft", with_key("config.json", key, value))
+        made(
+            f"config.json {key} is {value!r}"[:90], "models/base", "train_sft@sft", with_key("config.json", key, value)
+        )
         for key, value in CONFIG_VALUES
     ),
     *(made("no folder", model, stage, shutil.rmtree, "refused") for model, stage in READ_BY),

@@ -7,7 +7,8 @@ from tests.fuzz.mutations import Raw
 
 Row = dict[str, Any]
 FORMATS = ("hh", "preference", "preference_chat", "preference_implicit", "sharegpt_preference")
-FORMATS += ("alpaca", "messages", "prompt_completion", "sharegpt")
+FORMATS += ("alpaca", "messages", "prompt_completion", "sharegpt", "alpaca_preference", "question_preference")
+FORMATS += ("messages_preference", "openai_preference", "question_answer", "prompt", "text")
 TOPICS = ("tea", "rain", "bread", "wool", "salt", "iron")
 
 
@@ -39,6 +40,17 @@ def of_format(name: str, topic: str) -> Row:
         "messages": {"messages": [user(question), assistant(good)]},
         "prompt_completion": {"prompt": question, "completion": good},
         "sharegpt": {"conversations": [*human, {"from": "gpt", "value": good}]},
+        "alpaca_preference": {"instruction": question, "input": "", **pair},
+        "question_preference": {"question": question, "context": "", **pair},
+        "messages_preference": {"messages": [user(question)], **pair},
+        "openai_preference": {
+            "input": {"messages": [user(question)]},
+            "preferred_output": [assistant(good)],
+            "non_preferred_output": [assistant(bad)],
+        },
+        "question_answer": {"question": question, "answer": good, "context": ""},
+        "prompt": {"prompt": question},
+        "text": {"text": f"{question} {good}"},
     }[name]
 
 
@@ -49,6 +61,10 @@ def sound(name: str) -> list[Row]:
 
 def pair(**changed: Any) -> list[Row]:
     return [of_format("preference", "clay") | changed]
+
+
+def reply(**changed: Any) -> list[Row]:
+    return [of_format("prompt_completion", "clay") | changed]
 
 
 def chat(*messages: Any) -> list[Row]:
@@ -63,7 +79,7 @@ UNREAD_COLUMNS: tuple[Named, ...] = tuple(
     (f"a column '{column}' that nothing reads", name, [of_format(name, "clay") | {column: value}], "refused", {})
     for column, value in (
         ("tool_calls", [{"name": "f"}]),
-        ("tools", [{"name": "f"}]),
+        ("tools", [{"name": "look_up"}]),  # which the chat template leaves out
         ("images", ["a.png"]),
         ("label", "good"),
         ("weight", 0.5),
@@ -96,14 +112,30 @@ MARGINS: tuple[Named, ...] = (
 MESSAGES: tuple[Named, ...] = (
     *(
         (f"a role {role!r}", "messages", chat(user("Q?"), {"role": role, "content": "A"}), "refused", {})
-        for role in (["user"], {}, None, 5, "tool", "developer", "User", "user\nerror: x", "\ud800")
+        for role in (["user"], {}, None, 5, "critic", "User", "user\nerror: x", "\ud800")
     ),
+    ("a tool's message last", "messages", chat(user("Q?"), {"role": "tool", "content": "A"}), "accepted", {}),
+    ("a developer's message last", "messages", chat(user("Q?"), {"role": "developer", "content": "A"}), "accepted", {}),
+    (
+        "a role 'critic', dropped",
+        "messages",
+        chat(user("Q?"), {"role": "critic", "content": "A"}),
+        "accepted",
+        DROPPING,
+    ),
+    ("a list as content", "messages", chat(user("Q?"), assistant([{"type": "text", "text": "A"}])), "accepted", {}),
     *(
-        (f"a role {role!r} with {DROPPING}", "messages", chat(user("Q?"), {"role": role, "content": "A"}), *rest)
-        for role in ("tool", "developer")
-        for rest in (("accepted", DROPPING),)
+        (f"parts {str(parts)[:60]}", "messages", chat(user("Q?"), assistant(parts)), "refused", {})
+        for parts in (
+            [{"type": "image_url", "image_url": {"url": "x"}}],
+            [{"type": "text", "text": 5}],
+            [{"type": "text"}],
+            [{"type": ["text"], "text": "A"}],
+            ["A"],
+            [None],
+            [["A"]],
+        )
     ),
-    ("a list as content", "messages", chat(user("Q?"), assistant([{"type": "text", "text": "A"}])), "refused", {}),
     (
         f"a list as content with {DROPPING}",
         "messages",
@@ -169,13 +201,137 @@ PROMPTS: tuple[Named, ...] = (
         "refused",
         {},
     ),
-    (
-        "a label that is true (KTO)",
-        "prompt_completion",
-        [{"prompt": "Q", "completion": "A", "label": True}],
-        "refused",
+)
+LABELS: tuple[Named, ...] = tuple(
+    (f"a label {value!r} ({kinds[0]})", "prompt_completion", reply(label=value), expected, {"kinds": [*kinds]})
+    for kinds in (("sft", "prompts"), ("unpaired", "prompts"))
+    for value, expected in (
+        (True, "accepted"),
+        (False, "either"),  # no row of SFT
+        ("true", "accepted"),
+        (" False ", "either"),
+        *((value, "refused") for value in (1, 0, "yes", "1", 0.5, [True], {}, "", float("nan"), "\ud800")),
+        (None, "refused"),
+    )
+)
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "tea"}}}
+TOOLS: tuple[Named, ...] = tuple(
+    (f"tools {str(tools)[:60]!r}", "messages", [{**chat(user("Q?"), assistant("A"))[0], "tools": tools}], "refused", {})
+    for tools in (
+        "none",
+        "[",
+        "{}",
+        5,
+        True,
+        {"name": "f"},
+        [5],
+        ["look_up"],
+        [None],
+        [[]],
+        [{}],
+        [{"type": "function"}],
+        [{"type": "function", "function": 5}],
+        [{"type": "function", "function": {"name": 5}}],
+        [{"type": "function", "function": {"name": ""}}],
+        [{"name": "look_up", "parameters": {"x": float("nan")}}],
+        [{"name": "look_up", "parameters": Raw("[" * 3000 + "]" * 3000)}],
+        [{"name": "Q"}],  # its name stands in the text, be it told or not
+        "__import__('os').system('touch pwned')",
+    )
+)
+CALLS: tuple[Named, ...] = tuple(
+    (f"calls {str(calls)[:60]!r}", "messages", chat(user("Q?"), assistant("A") | {"tool_calls": calls}), "refused", {})
+    for calls in (
+        5,
+        True,
         {},
+        "look_up()",
+        [5],
+        ["look_up"],
+        [None],
+        [{}],
+        [{"function": {}}],
+        [{"function": {"name": 5, "arguments": {}}}],
+        [{"function": {"name": "look_up", "arguments": "{"}}],
+        [{"function": {"name": "look_up", "arguments": "[1]"}}],
+        [{"function": {"name": "look_up", "arguments": 5}}],
+        [{"function": {"name": "look_up", "arguments": {"x": Raw("9" * 5000)}}}],
+        [{"function": {"name": "look_up", "arguments": Raw("[" * 3000 + "]" * 3000)}}],
+        [CALL],  # which the chat template leaves out
+    )
+    if calls
+)
+WEIGHTS: tuple[Named, ...] = (
+    *(
+        (f"a weight {value!r}", "messages", chat(user("Q?"), assistant("A") | {"weight": value}), expected, {})
+        for value, expected in (
+            *((value, "accepted") for value in (0, 1, 1.0, None)),
+            *((value, "refused") for value in (0.5, True, False, -1, 2, "1", "0", [1], {}, float("nan"), 10**400)),
+            (Raw("9" * 5000), "refused"),
+        )
     ),
+    ("a weight of the user", "messages", chat(user("Q?") | {"weight": 1}, assistant("A")), "refused", {}),
+    ("a weight of 0 of the user", "messages", chat(user("Q?") | {"weight": 0}, assistant("A")), "accepted", {}),
+)
+ARGUMENTS: tuple[Named, ...] = tuple(
+    (
+        f"template arguments {str(value)[:50]!r}",
+        "messages",
+        [{**of_format("messages", "clay"), "chat_template_kwargs": value}],
+        expected,
+        {},
+    )
+    for value, expected in (
+        *((value, "refused") for value in (5, True, [1], "x", "{", [["messages", []]], "[1]")),
+        *(({key: []}, "refused") for key in ("messages", "tools", "add_generation_prompt", "eos_token")),
+        ({"": 1}, "either"),
+        ({"a b": 1}, "either"),
+        ({"\ud800": 1}, "either"),
+        ({"self": 1}, "either"),
+        ({"loop": 1, "range": 5, "namespace": 5, "raise_exception": 5}, "either"),
+        ({"enable_thinking": False}, "accepted"),
+        ("{'enable_thinking': False}", "accepted"),
+        ({"x": Raw("[" * 3000 + "]" * 3000)}, "refused"),
+        ({"x": float("nan")}, "either"),
+    )
+)
+# Messages as text, as tables without types hold them.
+LITERALS: tuple[Named, ...] = tuple(
+    (f"messages {text[:60]!r}", "messages", [{"messages": text}], expected, {})
+    for text, expected in (
+        ("[{'role': 'user', 'content': 'Q?'}, {'role': 'assistant', 'content': 'A'}]", "accepted"),
+        ("[{'role': 'user', 'content': None}, {'role': 'assistant', 'content': 'A'}]", "accepted"),
+        ("[{'role': 'user', 'content': 'Q?'} {'role': 'assistant', 'content': 'A'}]", "refused"),
+        ("[{'role': 'user', 'content': 'Q' '?'}, {'role': 'assistant', 'content': 'A'}]", "refused"),
+        ("[{'role': 'user', 'role': 'system', 'content': 'Q?'}]", "refused"),
+        ("[{'role': 'user', 'content': __import__('os').system('touch pwned')}]", "refused"),
+        ("[{'role': 'user', 'content': 'Q?' * 10 ** 9}]", "refused"),
+        ("[{'role': 'user', 'content': f'{open(1)}'}]", "refused"),
+        ("[{'role': 'user', 'content': b'Q?'}]", "refused"),
+        ("[{'role': 'user', 'content': {'Q?'}}]", "refused"),
+        ("[{'role': 'user', 'content': ('Q?',)}]", "refused"),
+        ("[{'role': 'user', 'content': 1j}]", "refused"),
+        ("[{'role': 'user', 'content': ...}]", "refused"),
+        ("[{'role': 'user', 'content': lambda: 0}]", "refused"),
+        ("[{'role': 'user', **{}}]", "refused"),
+        ("[*[1]]", "refused"),
+        ("[x for x in range(10)]", "refused"),
+        ("[" * 150 + "]" * 150, "refused"),
+        ("[" * 100_000 + "]" * 100_000, "refused"),
+        ("[-" + "-" * 50_000 + "1]", "refused"),
+        ("[" + "1+" * 50_000 + "1]", "refused"),
+        ("[{'a': " * 5000 + "1" + "}]" * 5000, "refused"),
+        ("['" + "x" * 2_000_000 + "']", "refused"),
+        (f"[{{'role': 'user', 'content': {'9' * 5000}}}]", "refused"),
+        ("[{'role': 'user', 'content': 'Q?\0'}]", "refused"),
+        ("[{'role': 'user', 'content': '\\ud800'}, {'role': 'assistant', 'content': 'A'}]", "either"),
+        ("[{'role': 'user', 'content': '\\d'}, {'role': 'assistant', 'content': 'A'}]", "either"),
+        ("array([{'role': 'user'}], dtype=object)", "refused"),
+        ("", "either"),
+        ("None", "refused"),
+        ("null", "refused"),
+        ("{}", "refused"),
+    )
 )
 IGNORING = {"ignore_columns": ["score"]}
 NAMED_ROWS: tuple[Named, ...] = (
@@ -187,4 +343,10 @@ NAMED_ROWS: tuple[Named, ...] = (
     *MARGINS,
     *MESSAGES,
     *PROMPTS,
+    *LABELS,
+    *TOOLS,
+    *CALLS,
+    *WEIGHTS,
+    *ARGUMENTS,
+    *LITERALS,
 )

@@ -1,6 +1,8 @@
 """Reference log-probs that are not those of the policy before its first step."""
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,21 @@ from typing import Any
 import pyarrow
 
 from tests.fuzz.areas.tables import Columns, read, rewritten, write
-from tests.fuzz.case import Area, Case, Expected, put
+from tests.fuzz.case import Area, Case, Expected, nothing, put
 from tests.fuzz.mutations import mutated_bytes
 
 CHOSEN, REJECTED = "reference_chosen_logps", "reference_rejected_logps"
-FOLDER = "data/ref_logprobs"
-READ_BY = (("train_dpo", "train"), ("train_dpo", "eval"), ("evaluate@dpo", "eval"))
+FOLDER = "data/ref_logprobs/sft"
+STAGE = "train_dpo@dpo"
+SPLITS = ("train", "validation")
+BF16 = {"precision": "bf16"}
 
 
-def case(what: str, stage: str, split: str, change: Callable[[Columns], None], expected: Expected = "refused") -> Case:
+def case(what: str, split: str, change: Callable[[Columns], None], expected: Expected = "refused") -> Case:
     def prepare(folder: Path) -> None:
         rewritten(folder / FOLDER / f"{split}.arrow", change)
 
-    return Case(f"{stage}, {split}: {what}", prepare, (stage,), expected)
+    return Case(f"{split}: {what}", prepare, (STAGE,), expected)
 
 
 def one(column: str, value: Any, row: int = 3) -> Callable[[Columns], None]:
@@ -64,14 +68,10 @@ CHANGES: tuple[tuple[str, Callable[[Columns], None]], ...] = (
 )
 
 
-def of_another_model(stage: str) -> Case:
-    """What ref_logprobs makes of models/dpo, under the name of that of models/sft."""
-
-    def prepare(folder: Path) -> None:
-        (folder / "models/sft").rename(folder / "models/kept")
-        (folder / "models/ppo").rename(folder / "models/sft")
-
-    return Case(f"{stage}: the SFT model is another than that of the log-probs", prepare, (stage,), "refused")
+def another_model(folder: Path) -> None:
+    """The model that DPO starts from has become another one since its log-probs were computed."""
+    (folder / "models/sft").rename(folder / "models/kept")
+    (folder / "models/ppo").rename(folder / "models/sft")
 
 
 def notes(what: str, change: dict[bytes, bytes] | None, expected: Expected = "refused") -> Case:
@@ -81,7 +81,7 @@ def notes(what: str, change: dict[bytes, bytes] | None, expected: Expected = "re
         kept = dict(table.schema.metadata or {})
         write(path, table.replace_schema_metadata(None if change is None else {**kept, **change}))
 
-    return Case(f"train_dpo: {what}", prepare, ("train_dpo",), expected)
+    return Case(what, prepare, (STAGE,), expected)
 
 
 def schema(what: str, change: Callable[[pyarrow.Table], pyarrow.Table], expected: Expected = "refused") -> Case:
@@ -89,43 +89,59 @@ def schema(what: str, change: Callable[[pyarrow.Table], pyarrow.Table], expected
         path = folder / FOLDER / "train.arrow"
         write(path, change(read(path)))
 
-    return Case(f"train_dpo: {what}", prepare, ("train_dpo",), expected)
+    return Case(what, prepare, (STAGE,), expected)
 
 
 def swap_splits(folder: Path) -> None:
-    paths = [folder / FOLDER / f"{split}.arrow" for split in ("train", "eval")]
+    paths = [folder / FOLDER / f"{split}.arrow" for split in SPLITS]
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, reversed(contents), strict=True):
         put(path, content)
 
 
+def of_another_reference(what: str, prepare: Callable[[Path], object], expected: Expected, **dpo: Any) -> Case:
+    """A reference that is not the model that DPO starts from: its numbers need not agree with that one's."""
+    settings = {"ref_logprobs": {"other": {"model": "models/ppo", "precision": "fp32", "base_quantization": None}}}
+    settings["train_dpo"] = {"dpo": {"reference": "data/ref_logprobs/other", **dpo}}
+    return Case(f"of another model: {what}", prepare, ("ref_logprobs@other", STAGE), expected, settings)
+
+
+REFERENCES: tuple[tuple[str, Callable[[Path], object], Expected], ...] = (
+    ("nothing wrong", nothing, "accepted"),
+    ("the model is gone", lambda folder: shutil.rmtree(folder / "models/ppo"), "refused"),
+    ("its tokenizer is another one", lambda folder: other_tokenizer(folder / "models/ppo"), "refused"),
+)
+
+
+def other_tokenizer(model: Path) -> None:
+    """The ids of two words of the tokenizer exchanged."""
+    values = json.loads((model / "tokenizer.json").read_text())
+    words = values["model"]["vocab"]
+    first, second = [word for word in words if len(word) > 1][:2]
+    words[first], words[second] = words[second], words[first]
+    put(model / "tokenizer.json", json.dumps(values))
+
+
 def other_pairs(folder: Path) -> None:
     """Tokens of other pairs in as many rows: what ONLY=1 may bring together."""
-    rewritten(folder / "data/tokens/preference/train.arrow", lambda columns: columns["rejected_ids"].reverse())
+    rewritten(folder / "data/tokens/train/preference.arrow", lambda columns: columns["rejected_ids"].reverse())
 
 
 NAMED = (
-    *(case(what, stage, split, change) for stage, split in READ_BY for what, change in CHANGES),
-    of_another_model("train_dpo"),
-    of_another_model("evaluate@dpo"),
-    Case("train_dpo: tokens of other pairs", other_pairs, ("train_dpo",), "refused"),
-    Case("train_dpo: train and eval exchanged", swap_splits, ("train_dpo",), "refused"),
-    Case("train_dpo: nothing wrong", lambda _: None, ("train_dpo",), "accepted"),
-    Case("evaluate: nothing wrong", lambda _: None, ("evaluate@dpo",), "accepted"),
-    Case(
-        "train_dpo in bf16 with log-probs in fp32",
-        lambda _: None,
-        ("train_dpo",),
-        "refused",
-        {"train_dpo": {"precision": "bf16"}},
-    ),
+    *(case(what, split, change) for split in SPLITS for what, change in CHANGES),
+    Case("the SFT model is another than that of the log-probs", another_model, (STAGE,), "refused"),
+    Case("tokens of other pairs", other_pairs, (STAGE,), "refused"),
+    Case("train and validation exchanged", swap_splits, (STAGE,), "refused"),
+    Case("nothing wrong", nothing, (STAGE,), "accepted"),
+    Case("bf16 with log-probs in fp32", nothing, (STAGE,), "refused", {"train_dpo": {"dpo": BF16}}),
     Case(
         "ref_logprobs and train_dpo in bf16",
-        lambda _: None,
-        ("ref_logprobs", "train_dpo"),
+        nothing,
+        ("ref_logprobs@sft", STAGE),
         "accepted",
-        {"train_dpo": {"precision": "bf16"}, "ref_logprobs": {"precision": "bf16"}},
+        {"train_dpo": {"dpo": BF16}, "ref_logprobs": {"sft": BF16}},
     ),
+    *(of_another_reference(*given) for given in REFERENCES),
     notes("no notes", None),
     notes("a note of the precision that is not UTF-8", {b"precision": b"\xff"}),
     notes("a note of another precision", {b"precision": b"bf16"}),
@@ -139,7 +155,7 @@ NAMED = (
 
 def mutated(draw: random.Random) -> Case:
     """One value shifted, or damaged bytes."""
-    stage, split = draw.choice(READ_BY)
+    split = draw.choice(SPLITS)
     if draw.random() < 0.4:
         place = draw.random()
 
@@ -147,14 +163,14 @@ def mutated(draw: random.Random) -> Case:
             path = folder / FOLDER / f"{split}.arrow"
             put(path, mutated_bytes(path.read_bytes(), random.Random(place))[1])
 
-        return Case(f"{stage}, {split}: damaged file ({place})", damage, (stage,))
+        return Case(f"{split}: damaged file ({place})", damage, (STAGE,))
     column, row = draw.choice((CHOSEN, REJECTED)), draw.randrange(8)
     shift = draw.choice((1, -1)) * 10 ** draw.uniform(-1, 4)
 
     def change(columns: Columns) -> None:
         columns[column][row] += shift
 
-    return case(f"{column} of row {row} shifted by {shift:.3g}", stage, split, change, "either")
+    return case(f"{column} of row {row} shifted by {shift:.3g}", split, change, "either")
 
 
 AREA = Area(needs=("data", "models"), named=NAMED, mutated=mutated, share=0.05)

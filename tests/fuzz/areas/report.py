@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.case import Area, Case, Expected, put
+from stages.lib.settings.declaration import block
+from stages.lib.settings.train_dpo import TrainDpo
+from tests.fuzz.case import Area, Case, Expected, Whole, nothing, put
 from tests.fuzz.mutations import ODD_VALUES, Raw, json_text, mutated_bytes, mutated_tree
 from tests.pipeline.graph import all_instances, load_graph, outs_of, training_stages
 
@@ -14,9 +16,10 @@ METRICS = tuple(
     out.removeprefix("metrics/").removesuffix(".json")
     for stage in all_instances(load_graph()).values()
     for out in outs_of(stage)
-    if out.startswith("metrics/") and out.endswith(".json")
+    if out.startswith("metrics/") and out.endswith(".json") and "read_source" not in out
 )
-CURVES = training_stages()
+POLICIES = ("sft", "dpo", "ppo", "grpo")
+CURVES = tuple(stage.partition("@")[2] for stage in training_stages())
 STAGE = ("report",)
 
 
@@ -54,9 +57,9 @@ def put_in(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 KEYS = (
     ("evaluate/dpo", "reward_mean"),
-    ("prepare_data", "raw_rows"),
-    ("train_rm", "eval_accuracy"),
-    ("train_sft", "new_one"),
+    ("prepare_data", "sft/train_rows"),
+    ("training/rm", "validation_accuracy"),
+    ("training/sft", "new_one"),
 )
 VALUES = (
     float("nan"),
@@ -78,13 +81,13 @@ VALUES += (Raw("[" * 100_000 + "]" * 100_000), Raw("1e400"), -5, 1e-320)
 METRICS_CASES = (
     *(metrics_case(f"{key} is {str(value)[:40]}", name, put_in(key, value)) for name, key in KEYS for value in VALUES),
     *(
-        metrics_case(f"a key {key[:30]!r}", "train_sft", put_in(key, 1.5))
+        metrics_case(f"a key {key[:30]!r}", "training/sft", put_in(key, 1.5))
         for key in ("", "<script>", "a\nb", "\ud800", "x" * 9999)
     ),
     *(metrics_case("a key that is missing", name, lambda values: values.pop(sorted(values)[0])) for name in METRICS),
     *(
         text_case(what, f"metrics/{name}.json", text)
-        for name in ("prepare_data", "evaluate/sft", "train_rm")
+        for name in ("prepare_data", "evaluate/sft", "training/rm", "score_samples/dpo")
         for what, text in (
             *(("a list", "[]"), ("null", "null"), ("nothing", ""), ("no JSON", "{"), ("nested deeply", "[" * 100_000)),
             *(
@@ -140,19 +143,35 @@ CURVE_TEXTS: tuple[tuple[str, str | bytes, Expected], ...] = (
 
 
 def curve_case(what: str, text: str | bytes, expected: Expected) -> Case:
-    """A curve of train_sft, whose metrics say the same number of steps."""
+    """A curve of SFT, whose metrics say the same number of steps."""
 
     def prepare(folder: Path) -> None:
-        put(folder / "metrics/curves/train_sft.csv", text)
+        put(folder / "metrics/curves/sft.csv", text)
         lines = text.encode().splitlines() if isinstance(text, str) else text.splitlines()
         last = lines[-1].split(b",")[0] if lines else b""
-        path = folder / "metrics/train_sft.json"
-        put(path, json_text(json.loads(path.read_text()) | {"steps": int(last) if last.isdigit() else 2}))
+        path = folder / "metrics/training/sft.json"
+        values = json.loads(path.read_text()) | {"steps": int(last) if last.isdigit() else 2}
+        del values["kept_step"]  # whose loss the curve must have
+        put(path, json_text(values))
 
-    return Case(f"metrics/curves/train_sft.csv: {what}", prepare, STAGE, expected)
+    return Case(f"metrics/curves/sft.csv: {what}", prepare, STAGE, expected)
 
 
 CURVE_CASES = tuple(curve_case(*text) for text in CURVE_TEXTS)
+SCORES = (float("nan"), float("inf"), 10**400, "5", None, True, -1e308, Raw("9" * 5000))
+
+
+def score_case(what: str, key: str, value: Any) -> Case:
+    """The first score of one policy changed."""
+
+    def prepare(folder: Path) -> None:
+        path = folder / "data/sample_scores/dpo.jsonl"
+        first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+        put(path, "".join(json_text(row) + "\n" for row in (first | {key: value}, *others)))
+
+    return Case(f"data/sample_scores/dpo.jsonl: {what}", prepare, STAGE, "refused")
+
+
 SAMPLE_CASES = (
     sample_case("nothing wrong", lambda _: None, "accepted"),
     *(
@@ -165,7 +184,7 @@ SAMPLE_CASES = (
     ),
     *(
         sample_case(f"{key} is {str(value)[:30]}", put_in(key, value))
-        for key in ("length", "reward", "kl", "sft_reward", "row")
+        for key in ("length", "kl", "reference_gold", "row")
         for value in (float("nan"), float("inf"), 10**400, "5", None, True, -1e308, Raw("9" * 5000))
     ),
     *(sample_case(f"response is {value!r}"[:60], put_in("response", value)) for value in (None, 5, ["a"], {})),
@@ -175,6 +194,11 @@ SAMPLE_CASES = (
     ),
     *(sample_case(f"ended is {value!r}", put_in("ended", value)) for value in (None, 1, "yes")),
     sample_case("no key 'kl'", lambda row: row.pop("kl")),
+    *(score_case(f"{key} is {str(value)[:30]}", key, value) for key in ("row", "score") for value in SCORES),
+    score_case("reference_score is text", "reference_score", "x"),
+    text_case("no scores", "data/sample_scores/dpo.jsonl", ""),
+    text_case("scores that are a list", "data/sample_scores/dpo.jsonl", "[]\n"),
+    text_case("scores of fewer samples", "data/sample_scores/dpo.jsonl", '{"row": 0, "score": 0.5}\n'),
     text_case("nothing", "data/samples/dpo.jsonl", ""),
     text_case("a list", "data/samples/dpo.jsonl", "[]\n"),
     text_case("no JSON", "data/samples/dpo.jsonl", "{\n"),
@@ -198,12 +222,34 @@ def exchanged_for(path: str, what: str, make: Callable[[Path], object]) -> Case:
 FILES = (
     *(gone(f"metrics/{name}.json") for name in METRICS),
     *(gone(f"metrics/curves/{name}.csv") for name in CURVES),
-    *(gone(f"data/samples/{name}.jsonl") for name in ("sft", "dpo", "ppo", "grpo")),
+    *(gone(f"data/{of}/{name}.jsonl") for of in ("samples", "sample_scores") for name in POLICIES),
+    Case(
+        "policies of which none is evaluated are there",
+        nothing,
+        STAGE,
+        "accepted",
+        {"evaluate": {"policies": Whole(sft="models/sft")}, "score_samples": {"policies": ["sft"]}},
+    ),
+    Case(
+        "nothing is evaluated",
+        nothing,
+        STAGE,
+        "accepted",
+        {"evaluate": {"policies": Whole()}, "score_samples": {"policies": []}, "evaluate_rm": Whole()},
+    ),
+    Case(
+        "a policy that was not evaluated",
+        nothing,
+        STAGE,
+        "refused",
+        {"evaluate": {"policies": {"other": "models/ppo"}}},
+    ),
+    Case("a model that was not trained", nothing, STAGE, "refused", {"train_dpo": {"other": block(TrainDpo)}}),
     *(
         exchanged_for(path, what, make)
         for path in (
-            "metrics/train_sft.json",
-            "metrics/curves/train_sft.csv",
+            "metrics/training/sft.json",
+            "metrics/curves/sft.csv",
             "data/samples/sft.jsonl",
             "metrics/evaluate/dpo.json",
         )
@@ -225,7 +271,18 @@ def mutated(draw: random.Random) -> Case:
     if name.startswith("data/samples"):
         what, value = draw.choice(ODD_VALUES)
         key = draw.choice(
-            ("row", "prompt", "response", "reward", "kl", "length", "ended", "sft_response", "sft_reward", "gold")
+            (
+                "row",
+                "prompt",
+                "response",
+                "reference_ended",
+                "kl",
+                "length",
+                "ended",
+                "reference_response",
+                "reference_gold",
+                "gold",
+            )
         )
         return sample_case(f"{key} is {what[:60]}", put_in(key, value), "either")
 
@@ -241,7 +298,7 @@ def mutated(draw: random.Random) -> Case:
 
 
 AREA = Area(
-    needs=("metrics", "data/samples"),
+    needs=("metrics", "data/samples", "data/sample_scores"),
     named=(*METRICS_CASES, *CURVE_CASES, *SAMPLE_CASES, *FILES),
     mutated=mutated,
     share=0.1,

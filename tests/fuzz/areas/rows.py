@@ -13,21 +13,41 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from stages.lib.settings.declaration import block
+from stages.lib.settings.sources import FileSource
 from tests.fuzz.areas.raw_rows import NAMED_ROWS, sound
-from tests.fuzz.case import Area, Case, Expected, put
+from tests.fuzz.case import Area, Case, Expected, Whole, put
 from tests.fuzz.mutations import DIGITS, json_text, mutated_bytes, mutated_tree
 
 Rows = list[Any]
-PAIRS = ("hh", "preference", "preference_chat", "preference_implicit", "sharegpt_preference")
-REPLIES = ("alpaca", "messages", "prompt_completion", "sharegpt")
+PAIRS = ("hh", "preference", "preference_chat", "preference_implicit", "sharegpt_preference", "alpaca_preference")
+PAIRS += ("question_preference", "messages_preference", "openai_preference")
+REPLIES = ("alpaca", "messages", "prompt_completion", "sharegpt", "question_answer")
+KINDS = {
+    **{name: ["sft", "preference", "prompts"] for name in PAIRS},
+    **{name: ["sft", "prompts"] for name in REPLIES},
+    "prompt": ["prompts"],
+    "text": ["sft"],
+}
 FOLDER = "data/raw/mine"
+READING = ("read_source@mine", "prepare_data")
 
 
 def settings_for(name: str, path: str, **changed: Any) -> dict[str, Any]:
-    """prepare_data for rows of a format; it is left to be detected unless `format` is given."""
-    kinds = ["sft", "preference", "prompts"] if name in PAIRS else ["sft", "prompts"]
-    values = {"source": "local", "path": path, "kinds": kinds, "eval_fraction": 0.3, **changed}
-    return {"prepare_data": values, "tokenize_data": {"truncation": "drop"}}
+    """The one source of rows of a format; it is left to be detected unless `format` is given."""
+    kinds = changed.pop("kinds", KINDS[name])
+    source = block(FileSource) | {"path": path, "kinds": kinds} | changed
+    return {
+        "sources": Whole(files={"mine": source}, hub={}, tasks={}),
+        "prepare_data": {"kinds": kinds, "validation_fraction": 0.2, "test_fraction": 0.2},
+        "tokenize_data": {"truncation": "drop"},
+    }
+
+
+def stages_for(kinds: list[str]) -> tuple[str, ...]:
+    """The stages from raw rows to the tokens of the kind that holds most of what they say."""
+    kind = next(kind for kind in ("preference", "unpaired", "sft", "prompts") if kind in kinds)
+    return (*READING, f"tokenize_data@{kind}")
 
 
 def as_json_lines(rows: Rows) -> bytes:
@@ -64,13 +84,14 @@ WRITERS: dict[str, Callable[[Rows], bytes]] = {
 
 def case(what: str, name: str, content: bytes, file: str, expected: Expected = "either", **changed: Any) -> Case:
     path = f"data/raw/{file}"
-    tokenized = "tokenize_data@preference" if name in PAIRS else "tokenize_data@sft"
     settings = settings_for(name, path, **changed)
-    return Case(what, lambda folder: put(folder / path, content), ("prepare_data", tokenized), expected, settings)
+    stages = stages_for(settings["prepare_data"]["kinds"])
+    return Case(what, lambda folder: put(folder / path, content), stages, expected, settings)
 
 
 def named_row(what: str, name: str, rows: Rows, expected: Expected, changed: dict[str, Any]) -> Case:
-    return case(f"{name}: {what}", name, as_json_lines([*sound(name), *rows]), "rows.jsonl", expected, **changed)
+    before = [row | {"label": True} for row in sound(name)] if "unpaired" in changed.get("kinds", ()) else sound(name)
+    return case(f"{name}: {what}", name, as_json_lines([*before, *rows]), "rows.jsonl", expected, **changed)
 
 
 def text_file(what: str, file: str, content: str | bytes, expected: Expected = "refused", name: str = "hh") -> Case:
@@ -117,10 +138,12 @@ TEXTS = (
 
 def parquet(what: str, table: Callable[[], pyarrow.Table], expected: Expected = "refused") -> Case:
     def prepare(folder: Path) -> None:
+        (folder / "data/raw").mkdir(parents=True)
         pyarrow.parquet.write_table(table(), folder / "data/raw/rows.parquet")
 
     settings = settings_for("preference", "data/raw/rows.parquet")
-    return Case(f"rows.parquet: {what}", prepare, ("prepare_data", "tokenize_data@preference"), expected, settings)
+    stages = (*READING, "tokenize_data@preference")
+    return Case(f"rows.parquet: {what}", prepare, stages, expected, settings)
 
 
 def columns(**extra: Any) -> dict[str, list[Any]]:
@@ -157,7 +180,7 @@ def folder_case(what: str, prepare: Callable[[Path], None], expected: Expected =
         put(folder / FOLDER / "a.jsonl", as_json_lines(sound("preference")))
         prepare(folder / FOLDER)
 
-    return Case(f"a folder with {what}", with_rows, ("prepare_data",), expected, settings_for("hh", FOLDER), **more)
+    return Case(f"a folder with {what}", with_rows, READING, expected, settings_for("hh", FOLDER), **more)
 
 
 def linked_folder(raw: Path) -> None:
@@ -204,7 +227,7 @@ FILES = tuple(
 
 def mutated(draw: random.Random) -> Case:
     """Sound rows of one format, of which one row or the file was changed in one place."""
-    name = draw.choice((*PAIRS, *REPLIES))
+    name = draw.choice([*KINDS])
     rows = sound(name)
     file = draw.choice(("rows.jsonl", "rows.jsonl", *WRITERS))
     given = {"format": FORMAT_OF.get(name, name)} if draw.random() < 0.7 else {}

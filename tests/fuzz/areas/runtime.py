@@ -12,7 +12,7 @@ from tests.stages.tiny_pipeline import PROJECT, read_yaml
 
 DEFAULTS = overlaid(read_yaml(PROJECT / "runtime.yaml"), {"default": {"threads": 1}})
 KEYS = [path for path in keys_of(DEFAULTS) if len(path) > 1]
-STAGES = ("ref_logprobs", "train_sft", "evaluate@sft")
+STAGES = ("ref_logprobs@sft", "train_sft@sft", "evaluate@sft")
 
 
 def case(what: str, path: Path_, value: Any, expected: Expected = "either", stage: str = STAGES[0]) -> Case:
@@ -35,14 +35,14 @@ def usual_mistakes(path: Path_) -> list[Case]:
     return [case(what, path, *rest) for what, *rest in wrong]
 
 
-def sections(what: str, values: Any, expected: Expected, stage: str = "train_sft") -> Case:
+def sections(what: str, values: Any, expected: Expected, stage: str = "train_sft@sft") -> Case:
     text = yaml_text({**DEFAULTS, **values})
     return Case(f"runtime.yaml: {what}", lambda folder: put(folder / "runtime.yaml", text), (*CHECK, stage), expected)
 
 
 def on_this_machine(what: str, values: Any, expected: Expected) -> Case:
     """What only a stage that computes can tell, since torch or DeepSpeed says it."""
-    return sections(what, values, expected)._replace(stages=("train_sft",))
+    return sections(what, values, expected)._replace(stages=("train_sft@sft",))
 
 
 FOLDERS = (
@@ -64,7 +64,7 @@ NAMED = (
         Case(
             f"tracker_folder is {folder!r}",
             nothing,
-            (*CHECK, "train_sft"),
+            (*CHECK, "train_sft@sft"),
             "refused",
             runtime={"tracker_folder": folder},
         )
@@ -103,7 +103,7 @@ SCALARS = tuple(
 def odd_text(what: str, text: str, expected: Expected) -> Case:
     whole = text.replace("@all@", yaml_text(DEFAULTS)[1:-1])
     return Case(
-        f"runtime.yaml: {what}", lambda folder: put(folder / "runtime.yaml", whole), (*CHECK, "ref_logprobs"), expected
+        f"runtime.yaml: {what}", lambda folder: put(folder / "runtime.yaml", whole), (*CHECK, STAGES[0]), expected
     )
 
 

@@ -15,13 +15,18 @@ from tests.fuzz.mutations import mutated_bytes
 Columns = dict[str, list[Any]]
 SCHEMAS = {"sft": SFT_SCHEMA, "preference": PREFERENCE_SCHEMA, "prompts": PROMPT_SCHEMA}
 STAGES = {
-    "sft": ("train_sft",),
-    "preference": ("train_rm", "ref_logprobs", "train_dpo", "evaluate@dpo"),
-    "prompts": ("train_ppo", "train_grpo", "evaluate@ppo"),
+    "sft": ("train_sft@sft", "evaluate@sft"),
+    "preference": ("train_rm@rm", "ref_logprobs@sft", "train_dpo@dpo", "evaluate@dpo", "evaluate_rm@rm"),
+    "prompts": ("train_ppo@ppo", "train_grpo@grpo", "evaluate@ppo"),
 }
-SPLITS = ("train", "eval")
-# Which split a stage does not read.
-UNREAD = {("train_ppo", "eval"), ("train_grpo", "eval"), ("evaluate@dpo", "train"), ("evaluate@ppo", "train")}
+PROMPTS_ALONE = ("train_ppo@ppo", "train_grpo@grpo")
+
+
+def splits_of(stage: str) -> tuple[str, ...]:
+    """The splits that a stage reads."""
+    if stage.startswith("evaluate"):
+        return ("test",)
+    return ("train",) if stage in PROMPTS_ALONE else ("train", "validation")
 
 
 def read(path: Path) -> pyarrow.Table:
@@ -48,7 +53,7 @@ def rewritten(path: Path, change: Callable[[Columns], None], schema: pyarrow.Sch
 
 def case(what: str, stage: str, kind: str, split: str, change: Callable[[Columns], None], expected: Expected) -> Case:
     def prepare(folder: Path) -> None:
-        rewritten(folder / f"data/tokens/{kind}/{split}.arrow", change)
+        rewritten(folder / f"data/tokens/{split}/{kind}.arrow", change)
 
     return Case(f"{stage}, {kind} {split}: {what}", prepare, (stage,), expected)
 
@@ -75,7 +80,7 @@ def everywhere(column: str, make: Callable[[Any], Any]) -> Callable[[Columns], N
 
 
 def read_by(kind: str) -> list[tuple[str, str]]:
-    return [(stage, split) for stage in STAGES[kind] for split in SPLITS if (stage, split) not in UNREAD]
+    return [(stage, split) for stage in STAGES[kind] for split in splits_of(stage)]
 
 
 IDS = {"sft": ("input_ids",), "preference": ("prompt_ids", "chosen_ids", "rejected_ids"), "prompts": ("prompt_ids",)}
@@ -112,17 +117,17 @@ ID_CASES = tuple(
     for row in (2,)
 )
 MASK_CASES = tuple(
-    case(f"loss_mask: {what}", "train_sft", "sft", split, changing("loss_mask", 2, make), expected)
-    for split in SPLITS
+    case(f"loss_mask: {what}", stage, "sft", split, changing("loss_mask", 2, make), expected)
+    for stage, split in read_by("sft")
     for what, make in MASK_FAULTS
     for expected in (("either" if what == "all true" else "refused"),)
 )
 MARGIN_CASES = tuple(
-    case(f"margin: {what}", "train_rm", "preference", split, setting("margin", 1, value), "either")._replace(
-        settings={"train_rm": {"use_margin": use}}
+    case(f"margin: {what}", "train_rm@rm", "preference", split, setting("margin", 1, value), "either")._replace(
+        settings={"train_rm": {"rm": {"use_margin": use}}}
     )
     for what, value in MARGIN_FAULTS
-    for split in SPLITS
+    for split in ("train", "validation")
     for use in (True, False)
 )
 
@@ -152,7 +157,7 @@ TEXT_CASES = tuple(
         "prompts",
         split,
         setting(column, 2, text),
-        "accepted" if column == "facts" and what.startswith(OF_GRADING) and stage == "train_ppo" else "refused",
+        "accepted" if column == "facts" and what.startswith(OF_GRADING) and stage == "train_ppo@ppo" else "refused",
     )
     for stage, split in read_by("prompts")
     for column in ("messages", "facts")
@@ -174,7 +179,7 @@ def prepared_facts(what: str, facts: Any, expected: Expected) -> Case:
     """In a prepared row, from which they go into the table and to whoever grades."""
 
     def prepare(folder: Path) -> None:
-        path = folder / "data/prepared/prompts/eval.jsonl"
+        path = folder / "data/prepared/test/prompts.jsonl"
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows[2]["facts"] = facts
         put(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -200,7 +205,7 @@ ROWS: tuple[tuple[str, Callable[[Columns], None], Expected], ...] = (
     ("a row number twice", setting("row", 1, 0), "refused"),
 )
 ROW_CASES = tuple(
-    case(what, stage, kind, "train" if (stage, "train") not in UNREAD else "eval", change, expected)
+    case(what, stage, kind, splits_of(stage)[0], change, expected)
     for kind in STAGES
     for stage in STAGES[kind]
     for what, change, expected in ROWS
@@ -211,7 +216,7 @@ def schema_case(what: str, kind: str, change: Callable[[pyarrow.Table], pyarrow.
     stage = STAGES[kind][0]
 
     def prepare(folder: Path) -> None:
-        path = folder / f"data/tokens/{kind}/train.arrow"
+        path = folder / f"data/tokens/train/{kind}.arrow"
         write(path, change(read(path)))
 
     return Case(f"{stage}, {kind} train: {what}", prepare, (stage,), expected)
@@ -256,7 +261,7 @@ def file_case(what: str, kind: str, act: Callable[[Path], object]) -> Case:
     stage = STAGES[kind][0]
     return Case(
         f"{stage}: the {kind} table is {what}",
-        lambda folder: act(folder / f"data/tokens/{kind}/train.arrow"),
+        lambda folder: act(folder / f"data/tokens/train/{kind}.arrow"),
         (stage,),
         "refused",
     )
@@ -275,16 +280,16 @@ FILE_CASES = tuple(
 )
 FROM_OTHERS = (
     Case(
-        "train_dpo: the tokens were exchanged for others of as many rows",
+        "train_dpo@dpo: the tokens were exchanged for others of as many rows",
         lambda folder: rewritten(
-            folder / "data/tokens/preference/train.arrow", lambda columns: columns["chosen_ids"].reverse()
+            folder / "data/tokens/train/preference.arrow", lambda columns: columns["chosen_ids"].reverse()
         ),
-        ("train_dpo",),
+        ("train_dpo@dpo",),
         "refused",
     ),
-    case("every reply is null to the loss", "train_sft", "sft", "train", all_false, "refused"),
-    case("both replies are the same", "train_dpo", "preference", "train", identical_pairs, "either"),
-    case("both replies are the same", "train_rm", "preference", "train", identical_pairs, "either"),
+    case("every reply is null to the loss", "train_sft@sft", "sft", "train", all_false, "refused"),
+    case("both replies are the same", "train_dpo@dpo", "preference", "train", identical_pairs, "either"),
+    case("both replies are the same", "train_rm@rm", "preference", "train", identical_pairs, "either"),
 )
 
 
@@ -292,7 +297,7 @@ def mutated(draw: random.Random) -> Case:
     """A table whose bytes were damaged, or several rows of which were."""
     kind = draw.choice(list(STAGES))
     stage, split = draw.choice(read_by(kind))
-    path = f"data/tokens/{kind}/{split}.arrow"
+    path = f"data/tokens/{split}/{kind}.arrow"
     if draw.random() < 0.5:
         place = draw.random()
 

@@ -1,13 +1,15 @@
 """Chat templates, as prepare_base and tokenize meet them."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.case import Area, Case, Expected, put
 from tests.fuzz.mutations import mutated_bytes
 from tests.stages.tiny_pipeline import PROJECT
 
-OURS = (PROJECT / "stages/templates/chat.jinja").read_text()
+TEMPLATES = "stages/chat_templates"
+OURS = (PROJECT / TEMPLATES / "chat.jinja").read_text()
 LOOP = "{%- for message in messages %}"
 TURN = "{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] }}"
 END = "{%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}{%- endfor %}"
@@ -123,12 +125,32 @@ WHOLE: tuple[tuple[str, str | bytes, Expected], ...] = (
     ("one with HTML in it", "<script>alert(1)</script>" + SHORT, "either"),
 )
 FILE = "template.jinja"
-STAGES = ("prepare_base", "tokenize_data@sft")
+SETTINGS = {"prepare_base": {"scratch": {"base": {"chat_template": FILE}}}}
+STAGES = ("prepare_base@base", "tokenize_data@sft")
+
+
+def placed(what: str, prepare: Callable[[Path], object], expected: Expected = "refused", **more: bool) -> Case:
+    """A file among the project's own chat templates; the code beside them is linked."""
+
+    def with_templates(folder: Path) -> None:
+        code = (folder / "stages").resolve()
+        (folder / "stages").unlink()
+        for entry in code.iterdir():
+            put_link(folder / "stages" / entry.name, entry)
+        (folder / TEMPLATES).unlink()
+        (folder / TEMPLATES).mkdir()
+        prepare(folder / TEMPLATES / FILE)
+
+    return Case(what, with_templates, STAGES, expected, SETTINGS, **more)
+
+
+def put_link(path: Path, target: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
 
 
 def case(what: str, template: str | bytes, expected: Expected = "either") -> Case:
-    settings = {"prepare_base": {"chat_template": FILE}}
-    return Case(what, lambda folder: put(folder / FILE, template), STAGES, expected, settings)
+    return placed(what, lambda path: put(path, template), expected)
 
 
 def late(what: str, template: str | bytes, expected: Expected = "either") -> Case:
@@ -138,11 +160,6 @@ def late(what: str, template: str | bytes, expected: Expected = "either") -> Cas
         put(folder / "models/base/chat_template.jinja", template)
 
     return Case(f"in models/base: {what}", prepare, ("tokenize_data@preference",), expected)
-
-
-def placed(what: str, prepare: object, expected: Expected = "refused", **more: bool) -> Case:
-    settings = {"prepare_base": {"chat_template": FILE}}
-    return Case(what, lambda folder: prepare(folder / FILE), STAGES, expected, settings, **more)
 
 
 def role_only(folder: Path) -> None:

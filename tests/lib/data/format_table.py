@@ -5,9 +5,13 @@ import sys
 from typing import Any
 
 from stages.lib.data.formats import READERS
+from stages.lib.settings.declaration import Settings, block
+from stages.lib.settings.reading import Threshold
 from tests.lib.data.format_examples import EXAMPLES, FormatExample
+from tests.lib.data.reading import COMPARISONS
 from tests.real_files import PROJECT
 
+BLOCKS = [*(("comparison", model) for model in COMPARISONS.values()), ("threshold", Threshold)]
 PAGE = PROJECT / "docs" / "formats.md"
 BEFORE = """# Formats of raw data
 
@@ -34,14 +38,20 @@ COMPARISONS = """
 **Which response is better is never guessed.** An index may count from 0 or from 1, and a letter may stand for a column
 or for a place on a screen: `first` and `second` say which values of `winner` mean which response. A row with a vote
 that is in none of `first`, `second` and `tie` is an error. Keys of `comparison` that an example does not show are as
-they are by default. Two responses that `columns` names chosen and rejected, beside a
-column that may say which of them won, are refused until that column is described here or ignored by name.
+they are by default; in params.yaml all of them must stand (below). Two responses that `columns` names chosen and
+rejected, beside a column that may say which of them won, are refused until that column is described here or ignored by
+name.
 """
 AFTER = """
 ## Columns of each format
 
 | format | needs | reads where present |
 |---|---|---|
+"""
+SETTINGS = """
+## The blocks `comparison` and `threshold`
+
+With the defaults of their keys, all of which must be there.
 """
 
 
@@ -57,7 +67,20 @@ def page() -> str:
     for name, reader in READERS.items():
         needs = ", ".join(reader.columns) or "what `comparison` names"
         parts.append(f"| {name} | {needs} | {', '.join(reader.optional) or '–'} |\n")
+    parts.append(SETTINGS)
+    for name, model in BLOCKS:
+        parts.append(f"\n```yaml\n{name}:\n{keys_of(model)}```\n")
     return "".join(parts)
+
+
+def keys_of(model: type[Settings]) -> str:
+    """The keys of a block with their defaults, and what they say."""
+    defaults, lines = block(model), []
+    names = sorted(model.model_fields, key=lambda key: key != "type")  # the type first
+    for name in names:
+        lines.append(f"  # {model.model_fields[name].description}\n")
+        lines.append(f"  {name}: {json.dumps(defaults[name], ensure_ascii=False)}\n")
+    return "".join(lines)
 
 
 def line(example: FormatExample) -> str:

@@ -48,8 +48,8 @@ OPTIONS = {
     "template": options(input_template="Q: {}"),
     "threshold": options(threshold={"score": "scores"}),
     "winner": options(comparison={"type": "winner", "responses": ["a", "b"], "winner": ["won"]}),
-    "scores": options(comparison={"type": "scores"}),
-    "labels": options(comparison={"type": "scores", "ties": "keep", "margin": "gap"}, threshold={"score": None}),
+    "scores": options(comparison={"type": "scores", "ties": "keep", "margin": "gap"}),
+    "labels": options(comparison={"type": "scores"}, threshold={"score": None}),
     "order": options(comparison={"type": "order", "text_key": "content", "pairs": "best_against_worst"}),
     "tree": options(comparison={"type": "tree"}),
 }

@@ -372,7 +372,7 @@ def test_all_rows_are_of_the_format_of_the_first():
     formats = FormatOfRows("auto")
     assert formats.of(PAIRS["preference"], "a.jsonl, line 1") == "preference"
     assert formats.of(PAIRS["preference"] | {"margin": 1}, "b.jsonl, line 1") == "preference"
-    assert formats.of({"prompt": "a"}, "b.jsonl, line 2") == "preference"  # read_example says what it lacks
+    assert formats.of({"prompt": "a"}, "b.jsonl, line 2") == "preference"  # examples_of says what it lacks
     formats = FormatOfRows("auto")
     assert formats.of({"chosen": "tea yes", "rejected": "tea no"}, "a.jsonl, line 1") == "preference_implicit"
     with pytest.raises(StageError, match=r"b.jsonl, line 1: .* 'preference', and a.jsonl, line 1 of 'preference_impl"):

@@ -22,7 +22,13 @@ REAL = ("models/stories260K", "tokenizers/gpt2", "tokenizers/smollm2-135m-instru
 TEMPLATES = {"marked": MARKED, "without eos": WITHOUT_EOS, "blocks": BLOCKS, "project": CHAT_TEMPLATE, "own": None}
 OF_TINY = [name for name in TEMPLATES if name not in ("own", "project")]  # the project's markers are no tokens there
 CASES = [("tiny", name) for name in OF_TINY] + [(real, name) for real in REAL for name in ("project", "own")]
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+QUICK = settings(
+    max_examples=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    derandomize=True,
+)
 
 
 @cache
@@ -39,8 +45,12 @@ def tokenizer_of(name, template):
 
 
 def texts(name):
-    """Of letters that the tiny tokenizer knows; for a real one of anything that UTF-8 holds."""
-    letters = st.sampled_from("hio \né") if name == "tiny" else st.characters(exclude_categories=["Cs"])
+    """Of letters that the tiny tokenizer knows; for a real one of anything that Unicode's first plane holds.
+
+    Above it the SmolLM2 tokenizer lacks bytes, and such rows are dropped.
+    """
+    letters = st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"])
+    letters = st.sampled_from("hio \né") if name == "tiny" else letters
     return st.text(letters, min_size=1, max_size=12).filter(str.strip)
 
 

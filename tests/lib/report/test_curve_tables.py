@@ -11,11 +11,11 @@ def curve(text):
 
 
 def test_cells_become_numbers_and_empty_cells_nothing():
-    found = curve("step,loss,eval/loss\n1,0.1,\n2,1e-3,0.25\n3,nan,\n")
+    found = curve("step,loss,validation/loss\n1,0.1,\n2,1e-3,0.25\n3,nan,\n")
     assert found.steps == [1, 2, 3]
-    assert found.metrics == {"loss": [0.1, 0.001, None], "eval/loss": [None, 0.25, None]}
+    assert found.metrics == {"loss": [0.1, 0.001, None], "validation/loss": [None, 0.25, None]}
     assert found.points("loss") == ([1, 2], [0.1, 0.001])
-    assert found.points("eval/loss") == ([2], [0.25])
+    assert found.points("validation/loss") == ([2], [0.25])
     assert found.points("nowhere") == ([], [])
 
 
@@ -85,8 +85,8 @@ def test_what_is_not_a_file_is_said_so(tmp_path):
 
 
 def test_a_metric_stands_with_its_held_out_twin():
-    assert training_and_evaluation(["loss", "grad_norm", "eval/loss", "eval/only"]) == {
-        "loss": ["loss", "eval/loss"],
+    assert training_and_evaluation(["loss", "grad_norm", "validation/loss", "validation/only"]) == {
+        "loss": ["loss", "validation/loss"],
         "grad_norm": ["grad_norm"],
-        "only": ["eval/only"],
+        "only": ["validation/only"],
     }

@@ -1,31 +1,33 @@
 from stages.lib.report.outcome import outcome
 
-REWARD_MODEL = {"eval_accuracy": 0.78, "eval_accuracy_ci_low": 0.74, "eval_accuracy_ci_high": 0.82}
+REWARD_MODEL = {"accuracy": 0.78, "accuracy_ci_low": 0.74, "accuracy_ci_high": 0.82}
+SFT = {"prompts": 400, "eos_rate": 0.99, "gold_mean": 1.0, "reward_mean": 1.0}
 
 
 def evaluation(gold=None, reward=(0.5, 0.4, 0.6), kl=12.344, eos_rate=0.99):
     """An evaluation with a difference from SFT and its interval, by gold utility (if there is one) and by reward."""
-    metrics = {"prompts": 400, "kl_to_sft_mean": kl, "eos_rate": eos_rate, "reward_mean": 1.0}
+    metrics = {"prompts": 400, "kl_to_reference_mean": kl, "eos_rate": eos_rate, "reward_mean": 1.0}
     for measure, difference in (("gold", gold), ("reward", reward)):
         if difference:
-            names = ("minus_sft_mean", "minus_sft_ci_low", "minus_sft_ci_high")
+            names = ("minus_reference_mean", "minus_reference_ci_low", "minus_reference_ci_high")
             metrics |= {f"{measure}_{name}": value for name, value in zip(names, difference, strict=True)}
-            names = ("win_rate_vs_sft", "win_rate_vs_sft_ci_low", "win_rate_vs_sft_ci_high")
+            names = ("win_rate_vs_reference", "win_rate_vs_reference_ci_low", "win_rate_vs_reference_ci_high")
             metrics |= {f"{measure}_{name}": value for name, value in zip(names, (0.7, 0.65, 0.75), strict=True)}
             metrics[f"{measure}_mean"] = 1.0
     return metrics
 
 
 def sentences(policies, reward_model=REWARD_MODEL, bayes_accuracy=None):
-    return [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in outcome(policies, reward_model, bayes_accuracy)]
+    said = outcome(policies, "SFT", {"rm": reward_model} if reward_model else {}, bayes_accuracy)
+    return [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in said]
 
 
 def test_gains_by_the_gold_utility():
-    said = sentences({"sft": evaluation((0, 0, 0)), "dpo": evaluation((0.425, 0.3, 0.55))}, bayes_accuracy=0.803)
+    said = sentences({"sft": SFT, "dpo": evaluation((0.425, 0.3, 0.55))}, bayes_accuracy=0.803)
     assert said == [
-        "On 400 held-out prompts, DPO beats SFT in mean gold utility (+0.42, 95 % interval +0.30 to +0.55; better on "
+        "On 400 test prompts, DPO beats SFT in mean gold utility (+0.42, 95 % interval +0.30 to +0.55; better on "
         "70.0 % of the prompts, 65.0 % to 75.0 %).",
-        "The reward model agrees with 78.0 % of the held-out preferences (95 % interval 74.0 % to 82.0 %), 2.3 points "
+        "The reward model rm agrees with 78.0 % of the test preferences (95 % interval 74.0 % to 82.0 %), 2.3 points "
         "below the Bayes accuracy of 80.3 %, the most that any model can expect.",
         "The KL from SFT, in nats per response, is 12.34 for DPO; the share of responses that end by themselves, with "
         "EOS, is 99.0 % for SFT and 99.0 % for DPO.",
@@ -58,7 +60,7 @@ def test_a_gain_that_only_the_reward_model_sees_is_told():
 
 
 def test_without_gold_the_reward_is_named_as_an_opinion():
-    said, *_ = sentences({"sft": evaluation(), "dpo": evaluation(), "ppo": evaluation(reward=(0.2, -0.1, 0.5))})
+    said, *_ = sentences({"sft": SFT, "dpo": evaluation(), "ppo": evaluation(reward=(0.2, -0.1, 0.5))})
     assert "DPO beats SFT in mean reward (+0.50," in said
     assert "; PPO cannot be told from SFT in mean reward (+0.20," in said
     assert said.endswith(
@@ -66,16 +68,30 @@ def test_without_gold_the_reward_is_named_as_an_opinion():
     )
 
 
-def test_sft_alone_is_compared_with_nothing():
-    said = sentences({"sft": evaluation()})
-    assert said[0] == "No policy but SFT was evaluated, so there is nothing to compare it with."
-    assert said[2] == "The share of responses that end by themselves, with EOS, is 99.0 % for SFT."
+def test_the_reference_alone_is_compared_with_nothing():
+    assert sentences({"sft": SFT}, None) == [
+        "The share of responses that end by themselves, with EOS, is 99.0 % for SFT."
+    ]
+
+
+def test_with_neither_gold_nor_reward_nothing_says_which_is_better():
+    said = sentences({"dpo-2": evaluation(reward=None)}, None)
+    assert said[0] == "Neither a gold utility nor a reward model says which policy is better than SFT."
+    assert "12.34 for dpo-2" in said[1]
+
+
+def test_perplexity_is_told_where_there_are_texts():
+    texts = {"sft_perplexity": 12.345, "sft_rows": 1500}
+    assert sentences({"base": texts | {"sft_perplexity": 99.0}, "sft": texts}, None) == [
+        "The perplexity of 1,500 test texts is 99 for base and 12.3 for SFT."
+    ]
+    assert sentences({}, None) == ["Nothing was evaluated."]
 
 
 def test_the_reward_model_against_guessing_and_bayes():
     def said(accuracy, low, high, bayes=None):
-        metrics = {"eval_accuracy": accuracy, "eval_accuracy_ci_low": low, "eval_accuracy_ci_high": high}
-        return sentences({"sft": evaluation()}, metrics, bayes)[1]
+        metrics = {"accuracy": accuracy, "accuracy_ci_low": low, "accuracy_ci_high": high}
+        return sentences({"sft": SFT}, metrics, bayes)[0]
 
     assert "which cannot be told from guessing); the best accuracy that could be reached" in said(0.52, 0.48, 0.56)
     assert "which is worse than guessing" in said(0.42, 0.38, 0.46)

@@ -38,6 +38,14 @@ from tests.lib.data.test_formats import bot, hh, user
         ({"threshold": {"good_from": 1.0, "bad_below": 2.0}}, "bad_below must be at most good_from"),
         ({"threshold": {"score": None}}, "threshold.score must be a column"),
         ({"threshold": {}, "comparison": {"type": "scores"}}, "threshold.score must be a column, and null"),
+        (
+            {"threshold": {"score": None}, "comparison": {"type": "scores", "best": "lowest"}},
+            "threshold makes no pairs",
+        ),
+        (
+            {"threshold": {"score": None}, "comparison": {"type": "scores", "least_gap": 1.0}},
+            "threshold makes no pairs",
+        ),
         ({"threshold": {"score": None}, "comparison": {"type": "order"}}, "threshold is for scores"),
     ],
 )

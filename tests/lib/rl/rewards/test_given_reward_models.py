@@ -186,6 +186,22 @@ def test_what_is_too_long_for_it_is_refused(tmp_path: Path, policy: Path) -> Non
         loaded(folder, policy).score_texts(PROMPTS[:1], ["film " * 200])
 
 
+@pytest.mark.parametrize("kind", ["distilbert", "roberta"])
+def test_as_many_tokens_as_a_model_has_positions(kind: str, tmp_path: Path, policy: Path) -> None:
+    """Where its tokenizer knows of no limit."""
+    folder = tmp_path / "given"
+    save_classifier(folder, kind)
+    tokenizer = save_tokenizer(folder, template=None, longest=10**30)
+    model = loaded(folder, policy)
+    longest = {"distilbert": 128, "roberta": 129}[kind]  # RoBERTa's 130 start after the pad token's 0
+    text = tokenizer.decode([30] * (longest - 2))  # between <s> and </s>
+    assert model.texts
+    assert [len(ids) for ids in model.texts.encode([""], [text])] == [longest]
+    assert model.score_texts([""], [text]) == pytest.approx([float(logits_of(folder)([tokenizer(text).input_ids]))])
+    with pytest.raises(StageError, match=rf"reads at most {longest} tokens of its own, .* has {longest + 1} "):
+        model.score_texts([""], [text + tokenizer.decode([31])])
+
+
 def test_what_is_no_reward_model(tmp_path: Path, policy: Path) -> None:
     folder = tmp_path / "given"
     tiny_llama().save_pretrained(folder)

@@ -1,0 +1,198 @@
+"""The profiles for local files, on real files and a real pretrained model: each from its raw data to the report."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.tools.use_profile import settings_of
+from tests.pipeline.graph import all_instances, load_graph
+from tests.real_files import PROJECT, real_file
+from tests.stages.tiny_pipeline import call, inside, new_project, use_base, write_yaml
+
+pytestmark = pytest.mark.slow
+RL = {"iterations": 2, "minibatch_size": 4, "max_new_tokens": 16}
+# What makes a run short, wherever a section has the key.
+SHORT = {"max_rows": 240, "validation_fraction": 0.1, "test_fraction": 0.1, "epochs": 1, "batch_size": 16} | {
+    "eval_every": 100,
+    "max_prompts": 16,
+    "bootstrap_resamples": 200,
+}
+
+
+def shortened(settings: Any, section: str = "") -> Any:
+    """The settings of a profile with everything in them that takes long made small."""
+    if not isinstance(settings, dict):
+        return settings
+    short = SHORT | (RL if section in ("train_ppo", "train_grpo") else {"max_new_tokens": 16})
+    found = {name: shortened(value, section or name) for name, value in settings.items()}
+    found |= {name: type(settings[name] or 0)(short[name]) for name in found.keys() & short.keys()}
+    if "rollout_batch_size" in found:
+        found["rollout_batch_size"] = 8 // found.get("samples_per_prompt", 1)
+    return found
+
+
+def made(folder: Path, profile: str, files: Callable[[Path], None]) -> Path:
+    """A project in which every stage of a profile has run."""
+    project = new_project(folder)
+    (project / "data/raw").mkdir(parents=True)
+    (project / "models").mkdir()
+    files(project)
+    settings = shortened(settings_of(PROJECT / f"profiles/{profile}.yaml"))
+    settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160}
+    write_yaml(project / "params.yaml", settings)
+    for stage in all_instances(load_graph(), settings):
+        call(project, stage)
+    return project
+
+
+def metrics(folder: Path, name: str) -> dict[str, float]:
+    return json.loads((folder / f"metrics/{name}.json").read_text())
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def link(project: Path, name: str, shared: str) -> None:
+    """Put a shared file or folder where a profile expects a folder of data, or a model."""
+    source = real_file(shared)
+    target = project / name
+    if source.is_file():
+        target.mkdir(parents=True)
+        target /= source.name
+    target.symlink_to(source)
+
+
+def instruct(project: Path) -> None:
+    """A model that has a chat template of its own: the pretrained Llama, as prepare_base leaves it."""
+    link(project, "models/pretrained", "models/stories260K")
+    (project / "side").mkdir()
+    side = new_project(project / "side")
+    markers = ["<|system|>", "<|user|>", "<|assistant|>"]
+    use_base(
+        side,
+        "files",
+        path=str(project / "models/pretrained"),
+        chat_template="chat.jinja",
+        special_tokens=markers,
+    )
+    call(side, "prepare_base_files@base")
+    (side / "models/base").rename(project / "models/instruct")
+
+
+def reward_model(project: Path) -> None:
+    """A classifier from elsewhere, with another tokenizer, another head and random weights."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(real_file("tokenizers/gpt2"))
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=512, num_labels=1, pad_token_id=50256)
+    GPT2ForSequenceClassification(config).save_pretrained(project / "models/reward")
+    tokenizer.save_pretrained(project / "models/reward")
+
+
+# HH transcripts through everything.
+
+
+@pytest.fixture(scope="module")
+def transcripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def files(project: Path) -> None:
+        link(project, "models/pretrained", "models/stories260K")
+        link(project, "data/raw/hh-rlhf", "data/hh-rlhf")
+
+    return made(tmp_path_factory.mktemp("hh"), "hh-local", files)
+
+
+def test_every_row_is_kept_or_counted(transcripts: Path) -> None:
+    read, counts = metrics(transcripts, "read_source/hh"), metrics(transcripts, "prepare_data")
+    dropped = sum(value for name, value in read.items() if name.startswith("dropped/"))
+    assert read["rows_kept"] + dropped == read["rows_read"] == 240
+    assert read["rows_kept"] == read["preference/rows"] == read["sft/rows"]
+    kept = sum(counts[f"preference/{split}_rows"] for split in ("train", "validation", "test"))
+    left_out = sum(value for name, value in counts.items() if name.startswith("hh/preference/dropped/"))
+    assert kept + left_out == read["preference/rows"]
+
+
+def test_no_prompt_is_in_two_splits(transcripts: Path) -> None:
+    prompts = {
+        split: {
+            json.dumps(row["prompt"])
+            for kind in ("preference", "prompts")
+            for row in rows(transcripts / f"data/prepared/{split}/{kind}.jsonl")
+        }
+        for split in ("train", "validation", "test")
+    }
+    assert all(prompts.values())
+    assert len(set.union(*prompts.values())) == sum(map(len, prompts.values()))
+
+
+def test_fine_tuning_lowers_the_held_out_loss(transcripts: Path) -> None:
+    results = metrics(transcripts, "training/sft")
+    assert results["validation_loss"] < results["validation_loss_before"]
+
+
+def test_without_a_gold_utility_the_evaluation_is_by_reward(transcripts: Path) -> None:
+    assert not [name for name in metrics(transcripts, "evaluate/ppo") if name.startswith("gold")]
+    scores = metrics(transcripts, "score_samples/ppo")
+    difference = [scores[f"reward_minus_reference_{part}"] for part in ("ci_low", "mean", "ci_high")]
+    assert difference == sorted(difference)
+    assert "gold" not in rows(transcripts / "data/samples/ppo.jsonl")[0]
+    assert (transcripts / "metrics/report.html").read_text().count("<table") >= 1
+
+
+# Profiles to copy.
+
+
+def test_instructions_alone_give_an_sft_model_its_evaluation_and_a_report(tmp_path: Path) -> None:
+    def files(project: Path) -> None:
+        link(project, "models/pretrained", "models/stories260K")
+        link(project, "data/raw/instructions", "data/demo/alpaca_en_demo.json")
+
+    project = made(tmp_path, "sft-only", files)
+    assert sorted(path.name for path in (project / "models").iterdir()) == ["base", "pretrained", "sft"]
+    assert sorted(path.name for path in (project / "data/prepared/train").iterdir()) == ["sft.jsonl"]
+    base, sft = metrics(project, "evaluate/base"), metrics(project, "evaluate/sft")
+    assert sft["sft_perplexity"] < base["sft_perplexity"]
+    assert rows(project / "data/samples/sft.jsonl")
+    report = (project / "metrics/report.html").read_text()
+    assert "sft" in report
+    assert "ppo" not in report
+
+
+def test_dpo_from_a_model_that_follows_instructions(tmp_path: Path) -> None:
+    def files(project: Path) -> None:
+        instruct(project)
+        link(project, "data/raw/pairs", "data/demo/dpo_en_demo.json")
+
+    project = made(tmp_path, "dpo-from-instruct", files)
+    assert {"base", "dpo", "instruct"} <= {path.name for path in (project / "models").iterdir()}
+    assert not (project / "models/sft").exists()
+    dpo = metrics(project, "training/dpo")
+    assert dpo["validation_rewards_margins"] != 0
+    assert metrics(project, "evaluate/dpo")["kl_to_reference_mean"] > 0
+    assert (project / "metrics/report.html").is_file()
+
+
+def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def files(project: Path) -> None:
+        instruct(project)
+        reward_model(project)
+        questions = rows(real_file("data/gsm8k") / "test.jsonl")[:240]
+        lines = [json.dumps({"prompt": question["question"]}) + "\n" for question in questions]
+        (project / "data/raw/prompts").mkdir()
+        (project / "data/raw/prompts/questions.jsonl").write_text("".join(lines))
+
+    project = made(tmp_path, "own-reward-model", files)
+    said = capsys.readouterr()
+    assert "text is encoded with its own tokenizer, as plain text, since it has no chat template" in said.out + said.err
+    for policy in ("ppo", "grpo"):
+        assert metrics(project, f"training/{policy}")["iterations"] == 2
+        assert metrics(project, f"score_samples/{policy}")["prompts"] == 16
+    card = (project / "models/ppo/README.md").read_text()
+    assert "models/reward" in card
+    with inside(project):
+        assert (project / "metrics/report.html").is_file()
