@@ -82,7 +82,7 @@ def change(path: Path, values: dict[str, Any]) -> None:
     write_yaml(path, settings)
 
 
-ENTRIES = {stage: name for stage, name in (key.split("@") for key in training_stages())} | {"ref_logprobs": "sft"}
+ENTRIES = dict(key.split("@") for key in training_stages()) | {"ref_logprobs": "sft"}
 
 
 def change_entries(folder: Path, values: dict[str, dict[str, Any]]) -> None:
