@@ -1,7 +1,8 @@
 """Download every item of the Hugging Face Hub that params.yaml names, and compare each file with what the Hub says.
 
-Data sets of `sources.hub` and models of `prepare_base.hub` are then in the Hub's cache ($HF_HOME), and a pipeline runs
-without a network: HF_HUB_OFFLINE=1 make repro. What is there already is not downloaded, but compared, too.
+Data sets of `sources.hub` and models of `prepare_base.hub` and `fetch_model` are then in the Hub's cache ($HF_HOME),
+and a pipeline runs without a network: HF_HUB_OFFLINE=1 make repro. What is there already is not downloaded, but
+compared, too.
 
     python -m stages.tools.fetch
 """
@@ -16,6 +17,7 @@ from stages.lib.command.run import USER_ERROR_EXIT_CODE, run
 from stages.lib.data.hub_data import HubData, hub_files_of
 from stages.lib.data.hub_files import Repository, bring, without_network, write_record
 from stages.lib.models.given_model import hub_patterns
+from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.sources import Sources
 
@@ -64,6 +66,8 @@ def named_items() -> Iterator[HubItem]:
         yield HubItem(f"sources.hub.{name}", source.data.repository, source.data)
     for name, model in read_params("prepare_base", PrepareBase).hub.items():
         yield HubItem(f"prepare_base.hub.{name}", Repository("model", model.model, model.revision), None)
+    for name, model in read_params("fetch_model", dict[str, HubModel]).items():
+        yield HubItem(f"fetch_model.{name}", Repository("model", model.model, model.revision), None)
 
 
 def fetch(item: HubItem, *, trust_remote_code: bool) -> Sequence["RepoFile"]:
@@ -94,7 +98,7 @@ def fetch(item: HubItem, *, trust_remote_code: bool) -> Sequence["RepoFile"]:
 
 
 def model_files(repository: Repository, *, trust_remote_code: bool) -> list["RepoFile"]:
-    """The files of a model that prepare_base would download."""
+    """The files of a model that its stage would download."""
     from huggingface_hub import HfApi, RepoFile
     from huggingface_hub.utils import filter_repo_objects
 

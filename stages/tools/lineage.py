@@ -214,8 +214,11 @@ def is_earlier(entry: Mapping[str, Any], out: str, lock: Lock, workspace: Worksp
 def origin_of(settings: Mapping[str, Any]) -> str | None:
     """Where a stage got what no other stage made, from its settings as recorded; None of a stage that brings nothing.
 
-    Those that do record single entries of `sources` or `prepare_base`: `sources.hub.hh.dataset: …`.
+    Those that do record single entries: `sources.hub.hh.dataset: …`, `prepare_base.files.base.path: …`.
     """
+    for key, value in settings.items():
+        if key.startswith("fetch_model."):
+            return f"Hub model {value['model']} at revision {value['revision']}"
     entries = [key.split(".")[:3] for key in settings if key.startswith(("sources.", "prepare_base."))]
     if not entries:
         return None

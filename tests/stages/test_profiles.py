@@ -70,6 +70,7 @@ def link(project: Path, name: str, shared: str) -> None:
 def instruct(project: Path) -> None:
     """A model that has a chat template of its own: the pretrained Llama, as prepare_base leaves it."""
     link(project, "models/pretrained", "models/stories260K")
+    (project / "side").mkdir()
     side = new_project(project / "side")
     markers = ["<|system|>", "<|user|>", "<|assistant|>"]
     use_base(
@@ -187,7 +188,7 @@ def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.
 
     project = made(tmp_path, "own-reward-model", files)
     said = capsys.readouterr()
-    assert "models/reward has a tokenizer of its own" in said.out + said.err
+    assert "text is encoded with its own tokenizer, as plain text, since it has no chat template" in said.out + said.err
     for policy in ("ppo", "grpo"):
         assert metrics(project, f"training/{policy}")["iterations"] == 2
         assert metrics(project, f"score_samples/{policy}")["prompts"] == 16

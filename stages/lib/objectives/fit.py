@@ -77,7 +77,7 @@ def fit(
         if is_due(step + 1, settings.eval_every, total):
             with engine.averaged():
                 results = global_means(objective, engine, held_out[:], train=False)
-                require_finite(results["loss"], "held-out loss", step)
+                require_finite(results["loss"], "validation loss", step)
                 best.offer(results, step + 1, weights)
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}

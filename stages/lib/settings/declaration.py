@@ -41,4 +41,6 @@ def block(model: type[Settings], /, **changed: Any) -> dict[str, Any]:
 
 def plain(settings: Any) -> Any:
     """Settings as plain JSON values, for model cards and fingerprints of runs; any other value is returned as it is."""
+    if isinstance(settings, dict):
+        return {name: plain(value) for name, value in settings.items()}
     return settings.model_dump() if isinstance(settings, BaseModel) else settings

@@ -16,7 +16,8 @@ from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.sections import KINDS
 
 TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
-NAMED = tuple(section for section, kind in KINDS.items() if get_origin(kind) is dict)  # that map names to settings
+# Sections that map names to settings of what is trained or measured.
+NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
 MODELS, REFERENCES = Path("models"), Path("data/ref_logprobs")
 NEEDED_KIND = {
     "train_sft": "sft",
@@ -70,9 +71,11 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         yield NamedPath("score_samples.reward_model", score_samples.reward_model, (REWARD_MODEL,))
 
 
-def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted]]:
-    """Each folder that a stage makes: the section's key, and what it is."""
-    made: dict[Path, tuple[str, Wanted]] = {}
+def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | None]]:
+    """Each folder that a stage makes: the section's key, and what it is; None: not known before it is there."""
+    made: dict[Path, tuple[str, Wanted | None]] = {}
+    for name in params["fetch_model"]:
+        made[MODELS / name] = (f"fetch_model.{name}", None)
     for name in params["prepare_base"].models:
         made[MODELS / name] = ("prepare_base", LANGUAGE_MODEL)
     for stage in TRAINED:
@@ -83,7 +86,7 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted]]:
 
 def require_distinct_names(params: Mapping[str, Any]) -> None:
     """Raise StageError if two sections would write the same folder models/<name>."""
-    makers = [(name, stage) for stage in ("prepare_base", *TRAINED) for name in names_of(params, stage)]
+    makers = [(name, stage) for stage in ("prepare_base", "fetch_model", *TRAINED) for name in names_of(params, stage)]
     counts = Counter(name for name, _ in makers)
     for name, count in counts.items():
         if count > 1:
@@ -108,7 +111,7 @@ def require_models(params: Mapping[str, Any]) -> None:
                 raise StageError(f"params.yaml: {key}: {path} is neither there nor made by a stage{guess}")
         elif key.rpartition(".")[0] == maker[0]:
             raise StageError(f"params.yaml: {key}: {path} is what {maker[0]} itself makes")
-        elif maker[1] not in wanted:
+        elif maker[1] is not None and maker[1] not in wanted:
             raise StageError(
                 f"params.yaml: {key}: expected {' or '.join(wanted)}, and {path}, which {maker[0]} makes, is {maker[1]}"
             )

@@ -14,6 +14,7 @@ from stages.lib.settings.bounds import Name
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.evaluate_rm import EvaluateRm
+from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs
@@ -42,7 +43,8 @@ class Params(Settings):
     )
     sources: Sources = key(block(Sources), "where rows come from, and how they are read")
     prepare_data: PrepareData = key(block(PrepareData), "what is made of the rows, and what is held out")
-    prepare_base: PrepareBase = key(block(PrepareBase), "the model that everything starts from")
+    prepare_base: PrepareBase = key(block(PrepareBase), "models to start from, each under its own name")
+    fetch_model: dict[Name, HubModel] = key({}, "models of the Hub that are used as they are, such as a reward model")
     tokenize_data: Tokenize = key(block(Tokenize), "budgets of tokens")
     # Each of these maps the name of what is made to its settings; an empty one makes nothing.
     train_sft: dict[Name, TrainSft] = key({"sft": block(TrainSft)}, "supervised fine-tuning, by the model's name")

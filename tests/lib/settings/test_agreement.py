@@ -10,9 +10,10 @@ from stages.lib.command.errors import StageError
 from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_model_facts
-from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths, warn_of_kinds
+from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
+from stages.lib.settings.named_models import NAMED
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
-from stages.lib.settings.sections import SECTIONS, default_params
+from stages.lib.settings.sections import KINDS, default_params
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
@@ -30,8 +31,14 @@ OUTS = (
 
 
 def params(**changed: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the default run, with values of a section changed or, where it has entries, of each of them."""
     values = default_params()
-    return {key: build(kind, values[key] | changed.get(key, {}), key) for key, kind in SECTIONS.items()}
+    for section, own in changed.items():
+        if section in NAMED:
+            values[section] = {name: entry | own for name, entry in values[section].items()}
+        else:
+            values[section] |= own
+    return {key: build(kind, values[key], key) for key, kind in KINDS.items()}
 
 
 def runtimes(default: dict[str, Any] | None = None, **stages: dict[str, Any]) -> dict[str, Runtime]:
@@ -55,22 +62,22 @@ def test_the_default_settings_agree() -> None:
         (
             {"train_dpo": {"precision": "bf16"}},
             {},
-            "params.yaml: ref_logprobs.precision is fp32 and train_dpo.precision bf16",
+            "params.yaml: ref_logprobs.sft.precision is fp32 and train_dpo.dpo.precision bf16",
         ),
         (
             {"ref_logprobs": {"base_quantization": "nf4"}},
             {},
-            "ref_logprobs.base_quantization is nf4 and train_dpo.lora.base_quantization null",
+            "ref_logprobs.sft.base_quantization is nf4 and train_dpo.dpo.lora.base_quantization null",
         ),
         (
             {"train_dpo": {"lora": NF4}},
             {},
-            "ref_logprobs.base_quantization is null and train_dpo.lora.base_quantization nf4",
+            "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
         ),
         (
             {"train_rm": {"use_margin": True}},
             {},
-            "train_rm.use_margin: prepare_data.source film_reviews gives its pairs no",
+            "params.yaml: train_rm.rm.use_margin: the pairs of sources.tasks have no margin",
         ),
         (
             {"train_sft": {"precision": "bf16"}},
@@ -118,24 +125,24 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
             {"minibatch_size": 48},
             "rollout_batch_size (32) times samples_per_prompt (4) must be a multiple of minibatch_size (48)",
         ),
-        ("train_grpo", {"samples_per_prompt": 1}, "train_grpo.samples_per_prompt must be at least 2"),
-        ("train_grpo", {"advantage_epsilon": 0.0}, "train_grpo.advantage_epsilon must be above 0"),
+        ("train_grpo", {"samples_per_prompt": 1}, "train_grpo.grpo.samples_per_prompt must be at least 2"),
+        ("train_grpo", {"advantage_epsilon": 0.0}, "train_grpo.grpo.advantage_epsilon must be above 0"),
         ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
         (
             "train_dpo",
             {"loss": {"type": "ipoo"}},
-            "train_dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+            "train_dpo.dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
         ),
         (
             "train_dpo",
             {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
-            "train_dpo.loss.label_smoothing is not a known key",
+            "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
         ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),
         (
             "train_rm",
             {"lora": NF4 | {"base_quantization": "nf5"}},
-            "train_rm.lora.base_quantization: 'nf5' (str) is not one",
+            "train_rm.rm.lora.base_quantization: 'nf5' (str) is not one",
         ),
     ],
 )
@@ -143,15 +150,6 @@ def test_a_later_section_is_built_too(section: str, changed: dict, message: str)
     with pytest.raises(StageError) as caught:
         params(**{section: changed})
     assert message in str(caught.value)
-
-
-def test_kinds_that_are_left_out_are_warned_of() -> None:
-    assert warn_of_kinds(params()["prepare_data"]) == []
-    (said,) = warn_of_kinds(params(prepare_data={"kinds": ["sft", "preference"]})["prepare_data"])
-    assert said == (
-        "params.yaml: prepare_data.kinds lacks prompts, without which these refuse to run: train_ppo, train_grpo and "
-        "evaluate"
-    )
 
 
 def facts(**changed: Any) -> ModelFacts:
@@ -168,11 +166,11 @@ def facts(**changed: Any) -> ModelFacts:
         ),
         (
             {"train_ppo": {"max_new_tokens": 97}},
-            "tokenize_data.max_prompt_length + train_ppo.max_new_tokens is 193, but m has",
+            "tokenize_data.max_prompt_length + train_ppo.ppo.max_new_tokens is 193, but m has",
         ),
         (
             {"train_grpo": {"max_new_tokens": 97}},
-            "tokenize_data.max_prompt_length + train_grpo.max_new_tokens is 193, but m has",
+            "tokenize_data.max_prompt_length + train_grpo.grpo.max_new_tokens is 193, but m has",
         ),
         (
             {"evaluate": {"max_new_tokens": 4000}},

@@ -12,7 +12,7 @@ from stages.lib.settings.train_sft import TrainSft
 from tests.real_files import PROJECT
 
 SECTIONS = {"train_sft": TrainSft, "train_rm": TrainRm, "train_dpo": TrainDpo}
-PARAMS = load_yaml(PROJECT / "params.yaml")
+PARAMS = {section: next(iter(load_yaml(PROJECT / "params.yaml")[section].values())) for section in SECTIONS}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

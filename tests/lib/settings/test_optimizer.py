@@ -9,7 +9,7 @@ from stages.lib.command.params import build
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.sections import default_params
 
-GOOD = default_params()["train_sft"]["optimizer"]
+GOOD = default_params()["train_sft"]["sft"]["optimizer"]
 
 
 @pytest.mark.parametrize(

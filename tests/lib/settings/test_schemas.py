@@ -43,20 +43,21 @@ def test_a_profile_keeps_to_the_schema(profile: Any) -> None:
 
 
 WRONG = {
-    "train_dpo.loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.0},
-    "train_dpo.losss": {"type": "ipo", "beta": 0.1},
-    "train_ppo.kl_controller": {"type": "adaptive", "coef": 0.1},
-    "train_sft.optimizer.beta1": 1.0,
-    "train_sft.lora": {"rank": 4},
-    "train_rm.keep": "bset",
+    "train_dpo.dpo.loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.0},
+    "train_dpo.dpo.losss": {"type": "ipo", "beta": 0.1},
+    "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1},
+    "train_sft.sft.optimizer.beta1": 1.0,
+    "train_sft.sft.lora": {"rank": 4},
+    "train_rm.rm.keep": "bset",
     "prepare_data.kinds": ["sft", "pairs"],
     "evaluate.max_prompts": 0,
+    "evaluate.policies": ["sft"],
     "seed": -1,
 }
 RIGHT = {
-    "train_dpo.loss": {"type": "ipo", "beta": 1},
-    "train_ppo.kl_controller": {"type": "adaptive", "coef": 0.1, "target": 6, "horizon": 1e4},
-    "train_sft.lora": {
+    "train_dpo.dpo.loss": {"type": "ipo", "beta": 1},
+    "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1, "target": 6, "horizon": 1e4},
+    "train_sft.sft.lora": {
         "rank": 4,
         "alpha": 8,
         "targets": ["q_proj"],
@@ -65,7 +66,7 @@ RIGHT = {
         "save_adapter": False,
     },
     "evaluate.max_prompts": None,
-    "prepare_data.columns": {"question": "prompt"},
+    "evaluate.policies": {"base": "models/base", "half-way": "models/dpo/step_200"},
 }
 
 
@@ -91,8 +92,8 @@ def test_a_right_value_is_not(key: str) -> None:
 
 def test_a_missing_key_is_told_as_keys_are_never_filled_in() -> None:
     changed = default_params()
-    del changed["train_sft"]["lora"]
-    assert faults("params.yaml", changed) == ["$.train_sft: 'lora' is a required property"]
+    del changed["train_sft"]["sft"]["lora"]
+    assert faults("params.yaml", changed) == ["$.train_sft.sft: 'lora' is a required property"]
 
 
 @pytest.mark.parametrize(
