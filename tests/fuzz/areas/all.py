@@ -1,10 +1,23 @@
 """The areas by name."""
 
-from tests.fuzz.areas import checkpoints, files, models, params, reference, report, rows, runtime, tables, templates
+from tests.fuzz.areas import (
+    checkpoints,
+    comparisons,
+    files,
+    models,
+    params,
+    reference,
+    report,
+    rows,
+    runtime,
+    tables,
+    templates,
+)
 from tests.fuzz.case import Area
 
 AREAS: dict[str, Area] = {
     "rows": rows.AREA,
+    "comparisons": comparisons.AREA,
     "params": params.AREA,
     "runtime": runtime.AREA,
     "templates": templates.AREA,
