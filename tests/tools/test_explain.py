@@ -61,7 +61,8 @@ def first_line(key: str) -> str:
         ("ref_logprobs.sft.base_quantization", "ref_logprobs.sft.base_quantization: null | nf4; default null"),
         (
             "prepare_data.kinds",
-            'prepare_data.kinds: a list of sft | preference | unpaired | prompts; default ["sft", "preference", "prompts"]',
+            "prepare_data.kinds: a list of sft | preference | unpaired | prompts; default "
+            '["sft", "preference", "prompts"]',
         ),
         ("train_rm.rm.use_margin", "train_rm.rm.use_margin: true | false; default false"),
         ("runtime.default.threads", "runtime.default.threads: whole number at least 1 and at most 4096; default 2"),
