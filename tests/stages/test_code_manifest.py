@@ -184,7 +184,7 @@ def test_prepare_base_has_the_settings_checked_once_a_hub_model_is_here(
 
 def test_another_machine_runs_no_value_through_a_shell(project: Path) -> None:
     graph = read_yaml(project / "dvc.yaml")
-    graph["stages"]["train_sft"]["cmd"] = "sh stages/launch.sh train_sft --tokens '$(touch pwned)' ; touch pwned"
+    graph["stages"]["train_sft"]["do"]["cmd"] = "sh stages/launch.sh train_sft --tokens '$(touch pwned)' ; touch pwned"
     (project / "dvc.yaml").write_text(json.dumps(graph))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, check=True)
     done = subprocess.run(
