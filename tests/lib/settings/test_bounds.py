@@ -104,7 +104,11 @@ def test_every_key_of_runtime_refuses_an_absurd_value(name: str) -> None:
         ),
         ("evaluate.temperature", 1e-30, "temperature must be 0 (greedy) or at least 0.001, found 1e-30"),
         ("evaluate.bootstrap_resamples", 10**9, "bootstrap_resamples must be at least 100 and at most 1000000, found"),
-        ("prepare_base.scratch.base.hidden_size", 2 * 10**9, "scratch.base.hidden_size must be at least 1 and at most 1000000"),
+        (
+            "prepare_base.scratch.base.hidden_size",
+            2 * 10**9,
+            "scratch.base.hidden_size must be at least 1 and at most 1000000",
+        ),
         ("train_rm.rm.model", "", "train_rm.rm.model: expected a text of 1 to 4096 characters, found ''"),
         (
             "prepare_data.hub_split",
