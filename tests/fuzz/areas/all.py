@@ -4,6 +4,7 @@ from tests.fuzz.areas import (
     checkpoints,
     comparisons,
     files,
+    given_rewards,
     models,
     params,
     reference,
@@ -12,6 +13,7 @@ from tests.fuzz.areas import (
     runtime,
     tables,
     templates,
+    tokens,
 )
 from tests.fuzz.case import Area
 
@@ -21,9 +23,11 @@ AREAS: dict[str, Area] = {
     "params": params.AREA,
     "runtime": runtime.AREA,
     "templates": templates.AREA,
+    "tokens": tokens.AREA,
     "tables": tables.AREA,
     "reference": reference.AREA,
     "models": models.AREA,
+    "given_rewards": given_rewards.AREA,
     "checkpoints": checkpoints.AREA,
     "report": report.AREA,
     "files": files.AREA,
