@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
@@ -19,6 +18,7 @@ from stages.lib.command.jsonl import read_jsonl, write_json
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.model_facts import read_config, read_model_facts
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.runtime import read_runtime
@@ -26,7 +26,8 @@ from stages.lib.settings.runtime import read_runtime
 if not asks_for_help():
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.processes import join_processes
-    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
+    from stages.lib.data.conversation_rows import Conversation, preference_conversation
+    from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
     from stages.lib.evaluation.metrics import reward_model_metrics, with_sources
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
@@ -57,7 +58,9 @@ def main(
         if reward.facts and reward.facts.line():
             this_run.say(f"{this_run.stage}: {reward.facts.line()}")
 
-        texts = None if reward.texts is None else list(read_jsonl(prepared))
+        if reward.texts is None:
+            check_table_fits(pairs, read_model_facts(read_config(reward_model)), tokens)
+        texts = None if reward.texts is None else texts_of_pairs(prepared, pairs["row"][:])
 
         def compute(chunk: range) -> dict[str, list]:
             some = pairs[chunk.start : chunk.stop]
@@ -77,7 +80,16 @@ def main(
     processes.leave()
 
 
-def scored(reward: RewardModel, pairs: dict[str, list], texts: list[dict[str, Any]] | None) -> dict[str, list[float]]:
+def texts_of_pairs(prepared: Path, rows: list[int]) -> list[Conversation]:
+    """The prepared rows. Raises StageError for one that is no pair, or if the table's `rows` are not among them."""
+    lines = enumerate(read_jsonl(prepared), start=1)
+    texts = [preference_conversation(row, f"{prepared}, line {line}") for line, row in lines]
+    if max(rows) >= len(texts):
+        raise StageError(f"{prepared} has {len(texts)} rows, and the tokens are of more: run tokenize_data again")
+    return texts
+
+
+def scored(reward: RewardModel, pairs: dict[str, list], texts: list[Conversation] | None) -> dict[str, list[float]]:
     """The scores of both replies of each pair.
 
     Args:
@@ -87,8 +99,11 @@ def scored(reward: RewardModel, pairs: dict[str, list], texts: list[dict[str, An
     if texts is None:
         return dict(reward.score_id_pairs(pairs)._asdict())
     rows = [texts[row] for row in pairs["row"]]
-    prompts = [row["prompt"] for row in rows]
-    return {side: reward.score_texts(prompts, [row[side][-1]["content"] for row in rows]) for side in SIDES}
+    prompts, contexts = [row.prompt for row in rows], [row.context for row in rows]
+    return {
+        side: reward.score_texts(prompts, [row.replies[place]["content"] for row in rows], contexts=contexts)
+        for place, side in enumerate(SIDES)
+    }
 
 
 if __name__ == "__main__":

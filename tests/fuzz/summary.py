@@ -30,7 +30,7 @@ def of_stage(folder: Path, stage: str) -> list[str]:
     made = [folder / out for out in outs(stage)]
     parts = [f"{stage}: {numbers(path)}" for path in made if path.suffix == ".json" and path.is_file()]
     if stage.startswith("read_source"):
-        return [*parts, *odd_rows(folder / outs(stage)[0] / "rows.jsonl")]
+        return [*parts, *odd_rows(folder / outs(stage)[0])]
     return parts or [f"{stage}: {path.name} {dvc_hash(path)[:8]}" for path in made if path.exists()]
 
 

@@ -72,6 +72,24 @@ def test_it_judges_pairs_and_samples(folder: Path) -> None:
     assert all(isinstance(row["score"], float) for row in scores)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (1, "data/prepared/test/preference.jsonl has 1 rows, and the tokens are of more: run tokenize_data again"),
+        (0, "data/prepared/test/preference.jsonl, line 1: 'chosen' is missing (the row has prompt)"),
+    ],
+)
+def test_it_judges_no_pairs_but_those_of_the_tokens(
+    folder: Path, capsys: pytest.CaptureFixture, rows: int, message: str
+) -> None:
+    change(folder / "params.yaml", {"evaluate_rm": {"rm": GIVEN}})
+    prepared = folder / "data/prepared/test/preference.jsonl"
+    first = prepared.read_text().splitlines()[:rows] or ['{"prompt": []}']
+    prepared.unlink()
+    prepared.write_text("\n".join(first) + "\n")
+    assert message in refusal(folder, "evaluate_rm@rm", capsys)
+
+
 def test_its_tokenizer_makes_it_no_critic(folder: Path, capsys: pytest.CaptureFixture) -> None:
     change(folder / "params.yaml", {"train_ppo": {"ppo": GIVEN | {"critic": GIVEN["reward_model"]}}})
     message = refusal(folder, "train_ppo@ppo", capsys)

@@ -59,8 +59,8 @@ class WinnerComparison(PairSettings):
     def _check(self) -> "WinnerComparison":
         if len(self.responses) not in (1, 2):
             raise ValueError("responses must name two columns, or the one that holds a list of two")
-        if not self.winner:
-            raise ValueError("winner must name the column that says which response is better")
+        if not self.winner or len(set(self.winner)) < len(self.winner):
+            raise ValueError("winner must name each column that says which response is better, once")
         if self.names and (len(self.names) != 2 or self.first or self.second):
             raise ValueError("names must be two columns, and first and second [] beside them")
         if not self.names and not (self.first and self.second):

@@ -87,8 +87,10 @@ def settings_with(path: Path_) -> dict[str, Any]:
 
 def stages_of(path: Path_) -> tuple[str, ...]:
     """The check of all settings, and the stages that read a key."""
-    section, entry = path[0], [*path[1:2], *DEFAULTS[path[0]]][0] if path[0] not in STAGES_OF else ""
-    return (*CHECK, *STAGES_OF.get(section, (f"{section}@{entry}",)))
+    section, entries = path[0], DEFAULTS[path[0]]
+    if section in STAGES_OF or not entries:
+        return (*CHECK, *STAGES_OF.get(section, ()))
+    return (*CHECK, f"{section}@{path[1] if path[1:2] and path[1] in entries else next(iter(entries))}")
 
 
 def case(what: str, path: Path_, value: Any, expected: Expected = "either") -> Case:

@@ -214,6 +214,14 @@ def test_a_margin_of_the_row_stands_beside_a_winner_unless_the_gap_is_it():
     assert read(row, "comparison", comparison=TWO | {"margin": "gap"})[0].margin == 1.0
 
 
+@pytest.mark.parametrize("scores", [[-1e308, 1e308], [0, 1e39]])
+def test_a_gap_that_no_float32_holds_is_no_margin(scores):
+    row = {"prompt": "tea", "responses": ["a", "b"], "scores": scores}
+    assert read(row, "comparison", comparison={"type": "scores"})[0].margin is None
+    with pytest.raises(MalformedRowError, match="here, 'margin': expected a finite number of at least 0"):
+        read(row, "comparison", comparison={"type": "scores", "margin": "gap"})
+
+
 def test_scores_become_labels_by_a_threshold():
     row = {"prompt": "tea", "responses": ["a", "b", "c", "d"], "scores": [1, 5, 4.9, 3]}
     counts = Counter()

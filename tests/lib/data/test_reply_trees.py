@@ -124,7 +124,10 @@ def test_a_flat_file_gives_the_pairs_of_its_trees(given_trees, shuffler: random.
     [
         ([{"id": 1, "parent": None}, {"id": 1, "parent": None}], "row 2: the id 1 stands twice, first at row 1"),
         ([{"id": 1, "parent": 7}], "row 1: it answers the message 7, which is not among the rows"),
-        ([{"parent": None}], "row 1: expected the id of a message in 'id', found NoneType"),
+        ([{"parent": None}], "row 1: expected the id of a message in 'id', found nothing"),
+        ([{"id": "", "parent": None}], "row 1: expected the id of a message in 'id', found nothing"),
+        ([{"id": True, "parent": None}], "row 1: expected the id of a message in 'id', found bool"),
+        ([{"id": 1, "parent": None}, {"id": 2, "parent": True}], "row 2: expected the id of a message in 'parent'"),
         ([{"id": 1, "parent": 2}, {"id": 2, "parent": 1}], "row 1 and the rows after it: messages answer each other"),
         ([{"id": 0, "parent": None}, {"id": 1, "parent": 1}], "messages answer each other in a circle"),
         ([{"id": 1, "parent": [2]}], "row 1: expected the id of a message in 'parent', found list"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from stages.lib.command.errors import StageError
 from stages.lib.data import hh_transcripts
 from stages.lib.data.cell_values import value_in_cell
-from stages.lib.data.conversations import Example, Message, messages_from, number_from, pair_from, reply_of
+from stages.lib.data.conversations import Example, Message, margin_from, messages_from, number_from, pair_from, reply_of
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.prompt_and_reply import any_prompt, reply_in
 from stages.lib.data.readers.reply_trees import ranked_replies
@@ -217,7 +217,7 @@ def pair_examples(
                 pair = pair_from(chosen, rejected)
                 if gap == 0:
                     place.counts["pairs_kept/tie"] += 1
-                margin = gap if settings.margin == "gap" else None
+                margin = margin_from(gap, place.where) if settings.margin == "gap" else None
                 yield Example(pair.prompt, pair.reply, pair.rejected, margin)
                 continue
             except UnusableRowError as error:

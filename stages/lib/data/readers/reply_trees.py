@@ -86,9 +86,11 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
     nodes: dict[Any, tuple[str, RawRow]] = {}
     for where, row in rows:
         identity = row.get(id_key)
-        for key, value in ((id_key, identity), (parent_key, row.get(parent_key) or "")):
-            if not isinstance(value, str | int):
-                raise StageError(f"{where}: expected the id of a message in '{key}', found {type(value).__name__}")
+        parent = row.get(parent_key)
+        for key, value in ((id_key, identity), (parent_key, "none" if parent in (None, "") else parent)):
+            if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+                found = "nothing" if value in (None, "") else type(value).__name__
+                raise StageError(f"{where}: expected the id of a message in '{key}', found {found}")
         if identity in nodes:
             raise StageError(f"{where}: the id {identity!r} stands twice, first at {nodes[identity][0]}")
         nodes[identity] = (where, {**row, settings.replies_key: []})
@@ -105,6 +107,10 @@ def trees_of_rows(rows: Iterable[tuple[str, RawRow]], settings: TreeComparison) 
         where = next(iter(nodes.values()))[0]
         raise StageError(f"{where} and the rows after it: messages answer each other in a circle")
     yield from roots
+
+
+def found_in(value: Any) -> str:
+    return "nothing" if value in (None, "") else type(value).__name__
 
 
 def reached(roots: list[tuple[str, RawRow]], settings: TreeComparison) -> int:
