@@ -194,12 +194,6 @@ OLDER = "older"
             ],
         ),
         (
-            "data/raw/none",
-            append("x"),
-            OLDER,
-            [f"{stage} ran before data/raw/none changed" for stage in ("prepare_base", "prepare_data")],
-        ),
-        (
             "stages/lib/objectives/pairwise_loss.py",
             append("more = 1\n"),
             OLDER,
@@ -234,10 +228,9 @@ def test_what_is_not_here_is_said_and_is_no_fault(project: Path) -> None:
     shutil.rmtree(project / "models/sft")
     code, record = of(project, "models/rm")
     assert code == 0
-    assert set(record["missing"]) == {
-        *("data/raw/none", "models/sft", "data/tokens/sft", "data/tokens/preference"),
-        *(f"data/prepared/{kind}" for kind in ("sft", "preference", "prompts")),
-    }
+    kinds, splits = ("sft", "preference"), ("train", "validation", "test")
+    assert {"models/sft", "data/sources/film_reviews", "data/prepared/train"} <= set(record["missing"])
+    assert {f"data/tokens/{split}/{kind}.arrow" for kind in kinds for split in splits} <= set(record["missing"])
 
 
 @pytest.mark.parametrize("path", ["models/sft", "data/prepared/train/sft.jsonl"])
