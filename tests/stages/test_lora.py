@@ -183,8 +183,7 @@ def test_a_reference_on_another_base_is_refused(copy_of_tiny: Copy) -> None:
     folder = use_lora(copy_of_tiny(), "train_dpo", base_quantization="nf4")
     message = refused(folder, "train_dpo")
     assert (
-        "train_dpo.dpo: lora trains on base_quantization nf4, but data/ref_logprobs/sft was computed with "
-        in message
+        "train_dpo.dpo: lora trains on base_quantization nf4, but data/ref_logprobs/sft was computed with " in message
     )
 
 
