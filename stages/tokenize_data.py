@@ -33,7 +33,7 @@ from stages.lib.data.encoding import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT
 from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
 from stages.lib.data.template_process import template_process
 from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
-from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, shards_of, workers_for
+from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, row_shards, workers_for
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES, tokenizer_hash
 from stages.lib.operations.run_log import log_run
@@ -120,11 +120,11 @@ def write_tables(
                 rows = sum(count.rows for count in counts.values())
                 print(f"{shard.path}: {rows:,} rows, {rows / (reported - started):,.0f} rows/s", file=sys.stderr)
             if shard == shards[split][-1]:
-                require_rows(counts[split], shard.path)
+                require_any_row(counts[split], shard.path)
     return counts
 
 
-def require_rows(counts: Counts, path: Path) -> None:
+def require_any_row(counts: Counts, path: Path) -> None:
     if counts.rows == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.dropped.items()))
         raise StageError(f"{path}: no row is left ({reasons}); look at its rows and at the section tokenize_data")
@@ -187,10 +187,10 @@ def main(
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as there are cores
     kind = cast(Kind, entry_name(kind, KINDS, STAGE))
-    settings, seed = read_params(STAGE, Tokenize), read_value("seed", int)
+    settings, seed = read_params("tokenize_data", Tokenize), read_value("seed", int)
     facts = facts_with_room(tokenizer, settings)
     rows = {split: prepared / split / f"{kind}.jsonl" for split in SPLITS}
-    shards = {split: shards_of(path) for split, path in rows.items()}
+    shards = {split: row_shards(path) for split, path in rows.items()}
     workers = workers_for([shard for own in shards.values() for shard in own], read_runtime(STAGE).workers or cores())
     if workers == 1:
         template_process()  # it loads while this one does

@@ -41,7 +41,7 @@ STYLES = {
 WHITE_ON = "\x1b[38;5;255;48;5;{}m{}\x1b[0m"
 
 
-def runs_of(row: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
+def token_runs(row: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """The ids of a table's row in runs of one sort."""
     if "input_ids" in row:
         pairs = list(zip(row["loss_mask"], row["input_ids"], strict=True))
@@ -52,7 +52,7 @@ def runs_of(row: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
             yield name.removesuffix("_ids"), ids
 
 
-def shown(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+def shown_token(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
     """A token as text in one line; one that is part of a character only, as the tokenizer writes it."""
     text = tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False)
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
@@ -61,14 +61,16 @@ def shown(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def lines_of(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], *, coloured: bool) -> Iterator[str]:
+def preview_lines(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], *, coloured: bool) -> Iterator[str]:
     """A legend, and a line for each run of tokens of one sort."""
-    runs = list(runs_of(row))
+    runs = list(token_runs(row))
     sorts = list(dict.fromkeys(sort for sort, _ in runs))
     yield "  ".join(token_text(sort, sort, 0, coloured=coloured) for sort in sorts)
     width = max(map(len, sorts))
     for sort, ids in runs:
-        texts = [token_text(shown(tokenizer, token), sort, place, coloured=coloured) for place, token in enumerate(ids)]
+        texts = [
+            token_text(shown_token(tokenizer, token), sort, place, coloured=coloured) for place, token in enumerate(ids)
+        ]
         yield f"{sort:<{width}} {len(ids):>5}  {''.join(texts)}"
 
 
@@ -110,12 +112,12 @@ def main(
     values = found(path, next(made.schema for name, made in ENCODINGS.items() if name == kind), row)
     require_tokens_of(path, tokenizer)
     loaded = load_tokenizer(tokenizer)
-    count = sum(len(ids) for _, ids in runs_of(values))
+    count = sum(len(ids) for _, ids in token_runs(values))
     print(f"{path}, row {row} (source {values['source'] or 'without a name'}): {count:,} tokens")
     for name in ("label", "margin", "messages", "facts", "context"):
         if values.get(name) is not None and values[name] != "{}":
             print(one_line(f"{name}: {values[name]}"))
-    for line in lines_of(loaded, values, coloured=sys.stdout.isatty()):
+    for line in preview_lines(loaded, values, coloured=sys.stdout.isatty()):
         print(line)
 
 

@@ -253,11 +253,11 @@ def observe_all(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 SHORTER = {
-    "train_sft": {"epochs": 0.25},
-    "train_rm": {"epochs": 0.5},
-    "train_dpo": {"epochs": 0.25},
-    "train_ppo": {"iterations": 1},
-    "train_grpo": {"iterations": 1},
+    "train_sft": {"sft": {"epochs": 0.25}},
+    "train_rm": {"rm": {"epochs": 0.5}},
+    "train_dpo": {"dpo": {"epochs": 0.25}},
+    "train_ppo": {"ppo": {"iterations": 1}},
+    "train_grpo": {"grpo": {"iterations": 1}},
 }
 
 

@@ -11,21 +11,27 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
+from stages.lib.settings.declaration import block
+from stages.lib.settings.fetch_model import HubModel
+from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
+from stages.lib.settings.sections import default_params
+from stages.lib.settings.sources import FileSource, HubSource
 from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
 
 TABLE = ROOT / "tests/pipeline/staleness.md"
-RAW_DATA = "data/raw/none"
+RAW_DATA = {"own": "data/raw/own.jsonl", "exam": "data/raw/exam.jsonl"}  # of the sources of files
+RAW_MODEL = "data/raw/model"
 # What no stage depends on: how it is started, where it came from, how it is tested and shown.
 IN_NO_DEPS = (
     *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/hh-local.yaml"),
@@ -37,12 +43,13 @@ REMARK = ": a comment"  # the end of the row of a Python file in which one is ad
 HEAD = """\
 # What a change makes stale
 
-Each row is one change, each ● a stage that `dvc status` then calls changed: DVC runs it again. The stages after it
-follow only if what it writes has other bytes. A section of params.yaml stands for each of its keys: stages read whole
-sections. The first stage takes about two seconds and writes the manifests of code, on which the others depend. A file
-that marks the first stage alone cannot change an out (stages/lib/operations), or belongs to a tool or to the first
-stage itself. Made by `python -m tests.pipeline.staleness --write`; a test asks DVC again, and compares
-with the imports in the source and with what each stage reads when it runs.
+Each row is one change, each ● a stage that `dvc status` then calls changed: DVC runs it again; of a group of stages a
+name in place of the ● says which one alone. The stages after it follow only if what it writes has other bytes. The
+project has a source and a model to start from in each group that there is. A section of params.yaml stands for each of
+its keys but for those that have rows of their own. The first stage takes about two seconds and writes the manifests of
+code, on which the others depend. A file that marks the first stage alone cannot change an out (stages/lib/operations),
+or belongs to a tool or to the first stage itself. Made by `python -m tests.pipeline.staleness --write`; a test asks DVC
+again, and compares with the imports in the source and with what each stage reads when it runs.
 
 """
 
@@ -59,7 +66,7 @@ def copy_of_project(folder: Path) -> None:
             shutil.copyfile(source, target)
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(ROOT / name, folder / name)
-    shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
+    (folder / "params.yaml").write_text(as_yaml(settings_of_copy()), encoding="utf-8")
     write_placeholders(folder)
     write_manifests(folder)
 
@@ -78,10 +85,10 @@ def write_manifests(folder: Path) -> dict[str, str]:
 
 def write_placeholders(folder: Path) -> None:
     """A file for each out and each dep below one; an out with deps below it, or without a suffix, is a folder."""
-    stages = all_instances(load_graph())
+    stages = instances_of_copy()
     outs = [out for stage in stages.values() for out in outs_of(stage) if not is_code(out)]
     deps = [dep for stage in stages.values() for dep in paths(stage["deps"]) if not is_code(dep) and "$" not in dep]
-    for path in (*outs, *deps, "data/prepared/sft/train.jsonl", RAW_DATA):
+    for path in (*outs, *deps):
         target = folder / path
         if path in outs and not target.suffix:
             target = target / "placeholder"
@@ -108,33 +115,86 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
         _yaml.parse_yaml = parse
 
 
-def params_with_changes(text: str, keys: list[str], graph: str) -> str:
-    """The text of params.yaml with one value of each of these sections changed, one that `graph` does not hold."""
-    lines, pending, section = [], list(keys), ""
-    for line in text.splitlines():
-        top = re.match(r"(\w+):", line)
-        section = top[1] if top else section
-        value = re.match(r"(  )?(\w+): +[^#\s]", line)
-        if value and section in pending and (top or f"${{{section}.{value[2]}}}" not in graph):
-            pending.remove(section)
-            line = f"{value[1] or ''}{value[2]}: another value"
-        lines.append(line)
-    if pending:
-        raise ValueError(f"params.yaml: no value to change in {pending}")
-    return "\n".join(lines) + "\n"
+def settings_of_copy() -> dict[str, Any]:
+    """The default settings and an entry in each group of stages that has none, so that all groups are looked at."""
+    params = default_params()
+    params["sources"]["files"] = {
+        "own": block(FileSource, path=RAW_DATA["own"]),
+        "exam": block(FileSource, path=RAW_DATA["exam"], split="test"),
+    }
+    params["sources"]["hub"] = {"far": block(HubSource)}
+    params["prepare_base"]["files"] = {"given": block(ModelOfFolder, path=RAW_MODEL)}
+    params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
+    params["fetch_model"] = {"judge": block(HubModel)}
+    return params
+
+
+def instances_of_copy() -> dict[str, dict[str, Any]]:
+    return all_instances(load_graph(), settings_of_copy())
+
+
+# Row of the table, a section of params.yaml or a key of it → the key that is edited there, in each entry where it holds
+# a *, and its value then.
+EDITED_KEYS: dict[str, tuple[str, Any]] = {
+    "seed": ("seed", 18),
+    "trust_remote_code": ("trust_remote_code", True),
+    "kernels": ("kernels", "fastest"),
+    "sources.files": ("sources.files.*.max_rows", 100),
+    "sources.files.own.weight": ("sources.files.own.weight", 2.0),
+    "sources.hub": ("sources.hub.*.max_rows", 100),
+    "sources.hub.far.weight": ("sources.hub.far.weight", 2.0),
+    "sources.tasks": ("sources.tasks.*.sft_rows", 100),
+    "sources.tasks.film_reviews.weight": ("sources.tasks.film_reviews.weight", 2.0),
+    "prepare_data": ("prepare_data.test_fraction", 0.5),
+    "prepare_data.kinds": ("prepare_data.kinds", ["prompts", "preference", "sft"]),
+    "prepare_base.scratch": ("prepare_base.scratch.*.layers", 4),
+    "prepare_base.files": ("prepare_base.files.*.dtype", "bfloat16"),
+    "prepare_base.hub": ("prepare_base.hub.*.dtype", "bfloat16"),
+    "fetch_model": ("fetch_model.*.revision", "1" * 40),
+    "tokenize_data": ("tokenize_data.max_length", 100),
+    "train_sft": ("train_sft.*.epochs", 7.0),
+    "train_rm": ("train_rm.*.epochs", 7.0),
+    "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
+    "train_dpo": ("train_dpo.*.epochs", 7.0),
+    "train_ppo": ("train_ppo.*.epochs", 7),
+    "train_grpo": ("train_grpo.*.epochs", 7),
+    "evaluate": ("evaluate.temperature", 0.5),
+    "score_samples": ("score_samples.precision", "bf16"),
+    "evaluate_rm": ("evaluate_rm.*.precision", "bf16"),
+}
+
+
+def edited_settings(params: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The settings with another value of a dotted key; `*` in it stands for each entry of a mapping."""
+    changed = deepcopy(params)
+    mappings, parts = [changed], key.split(".")
+    for part in parts[:-1]:
+        mappings = [below for mapping in mappings for below in (mapping.values() if part == "*" else [mapping[part]])]
+    for mapping in mappings:
+        assert mapping[parts[-1]] != value, f"params.yaml: {key} is {value} already"
+        mapping[parts[-1]] = value
+    assert mappings, f"params.yaml: nothing stands at {key}"
+    return changed
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    stream = StringIO()
+    YAML(typ="safe", pure=True).dump(settings, stream)
+    return stream.getvalue()
 
 
 def changes_of(folder: Path) -> dict[str, tuple[Path, str]]:
     """Row of the table → the file to edit, and its text then."""
-    params = folder / "params.yaml"
-    text, graph = params.read_text(encoding="utf-8"), (folder / "dvc.yaml").read_text(encoding="utf-8")
-    keys = YAML(typ="safe", pure=True).load(text)
-    changes = {f"{SECTION}{key}": (params, params_with_changes(text, [key], graph)) for key in keys}
-    changes[COMMENT] = (params, text + "# A comment.\n")
-    code = sorted(file for file in (folder / "stages").rglob("*") if file.is_file())
-    for file in [*code, *(folder / name for name in (RAW_DATA, *IN_NO_DEPS))]:
-        more = "\nCHANGED = True\n" if file.suffix == ".py" else "\n"
-        changes[file.relative_to(folder).as_posix()] = (file, file.read_text(encoding="utf-8") + more)
+    file, settings = folder / "params.yaml", settings_of_copy()
+    changes = {
+        f"{SECTION}{row}": (file, as_yaml(edited_settings(settings, key, value)))
+        for row, (key, value) in EDITED_KEYS.items()
+    }
+    changes[COMMENT] = (file, as_yaml(settings) + "# A comment.\n")
+    code = sorted(path for path in (folder / "stages").rglob("*") if path.is_file())
+    for path in [*code, *(folder / name for name in (*RAW_DATA.values(), RAW_MODEL, *IN_NO_DEPS))]:
+        more = "\nCHANGED = True\n" if path.suffix == ".py" else "\n"
+        changes[path.relative_to(folder).as_posix()] = (path, path.read_text(encoding="utf-8") + more)
     return changes
 
 
@@ -218,19 +278,20 @@ def edited(edits: dict[Path, str]) -> Iterator[None]:
 
 
 def table(answers: dict[str, set[str]]) -> str:
-    """Markdown; one column for all instances of a matrix, which must agree."""
-    graph = load_graph()
-    instances = list(all_instances(graph))
-    columns = list(graph["stages"])
-    lines = [f"| change | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
+    """Markdown; one column for all instances of a group, with the names of those that are stale alone."""
+    of_column = {
+        name: [each for each in instances_of_copy() if each.split("@")[0] == name] for name in load_graph()["stages"]
+    }
+    lines = [f"| change | {' | '.join(of_column)} |", f"|---|{':-:|' * len(of_column)}"]
     for change, stale in answers.items():
-        marks = []
-        for name in columns:
-            of_stage = {instance in stale for instance in instances if instance.split("@")[0] == name}
-            assert len(of_stage) == 1, f"{change}: some instances of {name} are stale and some not"
-            marks.append("●" if of_stage.pop() else "")
+        marks = [marked(instances, stale) for instances in of_column.values()]
         lines.append(f"| `{change}` | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"
+
+
+def marked(instances: list[str], stale: set[str]) -> str:
+    found = [name for name in instances if name in stale]
+    return "●" if found == instances else ", ".join(name.partition("@")[2] for name in found)
 
 
 def main() -> None:

@@ -14,20 +14,32 @@ from tests.pipeline.graph import (
     FIRST,
     LAUNCHER,
     ROOT,
-    all_instances,
     code_of,
     is_code,
-    load_graph,
     params_read,
+    script_of,
     stage_names,
     training_stages,
 )
 from tests.pipeline.observed import access_times_are_kept
-from tests.pipeline.staleness import COMMENT, HEAD, IN_NO_DEPS, RAW_DATA, REMARK, SECTION, TABLE, stale_by_parts, table
+from tests.pipeline.staleness import (
+    COMMENT,
+    EDITED_KEYS,
+    HEAD,
+    IN_NO_DEPS,
+    RAW_DATA,
+    RAW_MODEL,
+    REMARK,
+    SECTION,
+    TABLE,
+    instances_of_copy,
+    stale_by_parts,
+    table,
+)
 
 pytestmark = pytest.mark.slow
-STAGES = all_instances(load_graph())
-DEFAULTS = default_params()
+STAGES = stage_names()
+CHAT_TEMPLATE = "stages/chat_templates/chat.jinja"  # brought by a setting, not by code
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
@@ -76,15 +88,45 @@ def test_dvc_agrees_with_the_imports_and_the_keys_in_the_source(answers) -> None
     files = {file for file in files if (ROOT / file).is_file()}
     of_code = {row for row in answers if row.startswith("stages/") and not row.endswith(REMARK)}
     assert of_code == files
-    for name in STAGES:
+    for name in instances_of_copy():
         code = files if name == FIRST else {file for file in code_of(name) if not file.startswith(LEFT_OUT)}
-        brought = DEFAULTS["prepare_base"]["chat_template"] if name == "prepare_base" else None  # a setting, not code
-        assert {row for row in of_code if name in answers[row]} == {*code, brought} - {None}, name
-        sections = {
-            row.removeprefix(SECTION) for row, stale in answers.items() if row.startswith(SECTION) and name in stale
-        }
-        read = set(DEFAULTS) if name == FIRST else params_read(code_of(name))
-        assert sections - {COMMENT.removeprefix(SECTION)} == read, name
+        brought = {CHAT_TEMPLATE} if name.startswith("prepare_base") else set()
+        assert {row for row in of_code if name in answers[row]} == {*code} | brought, name
+
+
+def test_dvc_agrees_with_the_sections_that_the_source_reads(answers) -> None:
+    """Of groups that run one script together: one of them reads a part of the section, another one another."""
+    assert {key.partition(".")[0] for key in EDITED_KEYS} == {*default_params()}
+    of_script: dict[str, set[str]] = {}
+    for name in instances_of_copy():
+        rows = {row for row in EDITED_KEYS if name in answers[SECTION + row]}
+        of_script.setdefault(script_of(name), set()).update(row.partition(".")[0] for row in rows)
+        if name == FIRST:
+            assert rows == {*EDITED_KEYS}
+        else:
+            assert of_script[script_of(name)] <= params_read(code_of(name)), name
+    assert all(of_script[script_of(name)] == params_read(code_of(name)) for name in STAGES if name != FIRST)
+
+
+@pytest.mark.parametrize(
+    ("key", "stale"),
+    [
+        ("sources.files", {"read_source@own", "read_source@exam", "prepare_data"}),
+        ("sources.hub", {"read_source_hub@far", "prepare_data"}),
+        ("sources.tasks", {"read_source_task@film_reviews", "prepare_data"}),
+        ("sources.files.own.weight", {"prepare_data"}),
+        ("sources.hub.far.weight", {"prepare_data"}),
+        ("sources.tasks.film_reviews.weight", {"prepare_data"}),
+        ("prepare_data", {"prepare_data"}),
+        ("prepare_base.scratch", {"prepare_base@base"}),
+        ("prepare_base.files", {"prepare_base_files@given"}),
+        ("prepare_base.hub", {"prepare_base_hub@far"}),
+        ("fetch_model", {"fetch_model@judge"}),
+        ("train_dpo", {"train_dpo@dpo", "report"}),
+    ],
+)
+def test_a_key_makes_stale_who_reads_it_alone(answers, key: str, stale: set[str]) -> None:
+    assert answers[SECTION + key] == {FIRST, *stale}
 
 
 def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers) -> None:
@@ -94,7 +136,11 @@ def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers
     assert [row for row in (*IN_NO_DEPS, COMMENT, LAUNCHER, *left_out, *remarks) if answers[row] - {FIRST}] == []
     assert [row for row in IN_NO_DEPS if answers[row]] == ["runtime.yaml"]
     assert all(answers[row] == {FIRST} for row in (COMMENT, *remarks))
-    assert answers[RAW_DATA] == {"prepare_data", "prepare_base"}
+    assert {row: answers[row] for row in (*RAW_DATA.values(), RAW_MODEL)} == {
+        RAW_DATA["own"]: {"read_source@own"},
+        RAW_DATA["exam"]: {"read_source@exam"},
+        RAW_MODEL: {"prepare_base_files@given"},
+    }
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -112,17 +158,20 @@ def test_a_run_reads_the_code_that_is_declared(observed, name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_looks_up_the_params_that_are_declared(observed, name: str) -> None:
-    assert observed[name]["params"] == sorted(observed[name]["declared"]["params"])
+    declared = {key.partition(".")[0] for key in observed[name]["declared"]["params"]}
+    if name == FIRST:  # it depends on all of params.yaml
+        assert declared == set()
+    else:
+        assert observed[name]["params"] == sorted(declared)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_reads_the_data_and_models_that_are_declared_and_writes_its_outs_alone(observed, name: str) -> None:
     """Nothing else is read, though it lies there as in a project that has run; and each dep that is declared is."""
     seen = observed[name]
-    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep not in (RAW_DATA, "stages")]
+    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep != "stages"]
     unread = [dep for dep in data if not any(file == dep or file.startswith(f"{dep}/") for file in seen["data"])]
     assert unread == []
-    assert RAW_DATA not in seen["data"]  # for no data and no model
     assert seen["undeclared"] == []
     assert seen["left_behind"] == []
     within = [*seen["declared"]["deps"], *seen["declared"]["outs"], "params.yaml", "dvc.yaml", "runtime.yaml"]

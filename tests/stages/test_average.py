@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stages.lib.command.params import read_params
+from stages.lib.command.entries import read_entry
 from stages.lib.compute.batching import MicroBatching, micro_batching
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.processes import Processes
@@ -115,13 +115,13 @@ def sft_loss(model: nn.Module, batching: MicroBatching) -> float:
 
 def rm_loss(model: nn.Module, batching: MicroBatching) -> float:
     pairs = read_table(Path("data/tokens/validation/preference.arrow"), PREFERENCE_SCHEMA)
-    objective = RewardObjective(batching, read_params("train_rm", TrainRm).use_margin)
+    objective = RewardObjective(batching, read_entry("train_rm", TrainRm, None)[1].use_margin)
     return global_means(objective, SequenceScores(model), pairs[:], train=False)["loss"]
 
 
 def dpo_loss(model: nn.Module, batching: MicroBatching) -> float:
     pairs = Pairs(Path("data/tokens/validation/preference.arrow"), Path("data/ref_logprobs/sft/validation.arrow"))
-    objective = PreferenceObjective(batching, read_params("train_dpo", TrainDpo).loss)
+    objective = PreferenceObjective(batching, read_entry("train_dpo", TrainDpo, None)[1].loss)
     return global_means(objective, TokenLogProbs(model), pairs[:], train=False)["loss"]
 
 

@@ -257,9 +257,15 @@ def join(folder: Path, stage: str, launcher: str) -> subprocess.CompletedProcess
 
 def test_another_machine_takes_part_with_the_command_of_the_first() -> None:
     ended = join(PROJECT, "evaluate@ppo", "echo started")
-    command = shlex.join(["sh", "stages/launch.sh", "evaluate", *stage_options("evaluate@ppo")])
-    started = " ".join(["started stages.evaluate", *stage_options("evaluate@ppo")])
-    assert ended.stdout.splitlines() == [f"> {command}", started]
+    options = stage_options("evaluate")
+    command = shlex.join(["sh", "stages/launch.sh", "evaluate", *options])
+    started = " ".join(["started stages.evaluate", *options])
+    assert ended.stdout.splitlines() == [f"evaluate@ppo > {command}", started]
+
+
+def test_another_machine_is_told_which_entry_it_runs() -> None:
+    ended = join(PROJECT, "train_dpo", "sh -c 'echo $DVC_STAGE'")
+    assert ended.stdout.splitlines()[0].startswith("train_dpo@dpo > sh stages/launch.sh train_dpo ")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from ruamel.yaml import YAML
 
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
-from stages.lib.settings.sections import default_params
 from stages.tools.lineage import is_manifest, origin_of
 from stages.tools.show_lineage import main
-from tests.stages.tiny_pipeline import PROJECT, change, inside, lay_over, read_yaml
+from tests.stages.tiny_pipeline import PROJECT, change, inside, read_yaml
 
 pytestmark = pytest.mark.slow
-BEHIND_PPO = ["train_ppo", "tokenize_data@prompts", "train_rm", "train_sft", "prepare_data", "prepare_base"]
-BEHIND_PPO += ["tokenize_data@preference", "tokenize_data@sft"]
+BEHIND_PPO = ["train_ppo@ppo", "tokenize_data@prompts", "train_rm@rm", "train_sft@sft", "prepare_data"]
+BEHIND_PPO += ["prepare_base@base", "tokenize_data@preference", "tokenize_data@sft", "read_source_task@film_reviews"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,10 @@ def test_the_chain_goes_back_to_the_data_with_every_hash_of_the_lock(recorded: P
     locked = YAML(typ="safe", pure=True).load((recorded / "dvc.lock").read_text())["stages"]
     for name, stage in record["stages"].items():
         assert stage["params"] == locked[name].get("params", {}).get("params.yaml", {})
-        for part, entries in (("deps", stage["inputs"]), ("outs", stage["outs"])):
+        for part, entries in (
+            ("deps", [entry for entry in stage["inputs"] if "within" not in entry]),
+            ("outs", stage["outs"]),
+        ):
             hashes = {entry["path"]: entry["md5"] for entry in entries}
             recorded_paths = {entry["path"]: entry["md5"] for entry in locked[name][part]}
             assert hashes == {path: md5 for path, md5 in recorded_paths.items() if not is_manifest(path)}
@@ -110,16 +112,16 @@ def test_the_code_of_a_run_comes_from_the_log_of_runs_or_a_commit_or_is_not_reco
     manifest.write_text(recorded.replace("stages/train_rm.py", "stages/other.py"))
     records = [json.loads(line) for line in log.read_text().splitlines()]
     for record in records:
-        record["code"] = recorded if record["stage"] == "train_rm" else None
+        record["code"] = recorded if record["stage"] == "train_rm@rm" else None
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     (project / "stages/lib/objectives/pairwise_loss.py").unlink()
-    older = ["train_rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"]
+    older = ["train_rm@rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"]
     assert of(project, "models/rm")[1]["older"] == older
     log.unlink()
     code, record = of(project, "models/rm")
     assert code == 1
-    assert record["stages"]["train_rm"]["code"] is None
-    assert "the code that train_rm ran is not recorded here" in record["older"][0]
+    assert record["stages"]["train_rm@rm"]["code"] is None
+    assert "the code that train_rm@rm ran is not recorded here" in record["older"][0]
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     now = manifest.read_text()
     for text, words in (("", ["init", "-q"]), (recorded, ["add", str(MANIFESTS)]), ("", ["commit", "-qm", "a"])):
@@ -134,14 +136,14 @@ def test_the_tree_has_each_stage_once_in_full(recorded: Path) -> None:
     assert code == 0
     titles = re.findall(r"^[│├└─ ]*([a-z@_]+( \(see above\))?) → (.*)$", text, flags=re.MULTILINE)
     full = [name for name, again, _ in titles if not again]
-    assert sorted(full) == sorted([*BEHIND_PPO, "ref_logprobs", "train_dpo"])
-    assert titles[0] == ("train_ppo", "", f"models/ppo {dvc_hash(recorded / 'models/ppo')[:8]}")
+    assert sorted(full) == sorted([*BEHIND_PPO, "ref_logprobs@sft", "train_dpo@dpo"])
+    assert titles[0] == ("train_ppo@ppo", "", f"models/ppo {dvc_hash(recorded / 'models/ppo')[:8]}")
     of_sft = [again for name, again, _ in titles if name.startswith("train_sft")]
     assert of_sft == ["", *[" (see above)"] * 3]  # below rm, ppo, ref_logprobs and dpo
     for words in (
-        "params      kernels portable; seed 17; trust_remote_code false; train_ppo: ",
+        "params      kernels portable; seed 17; trust_remote_code false; train_ppo.ppo: ",
         "iterations 3, ",
-        "source      generated film reviews",
+        "source      made by the task film_reviews",
         "threads 1, ",
     ):
         assert words in text
@@ -171,7 +173,7 @@ def set_beta(path: Path) -> None:
 
 
 def declare_more(path: Path) -> None:
-    path.write_text(path.read_text().replace("--out models/rm", "--out models/rm --seed 1"))
+    path.write_text(path.read_text().replace("launch.sh train_rm", "launch.sh train_rm --seed 1"))
 
 
 ALTERED = "altered"
@@ -181,36 +183,30 @@ OLDER = "older"
 @pytest.mark.parametrize(
     ("file", "edit", "part", "said"),
     [
-        ("models/sft/config.json", append("\n"), ALTERED, ["models/sft was altered since train_sft ran"]),
+        ("models/sft/config.json", append("\n"), ALTERED, ["models/sft was altered since train_sft@sft ran"]),
         (
             "data/prepared/train/sft.jsonl",
             append("\n"),
             ALTERED,
             [
-                "data/prepared/sft was altered since prepare_data ran",
+                "data/prepared/train was altered since prepare_data ran",
                 "data/prepared/train/sft.jsonl was altered since prepare_data ran",
             ],
-        ),
-        (
-            "data/raw/none",
-            append("x"),
-            OLDER,
-            [f"{stage} ran before data/raw/none changed" for stage in ("prepare_base", "prepare_data")],
         ),
         (
             "stages/lib/objectives/pairwise_loss.py",
             append("more = 1\n"),
             OLDER,
-            ["train_rm ran before these changed: stages/lib/objectives/pairwise_loss.py"],
+            ["train_rm@rm ran before these changed: stages/lib/objectives/pairwise_loss.py"],
         ),
         (
             "stages/lib/objectives/pairwise_loss.py",
             Path.unlink,
             OLDER,
-            ["train_rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"],
+            ["train_rm@rm ran when these were still there: stages/lib/objectives/pairwise_loss.py"],
         ),
-        ("params.yaml", set_beta, OLDER, ["train_rm was made with train_rm.epochs 1.0, and params.yaml has 2.0"]),
-        ("dvc.yaml", declare_more, OLDER, ["the command of train_rm in dvc.yaml is another one"]),
+        ("params.yaml", set_beta, OLDER, ["train_rm@rm was made with train_rm.rm.epochs 1.0, and params.yaml has 2.0"]),
+        ("dvc.yaml", declare_more, OLDER, ["the command of train_rm@rm in dvc.yaml is another one"]),
         ("stages/train_ppo.py", append("more = 1\n"), None, []),
         ("stages/lib/objectives/pairwise_loss.py", append("# a remark\n"), None, []),
         ("models/dpo/config.json", append("\n"), None, []),
@@ -232,16 +228,15 @@ def test_what_is_not_here_is_said_and_is_no_fault(project: Path) -> None:
     shutil.rmtree(project / "models/sft")
     code, record = of(project, "models/rm")
     assert code == 0
-    assert set(record["missing"]) == {
-        *("data/raw/none", "models/sft", "data/tokens/sft", "data/tokens/preference"),
-        *(f"data/prepared/{kind}" for kind in ("sft", "preference", "prompts")),
-    }
+    kinds, splits = ("sft", "preference"), ("train", "validation", "test")
+    assert {"models/sft", "data/sources/film_reviews", "data/prepared/train"} <= set(record["missing"])
+    assert {f"data/tokens/{split}/{kind}.arrow" for kind in kinds for split in splits} <= set(record["missing"])
 
 
 @pytest.mark.parametrize("path", ["models/sft", "data/prepared/train/sft.jsonl"])
 def test_a_stage_that_read_an_earlier_version_is_named(project: Path, path: str) -> None:
     """As after a later `dvc repro train_sft` alone: the record of the version that train_rm read is gone."""
-    reader = "train_rm" if path == "models/sft" else "prepare_base"
+    reader = "train_rm@rm" if path == "models/sft" else "prepare_base@base"
 
     def edit(stages: dict) -> None:
         (dep,) = (dep for dep in stages[reader]["deps"] if dep["path"] == path)
@@ -250,31 +245,34 @@ def test_a_stage_that_read_an_earlier_version_is_named(project: Path, path: str)
     change_lock(project, edit)
     code, record = of(project, "models/rm")
     assert code == 1
-    maker = "train_sft" if path == "models/sft" else "prepare_data"
+    maker = "train_sft@sft" if path == "models/sft" else "prepare_data"
     assert record["older"] == [f"{reader} was made from an earlier {path} than {maker} has made since"]
     assert record["altered"] == []
 
 
 def test_a_model_whose_own_stage_never_ran_here_is_no_raw_input(project: Path) -> None:
     """As after a model was put in place of the one that a stage makes: nothing is known of where it came from."""
-    change_lock(project, lambda stages: stages.pop("train_sft"))
+    change_lock(project, lambda stages: stages.pop("train_sft@sft"))
     code, text, _ = lineage(project, "models/rm")
     assert code == 1
-    assert re.search(r"─ models/sft \w{8}, made by train_sft, of which dvc.lock has no run\n", text)
-    assert "  - models/sft: train_sft makes it, but dvc.lock has no run of that stage\n" in text
+    assert re.search(r"─ models/sft \w{8}, made by train_sft@sft, of which dvc.lock has no run\n", text)
+    assert "  - models/sft: train_sft@sft makes it, but dvc.lock has no run of that stage\n" in text
     assert "as recorded." not in text
     append("\n")(project / "models/sft/config.json")
-    assert of(project, "models/rm")[1]["altered"] == ["models/sft was altered since train_rm read it"]
+    assert of(project, "models/rm")[1]["altered"] == ["models/sft was altered since train_rm@rm read it"]
 
 
 @pytest.mark.parametrize(
     ("edit", "key"),
     [
-        (lambda stages: stages.update(train_sft=None), "stages.train_sft"),
-        (lambda stages: stages["train_sft"].pop("cmd"), "stages.train_sft.cmd"),
-        (lambda stages: stages["train_sft"].update(outs="x"), "stages.train_sft.outs"),
-        (lambda stages: stages["train_sft"]["deps"][1].pop("path"), "stages.train_sft.deps.1.path"),
-        (lambda stages: stages["train_sft"].update(params={"params.yaml": [1]}), "stages.train_sft.params.params.yaml"),
+        (lambda stages: stages.update({"train_sft@sft": None}), "stages.train_sft@sft"),
+        (lambda stages: stages["train_sft@sft"].pop("cmd"), "stages.train_sft@sft.cmd"),
+        (lambda stages: stages["train_sft@sft"].update(outs="x"), "stages.train_sft@sft.outs"),
+        (lambda stages: stages["train_sft@sft"]["deps"][1].pop("path"), "stages.train_sft@sft.deps.1.path"),
+        (
+            lambda stages: stages["train_sft@sft"].update(params={"params.yaml": [1]}),
+            "stages.train_sft@sft.params.params.yaml",
+        ),
     ],
 )
 def test_a_lock_that_is_not_as_dvc_writes_it_is_refused(project: Path, edit: Callable[[dict], Any], key: str) -> None:
@@ -288,13 +286,13 @@ def test_a_run_of_other_outs_is_not_taken_for_this_one(project: Path) -> None:
     log = project / ".scratch/runs.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
     for record in records:
-        if record["stage"] == "train_sft":
+        if record["stage"] == "train_sft@sft":
             record["outs"]["models/sft"] = "0" * 32 + ".dir"
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     code, text, _ = lineage(project, "models/sft")
     assert code == 0
     assert text.count("run         not known: no record of that run here") == 1
-    assert of(project, "models/sft")[1]["stages"]["train_sft"]["run"] is None
+    assert of(project, "models/sft")[1]["stages"]["train_sft@sft"]["run"] is None
 
 
 def test_a_path_that_no_stage_makes_is_refused_with_the_outs_there_are(project: Path) -> None:
@@ -307,16 +305,18 @@ def test_a_path_that_no_stage_makes_is_refused_with_the_outs_there_are(project: 
     assert (code, error) == (2, "error: dvc.lock is missing: nothing has been made here yet; run `make repro`\n")
 
 
-def test_hub_sources_are_named_with_their_revision() -> None:
-    params = default_params()
-    lay_over(params, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
-    base, data = params["prepare_base"], params["prepare_data"]
-    assert (
-        origin_of({"seed": 1, "prepare_base": base})
-        == f"Hub model Qwen/Qwen2.5-0.5B at revision {base['hub_revision']}"
+def test_where_data_and_models_came_from_is_told_by_the_entries_that_a_stage_records() -> None:
+    at = "0" * 40
+    hub = {"sources.hub.hh.dataset": "Anthropic/hh-rlhf", "sources.hub.hh.revision": at}
+    hub |= {"sources.hub.hh.data_dir": "harmless-base", "sources.hub.hh.config": None}
+    assert origin_of(hub) == f"Hub dataset Anthropic/hh-rlhf at revision {at}, data_dir harmless-base"
+    assert origin_of({"seed": 1, "prepare_base.hub.base": {"model": "Qwen/Qwen2.5-0.5B", "revision": at}}) == (
+        f"Hub model Qwen/Qwen2.5-0.5B at revision {at}"
     )
-    named = origin_of({"prepare_data": data})
-    assert named.startswith(f"Hub dataset Anthropic/hh-rlhf at revision {data['hub_revision']}")
-    assert (f", data_dir {data['hub_data_dir']}" in named) == bool(data["hub_data_dir"])
-    assert origin_of({"prepare_base": base | {"source": "local", "path": "models/mine"}}) == "local: models/mine"
-    assert origin_of({"train_rm": {"rm": {"epochs": 1.0}}, "seed": 1}) is None
+    assert origin_of({"prepare_base.files.base": {"path": "models/mine"}}) == "local: models/mine"
+    assert origin_of({"sources.files.own.path": "data/raw/own.jsonl"}) == "local: data/raw/own.jsonl"
+    assert origin_of({"prepare_base.scratch.base": {"layers": 3}}) == "new random weights"
+    assert origin_of({"sources.tasks.film_reviews.task": "film_reviews"}) == "made by the task film_reviews"
+    # prepare_data reads all sources, and brings nothing.
+    assert origin_of({"sources": {"files": {"own": {"path": "data/raw/own.jsonl"}}}}) is None
+    assert origin_of({"train_rm.rm": {"epochs": 1.0}, "seed": 1}) is None

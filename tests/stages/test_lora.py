@@ -150,7 +150,7 @@ def test_the_reward_model_does_not_learn_with_its_critic(tiny: Path, adapted: Pa
 
 
 def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
-    from stages.lib.command.params import read_params
+    from stages.lib.command.entries import read_entry
     from stages.lib.compute.processes import Processes
     from stages.lib.models.pretrained import Loading
     from stages.lib.settings.runtime import read_runtime
@@ -159,10 +159,10 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
 
     alone = Processes(0, 1, torch.device("cpu"))
     with inside(adapted):
-        settings = read_params("train_ppo", TrainPpo)
+        _, settings = read_entry("train_ppo", TrainPpo, None)
+        settings = settings.model_copy(update={"model": "models/ppo", "reference": "models/ppo"})
         loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
-        folders = (Path("models/ppo"), Path("models/rm"))
-        parts = load_parts(settings, 17, loading, alone, *folders, str, lambda: None)
+        parts = load_parts(settings, 17, loading, alone, str, lambda: None)
     trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.module.parameters()}
     frozen = [
         weight

@@ -14,7 +14,7 @@ from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_pipeline import call, inside, new_project, use_base, write_yaml
 
 pytestmark = pytest.mark.slow
-RL = {"iterations": 2, "minibatch_size": 4, "max_new_tokens": 16}
+RL = {"iterations": 2, "critic_warmup_iterations": 1, "minibatch_size": 4, "max_new_tokens": 16}
 # What makes a run short, wherever a section has the key.
 SHORT = {"max_rows": 240, "validation_fraction": 0.1, "test_fraction": 0.1, "epochs": 1, "batch_size": 16} | {
     "eval_every": 100,
@@ -35,14 +35,14 @@ def shortened(settings: Any, section: str = "") -> Any:
     return found
 
 
-def made(folder: Path, profile: str, files: Callable[[Path], None]) -> Path:
-    """A project in which every stage of a profile has run."""
+def made(folder: Path, profile: str, files: Callable[[Path], None], **more: Any) -> Path:
+    """A project in which every stage of a profile has run; `more` are settings of tokenize_data."""
     project = new_project(folder)
     (project / "data/raw").mkdir(parents=True)
     (project / "models").mkdir()
     files(project)
     settings = shortened(settings_of(PROJECT / f"profiles/{profile}.yaml"))
-    settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160}
+    settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160, **more}
     write_yaml(project / "params.yaml", settings)
     for stage in all_instances(load_graph(), settings):
         call(project, stage)
@@ -168,7 +168,7 @@ def test_dpo_from_a_model_that_follows_instructions(tmp_path: Path) -> None:
         instruct(project)
         link(project, "data/raw/pairs", "data/demo/dpo_en_demo.json")
 
-    project = made(tmp_path, "dpo-from-instruct", files)
+    project = made(tmp_path, "dpo-from-instruct", files, truncation="keep_end", cut_replies=True)
     assert {"base", "dpo", "instruct"} <= {path.name for path in (project / "models").iterdir()}
     assert not (project / "models/sft").exists()
     dpo = metrics(project, "training/dpo")
@@ -186,7 +186,7 @@ def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.
         (project / "data/raw/prompts").mkdir()
         (project / "data/raw/prompts/questions.jsonl").write_text("".join(lines))
 
-    project = made(tmp_path, "own-reward-model", files)
+    project = made(tmp_path, "own-reward-model", files, truncation="keep_end")
     said = capsys.readouterr()
     assert "text is encoded with its own tokenizer, as plain text, since it has no chat template" in said.out + said.err
     for policy in ("ppo", "grpo"):

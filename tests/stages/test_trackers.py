@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.stages.test_training import outs_of
-from tests.stages.tiny_pipeline import PROJECT, change, read_yaml, start
+from tests.stages.tiny_pipeline import ENTRIES, PROJECT, change, read_yaml, start
 from tests.tracked_values import (
     tensorboard_hyperparameters,
     tensorboard_scalars,
@@ -27,7 +27,7 @@ BOTH = {"default": {"trackers": ["tensorboard", "wandb"], "checkpoint_seconds": 
 
 
 def curve_rows(folder: Path, stage: str) -> dict[int, dict[str, float]]:
-    with (folder / f"metrics/curves/{stage}.csv").open() as file:
+    with (folder / f"metrics/curves/{ENTRIES[stage]}.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {
         int(row["step"]): {name: float(cell) for name, cell in row.items() if cell and name != "step"} for row in rows
@@ -49,7 +49,7 @@ def check_tensorboard(folder: Path, stage: str) -> None:
     results = {name.removeprefix("final/"): scalars.pop(name) for name in list(scalars) if name.startswith("final/")}
     expected = curve_rows(folder, stage)
     last = max(expected)
-    metrics = json.loads((folder / f"metrics/{stage}.json").read_text())
+    metrics = json.loads((folder / f"metrics/training/{ENTRIES[stage]}.json").read_text())
     assert results == {name: [(last, close_to(value))] for name, value in metrics.items()}
     found: dict[int, dict[str, float]] = {}
     for name, points in scalars.items():
@@ -61,9 +61,10 @@ def check_tensorboard(folder: Path, stage: str) -> None:
     assert found == {step: {name: close_to(value) for name, value in row.items()} for step, row in expected.items()}
     params = read_yaml(folder / "params.yaml")
     hyperparameters = tensorboard_hyperparameters(run)
-    assert hyperparameters["stage"] == stage
+    entry = ENTRIES[stage]
+    assert hyperparameters["stage"] == f"{stage}@{entry}"
     assert hyperparameters["seed"] == params["seed"]
-    assert hyperparameters[f"{stage}.precision"] == params[stage]["precision"]
+    assert hyperparameters[f"{stage}.{entry}.precision"] == params[stage][entry]["precision"]
 
 
 def check_wandb(folder: Path, stage: str) -> None:
@@ -77,10 +78,10 @@ def check_wandb(folder: Path, stage: str) -> None:
             check_performance(values)
         assert values == {name: close_to(value) for name, value in expected[step].items()}
     config = wandb_config(file)
-    assert config["stage"] == stage
-    assert config[stage] == read_yaml(folder / "params.yaml")[stage]
+    assert config["stage"] == f"{stage}@{ENTRIES[stage]}"
+    assert config[f"{stage}.{ENTRIES[stage]}"] == read_yaml(folder / "params.yaml")[stage][ENTRIES[stage]]
     summary = wandb_summary(file)
-    for name, value in json.loads((folder / f"metrics/{stage}.json").read_text()).items():
+    for name, value in json.loads((folder / f"metrics/training/{ENTRIES[stage]}.json").read_text()).items():
         assert summary[f"final/{name}"] == value
 
 

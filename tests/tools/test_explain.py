@@ -19,12 +19,12 @@ def explain(*key: str) -> subprocess.CompletedProcess:
 
 
 def test_a_block_shows_each_of_its_types() -> None:
-    done = explain("train_ppo.kl_controller")
+    done = explain("train_ppo.ppo.kl_controller")
     assert (done.returncode, done.stderr) == (0, "")
     assert (
         done.stdout
         == """\
-train_ppo.kl_controller: a block of a type, fixed | adaptive; default fixed
+train_ppo.ppo.kl_controller: a block of a type, fixed | adaptive; default fixed
     coefficient of the KL penalty in the reward
   type: fixed
       the coefficient stays as it is
@@ -54,17 +54,17 @@ def first_line(key: str) -> str:
     [
         ("seed", "seed: whole number at least 0 and below 4294967296; default 17"),
         # The section's own default counts, not that of any optimizer.
-        ("train_rm.optimizer.learning_rate", "train_rm.optimizer.learning_rate: number above 0; default 0.0005"),
-        ("train_ppo.kl_estimator", "train_ppo.kl_estimator: k1 | k2 | k3; default k1"),
-        ("train_sft.lora", "train_sft.lora: null | keys; default null"),
-        ("train_sft.lora.targets", "train_sft.lora.targets: all-linear | a list of text; default all-linear"),
-        ("ref_logprobs.base_quantization", "ref_logprobs.base_quantization: null | nf4; default null"),
-        ("prepare_data.columns", "prepare_data.columns: mapping; default {}"),
+        ("train_rm.rm.optimizer.learning_rate", "train_rm.rm.optimizer.learning_rate: number above 0; default 0.0005"),
+        ("train_ppo.ppo.kl_estimator", "train_ppo.ppo.kl_estimator: k1 | k2 | k3; default k1"),
+        ("train_sft.sft.lora", "train_sft.sft.lora: null | keys; default null"),
+        ("train_sft.sft.lora.targets", "train_sft.sft.lora.targets: all-linear | a list of text; default all-linear"),
+        ("ref_logprobs.sft.base_quantization", "ref_logprobs.sft.base_quantization: null | nf4; default null"),
         (
             "prepare_data.kinds",
-            'prepare_data.kinds: a list of sft | preference | prompts; default ["sft", "preference", "prompts"]',
+            "prepare_data.kinds: a list of sft | preference | unpaired | prompts; default "
+            '["sft", "preference", "prompts"]',
         ),
-        ("train_rm.use_margin", "train_rm.use_margin: true | false; default false"),
+        ("train_rm.rm.use_margin", "train_rm.rm.use_margin: true | false; default false"),
         ("runtime.default.threads", "runtime.default.threads: whole number at least 1 and at most 4096; default 2"),
         ("runtime.train_ppo.zero_stage", "runtime.train_ppo.zero_stage: 0 | 1 | 2 | 3; default 0"),
     ],
@@ -74,8 +74,8 @@ def test_a_key_is_told_in_a_line(key: str, line: str) -> None:
 
 
 def test_a_key_of_several_types_is_told_for_each() -> None:
-    assert len(found_at("train_dpo.loss.beta", files())) == 2
-    assert len(found_at("train_dpo.loss.label_smoothing", files())) == 1
+    assert len(found_at("train_dpo.dpo.loss.beta", files())) == 2
+    assert len(found_at("train_dpo.dpo.loss.label_smoothing", files())) == 1
 
 
 def leaves(declared: Declared, above: str) -> set[str]:
@@ -109,7 +109,7 @@ def test_without_a_key_the_sections_of_both_files_are_listed() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("train_dpo.los", "; did you mean 'train_dpo.loss'?"),
+        ("train_dpo.dpo.los", "; did you mean 'train_dpo.dpo.loss'?"),
         ("train_stf.lora", "; did you mean 'train_sft'?"),
         ("runtime.trani_ppo", "; did you mean 'runtime.train_ppo'?"),
         ("seed.x", ""),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.tools.preview_row import lines_of, main
+from stages.tools.preview_row import main, preview_lines
 from tests.lib.data.test_chat import assistant, tiny, user
 from tests.stages.test_tokenize_data import CONFIG, PAIR, PROMPT, RATED, tokenize_here
 
@@ -81,7 +81,7 @@ def test_each_kind(project, capsys, options, lines):
 
 def test_on_a_terminal_tokens_have_colours_in_turn():
     row = {"input_ids": [2, 4, 5], "loss_mask": [False, True, True]}
-    assert list(lines_of(tiny(), row, coloured=True)) == [
+    assert list(preview_lines(tiny(), row, coloured=True)) == [
         "\x1b[38;5;255;48;5;24mprompt\x1b[0m  \x1b[38;5;255;48;5;22mtrained\x1b[0m",
         "prompt      1  \x1b[38;5;255;48;5;24m<u>\x1b[0m",
         "trained     2  \x1b[38;5;255;48;5;22mh\x1b[0m\x1b[38;5;255;48;5;28mi\x1b[0m",

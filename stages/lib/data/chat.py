@@ -135,7 +135,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *,
     return rendered(result).text
 
 
-def prompt_text(result: RenderingResult, messages: Sequence[Message]) -> str:
+def text_of_prompt(result: RenderingResult, messages: Sequence[Message]) -> str:
     """The text of a prompt, rendered with what opens a reply.
 
     Raises:
@@ -244,11 +244,11 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
 
     Raises:
         UnusableRowError: a message holds the text of a special token, or the ids do not decode to the text.
-        RefusedRowError, StageError: as `prompt_text`.
+        RefusedRowError, StageError: as `text_of_prompt`.
     """
     refuse_special_tokens(special_tokens(tokenizer), texts_of(messages))
     (result,) = render_all(tokenizer, [asked(messages, add_generation_prompt=True)])
-    return encode_text(tokenizer, prompt_text(result, messages))
+    return encode_text(tokenizer, text_of_prompt(result, messages))
 
 
 def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: Message) -> list[int]:

@@ -9,8 +9,9 @@
 4. Train rows are drawn by weight or number, for each kind by itself: those of a source with the smallest digests of
    seed, source and content. More data of one source moves few of another's.
 
-Digests and places stand in a database in a file: memory holds a fixed number of its pages, however many rows there are.
-On disk a row takes some 200 bytes, and a prompt of several turns some 100 more.
+Digests and places stand in a database in a file: memory holds a fixed number of its pages and of those it sorts, some
+64 MiB, however many rows there are. On disk a row with a prompt of its own takes some 130 bytes, and each beginning of
+a prompt some 90 more.
 """
 
 import hashlib

@@ -18,13 +18,13 @@ from stages.lib.data.chat import (
     TEMPLATE_REFUSES,
     RefusedRowError,
     asked,
-    prompt_text,
     reasoning_left_out,
     rendered,
     reply_text,
     require_reply,
     require_said,
     require_tools,
+    text_of_prompt,
 )
 from stages.lib.data.conversation_rows import Conversation
 from stages.lib.data.conversations import Message
@@ -143,7 +143,7 @@ def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: 
     if row.text is not None:
         return RowTexts(row.text, []) if loss_on is None else RowTexts("", [[Part(row.text, True, True)]])
     if loss_on is None:
-        prompt = prompt_text(results[0], row.prompt)
+        prompt = text_of_prompt(results[0], row.prompt)
         wholes = [rendered(result).text for result in results[1:]]
         replies = [reply_text(specials, prompt, whole, reply) for whole, reply in zip(wholes, row.replies, strict=True)]
         texts = RowTexts(prompt, [[Part(reply, True, True)] for reply in replies])
@@ -157,7 +157,7 @@ def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: 
 
 def places_by_beginnings(specials: SpecialTokens, made: Recipe, results: Results) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and from where to where in it each trained reply stands. Raises as `row_texts`."""
-    prompt_text(results[-2], made.messages[:-1])
+    text_of_prompt(results[-2], made.messages[:-1])
     texts = [rendered(result).text for result in results]
     whole, places = texts[-1], []
     for place, start, up_to_it in zip(made.trained, texts[::2], texts[1::2], strict=True):

@@ -59,7 +59,7 @@ def main() -> None:
 
 def answered(render: Any, template: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:
     try:
-        return json.dumps(rendered(render, template, variables, **conversation))
+        return json.dumps(answer_to(render, template, variables, **conversation))
     except MemoryError:
         return json.dumps({"excess": "more memory than it may have"})
 
@@ -83,7 +83,7 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def rendered(
+def answer_to(
     render: Any,
     template: str,
     variables: dict[str, Any],

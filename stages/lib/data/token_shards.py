@@ -60,7 +60,7 @@ class Shard(NamedTuple):
     rows: int
 
 
-def shards_of(path: Path) -> list[Shard]:
+def row_shards(path: Path) -> list[Shard]:
     """Cut a prepared file into shards. Raises StageError if it is missing or empty."""
     if not path.is_file():
         raise StageError(f"{path} does not exist")

@@ -8,7 +8,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.data import token_shards
-from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, shards_of, workers_for
+from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, row_shards, workers_for
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.settings.declaration import block
 from stages.lib.settings.tokenize_data import Tokenize
@@ -51,16 +51,16 @@ def made_by(workers, shards, encode=None, kept=None):
 def test_shards_begin_where_their_lines_do(tmp_path):
     for count, sizes in ((1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (9, [4, 4, 1])):
         path = write(tmp_path / "rows.jsonl", count)
-        shards = shards_of(path)
+        shards = row_shards(path)
         assert [shard.rows for shard in shards] == sizes
         content = path.read_bytes().splitlines(keepends=True)
         for shard in shards:
             assert shard.offset == len(b"".join(content[: shard.first_row]))
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(StageError, match=r"rows\.jsonl is empty: expected one JSON object a line"):
-        shards_of(tmp_path / "rows.jsonl")
+        row_shards(tmp_path / "rows.jsonl")
     with pytest.raises(StageError, match=r"nothing\.jsonl does not exist"):
-        shards_of(tmp_path / "nothing.jsonl")
+        row_shards(tmp_path / "nothing.jsonl")
 
 
 def test_few_rows_are_not_worth_a_process():
@@ -70,7 +70,7 @@ def test_few_rows_are_not_worth_a_process():
 
 
 def test_a_shard_tells_its_rows_and_what_it_dropped(tmp_path):
-    shards = shards_of(write(tmp_path / "rows.jsonl", 9))
+    shards = row_shards(write(tmp_path / "rows.jsonl", 9))
     counts, batches = read_shard(encoder()(shards[1]))
     assert [row for batch in batches for row in batch["row"].to_pylist()] == [4, 5, 6, 7]
     counts, batches = read_shard(encoder()(shards[0]))
@@ -79,13 +79,13 @@ def test_a_shard_tells_its_rows_and_what_it_dropped(tmp_path):
 
 
 def test_order_and_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
-    shards = shards_of(write(tmp_path / "rows.jsonl", 50))
+    shards = row_shards(write(tmp_path / "rows.jsonl", 50))
     assert made_by(1, shards) == made_by(2, shards) == made_by(5, shards) == [encoder()(shard) for shard in shards]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_what_was_kept_is_not_made_again(tmp_path, workers):
-    shards = shards_of(write(tmp_path / "rows.jsonl", 23))
+    shards = row_shards(write(tmp_path / "rows.jsonl", 23))
     whole = made_by(1, shards)
     kept = dict(zip(shards[::2], whole[::2], strict=True))
     kept[shards[0]] = b"of an earlier start"
@@ -98,23 +98,23 @@ def test_the_first_faulty_row_is_named_and_what_came_before_is_kept(tmp_path, wo
     path = write(tmp_path / "rows.jsonl", 40, {13: "{}", 14: "[1]", 30: "{"})
     kept = {}
     with pytest.raises(StageError, match=r"rows\.jsonl, line 14: 'source'.* is missing"):
-        made_by(workers, shards_of(path), kept=kept)
-    assert list(kept) == shards_of(path)[:3]
+        made_by(workers, row_shards(path), kept=kept)
+    assert list(kept) == row_shards(path)[:3]
     too_long = json.dumps({"prompt": [{"role": "user", "content": "h" * 30}], "source": ""})
     path = write(tmp_path / "rows.jsonl", 40, {12: too_long, 13: "{}"})
     with pytest.raises(StageError, match=r"rows\.jsonl, line 13: prompt has 32 tokens, budget is 20"):
-        made_by(workers, shards_of(path))
+        made_by(workers, row_shards(path))
 
 
 def test_a_line_that_is_no_text_is_named(tmp_path):
     path = write(tmp_path / "rows.jsonl", 6)
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff"))
     with pytest.raises(StageError, match=r"rows\.jsonl, line 2: not UTF-8 text"):
-        made_by(1, shards_of(path))
+        made_by(1, row_shards(path))
 
 
 def test_a_process_that_is_killed_is_one_message(tmp_path):
-    shards = shards_of(write(tmp_path / "rows.jsonl", 20))
+    shards = row_shards(write(tmp_path / "rows.jsonl", 20))
     parent = os.getpid()
 
     def encode(shard):

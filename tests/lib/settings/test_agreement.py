@@ -11,9 +11,12 @@ from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
+from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
+from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
+from stages.lib.settings.sources import FileSource
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
@@ -21,8 +24,8 @@ NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
 OUTS = (
-    "data/prepared/sft",
-    "data/prepared/preference",
+    "data/prepared/train",
+    "data/prepared/test",
     "data/tokens",
     "models/base",
     "models/sft",
@@ -205,7 +208,7 @@ def test_an_architecture_without_a_classifier_is_a_warning() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for file in ("data/raw/rows.jsonl", "data/raw/none", "models/own/config.json", "models/base/x", "t/chat.jinja"):
+    for file in ("data/raw/rows.jsonl", "models/own/config.json", "models/base/x", "stages/chat_templates/chat.jinja"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     (tmp_path / "data/raw/tracked.dvc").touch()
@@ -215,80 +218,72 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def checked(data: dict[str, Any], base: dict[str, Any]) -> None:
-    base = {"chat_template": "t/chat.jinja"} | base
-    own = params(prepare_data=data, prepare_base=base)
-    require_paths(own["prepare_data"], own["prepare_base"], OUTS)
-
-
-def local(path: str) -> dict[str, str]:
-    return {"source": "local", "path": path}
-
-
-OWN_MODEL = {"corpus": "data/raw/none"}
+def checked(source: str | None, base: dict[str, Any], kinds: tuple[str, ...] = ("sft", "preference")) -> None:
+    """Check a source's path, and a model to start from: of a folder if it has a path, else a new one."""
+    files = {} if source is None else {"mine": block(FileSource, path=source)}
+    groups: dict[str, Any] = {"scratch": {}, "files": {}, "hub": {}}
+    if "path" in base:
+        groups["files"] = {"base": block(ModelOfFolder, **base)}
+    else:
+        groups["scratch"] = {"base": block(NewModel, **base)}
+    own = params(sources={"files": files}, prepare_base=groups, prepare_data={"kinds": list(kinds)})
+    require_paths(own["sources"], own["prepare_data"], own["prepare_base"], OUTS)
 
 
 @pytest.mark.parametrize(
-    ("data", "base"),
+    ("source", "base"),
     [
-        ({}, {}),
-        (local("data/raw/rows.jsonl"), local("models/own") | OWN_MODEL),
-        (local("data/raw/tracked/deeper"), {"corpus": "data/raw/rows.jsonl"}),
-        ({}, {"corpus": "data/prepared/preference/train.jsonl"}),
+        (None, {}),
+        ("data/raw/rows.jsonl", {"path": "models/own"}),
+        ("data/raw/tracked/deeper", {"corpus": "data/raw/rows.jsonl"}),
+        (None, {"corpus": "data/prepared/train/preference.jsonl"}),
+        (None, {"path": "models/own", "chat_template": "chat.jinja"}),
     ],
 )
 @pytest.mark.usefixtures("project")
-def test_paths_that_are_there_or_will_be_are_taken(data: dict, base: dict) -> None:
-    checked(data, base)
+def test_paths_that_are_there_or_will_be_are_taken(source: str | None, base: dict) -> None:
+    checked(source, base)
+
+
+PATH, OWN = "sources.files.mine.path", "prepare_base.files.base.path"
+CORPUS, TEMPLATE = "prepare_base.scratch.base.corpus", "prepare_base.scratch.base.chat_template"
 
 
 @pytest.mark.parametrize(
-    ("data", "base", "message"),
+    ("source", "base", "message"),
     [
-        (local("data/raw/gone.jsonl"), {}, "prepare_data.path: data/raw/gone.jsonl does not exist"),
-        (local("dangling"), {}, "prepare_data.path: dangling does not exist"),
-        (local("x" * 4000), {}, "xxx does not exist"),
+        ("data/raw/gone.jsonl", {}, f"{PATH}: data/raw/gone.jsonl does not exist"),
+        ("dangling", {}, f"{PATH}: dangling does not exist"),
+        ("x" * 4000, {}, "xxx does not exist"),
+        ("data/prepared/train", {}, f"{PATH}: data/prepared/train is, holds or lies in what a stage writes"),
+        ("data", {}, f"{PATH}: data is, holds or lies in what a stage writes (data/prepared/train)"),
+        (".", {}, "is, holds or lies in what a stage writes"),
+        ("./models", {}, "is, holds or lies in what a stage writes (models/base)"),
+        (None, {"path": "models/base"}, f"{OWN}: models/base is, holds or lies in what a stage writes"),
+        (None, {"path": "link"}, f"{OWN}: link is, holds or lies in what a stage writes (models/base)"),
+        (None, {"path": "models/gone"}, f"{OWN}: models/gone does not exist"),
+        (None, {"corpus": "models/base/x"}, f"{CORPUS}: models/base/x is, holds or lies in what a stage writes"),
+        (None, {"corpus": "data/raw/gone"}, f"{CORPUS}: data/raw/gone does not exist"),
         (
-            local("data/prepared/sft"),
-            {},
-            "prepare_data.path: data/prepared/sft is, holds or lies in what a stage writes",
+            None,
+            {"corpus": "data/prepared/train/prompts.jsonl"},
+            f"{CORPUS}: prepare_data writes no data/prepared/train/prompts.jsonl; it is to write "
+            "data/prepared/train/sft.jsonl, data/prepared/train/preference.jsonl",
         ),
-        (local("data"), {}, "prepare_data.path: data is, holds or lies in what a stage writes (data/prepared/sft)"),
-        (local("."), {}, "is, holds or lies in what a stage writes"),
-        (local("./models"), {}, "is, holds or lies in what a stage writes (models/base)"),
         (
-            {},
-            local("models/base") | OWN_MODEL,
-            "prepare_base.path: models/base is, holds or lies in what a stage writes",
-        ),
-        (
-            {},
-            local("link") | OWN_MODEL,
-            "prepare_base.path: link is, holds or lies in what a stage writes (models/base)",
-        ),
-        ({}, local("models/gone") | OWN_MODEL, "prepare_base.path: models/gone does not exist"),
-        (
-            {},
-            {"corpus": "models/base/x"},
-            "prepare_base.corpus: models/base/x is, holds or lies in what a stage writes",
-        ),
-        ({}, {"corpus": "data/raw/gone"}, "prepare_base.corpus: data/raw/gone does not exist"),
-        (
-            {"kinds": ["prompts"]},
+            None,
             {"corpus": "data/prepared/sft/train.jsonl"},
-            "is empty without sft among prepare_data.kinds",
+            f"{CORPUS}: prepare_data writes no data/prepared/sft/train",
         ),
-        ({}, {"chat_template": "t/chat.jinj"}, "prepare_base.chat_template: t/chat.jinj does not exist"),
-        ({}, {"chat_template": "t"}, "prepare_base.chat_template: t is not a file"),
         (
-            {},
-            {"chat_template": "metrics/report.html"},
-            "prepare_base.chat_template: metrics/report.html is, holds or lies in",
+            None,
+            {"chat_template": "other.jinja"},
+            f"{TEMPLATE}: stages/chat_templates has no file other.jinja; put it there, or name one of chat.jinja",
         ),
     ],
 )
 @pytest.mark.usefixtures("project")
-def test_a_path_that_cannot_be_right_is_named(data: dict, base: dict, message: str) -> None:
-    with pytest.raises(StageError, match=r"^params.yaml: prepare_") as caught:
-        checked(data, base)
+def test_a_path_that_cannot_be_right_is_named(source: str | None, base: dict, message: str) -> None:
+    with pytest.raises(StageError, match=r"^params.yaml: ") as caught:
+        checked(source, base)
     assert message in str(caught.value)

@@ -104,20 +104,28 @@ def test_every_key_of_runtime_refuses_an_absurd_value(name: str) -> None:
         ),
         ("evaluate.temperature", 1e-30, "temperature must be 0 (greedy) or at least 0.001, found 1e-30"),
         ("evaluate.bootstrap_resamples", 10**9, "bootstrap_resamples must be at least 100 and at most 1000000, found"),
-        ("prepare_base.scratch.base.hidden_size", 2 * 10**9, "scratch.base.hidden_size must be at least 1 and at most 1000000"),
+        (
+            "prepare_base.scratch.base.hidden_size",
+            2 * 10**9,
+            "scratch.base.hidden_size must be at least 1 and at most 1000000",
+        ),
         ("train_rm.rm.model", "", "train_rm.rm.model: expected a text of 1 to 4096 characters, found ''"),
         (
-            "prepare_data.hub_split",
+            "train_ppo.ppo.reward_model",
             "y" * 5000,
-            "prepare_data.hub_split: expected a text of 1 to 4096 characters, found",
+            "train_ppo.ppo.reward_model: expected a text of 1 to 4096 characters, found",
         ),
         (
             "prepare_base.scratch.base.special_tokens",
             [""],
             "prepare_base.scratch.base.special_tokens[0]: expected a text of 1 to 4096 characters",
         ),
-        ("prepare_data.columns", {"": "prompt"}, "a key of params.yaml: prepare_data.columns: expected a text of 1 to"),
-        ("prepare_data.columns", {"a": 5}, "prepare_data.columns.a: expected text, found 5 (int)"),
+        (
+            "evaluate.policies",
+            {"": "models/sft"},
+            "a key of params.yaml: evaluate.policies: expected a name of letters",
+        ),
+        ("evaluate.policies", {"a": 5}, "evaluate.policies.a: expected text, found 5 (int)"),
     ],
 )
 def test_the_bound_that_counts_is_named(key: str, value: Any, message: str) -> None:
