@@ -8,7 +8,6 @@ The sources are read twice, for digests of their rows and then for the rows, so 
 """
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from stages.lib.command.errors import StageError
+from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.hashing import dvc_hashes
 from stages.lib.command.jsonl import read_jsonl, write_json
 from stages.lib.command.outputs import partial_name, remove, written_whole
@@ -34,6 +33,7 @@ from stages.lib.settings.sources import Sources, TaskSettings
 from stages.lib.tasks.table import TASKS
 
 ROWS_FILE = "rows.jsonl"
+OTHER_ROW = "not what read_source writes; run read_source"
 
 
 class TakenRow(NamedTuple):
@@ -48,8 +48,11 @@ class TakenRow(NamedTuple):
 def taken_rows(folder: Path, sources: Sources, kinds: tuple[Kind, ...]) -> Iterator[TakenRow]:
     """The rows of all sources, one source after the other, of the kinds that are wanted."""
     for name in sources.by_name:
-        for values in read_jsonl(folder / name / ROWS_FILE):
-            kind, split = values.pop("kind"), values.pop("split", None)
+        path = folder / name / ROWS_FILE
+        for number, values in enumerate(read_jsonl(path), start=1):
+            kind, split = values.pop("kind", None), values.pop("split", None)
+            if kind not in KINDS or split not in (None, *SPLITS):
+                raise StageError(f"{path}, row {number}: {OTHER_ROW}@{name} again")
             if kind in kinds:
                 yield TakenRow(name, kind, split, values)
 
@@ -58,8 +61,12 @@ def settle(places: RowPlaces, folder: Path, sources: Sources, settings: PrepareD
     """Work out what becomes of each row."""
     numbers = {name: number for number, name in enumerate(sources.by_name)}
     for name, kind, split, values in taken_rows(folder, sources, settings.kinds):
-        digests = digests_of_row(values, seed)
-        places.add(numbers[name], kind, split, digests, content_digest(values, kind, digests[-1]))
+        try:
+            digests = digests_of_row(values, seed)
+            content = content_digest(values, kind, digests[-1])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            raise StageError(f"{folder / name / ROWS_FILE}: a row of kind {kind} is {OTHER_ROW}@{name} again") from None
+        places.add(numbers[name], kind, split, digests, content)
     places.divide({"test": settings.test_fraction, "validation": settings.validation_fraction})
     if settings.decontamination is not None:
         placed = placed_rows(places, folder, sources, settings)
@@ -149,8 +156,8 @@ def remove_left_over(folder: Path, sources: Sources) -> None:
     """Remove the rows of sources that params.yaml names no longer: DVC leaves them, and would take them for a dep."""
     for path in sorted(folder.iterdir()):
         if path.name not in sources.by_name and (path / ROWS_FILE).is_file():
-            print(f"{path} is removed: params.yaml names no such source")
-            shutil.rmtree(path)
+            print(one_line(f"{path} is removed: params.yaml names no such source"))
+            remove(path)
 
 
 def main(

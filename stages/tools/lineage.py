@@ -134,6 +134,10 @@ def stage_record(
     outs = [entry_of(out, workspace) for out in stage.get("outs", [])]
     deps = stage.get("deps", [])
     inputs = [entry_of(dep, workspace) for dep in deps if not is_manifest(dep["path"])]
+    folders = [entry["path"] for entry in inputs if lock.out_with(entry["path"]) is None]
+    # A folder that several stages write to, such as data/sources: what they have written there.
+    below = [out for out in lock.maker if any(out.startswith(f"{folder}/") for folder in folders)]
+    inputs += [entry_of({"path": out, "md5": lock.hash_of[out]}, workspace) | {"within": True} for out in below]
     manifest = next((dep for dep in deps if is_manifest(dep["path"])), None)
     text = recorded_code(manifest, runs) if manifest else None
     for entry in inputs:
@@ -292,7 +296,7 @@ def changed_declaration(name: str, record: Mapping[str, Any], declared: Mapping[
     faults = []
     if words_of_command(record["cmd"]) != words_of_command(declared["cmd"]):
         faults.append(f"the command of {name} in {GRAPH_FILE} is another one")
-    recorded = {entry["path"] for entry in record["inputs"]}
+    recorded = {entry["path"] for entry in record["inputs"] if "within" not in entry}
     data = {dep for dep in declared["deps"] if not is_manifest(dep)}
     for paths, what in ((data - recorded, "without"), (recorded - data, "still with")):
         faults += [f"{name} ran {what} these deps: {', '.join(sorted(paths))}"] if paths else []

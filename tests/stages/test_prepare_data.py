@@ -224,6 +224,33 @@ def test_what_was_there_stays_when_a_run_fails(tmp_path):
     assert bytes_below(tmp_path / "data/prepared") == before
 
 
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"messages": []}, "own/rows.jsonl, row 1: not what"),
+        ({"kind": "sft", "messages": [], "split": "eval"}, "own/rows.jsonl, row 1: not what"),
+        ({"kind": "sft"}, "own/rows.jsonl: a row of kind sft is not what"),
+        ({"kind": "sft", "messages": 5}, "own/rows.jsonl: a row of kind sft is not what"),
+    ],
+)
+def test_a_row_that_read_source_does_not_write_is_refused(tmp_path, row, where):
+    read_and_prepare(tmp_path, one_source(tmp_path, [pair(f"ask {number}") for number in range(8)]))
+    (tmp_path / "data/sources/own/rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(StageError, match=rf"data/sources/{where} read_source writes; run read_source@own again$"):
+        prepare(tmp_path)
+
+
+def test_a_link_among_the_sources_is_removed_and_not_what_it_leads_to(tmp_path):
+    sources = one_source(tmp_path, [pair(f"ask {number}") for number in range(8)])
+    read_and_prepare(tmp_path, sources)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/rows.jsonl").write_text("{}", encoding="utf-8")
+    (tmp_path / "data/sources/old").symlink_to(tmp_path / "elsewhere")
+    prepare(tmp_path)
+    assert not (tmp_path / "data/sources/old").is_symlink()
+    assert (tmp_path / "elsewhere/rows.jsonl").is_file()
+
+
 def test_a_mistake_is_one_line_of_the_command(tmp_path):
     settings(tmp_path, one_source(tmp_path, [pair("ask")]))
     read(tmp_path, "own")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WITHOUT_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts
 WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+")
+MOST_OF_BANDS = 0.95  # the highest similarity for which datasketch gives two bands of the fewest permutations
 NumberedRow = tuple[int, Kind, dict[str, Any]]
 
 
@@ -37,8 +38,9 @@ def near_duplicates(rows: Iterable[NumberedRow], settings: "NearDuplicates", see
         runs = set(runs_of(text_of(values), settings.words))
         minhash = MinHash(num_perm=settings.permutations, seed=seed + 1)
         minhash.update_batch(sorted(runs))
-        if kind not in indices:  # rather too many candidates than too few
-            indices[kind] = MinHashLSH(settings.similarity, settings.permutations, weights=(0.1, 0.9))
+        if kind not in indices:  # rather too many candidates than too few; above its most it has but one band
+            threshold = min(settings.similarity, MOST_OF_BANDS)
+            indices[kind] = MinHashLSH(threshold, settings.permutations, weights=(0.1, 0.9))
         candidates = indices[kind].query(minhash)
         if any(minhash.jaccard(kept[candidate]) >= settings.similarity for candidate in candidates):
             found.append(number)

@@ -180,6 +180,17 @@ def require_names(tools: Sequence[Mapping[str, Any]], text: str, what: str) -> N
             raise RefusedRowError(TOOLS_LEFT_OUT, f"the chat template leaves out {what}: {name!r} is not in its text")
 
 
+def require_tools(tools: Sequence[Mapping[str, Any]], text: str, without_tools: RenderingResult) -> None:
+    """Raise RefusedRowError unless a text tells of each tool.
+
+    Args:
+        without_tools: the same conversation rendered without them: their names may stand in its messages, too.
+    """
+    require_names(tools, text, "the tools")
+    if isinstance(without_tools, Rendered) and without_tools.text == text:
+        raise RefusedRowError(TOOLS_LEFT_OUT, "the chat template leaves out the tools: its text is the same without")
+
+
 def reasoning_left_out(messages: Sequence[Message], text: str) -> bool:
     """True if a message has reasoning, in a field of its own, that a text does not hold."""
     return any(

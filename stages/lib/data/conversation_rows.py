@@ -6,9 +6,9 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.chat import NO_CONTEXT, Context
 from stages.lib.data.conversations import Message, has_content, margin_from, messages_from
 from stages.lib.data.prompts import facts_from
+from stages.lib.data.tool_calls import refuse_arguments_of_the_renderer
 
 PLAIN_ROLES = ("system", "user", "assistant")
-OF_THE_RENDERER = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "documents")
 
 
 class Conversation(NamedTuple):
@@ -84,9 +84,7 @@ def _context(row: dict[str, Any], where: str) -> Context:
         raise StageError(f"{where}, 'tools': expected a list of objects, each the JSON schema of a tool")
     if arguments is not None and not isinstance(arguments, dict):
         raise StageError(f"{where}, 'template_arguments': expected an object, found {type(arguments).__name__}")
-    for name in OF_THE_RENDERER:
-        if name in (arguments or {}):
-            raise StageError(f"{where}, 'template_arguments': '{name}' cannot be given so; leave it out")
+    refuse_arguments_of_the_renderer(arguments or {}, f"{where}, 'template_arguments'")
     return Context(tools, arguments)
 
 

@@ -45,7 +45,7 @@ from stages.lib.data.readers import comparisons, pairs, single_replies
 from stages.lib.data.readers.prompt_and_reply import BESIDE_A_TEXT, COLUMNS_OF_PROMPTS
 from stages.lib.data.readers.row_place import RowPlace, is_given
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
-from stages.lib.data.tool_calls import object_from, tools_from
+from stages.lib.data.tool_calls import object_from, refuse_arguments_of_the_renderer, tools_from
 from stages.lib.data.winner_columns import refuse_winner_columns
 from stages.lib.settings.declaration import block
 from stages.lib.settings.reading import (
@@ -236,6 +236,7 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     if tools := tools_of(row, place):
         example = replace(example, tools=tools)
     arguments = object_from(row.get("chat_template_kwargs"), place.column("chat_template_kwargs"))
+    refuse_arguments_of_the_renderer(arguments or {}, place.column("chat_template_kwargs"))
     return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
 
 

@@ -58,7 +58,9 @@ def local_rows(path: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]
         StageError: there is no such file, its type is unknown, it is empty or malformed (file and line are named).
         OSError: it cannot be opened.
     """
-    for file in data_files(path):
+    files = data_files(path)
+    refuse_unread_options(files, options)
+    for file in files:
         empty = True
         try:
             for where, row in reader_of(file)(file, options):
@@ -70,6 +72,18 @@ def local_rows(path: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]
             raise StageError(f"{file}: not a whole gzip file ({error})") from None
         if empty:
             raise StageError(f"{file} is empty: expected at least one row")
+
+
+def refuse_unread_options(files: list[Path], options: FileOptions) -> None:
+    """Raise a StageError for an option that none of the files is read with."""
+    readers = [reader_of(file) for file in files]
+    for name, value, users in (
+        ("delimiter", options.delimiter, (csv_rows, tsv_rows)),
+        ("rows_key", options.rows_key, (json_array,)),
+    ):
+        if value is not None and not any(reader in users for reader in readers):
+            endings = " or ".join(ending for ending, reader in FILE_READERS.items() if reader in users)
+            raise StageError(f"{files[0]}: {name} is for files that end in {endings}; make it null")
 
 
 def data_files(path: Path) -> list[Path]:

@@ -21,9 +21,9 @@ from stages.lib.data.chat import (
     reasoning_left_out,
     rendered,
     reply_text,
-    require_names,
     require_reply,
     require_said,
+    require_tools,
     text_of_prompt,
 )
 from stages.lib.data.conversation_rows import Conversation
@@ -63,7 +63,7 @@ class Recipe(NamedTuple):
     messages: list[Message]  # prompt and replies; of a conversation what comes up to its last trained reply
     trained: list[int]  # places in `messages` of the replies that are trained, or compared
     by_blocks: bool
-    asked: list[ToRender]
+    asked: list[ToRender]  # where the row has tools, last of all the one before it once more, without them
 
 
 def recipe(specials: SpecialTokens, row: Conversation, loss_on: LossOn | None, *, marks_replies: bool) -> Recipe:
@@ -76,6 +76,16 @@ def recipe(specials: SpecialTokens, row: Conversation, loss_on: LossOn | None, *
     Raises:
         UnusableRowError: a text holds a special token, or each reply has weight 0.
     """
+    made = recipe_of_texts(specials, row, loss_on, marks_replies=marks_replies)
+    if not row.context.tools:
+        return made
+    return made._replace(asked=[*made.asked, made.asked[-1]._replace(tools=None)])
+
+
+def recipe_of_texts(
+    specials: SpecialTokens, row: Conversation, loss_on: LossOn | None, *, marks_replies: bool
+) -> Recipe:
+    """The same, but for what shows whether the template tells of tools."""
     if row.text is not None:
         refuse_special_tokens(specials, [row.text])
         return Recipe(row, [], [], False, [])
@@ -127,6 +137,9 @@ def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: 
         StageError: rendering it took more time or memory than a chat template may take.
     """
     row = made.row
+    if row.context.tools:
+        *results, without_tools = results
+        require_tools(row.context.tools, rendered(results[-1]).text, without_tools)
     if row.text is not None:
         return RowTexts(row.text, []) if loss_on is None else RowTexts("", [[Part(row.text, True, True)]])
     if loss_on is None:
@@ -139,8 +152,6 @@ def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: 
         places_by = places_by_blocks if made.by_blocks else places_by_beginnings
         whole, places = places_by(specials, made, results)
         texts = conversation_texts(specials, whole, places)
-    if row.context.tools:
-        require_names(row.context.tools, whole, "the tools")
     return texts._replace(reasoning_left_out=reasoning_left_out(made.messages, whole))
 
 

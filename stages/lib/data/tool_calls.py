@@ -1,11 +1,14 @@
 """Calls and descriptions of tools, in the shape that chat templates take: OpenAI's, with arguments as objects."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import parse_json
 from stages.lib.data.cell_values import value_in_cell
 from stages.lib.data.row_errors import MalformedRowError
+
+OF_THE_RENDERER = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "documents")
 
 
 def calls_from(value: Any, where: str) -> list[dict[str, Any]]:
@@ -74,6 +77,13 @@ def object_from(value: Any, where: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise MalformedRowError(f"{where}: expected an object, found {type(value).__name__}", "not_an_object")
     return value or None
+
+
+def refuse_arguments_of_the_renderer(arguments: Mapping[str, Any], where: str) -> None:
+    """Raise a MalformedRowError for an argument of a chat template that a row cannot give."""
+    for name in OF_THE_RENDERER:
+        if name in arguments:
+            raise MalformedRowError(f"{where}: '{name}' cannot be given so; leave it out", "bad_template_argument")
 
 
 def in_cell(value: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ BASE = "base"  # the name of the model whose tokenizer encodes the data
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 BYTES = 256
-HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+HUB_NAME = re.compile(r"(?!.*\.\.)[\w.-]{1,96}(/[\w.-]{1,96})?")
 TemplateName = Annotated[str, StringConstraints(pattern=TEMPLATE_NAME, max_length=128)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 CHAT_TEMPLATE = "name of a file of stages/chat_templates: chat.jinja, or one of your own that you put there"

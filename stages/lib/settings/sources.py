@@ -19,7 +19,7 @@ from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.reading import ReadingOptions
 from stages.lib.settings.task_sources import FilmReviewSettings
 
-HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+HUB_NAME = re.compile(r"(?!.*\.\.)[\w.-]{1,96}(/[\w.-]{1,96})?")
 TaskName = Literal["film_reviews"]
 TaskSettings = FilmReviewSettings  # of whichever task: a union told apart by `task`, once there are several
 

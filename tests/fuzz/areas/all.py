@@ -11,6 +11,7 @@ from tests.fuzz.areas import (
     report,
     rows,
     runtime,
+    sources,
     tables,
     templates,
     tokens,
@@ -20,6 +21,7 @@ from tests.fuzz.case import Area
 AREAS: dict[str, Area] = {
     "rows": rows.AREA,
     "comparisons": comparisons.AREA,
+    "sources": sources.AREA,
     "params": params.AREA,
     "runtime": runtime.AREA,
     "templates": templates.AREA,

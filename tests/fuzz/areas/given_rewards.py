@@ -1,4 +1,4 @@
-"""Reward models from elsewhere: heads and labels that are not there, tokenizers that are broken, rows they cannot read."""
+"""Reward models from elsewhere: heads and labels that are not there, broken tokenizers, rows they cannot read."""
 
 import json
 import random

@@ -176,7 +176,7 @@ SAMPLE_CASES = (
     sample_case("nothing wrong", lambda _: None, "accepted"),
     *(
         sample_case(f"prompt is {value!r}"[:60], put_in("prompt", value))
-        for value in ([5], None, "x", [{}], [{"role": 5}])
+        for value in ([5], None, {}, [{}], [{"role": 5}])
     ),
     *(
         sample_case(f"gold is {value!r}"[:60], put_in("gold", value))

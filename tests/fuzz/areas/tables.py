@@ -157,7 +157,7 @@ TEXT_CASES = tuple(
         "prompts",
         split,
         setting(column, 2, text),
-        "accepted" if column == "facts" and what.startswith(OF_GRADING) and stage == "train_ppo@ppo" else "refused",
+        "accepted" if column == "facts" and what.startswith(OF_GRADING) and stage.startswith("train") else "refused",
     )
     for stage, split in read_by("prompts")
     for column in ("messages", "facts")

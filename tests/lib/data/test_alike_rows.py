@@ -19,6 +19,15 @@ def test_runs_of_words_by_hand():
     assert list(runs_of("a b c", 2))[1] == next(iter(runs_of("b c", 2)))
 
 
+def test_only_equal_rows_are_near_duplicates_at_the_highest_similarity():
+    """With any number of permutations: datasketch alone has no bands for it."""
+    texts = ["one two three", "one two four", "One, two three!"]
+    rows = [(number, "sft", {"text": text}) for number, text in enumerate(texts)]
+    for permutations in (16, 128):
+        settings = NearDuplicates(similarity=1.0, words=2, permutations=permutations)
+        assert near_duplicates(rows, settings, seed=1) == [2]
+
+
 def test_near_duplicates_agree_with_the_similarity_itself():
     """Against the Jaccard similarity worked out from the sets, away from the threshold by 2 standard errors."""
     words = [f"w{n}" for n in range(100)]

@@ -308,6 +308,23 @@ def test_tables_are_parted_by_what_parts_their_header(tmp_path, name, delimiter)
     assert rows_of(file) == [{"a": "1", "b, c; d": "x"}]
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "endings"),
+    [
+        ("a.jsonl", {"delimiter": ";"}, ".csv or .csv.gz or .tsv or .tsv.gz"),
+        ("a.jsonl", {"rows_key": "data"}, ".json or .json.gz"),
+        ("a.csv", {"rows_key": "data"}, ".json or .json.gz"),
+    ],
+)
+def test_an_option_that_no_file_is_read_with_is_an_error(tmp_path, name, option, endings):
+    file = write(tmp_path / name, b"a;b\n1;2\n" if name == "a.csv" else b'{"a": 1}\n')
+    with pytest.raises(StageError, match=rf"{name}: {next(iter(option))} is for files that end in {endings}; make it"):
+        rows_of(file, **option)
+    write(tmp_path / "b.json", b'{"data": [{"a": 1}]}')
+    write(tmp_path / "c.csv", b"a;b\n1;2\n")
+    assert rows_of(tmp_path, delimiter=option.get("delimiter", ";"), rows_key="data")
+
+
 def test_a_header_that_several_delimiters_part_is_an_error_until_one_is_named(tmp_path):
     file = write(tmp_path / "a.csv", b"a,b;c,d\n1,2;3,4")
     with pytest.raises(StageError, match=r"a.csv, line 1: the header has commas and semicolons: say in delimiter"):

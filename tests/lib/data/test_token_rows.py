@@ -202,6 +202,7 @@ def test_tools_and_arguments_reach_the_template():
     ("row", "message"),
     [
         ({"messages": TALK[:2], "tools": [TOOL]}, "leaves out the tools: 'oi' is not in its text"),
+        ({"messages": [user("oi"), assistant("i")], "tools": [TOOL]}, "leaves out the tools: its text is the same"),
         (
             {"messages": [user("h"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
             "leaves out the calls of tools: 'oi' is not in its text",

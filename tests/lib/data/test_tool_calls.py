@@ -214,3 +214,11 @@ def test_keys_of_messages_are_left_out_by_name():
         "input": {"messages": [kept], "weight": 5},
     }
     assert without_keys(row, []) is row
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_template_arguments_cannot_take_the_place_of_the_row(name):
+    row = {"messages": [user("a"), bot("b")], "chat_template_kwargs": {name: []}}
+    with pytest.raises(MalformedRowError, match=f"here, 'chat_template_kwargs': '{name}' cannot be given so"):
+        one_example(row, "messages")
+    assert one_example(row | {"chat_template_kwargs": {"own": 1}}, "messages").template_arguments == {"own": 1}
