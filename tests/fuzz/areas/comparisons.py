@@ -429,5 +429,5 @@ AREA = Area(
         *(*TREES, *FLATS, *SETTINGS, *THRESHOLDS),
     ),
     mutated=mutated,
-    share=0.1,
+    share=0.07,
 )

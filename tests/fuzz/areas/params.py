@@ -256,6 +256,6 @@ AREA = Area(
     named=(*LATER, *NAMES, *ENTRIES, *(odd_text(*text) for text in ODD_TEXTS), *FILES, *SCALARS),
     systematic=tuple(c for path in KEYS for c in [*usual_mistakes(path), misspelt(path)]),
     mutated=mutated,
-    share=0.12,
+    share=0.1,
     may_run_on=True,
 )

@@ -527,6 +527,6 @@ AREA = Area(
     named=(*SETTINGS, *OF_HUB, *MIXTURES, *DECONTAMINATION, *ODD, *LEFT_OVER),
     systematic=SYSTEMATIC,
     mutated=mutated,
-    share=0.08,
+    share=0.06,
     may_run_on=True,
 )

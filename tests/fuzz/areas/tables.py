@@ -323,5 +323,5 @@ AREA = Area(
     named=(*FROM_OTHERS, *MASK_CASES, *MARGIN_CASES, *FACTS_CASES, *ROW_CASES, *SCHEMA_CASES, *FILE_CASES),
     systematic=(*ID_CASES, *TEXT_CASES),
     mutated=mutated,
-    share=0.09,
+    share=0.07,
 )
