@@ -14,6 +14,7 @@ from stages.lib.settings.sections import default_params
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "code_manifest"  # the stage that checks the settings and writes the manifests
 LAUNCHER = "stages/launch.sh"
+CHAT_TEMPLATE = "stages/chat_templates/chat.jinja"  # brought by a setting of prepare_base, not by code
 READS_FOR_OTHERS = "stages/lib/command/entries.py"  # the section that `read_entry` is given
 
 
@@ -122,6 +123,11 @@ def manifest_path(stage: str) -> str:
 def code_of(stage: str, root: Path = ROOT) -> list[str]:
     """Every file that a stage runs or fills, also those that manifests leave out."""
     return closure([script_of(stage)], root)
+
+
+def declared_code(stage: str, root: Path = ROOT) -> list[str]:
+    """Every file of `stages/` that a stage runs, fills or, by the default settings, reads."""
+    return code_of(stage, root) + ([CHAT_TEMPLATE] if script_of(stage) == "stages/prepare_base.py" else [])
 
 
 def params_read(files: list[str], root: Path = ROOT) -> set[str]:

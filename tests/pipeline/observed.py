@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.pipeline.graph import FIRST, ROOT, all_instances, code_of, load_graph, outs_of, paths
+from tests.pipeline.graph import FIRST, ROOT, all_instances, declared_code, load_graph, outs_of, paths
 from tests.stages.tiny_pipeline import lay_over, new_project, read_yaml, script, stage_options, write_yaml
 
 HEAVY = (
@@ -220,7 +220,7 @@ def declared_by_stage(params: dict[str, Any]) -> dict[str, dict[str, list[str]]]
     everything = [path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*.*") if path.suffix != ".pyc"]
     return {
         name: {
-            "code": everything if name == FIRST else code_of(name),
+            "code": everything if name == FIRST else declared_code(name),
             "deps": list(dict.fromkeys(filled_in(dep) for dep in paths(stage["deps"]))),
             "outs": outs_of(stage),
             "params": list(stage.get("params") or ()),

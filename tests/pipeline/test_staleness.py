@@ -15,6 +15,7 @@ from tests.pipeline.graph import (
     LAUNCHER,
     ROOT,
     code_of,
+    declared_code,
     is_code,
     params_read,
     script_of,
@@ -39,7 +40,6 @@ from tests.pipeline.staleness import (
 
 pytestmark = pytest.mark.slow
 STAGES = stage_names()
-CHAT_TEMPLATE = "stages/chat_templates/chat.jinja"  # brought by a setting, not by code
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
@@ -89,9 +89,8 @@ def test_dvc_agrees_with_the_imports_and_the_keys_in_the_source(answers) -> None
     of_code = {row for row in answers if row.startswith("stages/") and not row.endswith(REMARK)}
     assert of_code == files
     for name in instances_of_copy():
-        code = files if name == FIRST else {file for file in code_of(name) if not file.startswith(LEFT_OUT)}
-        brought = {CHAT_TEMPLATE} if name.startswith("prepare_base") else set()
-        assert {row for row in of_code if name in answers[row]} == {*code} | brought, name
+        code = files if name == FIRST else {file for file in declared_code(name) if not file.startswith(LEFT_OUT)}
+        assert {row for row in of_code if name in answers[row]} == code, name
 
 
 def test_dvc_agrees_with_the_sections_that_the_source_reads(answers) -> None:
