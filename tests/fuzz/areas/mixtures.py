@@ -74,9 +74,7 @@ ODD_ROWS: tuple[Row, ...] = (
     {"kind": "sft", "messages": None},
     {"kind": "sft", "messages": [5]},
     {"kind": "sft", "messages": [{}]},
-    {"kind": "sft", "messages": []},
     {"kind": "sft", "messages": [{"role": 5, "content": 5}]},
-    {"kind": "sft", "prompt": []},
     {"kind": "sft", "text": 5},
     {"kind": "sft", "text": "\ud800"},
     said(5, split="eval"),
@@ -243,6 +241,10 @@ MIXTURES = (
 )
 ODD = (
     *(prepared(f"a row {row!r}"[:70], {"one": [*ONE, row], "two": TWO}, "refused") for row in ODD_ROWS),
+    *(
+        prepared(f"a row {row!r}"[:70], {"one": [*ONE, row], "two": TWO}, "either")  # tokenize refuses it
+        for row in ({"kind": "sft", "messages": []}, {"kind": "sft", "prompt": []})
+    ),
     *(
         prepared(f"rows that are {text[:20]!r}", {"one": ONE, "two": text}, "refused")
         for text in ("", "\n", "[]\n", "{\n", "null\n", "[" * 100_000, b"\xff\n", '{"kind": "sft", "kind": "sft"}\n')
