@@ -98,6 +98,20 @@ def test_implicit_accuracy_is_of_both_models_on_the_test_pairs(tiny: Path) -> No
     assert results["preference_pairs"] == len(right)
 
 
+def test_pairs_alone_are_enough_to_be_evaluated(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    before = metrics(folder, "evaluate/dpo")
+    change(folder / "params.yaml", {"prepare_data": {"kinds": ["preference"]}})
+    for kind in ("sft", "prompts"):
+        (folder / f"data/tokens/test/{kind}.arrow").unlink()
+    call(folder, "evaluate@dpo")
+    results = metrics(folder, "evaluate/dpo")
+    assert results == {key: value for key, value in before.items() if key in results}
+    assert "preference_accuracy" in results
+    assert "sft_loss" not in results
+    assert samples_of(folder, "dpo") == []
+
+
 def test_each_source_has_its_columns(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     half = {"sft": SFT_SCHEMA, "preference": PREFERENCE_SCHEMA, "prompts": PROMPT_SCHEMA}

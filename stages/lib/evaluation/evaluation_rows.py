@@ -51,8 +51,8 @@ class EvaluationRows:
 
     @property
     def where(self) -> str:
-        """The table that the prompts are from."""
-        return str(self.paths[self.asked or "prompts"])
+        """The table that the prompts are from; without prompts the first one."""
+        return str(self.paths[self.asked or next(iter(self.paths))])
 
     def sources(self, kind: str) -> list[str]:
         """Of each row."""

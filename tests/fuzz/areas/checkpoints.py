@@ -291,5 +291,5 @@ AREA = Area(
     needs=("data", "models", "metrics", ".scratch"),
     named=(*NAMED, *CHUNKS),
     mutated=mutated,
-    share=0.07,
+    share=0.05,
 )

@@ -193,5 +193,5 @@ AREA = Area(
     needs=("data", "models", "metrics"),
     named=LISTED,
     mutated=mutated,
-    share=0.07,
+    share=0.04,
 )

@@ -246,5 +246,5 @@ AREA = Area(
     named=GIVEN_CASES,
     systematic=FILE_CASES,
     mutated=mutated,
-    share=0.15,
+    share=0.1,
 )

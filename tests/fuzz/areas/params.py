@@ -196,6 +196,36 @@ ENTRIES = tuple(
 )
 
 
+def on_the_way(every: int, keep: int | None, steps: list[int], policy: str, expected: Expected = "accepted") -> Case:
+    """Folders of the way, of a training of 8 steps, and the evaluation of one of them."""
+    settings = {
+        "train_sft": {"sft": {"save_every": {"steps": every, "keep_last_k": keep}}},
+        "evaluate": {"policies": Whole(sft="models/sft", way=policy)},
+        "score_samples": {"policies": ["sft"]},
+    }
+
+    def complaint(folder: Path, accepted: bool) -> str | None:
+        found = sorted(path.name for path in (folder / "models/sft").glob("step_*"))
+        return f"folders of the way: {found}" if accepted and found != [f"step_{step}" for step in steps] else None
+
+    what = f"save_every {every}, keep_last_k {keep}, and {policy} is evaluated"
+    return Case(what, nothing, (*CHECK, "train_sft@sft", "evaluate@way"), expected, settings, complaint=complaint)
+
+
+ON_THE_WAY = (
+    on_the_way(3, None, [3, 6], "models/sft/step_3"),
+    on_the_way(3, 1, [6], "models/sft/step_6"),
+    on_the_way(3, 1, [6], "models/sft/step_3", "refused"),
+    on_the_way(8, None, [], "models/sft"),
+    on_the_way(4, None, [4], "models/sft/step_8", "refused"),
+    on_the_way(99, None, [], "models/sft/step_99", "refused"),
+    on_the_way(1, 2, [6, 7], "models/sft/../sft/step_7"),
+    on_the_way(3, None, [3, 6], "models/sft/step_4", "refused"),
+    on_the_way(3, None, [3, 6], "models/sft/step_03", "refused"),
+    on_the_way(3, None, [3, 6], "models/sft/step_3/config.json", "refused"),
+)
+
+
 def odd_text(what: str, text: str, expected: Expected) -> Case:
     def prepare(folder: Path) -> None:
         put(folder / "params.yaml", text.replace("@all@", yaml_text(tiny_settings())[1:-1]))
@@ -253,9 +283,9 @@ def mutated(draw: random.Random) -> Case:
 
 AREA = Area(
     needs=("data", "models", "metrics"),
-    named=(*LATER, *NAMES, *ENTRIES, *(odd_text(*text) for text in ODD_TEXTS), *FILES, *SCALARS),
+    named=(*LATER, *NAMES, *ENTRIES, *ON_THE_WAY, *(odd_text(*text) for text in ODD_TEXTS), *FILES, *SCALARS),
     systematic=tuple(c for path in KEYS for c in [*usual_mistakes(path), misspelt(path)]),
     mutated=mutated,
-    share=0.12,
+    share=0.1,
     may_run_on=True,
 )

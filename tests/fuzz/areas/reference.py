@@ -173,4 +173,4 @@ def mutated(draw: random.Random) -> Case:
     return case(f"{column} of row {row} shifted by {shift:.3g}", split, change, "either")
 
 
-AREA = Area(needs=("data", "models"), named=NAMED, mutated=mutated, share=0.05)
+AREA = Area(needs=("data", "models"), named=NAMED, mutated=mutated, share=0.04)

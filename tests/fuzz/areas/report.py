@@ -301,5 +301,5 @@ AREA = Area(
     needs=("metrics", "data/samples", "data/sample_scores"),
     named=(*METRICS_CASES, *CURVE_CASES, *SAMPLE_CASES, *FILES),
     mutated=mutated,
-    share=0.1,
+    share=0.05,
 )

@@ -249,5 +249,5 @@ AREA = Area(
     needs=("models/base",),
     named=(*(named_row(*row) for row in NAMED_ROWS), *TEXTS, *TABLES, *FOLDERS, *FILES),
     mutated=mutated,
-    share=0.24,
+    share=0.15,
 )

@@ -118,6 +118,6 @@ AREA = Area(
     named=(*NAMED, *(odd_text(*text) for text in ODD_TEXTS if "seed" not in text[1]), *SCALARS),
     systematic=tuple(one for path in KEYS for one in usual_mistakes(path)),
     mutated=mutated,
-    share=0.08,
+    share=0.06,
     may_run_on=True,
 )

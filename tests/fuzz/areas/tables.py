@@ -267,6 +267,28 @@ def file_case(what: str, kind: str, act: Callable[[Path], object]) -> Case:
     )
 
 
+def with_kinds(stage: str, kinds: list[str], expected: Expected, *missing: str) -> Case:
+    """Rows of some kinds alone are prepared; of the others there are no tables."""
+
+    def prepare(folder: Path) -> None:
+        for kind in ({*SCHEMAS} - {*kinds}) | {*missing}:
+            for split in ("train", "validation", "test"):
+                (folder / f"data/tokens/{split}/{kind}.arrow").unlink()
+
+    lacks = f" without the table of {missing[0]}" if missing else ""
+    return Case(f"{stage} with kinds {kinds}{lacks}", prepare, (stage,), expected, {"prepare_data": {"kinds": kinds}})
+
+
+KINDS_CASES = (
+    *(
+        with_kinds(stage, kinds, "accepted")
+        for stage in ("evaluate@sft", "evaluate@dpo")
+        for kinds in (["sft"], ["prompts"], ["preference"], ["sft", "prompts"], ["preference", "prompts"])
+    ),
+    *(with_kinds(stage, [*SCHEMAS], "refused", kind) for stage in ("evaluate@dpo",) for kind in SCHEMAS),
+    *(with_kinds("evaluate@dpo", kinds, "either") for kinds in (["unpaired"], ["unpaired", "prompts"])),
+    with_kinds("evaluate@sft", [], "refused"),
+)
 FILE_CASES = tuple(
     file_case(what, kind, act)
     for kind in STAGES
@@ -320,8 +342,17 @@ def mutated(draw: random.Random) -> Case:
 
 AREA = Area(
     needs=("data/prepared", "data/tokens", "data/ref_logprobs", "models"),
-    named=(*FROM_OTHERS, *MASK_CASES, *MARGIN_CASES, *FACTS_CASES, *ROW_CASES, *SCHEMA_CASES, *FILE_CASES),
+    named=(
+        *FROM_OTHERS,
+        *MASK_CASES,
+        *MARGIN_CASES,
+        *FACTS_CASES,
+        *ROW_CASES,
+        *SCHEMA_CASES,
+        *KINDS_CASES,
+        *FILE_CASES,
+    ),
     systematic=(*ID_CASES, *TEXT_CASES),
     mutated=mutated,
-    share=0.09,
+    share=0.07,
 )

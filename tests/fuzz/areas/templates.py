@@ -200,5 +200,5 @@ AREA = Area(
     needs=("data/prepared", "models/base"),
     named=NAMED,
     mutated=mutated,
-    share=0.1,
+    share=0.08,
 )

@@ -210,5 +210,5 @@ AREA = Area(
     needs=("data/prepared", "models/base"),
     named=(*ROW_CASES, *CONTEXT, *SETTINGS, *OF_SETTINGS, *FILES),
     mutated=mutated,
-    share=0.08,
+    share=0.06,
 )
