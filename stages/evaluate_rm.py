@@ -19,7 +19,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.model_facts import read_config, read_model_facts
-from stages.lib.models.tokenizer_files import require_tokens_of
+from stages.lib.models.tokenizer_files import require_tokens_of, tokenizer_inputs
 from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.runtime import read_runtime
 
@@ -48,7 +48,7 @@ def main(
     require_tokens_of(tokens, tokenizer)
     pairs = read_table(tokens, PREFERENCE_SCHEMA)
     declared = {f"evaluate_rm.{name}": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    inputs, outs = [tokens, prepared, tokenizer, reward_model], {"metrics": metrics / f"{name}.json"}
+    inputs, outs = [tokens, prepared, *tokenizer_inputs(tokenizer), reward_model], {"metrics": metrics / f"{name}.json"}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
     with PartialResults(f"evaluate_rm@{name}", declared, inputs, outs, runtime, processes) as this_run:
         if this_run.already_complete():
@@ -64,7 +64,7 @@ def main(
 
         def compute(chunk: range) -> dict[str, list]:
             some = pairs[chunk.start : chunk.stop]
-            found = scored(reward, some, texts)
+            found = scores_of_pairs(reward, some, texts)
             for values in found.values():
                 for row, score in zip(some["row"], values, strict=True):
                     if not math.isfinite(score):
@@ -89,7 +89,9 @@ def texts_of_pairs(prepared: Path, rows: list[int]) -> list[Conversation]:
     return texts
 
 
-def scored(reward: RewardModel, pairs: dict[str, list], texts: list[Conversation] | None) -> dict[str, list[float]]:
+def scores_of_pairs(
+    reward: RewardModel, pairs: dict[str, list], texts: list[Conversation] | None
+) -> dict[str, list[float]]:
     """The scores of both replies of each pair.
 
     Args:

@@ -343,9 +343,9 @@ def main(
 ) -> None:
     """Make a model to start from."""
     started = time.monotonic()
-    models = read_params("prepare_base", PrepareBase).models
-    name = entry_name(name, models, "prepare_base")
-    settings, seed = models[name], read_value("seed", int)
+    given = read_params("prepare_base", PrepareBase)
+    name = entry_name(name, given.models, "prepare_base")
+    settings, seed = given.models[name], read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     template_process()  # it loads while this one does
     if isinstance(settings, NewModel):
@@ -359,7 +359,7 @@ def main(
         write_model_card(
             folder,
             stage="prepare_base",
-            settings={"prepare_base": shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code}
+            settings={given.place_of(name): shareable(settings), "seed": seed, "trust_remote_code": trust_remote_code}
             | {"kernels": kernels},
             inputs=input_hashes(settings),
             metrics={"parameters": model.num_parameters(), "tokens": len(tokenizer)},

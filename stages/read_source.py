@@ -221,8 +221,8 @@ def main(
             lines, counts = reading.finish(), reading.counts
         values = {**dict(sorted(counts.items())), **tally.metrics()}
         write_json(numbers, values)
-        text.write_text(record(name, lines, values, tally), encoding="utf-8")
-        said = text.read_text(encoding="utf-8")
+        said = record(name, lines, values, tally)
+        text.write_text(said, encoding="utf-8")
     log_run(f"read_source@{name}", dvc_hashes(outs), time.monotonic() - started)
     print(said, end="")
 

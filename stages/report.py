@@ -55,15 +55,15 @@ def policies_table(measured: Mapping[str, Measured], reference: str) -> dict[str
     rows = {label: part for name, metrics in rows.items() for label, part in by_source(name, metrics).items()}
     measure = next((name for name in ("gold", "reward") if any(f"{name}_mean" in row for row in rows.values())), "")
     columns: dict[str, Callable[[Measured], Cell]] = {
-        "perplexity": lambda metrics: plain(metrics, "sft_perplexity", 2),
+        "perplexity": lambda metrics: rounded(metrics, "sft_perplexity", 2),
         "reward": lambda metrics: with_difference(metrics, "reward"),
         "gold utility": lambda metrics: with_difference(metrics, "gold"),
         f"win rate by {measure}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_reference"),
         f"KL from {reference}, nats": kl_from_reference,
         "ends with EOS": lambda metrics: share(metrics, "eos_rate"),
-        "length, tokens": lambda metrics: plain(metrics, "length_mean", 1),
-        "distinct-1": lambda metrics: plain(metrics, "distinct_1", 3),
-        "distinct-2": lambda metrics: plain(metrics, "distinct_2", 3),
+        "length, tokens": lambda metrics: rounded(metrics, "length_mean", 1),
+        "distinct-1": lambda metrics: rounded(metrics, "distinct_1", 3),
+        "distinct-2": lambda metrics: rounded(metrics, "distinct_2", 3),
         "preference accuracy": lambda metrics: share(metrics, "preference_accuracy"),
     }
     return table_of(rows, columns)
@@ -86,7 +86,7 @@ def by_source(name: str, metrics: Measured) -> dict[str, Measured]:
     return {**found}
 
 
-def plain(metrics: Measured, key: str, places: int) -> Cell:
+def rounded(metrics: Measured, key: str, places: int) -> Cell:
     return Cell(decimal(metrics[key], places)) if key in metrics else Cell(NOTHING)
 
 
@@ -129,9 +129,9 @@ def reward_models_table(inputs: Inputs) -> dict[str, Any]:
     columns: dict[str, Callable[[Measured], Cell]] = {
         "test accuracy": lambda metrics: share(metrics, "accuracy"),
         "Bayes accuracy": lambda _: Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes)),
-        "calibration error": lambda metrics: plain(metrics, "calibration_error", 3),
+        "calibration error": lambda metrics: rounded(metrics, "calibration_error", 3),
         "validation accuracy": lambda metrics: share(metrics, "validation_accuracy"),
-        "validation loss": lambda metrics: plain(metrics, "validation_loss", 4),
+        "validation loss": lambda metrics: rounded(metrics, "validation_loss", 4),
     }
     return table_of(rows, columns)
 

@@ -29,6 +29,7 @@ if not asks_for_help():
     from stages.lib.compute.processes import join_processes
     from stages.lib.evaluation.metrics import score_metrics, with_sources
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
+    from stages.lib.models.tokenizer_files import tokenizer_inputs
     from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 
@@ -53,7 +54,7 @@ def main(
     declared |= {"seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     outs = {"metrics": metrics / f"{name}.json", "scores": scores / f"{name}.jsonl"}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
-    inputs = [path, tokenizer, reward_model]
+    inputs = [path, *tokenizer_inputs(tokenizer), reward_model]
     with PartialResults(f"score_samples@{name}", declared, inputs, outs, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -67,7 +68,7 @@ def main(
 
         def compute(chunk: range) -> dict[str, list]:
             some = rows[chunk.start : chunk.stop]
-            return {side: scored(reward, some, start, path) for side, start in sides.items()}
+            return {side: scores_of_replies(reward, some, start, path) for side, start in sides.items()}
 
         found = this_run.keep_all("scores", len(rows), dict.fromkeys(sides, NUMBER), compute)
         own, theirs = found["score"], found.get("reference_score")
@@ -121,7 +122,7 @@ def are_ids(value: Any, vocab_size: int) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < vocab_size for one in value)
 
 
-def scored(reward: RewardModel, rows: list[dict[str, Any]], start: str, path: Path) -> list[float]:
+def scores_of_replies(reward: RewardModel, rows: list[dict[str, Any]], start: str, path: Path) -> list[float]:
     """The score of each reply. Raises a StageError that names the row of one that is no number."""
     if reward.texts is None:
         found = reward.score_ids([row["prompt_ids"] for row in rows], [row[f"{start}response_ids"] for row in rows])

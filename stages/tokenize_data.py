@@ -35,7 +35,7 @@ from stages.lib.data.template_process import template_process
 from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
 from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, row_shards, workers_for
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts
-from stages.lib.models.tokenizer_files import TOKENIZER_FILES, tokenizer_hash
+from stages.lib.models.tokenizer_files import tokenizer_hash, tokenizer_inputs
 from stages.lib.operations.run_log import log_run
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.runtime import read_runtime
@@ -48,7 +48,6 @@ STAGE = "tokenize_data"
 USUAL_REASONS = (NOT_REVERSIBLE, PROMPT_TOO_LONG, SPECIAL_TOKEN_IN_TEXT, TOO_LONG)  # counted even where there is none
 SECONDS_BETWEEN_REPORTS = 10.0
 DIGEST_BYTES = 32
-INPUTS_OF_TOKENIZER = (*TOKENIZER_FILES, "config.json")
 
 
 def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
@@ -198,7 +197,7 @@ def main(
     outs = {f"{split}.arrow": tokens / split / f"{kind}.arrow" for split in SPLITS}
     outs |= {"metrics.json": metrics / f"{kind}.json"}
     require_places(outs.values())
-    inputs = [*rows.values(), *(tokenizer / name for name in INPUTS_OF_TOKENIZER)]
+    inputs = [*rows.values(), *tokenizer_inputs(tokenizer)]
     scratch = ScratchFolder(STAGE, {STAGE: plain(settings), "seed": seed, "kind": kind}, inputs)
     if not scratch.publish_complete(outs):
         folder = scratch.stage_outs()

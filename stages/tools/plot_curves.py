@@ -89,7 +89,7 @@ def stage_figures(stage: str, id_prefix: str, revisions: list[Revision]) -> dict
             "note": note_of_panel(lines, len(curves)),
         }
         for number, metric in enumerate(metrics)
-        if (lines := lines_of(metric, curves, revisions))
+        if (lines := lines_of_metric(metric, curves, revisions))
     ]
     return {"name": stage, "note": note_of_stage(curves, revisions), "panels": panels}
 
@@ -105,7 +105,7 @@ def note_of_stage(curves: Mapping[int, CurveTable], revisions: list[Revision]) -
     return f"{absent} The same in {number}{' others' if missing else ''}.".strip()
 
 
-def lines_of(metric: str, curves: Mapping[int, CurveTable], revisions: list[Revision]) -> list[Line]:
+def lines_of_metric(metric: str, curves: Mapping[int, CurveTable], revisions: list[Revision]) -> list[Line]:
     lines = [Line(revisions[index].name, *curve.points(metric), style=index) for index, curve in curves.items()]
     return [line for line in lines if line.values]
 

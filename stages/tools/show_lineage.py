@@ -39,7 +39,7 @@ def kept_together(text: str) -> str:
     return text.replace(" ", NO_BREAK)
 
 
-def pairs(values: Mapping[str, Any]) -> str:
+def keys_and_values(values: Mapping[str, Any]) -> str:
     return ", ".join(kept_together(f"{key} {as_yaml(value)}") for key, value in values.items())
 
 
@@ -54,7 +54,7 @@ def of_params(params: Mapping[str, Any]) -> str:
     sections = []
     for name, value in sorted(params.items(), key=lambda item: isinstance(item[1], dict)):
         below = dotted(value) if isinstance(value, dict) else {}
-        sections.append(f"{name}: {pairs(below)}" if below else f"{name} {as_yaml(value)}")
+        sections.append(f"{name}: {keys_and_values(below)}" if below else f"{name} {as_yaml(value)}")
     return "; ".join(sections) or "none"
 
 
@@ -67,8 +67,8 @@ def of_run(record: Record | None) -> dict[str, str]:
         "run": f"{record['ended']}, {record['seconds']} s, {record['peak_memory_mib']} MiB, "
         f"{count} process{'es' if count > 1 else ''} on {record['device']}",
         "launcher": record["launcher"],
-        "runtime": pairs(dotted(runtime)) if runtime else "none",
-        "versions": pairs({"python": record["python"], **record["versions"]}),
+        "runtime": keys_and_values(dotted(runtime)) if runtime else "none",
+        "versions": keys_and_values({"python": record["python"], **record["versions"]}),
     }
 
 

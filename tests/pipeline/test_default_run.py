@@ -13,25 +13,22 @@ def metrics(name: str) -> dict[str, float]:
 
 
 def test_the_reward_model_is_within_five_points_of_the_best_possible_accuracy() -> None:
-    assert metrics("train_rm")["eval_accuracy"] >= metrics("prepare_data")["bayes_accuracy"] - 0.05
+    assert metrics("evaluate_rm/rm")["accuracy"] >= metrics("prepare_data")["bayes_accuracy"] - 0.05
 
 
 def test_fine_tuning_lowers_the_held_out_loss() -> None:
-    sft = metrics("train_sft")
-    assert sft["eval_loss"] < 0.5 * sft["eval_loss_base"]
+    sft = metrics("training/sft")
+    assert sft["validation_loss"] < 0.5 * sft["validation_loss_before"]
 
 
 @pytest.mark.parametrize("policy", ["dpo", "ppo", "grpo"])
 def test_alignment_beats_fine_tuning_on_the_gold_utility(policy: str) -> None:
     evaluation = metrics(f"evaluate/{policy}")
-    assert evaluation["gold_minus_sft_ci_low"] > 0
-    assert evaluation["gold_win_rate_vs_sft"] >= 0.65
+    assert evaluation["gold_minus_reference_ci_low"] > 0
+    assert evaluation["gold_win_rate_vs_reference"] >= 0.65
     assert evaluation["eos_rate"] >= 0.95
-    assert evaluation["kl_to_sft_mean"] > 0
+    assert evaluation["kl_to_reference_mean"] > 0
 
 
-def test_fine_tuning_beside_itself_is_a_tie() -> None:
-    evaluation = metrics("evaluate/sft")
-    assert evaluation["gold_minus_sft_mean"] == 0
-    assert evaluation["gold_win_rate_vs_sft"] == 0.5
-    assert evaluation["kl_to_sft_mean"] == 0
+def test_fine_tuning_is_compared_with_nothing_as_it_is_the_reference_itself() -> None:
+    assert [name for name in metrics("evaluate/sft") if "reference" in name] == []

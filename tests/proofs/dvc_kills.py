@@ -25,8 +25,9 @@ from tests.proofs.dvc_projects import git, kill_below, start_dvc, wait_for
 from tests.proofs.tiny_projects import differences, found_below, listing, outs_of
 from tests.stages.tiny_pipeline import change, read_yaml, start, write_yaml
 
-OTHER_RATE = "train_sft.optimizer.learning_rate=0.0021"
-ANOTHER_RATE = "train_sft.optimizer.learning_rate=0.0022"  # or DVC would have the result in its run cache
+OTHER_RATE = "train_sft.sft.optimizer.learning_rate=0.0021"
+ANOTHER_RATE = "train_sft.sft.optimizer.learning_rate=0.0022"  # or DVC would have the result in its run cache
+SFT = "train_sft@sft"
 TRIES = 8  # starts for each kill, at most
 PATIENCE = 300.0  # seconds that a start may take on a busy machine
 
@@ -183,21 +184,21 @@ def undisturbed_hash(project: Path, rate: str) -> str:
     for name in ("data", "models"):
         subprocess.run(["cp", "-r", "-T", str(project / name), str(folder / name)], check=True)
     key, value = rate.split("=")
-    section, group, name = key.split(".")
-    change(folder / "params.yaml", {section: {group: {name: float(value)}}})
-    process = start(folder, "train_sft")
+    section, entry, group, name = key.split(".")
+    change(folder / "params.yaml", {section: {entry: {group: {name: float(value)}}}})
+    process = start(folder, SFT)
     output, errors = process.communicate()
     assert process.returncode == 0, output + errors
-    return dvc_hash(folder / outs_of("train_sft")[0])
+    return dvc_hash(folder / outs_of(SFT)[0])
 
 
 def recorded_hash(project: Path, revision: str) -> str:
     lock = parsed(git(project, "show", f"{revision}:dvc.lock").encode())
-    return next(out["md5"] for out in lock["stages"]["train_sft"]["outs"] if out["path"] == "models/sft")
+    return next(out["md5"] for out in lock["stages"][SFT]["outs"] if out["path"] == "models/sft")
 
 
 def a_checkpoint(project: Path) -> bool:
-    return bool(found_below(project, ".scratch/train_sft-*/code-*/checkpoint-????????"))
+    return bool(found_below(project, ".scratch/train_sft@sft-*/code-*/checkpoint-????????"))
 
 
 def experiments(project: Path) -> set[str]:
@@ -209,7 +210,7 @@ def experiments(project: Path) -> set[str]:
 def killed_in_temp(project: Path) -> list[str]:
     """`dvc exp run --temp` works in a copy of the project that is then removed: a second one goes on from the first."""
     output = project.parent / "temp.output"
-    words = ("exp", "run", "--temp", "-S", OTHER_RATE, "train_sft")
+    words = ("exp", "run", "--temp", "-S", OTHER_RATE, SFT)
     before = experiments(project)
     process = start_dvc(project, *words, output=output)
     wait_for(lambda: a_checkpoint(project), PATIENCE, "a checkpoint")
@@ -231,7 +232,7 @@ def killed_in_temp(project: Path) -> list[str]:
 def killed_in_queue(project: Path) -> list[str]:
     """A queue's worker is killed with all it runs; queued and started again, the experiment goes on."""
     output = project.parent / "queue.output"
-    queue = ("exp", "run", "--queue", "-S", ANOTHER_RATE, "train_sft")
+    queue = ("exp", "run", "--queue", "-S", ANOTHER_RATE, SFT)
 
     def dvc(*words: str) -> str:
         output.unlink(missing_ok=True)

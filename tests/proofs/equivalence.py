@@ -41,7 +41,7 @@ from tests.proofs.watched_stage import (
     make_project,
     run_stage,
 )
-from tests.stages.tiny_pipeline import inside
+from tests.stages.tiny_pipeline import ENTRIES, inside
 
 # AdamW's first step is g / (|g| + 1e-8): where a gradient is no larger than its own rounding error, the sign is chance.
 STEEP = 1e-5
@@ -133,7 +133,8 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
         result["flat weights"] = max(result.get("flat weights", 0.0), float((~steep).double().mean()))
         for key, (one, other) in pairs.items():
             result[key] = max(result.get(key, 0.0), distance(one, other))
-    curve = f"metrics/curves/{stage}.csv"
+    name = ENTRIES[stage]
+    curve = f"metrics/curves/{name}.csv"
     ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
     columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "grad_norm")]
     columns = [name for name in columns if not name.startswith("eval")]
@@ -141,10 +142,10 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
     if "policy/loss" in columns:
         scale["policy/loss"] = 1.0  # a mean of advantages of size 1, which cancel almost to nothing
     result["losses"] = largest(((ours[columns] - theirs[columns]).abs() / scale).to_numpy().ravel())
-    published = (load_file(side / f"models/{stage[6:]}/model.safetensors") for side in (folder, reference))
+    published = (load_file(side / f"models/{name}/model.safetensors") for side in (folder, reference))
     one, other = (torch.cat([tensor.flatten().double() for tensor in side.values()]) for side in published)
     result["published"] = distance(one, other)
-    result["numbers"] = metrics_apart(folder, reference, f"metrics/{stage}.json")
+    result["numbers"] = metrics_apart(folder, reference, f"metrics/training/{name}.json")
     return result | drawn
 
 
@@ -152,7 +153,7 @@ def numbers_apart(folder: Path, reference: Path, stage: str) -> float:
     """Largest relative difference of a number that a stage without training writes."""
     if stage == "ref_logprobs":
         sides = [
-            read_table(side / "data/ref_logprobs/train.arrow", REFERENCE_SCHEMA)[:] for side in (folder, reference)
+            read_table(side / "data/ref_logprobs/sft/train.arrow", REFERENCE_SCHEMA)[:] for side in (folder, reference)
         ]
         pairs = [pair for name in list(sides[0])[1:] for pair in zip(*(side[name] for side in sides), strict=True)]
         return largest(abs(one - other) / abs(other) for one, other in pairs)

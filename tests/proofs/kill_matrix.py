@@ -14,7 +14,7 @@ once dvc.lock holds the result `stages.tools.prune_scratch` must leave no traini
   one (`tests/proofs/hit_process.py`);
 - during DVC's commit, in `dvc exp run --temp`, in a queue's worker (`tests/proofs/dvc_kills.py`).
 
-    python -m tests.proofs.kill_matrix --stages train_sft train_ppo --processes 1 --kills 5 --table matrix.md
+    python -m tests.proofs.kill_matrix --stages train_sft@sft train_ppo@ppo --processes 1 --kills 5 --table matrix.md
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.pipeline.graph import stage_names
-from tests.proofs.dvc_kills import killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
+from tests.proofs.dvc_kills import SFT, killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
 from tests.proofs.forked_stage import load_libraries, run_forked
 from tests.proofs.forked_trials import forked_rows
@@ -51,8 +51,8 @@ LORA = {
 }
 # Stages again with settings that add to what a checkpoint holds: name → stage and params.
 VARIANTS = {
-    "train_ppo, more state": (
-        "train_ppo",
+    "train_ppo@ppo, more state": (
+        "train_ppo@ppo",
         {
             "lora": LORA,
             "normalise_scores": True,
@@ -60,7 +60,7 @@ VARIANTS = {
             "policy_optimizer": {"ema_decay": 0.9},
         },
     ),
-    "train_sft, more state": ("train_sft", {"lora": LORA, "keep": "best", "optimizer": {"ema_decay": 0.9}}),
+    "train_sft@sft, more state": (SFT, {"lora": LORA, "keep": "best", "optimizer": {"ema_decay": 0.9}}),
 }
 
 
@@ -71,11 +71,13 @@ def dvc_rows(truth: Path, work: Path, seed: int) -> list[Row]:
     in_commit = "SIGKILL during DVC's commit"
     kill = partial(killed_in_commit, project, draw=draw, kills=KILLS_IN_COMMIT)
     trials = {(stage, 1, in_commit): partial(kill, stage) for stage in SAVING}
-    trials["train_sft", 1, "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
-    trials["train_sft", 1, "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
-    trials["train_rm", 1, "SIGKILL while DVC writes dvc.lock"] = partial(killed_in_record, project, "train_rm", draw)
+    trials[SFT, 1, "SIGKILL in dvc exp run --temp"] = partial(killed_in_temp, project)
+    trials[SFT, 1, "SIGKILL of a dvc queue's worker"] = partial(killed_in_queue, project)
+    trials["train_rm@rm", 1, "SIGKILL while DVC writes dvc.lock"] = partial(
+        killed_in_record, project, "train_rm@rm", draw
+    )
     # The last one: it leaves other bytes behind.
-    trials["train_ppo", 2, in_commit] = partial(kill, "train_ppo", LAUNCH=ON_TWO_PROCESSES)
+    trials["train_ppo@ppo", 2, in_commit] = partial(kill, "train_ppo@ppo", LAUNCH=ON_TWO_PROCESSES)
     rows = []
     for (stage, processes, method), trial in trials.items():
         started = time.monotonic()
@@ -110,7 +112,7 @@ def copy_for(truth: Path, folder: Path, stage: str = "", settings: dict[str, Any
     shutil.copytree(truth, folder, symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
     change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
     if settings:
-        change_entries(folder, {stage: settings})
+        change_entries(folder, {stage.partition("@")[0]: settings})
         without_outs(folder, stage)
         ended = run_forked(folder, stage)
         if ended.status:

@@ -277,7 +277,7 @@ def numbers_of(folder: Path, stage: str) -> list[float]:
     for path in (folder / out for out in outs_of(stage)):
         if path.suffix == ".json":
             found += json.loads(path.read_text()).values()
-        elif path.name == "ref_logprobs":
+        elif path.parent.name == "ref_logprobs":
             table = read_table(path / "train.arrow", REFERENCE_SCHEMA)
             found += table["reference_chosen_logps"][:] + table["reference_rejected_logps"][:]
         elif path.parent.name == "rollouts":

@@ -21,9 +21,9 @@ from stages.lib.compute.processes import Processes
 from stages.lib.models import pretrained
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.samplers.own import OwnSampler
+from tests.pipeline.graph import stage_names
 from tests.stages.tiny_pipeline import (
     call,
-    change,
     change_entries,
     inside,
     lay_over,
@@ -129,17 +129,10 @@ def make_project(folder: Path) -> None:
     """The tiny pipeline up to the models that the compared stages start from."""
     folder.mkdir(parents=True)
     new_project(folder)
-    for stage in (
-        "prepare_data",
-        "prepare_base",
-        "tokenize_data@sft",
-        "tokenize_data@preference",
-        "tokenize_data@prompts",
-    ):
+    stages = stage_names()
+    for stage in stages[1 : stages.index("train_ppo@ppo")]:
         call(folder, stage)
-    for stage in (*TRAINING[:2], "ref_logprobs", "train_dpo"):
-        call(folder, stage)
-    change(folder / "params.yaml", TWENTY_STEPS)
+    change_entries(folder, TWENTY_STEPS)
 
 
 def make_bf16_project(project: Path, alone: Processes) -> None:
@@ -170,7 +163,8 @@ def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, pro
     module = importlib.import_module(f"stages.{script(stage)}")
     options = stage_options(stage)
     arguments = {
-        name[2:].replace("-", "_"): Path(value) for name, value in zip(options[::2], options[1::2], strict=True)
+        name[2:].replace("-", "_"): value if name == "--name" else Path(value)
+        for name, value in zip(options[::2], options[1::2], strict=True)
     }
     quiet = contextlib.redirect_stdout(io.StringIO())
     with inside(folder), one_launch(module, processes), probe.watching(), quiet:

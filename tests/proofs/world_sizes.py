@@ -27,25 +27,31 @@ from tests.stages.tiny_pipeline import change, read_yaml
 
 SHARED = ("prepare_base", "tokenize_data")  # and what they need: the data and the model that all runs start from
 TRAINING = computing_stages()
-EVALUATIONS = tuple(f"evaluate@{policy}" for policy in trained_policies())
+EVALUATIONS = (
+    *(f"{stage}@{policy}" for policy in trained_policies() for stage in ("evaluate", "score_samples")),
+    "evaluate_rm@rm",
+)
 TWO_PROCESSES = "torchrun --standalone --nproc_per_node=2 -m"
 SMALL_BATCHES = {"micro_batch_tokens": 1024}
 ROUNDING = 1e-5  # relative, of a metric that is the same for all seeds
-FILES = (*training_stages(), *(f"evaluate/{policy}" for policy in trained_policies()))
+FILES = (
+    *(f"training/{stage.partition('@')[2]}" for stage in training_stages()),
+    *(stage.replace("@", "/") for stage in EVALUATIONS),
+)
 HEADLINES = [
-    "train_sft: eval_loss",
-    "train_rm: eval_accuracy",
-    "train_rm: eval_loss",
-    "train_dpo: eval_loss",
-    "train_dpo: eval_rewards_accuracies",
-    "train_ppo: last_score_mean",
-    "train_ppo: last_kl_mean",
-    "evaluate/dpo: gold_minus_sft_mean",
-    "evaluate/dpo: reward_minus_sft_mean",
-    "evaluate/dpo: kl_to_sft_mean",
-    "evaluate/ppo: gold_minus_sft_mean",
-    "evaluate/ppo: reward_minus_sft_mean",
-    "evaluate/ppo: kl_to_sft_mean",
+    "training/sft: validation_loss",
+    "training/rm: validation_loss",
+    "evaluate_rm/rm: accuracy",
+    "training/dpo: validation_loss",
+    "training/dpo: validation_rewards_accuracies",
+    "training/ppo: last_score_mean",
+    "training/ppo: last_kl_mean",
+    "evaluate/dpo: gold_minus_reference_mean",
+    "score_samples/dpo: reward_minus_reference_mean",
+    "evaluate/dpo: kl_to_reference_mean",
+    "evaluate/ppo: gold_minus_reference_mean",
+    "score_samples/ppo: reward_minus_reference_mean",
+    "evaluate/ppo: kl_to_reference_mean",
 ]
 HEAD = """# One process and two, beside three seeds
 

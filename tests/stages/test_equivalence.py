@@ -11,7 +11,7 @@ import pytest
 
 from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, idle, outside
 from tests.proofs.watched_stage import TRAINING, TWENTY_STEPS
-from tests.stages.tiny_pipeline import PROJECT, change
+from tests.stages.tiny_pipeline import PROJECT, change_entries
 
 CONFIGURATIONS = (
     "plain torch, micro-batch 1",
@@ -27,7 +27,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     """All stages and configurations, in one launch of two processes."""
     folder = tmp_path_factory.mktemp("equivalence")
     shutil.copytree(tiny, folder / "project", symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
-    change(folder / "project/params.yaml", TWENTY_STEPS)
+    change_entries(folder / "project", TWENTY_STEPS)
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", "tests.proofs.equivalence", folder / "project"]
     command += ["--out", folder / "measured.json", "--without-lora", "--only", *CONFIGURATIONS]

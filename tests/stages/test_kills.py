@@ -14,7 +14,7 @@ from tests.proofs.kill_matrix import SAVING, STAGES
 from tests.stages.tiny_pipeline import PROJECT
 
 # With adapters, an adaptive KL coefficient, running moments of the scores and averaged weights.
-WITH_MORE_STATE = "train_ppo, more state"
+WITH_MORE_STATE = "train_ppo@ppo, more state"
 
 
 @pytest.mark.slow
@@ -44,4 +44,4 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
 @pytest.mark.slow
 def test_a_kill_while_dvc_commits_costs_nothing(tiny: Path, tmp_path: Path) -> None:
     project = dvc_project(tiny, tmp_path / "project")
-    assert killed_in_commit(project, "train_rm", random.Random(7), kills=2) == []
+    assert killed_in_commit(project, "train_rm@rm", random.Random(7), kills=2) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.stages.test_prepare_base import OWN_MODEL, with_own_code
-from tests.stages.tiny_pipeline import call, change, new_project, start
+from tests.stages.tiny_pipeline import call, change, new_project, start, use_base
 
 
 @pytest.mark.slow
@@ -15,13 +15,13 @@ def test_a_trusted_model_is_trained_and_an_untrusted_one_is_refused(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = new_project(tmp_path)
-    for stage in ("prepare_data", "prepare_base"):
+    for stage in ("read_source_task@film_reviews", "prepare_data", "prepare_base@base"):
         call(folder, stage)
     mark = tmp_path / "mark"
     with_own_code((folder / "models/base").rename(folder / "models/own"), mark)
-    base = {"source": "local", "path": "models/own", "corpus": "data/raw/none", "special_tokens": []}
-    change(folder / "params.yaml", {"trust_remote_code": True, "prepare_base": base})
-    for stage in ("prepare_base", "tokenize_data@sft", "train_sft"):
+    use_base(folder, "files", path="models/own")
+    change(folder / "params.yaml", {"trust_remote_code": True})
+    for stage in ("prepare_base_files@base", "tokenize_data@sft", "train_sft@sft"):
         process = start(folder, stage)
         assert process.wait() == 0, process.stderr.read()
     assert mark.exists()
@@ -32,7 +32,7 @@ def test_a_trusted_model_is_trained_and_an_untrusted_one_is_refused(
     # And the same stage, told no.
     mark.unlink()
     change(folder / "params.yaml", {"trust_remote_code": False})
-    process = start(folder, "train_sft")
+    process = start(folder, "train_sft@sft")
     assert process.wait() == 2
     (line,) = [line for line in process.stderr.read().splitlines() if line.startswith("error")]
     assert "models/base cannot be loaded as AutoModelForCausalLM: it brings Python code of its own" in line

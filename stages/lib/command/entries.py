@@ -2,20 +2,18 @@
 
 import os
 from collections.abc import Collection
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.params import PARAMS_FILE, build, read_params
+from stages.lib.command.params import PARAMS_FILE, Built, build, read_params
 from stages.lib.command.quoted import nearest
 
 EntryOption = Annotated[
     str | None,
     typer.Option("--name", help="Entry of the section in params.yaml; not needed under DVC, or if it has one."),
 ]
-
-Built = TypeVar("Built")
 
 
 def read_entry(section: str, settings: type[Built], given: str | None) -> tuple[str, Built]:

@@ -35,7 +35,7 @@ def near_duplicates(rows: Iterable[NumberedRow], settings: "NearDuplicates", see
     kept: dict[int, Any] = {}
     found = []
     for number, kind, values in rows:
-        runs = set(runs_of(text_of(values), settings.words))
+        runs = set(runs_of(whole_text(values), settings.words))
         minhash = MinHash(num_perm=settings.permutations, seed=seed + 1)
         minhash.update_batch(sorted(runs))
         if kind not in indices:  # rather too many candidates than too few; above its most it has but one band
@@ -69,7 +69,7 @@ def contaminated_rows(
     found = []
     for number, _kind, values in rows:
         shared = Counter(
-            prompt for run in set(runs_of(text_of(values), settings.words)) for prompt in prompts_with.get(run, ())
+            prompt for run in set(runs_of(whole_text(values), settings.words)) for prompt in prompts_with.get(run, ())
         )
         is_short = short and digest_of(" ".join(words_of(prompt_text(values)))) in short
         if is_short or any(count >= settings.overlap * sizes[prompt] for prompt, count in shared.items()):
@@ -92,7 +92,7 @@ def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def text_of(values: dict[str, Any]) -> str:
+def whole_text(values: dict[str, Any]) -> str:
     """All that a row says, in normal form."""
     lists = [values.get(name, ()) for name in ("messages", "prompt", "chosen", "rejected", "completion")]
     contents = [turn["content"] or "" for messages in lists for turn in messages]

@@ -78,7 +78,7 @@ def rows_of(data: HubData, name: str, split: Any, count: int | None) -> Iterator
     except StageError:
         raise
     except Exception as error:  # of many unrelated types, where rows are read as they come
-        raise not_loaded(data, error) from None
+        raise not_of_hub(data, error) from None
     if data.streaming and not number:
         raise StageError(f"{where} holds no row; look at hub_split")
 
@@ -104,7 +104,7 @@ def hub_splits(data: HubData) -> dict[str, Any]:
             streaming=data.streaming,
         )
     except Exception as error:  # of many unrelated types: from the network, the Hub's answers and the files themselves
-        raise not_loaded(data, error) from None
+        raise not_of_hub(data, error) from None
     if sliced:
         start = int(sliced[2] or 0)
         loaded = loaded.skip(start)
@@ -154,7 +154,7 @@ def files_of_builder(data: HubData, path: str, revision: str | None) -> list[str
     try:
         builder = datasets.load_dataset_builder(path, data.config, data_dir=data.data_dir, revision=revision)
     except Exception as error:  # as above
-        raise not_loaded(data, error) from None
+        raise not_of_hub(data, error) from None
     splits: Any = builder.config.data_files or {}
     name = (data.split or "").partition("[")[0]
     if name and name not in splits:
@@ -168,7 +168,7 @@ def is_on_the_hub(data: HubData, file: str) -> bool:
     return HfApi().file_exists(data.dataset, file, repo_type="dataset", revision=data.revision)
 
 
-def not_loaded(data: HubData, error: Exception) -> StageError:
+def not_of_hub(data: HubData, error: Exception) -> StageError:
     import datasets
 
     # This one only says that a file could not be read; what it was raised from says why.

@@ -180,7 +180,7 @@ def undecodable_line(file: Path) -> int:
         return next(number for number, line in numbered if line.decode("utf-8", errors="ignore").encode() != line)
 
 
-def refuse_repeated(names: Iterable[str], where: str) -> None:
+def refuse_repeated_columns(names: Iterable[str], where: str) -> None:
     """Raise a StageError if a name stands twice, since a row would keep only the last value."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
@@ -243,7 +243,7 @@ def csv_rows(file: Path, options: FileOptions) -> Iterator[tuple[str, RawRow]]:
     with open_text(file) as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
-            refuse_repeated(reader.fieldnames or (), f"{file}, line 1")
+            refuse_repeated_columns(reader.fieldnames or (), f"{file}, line 1")
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -299,7 +299,7 @@ def arrow_rows(table: "pyarrow.RecordBatch | pyarrow.Table", where: str, before:
         StageError: two columns have one name, or a value cannot be a Python value (row and column are named), such as
             text that is not UTF-8 or a date beyond the year 9999.
     """
-    refuse_repeated(table.schema.names, where)
+    refuse_repeated_columns(table.schema.names, where)
     try:
         return table.to_pylist()
     except VALUE_ERRORS:

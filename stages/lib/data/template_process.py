@@ -16,7 +16,6 @@ from stages.lib.data.conversations import Message
 
 SECONDS = 10.0  # processor time of one rendering, which takes a fraction of a millisecond
 MEMORY = 2**29  # bytes that rendering may take beyond what the loaded libraries have
-OPTIONAL = ("tools", "template_arguments", "spans")
 
 
 class RenderingError(Exception):
@@ -78,12 +77,13 @@ class TemplateProcess:
             For each conversation its text; or a RenderingError with what the template raised; or a StageError where it
             took more time or memory than a chat template may take, and for all that come after it.
         """
-        lines: list[Any] = [[_request(conversation) for conversation in conversations]]
+        lines = [_request(conversations)]
         if (template, variables) != self.settings:
             self.settings = (template, variables)
             lines.insert(0, {"template": template, "variables": variables})
         with contextlib.suppress(BrokenPipeError):
-            self.writer.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            for line in lines:
+                self.writer.write(_line(line))
             self.writer.flush()
         answers = self.reader.readline()
         results = [_result(answer) for answer in json.loads(answers)] if answers else [self._ended()]
@@ -121,18 +121,33 @@ def _one_by_one(
     return results + results[-1:] * (len(conversations) - len(results))
 
 
-def _request(conversation: ToRender) -> dict[str, Any]:
-    """What says nothing is left out, since it would be written and read for each of millions."""
-    request = {"messages": conversation.messages, "add_generation_prompt": conversation.add_generation_prompt}
-    if conversation[2:] == NOTHING_MORE:
-        return request
-    return request | {name: value for name, value in zip(OPTIONAL, conversation[2:], strict=True) if value}
+def _request(conversations: Sequence[ToRender]) -> dict[str, Any]:
+    """A message that several hold, as a pair's prompt is rendered three times, is written once."""
+    messages: list[Message] = []
+    place_of: dict[int, int] = {}
+    asked = []
+    for conversation in conversations:
+        places = []
+        for message in conversation.messages:
+            place = place_of.setdefault(id(message), len(messages))
+            if place == len(messages):
+                messages.append(message)
+            places.append(place)
+        more = conversation[2:]
+        asked.append([places, conversation.add_generation_prompt, *(() if more == NOTHING_MORE else more)])
+    return {"messages": messages, "conversations": asked}
 
 
-def _result(answer: dict[str, Any]) -> RenderingResult:
+def _line(request: dict[str, Any]) -> bytes:
+    return json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def _result(answer: str | dict[str, Any]) -> RenderingResult:
+    if isinstance(answer, str):
+        return Rendered(answer, [])
     if "error" in answer:
         return RenderingError(answer["error"])
-    return _excess(answer["excess"]) if "excess" in answer else Rendered(answer["text"], answer.get("spans", []))
+    return _excess(answer["excess"]) if "excess" in answer else Rendered(answer["text"], answer["spans"])
 
 
 def _excess(what: str) -> StageError:

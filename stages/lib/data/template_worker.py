@@ -6,16 +6,17 @@ Started by `template_process.py`. It imports nothing of ours and no torch, so it
 requests from stdin and answers on stdout, each a line of JSON:
 
     {"template": …, "variables": {…}}      what is rendered from now on, and with which variables; no answer
-    [{"messages": […], "add_generation_prompt": …, "tools"?: […], "template_arguments"?: {…}, "spans"?: true}, …]
-        → [{"text": …, "spans"?: …} | {"error": …} | {"excess": …}, …]
+    {"messages": […], "conversations": [[places, add_generation_prompt, tools?, template_arguments?, spans?], …]}
+        → [text | {"text": …, "spans": …} | {"error": …} | {"excess": …}, …]
 
-`spans` are the places, as [start, end] in the text, of what stands in the template's `{% generation %}` blocks.
+`places` says which of the messages a conversation holds; `spans` are the places, as [start, end] in the text, of what stands in the template's `{% generation %}` blocks.
 
 The kernel ends the process once a rendering takes more than SECONDS of processor time; it gets no more than BYTES of
 memory beyond what the libraries take.
 """
 
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -43,23 +44,26 @@ def main() -> None:
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     limit_memory(memory)
     template, variables = "", {}
+    gc.freeze()  # what is loaded stays, and need not be looked through at each collection
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        if isinstance(request, dict):
+        if "template" in request:
             template, variables = request["template"], request["variables"]
             continue
         answers = []
-        for conversation in request:
+        for places, *how in request["conversations"]:
+            messages = [request["messages"][place] for place in places]
             signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process that does not handle it
-            answers.append(answered(render_jinja_template, template, variables, conversation))
+            answers.append(answered(render_jinja_template, template, variables, messages, *how))
             signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(f"[{', '.join(answers)}]\n")  # at once: waking the other process takes as long as rendering
-        sys.stdout.flush()
+        # All at once: waking the other process takes as long as rendering.
+        sys.stdout.buffer.write(f"[{', '.join(answers)}]\n".encode(errors="surrogatepass"))
+        sys.stdout.buffer.flush()
 
 
-def answered(render: Any, template: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:
+def answered(render: Any, template: str, variables: dict[str, Any], *conversation: Any) -> str:
     try:
-        return json.dumps(answer_to(render, template, variables, **conversation))
+        return json.dumps(answer_to(render, template, variables, *conversation), ensure_ascii=False)
     except MemoryError:
         return json.dumps({"excess": "more memory than it may have"})
 
@@ -92,7 +96,7 @@ def answer_to(
     tools: list[dict[str, Any]] | None = None,
     template_arguments: dict[str, Any] | None = None,
     spans: bool = False,
-) -> dict[str, Any]:
+) -> str | dict[str, Any]:
     """The answer to a request: a text, or why there is none."""
     try:
         texts, indices = render(
@@ -115,7 +119,7 @@ def answer_to(
         given = len(json.dumps([messages, tools, template_arguments], ensure_ascii=False))
         if len(text) > TEMPLATE_TEXT + TIMES_THE_CONVERSATION * given:
             return {"excess": f"{len(text):,} characters, more than a template of such messages should give"}
-    return {"text": text, "spans": indices[0]} if spans else {"text": text}
+    return {"text": text, "spans": indices[0]} if spans else text
 
 
 if __name__ == "__main__":

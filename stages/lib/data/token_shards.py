@@ -5,6 +5,7 @@ on which shards an earlier start had kept. Workers are forked: they share what t
 themselves, and end with it.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -207,23 +208,13 @@ def encoded_shards(
     """
     missing = [shard for shard in shards if kept(shard) is None]
     workers = workers_for(missing, workers)
-    if workers == 1:
-        made: Iterable[bytes] = map(encoder, missing)
-        yield from _in_order(shards, missing, made, kept, keep)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_begin_worker, initargs=(encoder, os.getpid())
-    )
+    made = _made_here(encoder, missing) if workers == 1 else _made_by_workers(encoder, missing, workers)
+    gc.freeze()  # what is loaded stays: looking through it at each collection would take an eighth of the time
     try:
-        made = _results(pool, missing, 2 * workers)
         yield from _in_order(shards, missing, made, kept, keep)
-    except BrokenProcessPool:
-        raise StageError(
-            "a process that encodes rows was ended from outside, as the system does when memory runs out: give "
-            "runtime.yaml: tokenize_data.workers a smaller number"
-        ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        made.close()
+        gc.unfreeze()
 
 
 def _in_order(
@@ -242,15 +233,33 @@ def _in_order(
         yield payload
 
 
-def _results(pool: ProcessPoolExecutor, shards: Sequence[Shard], ahead: int) -> Iterator[bytes]:
-    """Results in order, with no more than `ahead` shards given out at a time."""
-    waiting: deque[Future[bytes]] = deque()
+def _made_here(encoder: Callable[[Shard], bytes], shards: Sequence[Shard]) -> Generator[bytes, None, None]:
     for shard in shards:
-        waiting.append(pool.submit(_encode_in_worker, shard))
-        if len(waiting) == ahead:
+        yield encoder(shard)
+
+
+def _made_by_workers(
+    encoder: Callable[[Shard], bytes], shards: Sequence[Shard], workers: int
+) -> Generator[bytes, None, None]:
+    """Results in order, with no more than two shards for each worker given out at a time."""
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_begin_worker, initargs=(encoder, os.getpid())
+    )
+    waiting: deque[Future[bytes]] = deque()
+    try:
+        for shard in shards:
+            waiting.append(pool.submit(_encode_in_worker, shard))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise StageError(
+            "a process that encodes rows was ended from outside, as the system does when memory runs out: give "
+            "runtime.yaml: tokenize_data.workers a smaller number"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker_encoder: Callable[[Shard], bytes] | None = None  # of a worker

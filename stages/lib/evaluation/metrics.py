@@ -16,7 +16,7 @@ from stages.lib.data.prompts import Prompt
 from stages.lib.evaluation.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
 
 IMPLICIT_TIE = 1e-3  # nats of an implicit margin that rounding alone explains
-Rows = Sequence[int]  # places of rows in a table
+Places = Sequence[int]  # places of rows in a table
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Responses:
     kl: list[float]  # to the reference, summed over the response, in nats; estimate k1
     grades: list[float | None]  # by the prompts' tasks; None where a prompt has none
 
-    def of(self, rows: Rows) -> "Responses":
+    def of(self, rows: Places) -> "Responses":
         """Those to some of the prompts."""
         columns = {name: [values[row] for row in rows] for name, values in vars(self).items()}
         return Responses(**columns)
@@ -43,7 +43,7 @@ OF_RESPONSES: dict[str, Callable[[Responses], float]] = {
 }
 
 
-def with_sources(measure: Callable[[Rows], dict[str, float]], sources: Sequence[str]) -> dict[str, float]:
+def with_sources(measure: Callable[[Places], dict[str, float]], sources: Sequence[str]) -> dict[str, float]:
     """What `measure` finds on all rows and, where they are of several sources, on each one's: `<metric>/<source>`.
 
     Args:

@@ -48,6 +48,11 @@ def tokenizer_hash(folder: Path) -> str:
     return combined_hash(file_hash(_tokenizer_file(folder, name)) for name in TOKENIZER_FILES)
 
 
+def tokenizer_inputs(folder: Path) -> list[Path]:
+    """The files of a model folder that say how text becomes ids, and what the ids of its padding and end are."""
+    return [folder / name for name in (*TOKENIZER_FILES, "config.json")]
+
+
 def require_tokens_of(tokens: Path, model: Path) -> None:
     """Raise a StageError unless a token table was made with the tokenizer of a model folder.
 

@@ -28,7 +28,7 @@ def outcome(
     """
     answered = {name: metrics for name, metrics in policies.items() if "prompts" in metrics}
     compared = {name: metrics for name, metrics in answered.items() if is_compared(metrics)}
-    sentences = [against_reference(compared, reference)] if compared else []
+    sentences = [of_comparisons(compared, reference)] if compared else []
     sentences += [of_reward_model(name, metrics, bayes_accuracy) for name, metrics in reward_models.items()]
     texts = {name: metrics for name, metrics in policies.items() if "sft_perplexity" in metrics}
     sentences += [of_texts(texts)] if texts else []
@@ -41,7 +41,7 @@ def is_compared(metrics: Measured) -> bool:
     return "kl_to_reference_mean" in metrics
 
 
-def against_reference(compared: Mapping[str, Measured], reference: str) -> str:
+def of_comparisons(compared: Mapping[str, Measured], reference: str) -> str:
     measured = {name: measure_of(metrics) for name, metrics in compared.items()}
     if not any(measured.values()):
         return f"Neither a gold utility nor a reward model says which policy is better than {reference}."

@@ -117,6 +117,11 @@ class PrepareBase(Settings):
         """All of them by name."""
         return {**self.scratch, **self.files, **self.hub}
 
+    def place_of(self, name: str) -> str:
+        """Where a model stands in params.yaml."""
+        group = next(group for group in ("scratch", "files", "hub") if name in getattr(self, group))
+        return f"prepare_base.{group}.{name}"
+
 
 def _refuse_repeated(special_tokens: tuple[str, ...]) -> None:
     if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
