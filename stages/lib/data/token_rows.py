@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import render_all, template_marks_replies, with_eos
+from stages.lib.data.chat import begin_to_render, template_marks_replies, with_eos
 from stages.lib.data.conversation_rows import (
     Conversation,
     preference_conversation,
@@ -23,8 +23,9 @@ from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.prompts import json_text
 from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.row_texts import Part, RowTexts, recipe, row_texts
+from stages.lib.data.template_process import RenderingResult
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, UNPAIRED_SCHEMA
-from stages.lib.settings.tokenize_data import Tokenize
+from stages.lib.settings.tokenize_data import LossOn, Tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,25 +57,53 @@ class EncodedRow(NamedTuple):
 def encode_rows(
     tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Conversation], settings: Tokenize
 ) -> list[EncodedRow | UnusableRowError | StageError]:
-    """Each row as ids, or why it cannot be encoded: an UnusableRowError, a RefusedRowError or a StageError.
+    """Each row as ids, or why it cannot be encoded: an UnusableRowError, a RefusedRowError or a StageError."""
+    (encoded,) = encode_batches(tokenizer, kind, [rows], settings)
+    return encoded
 
-    All are rendered in one message to the template's process and encoded in one call.
-    """
-    loss_on = settings.loss_on if kind == "sft" else None
+
+def encode_batches(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, batches: Iterable[Sequence[Conversation]], settings: Tokenize
+) -> Iterator[list[EncodedRow | UnusableRowError | StageError]]:
+    """The same for batches of rows, each rendered in one message to the template's process and encoded in one call."""
     specials = special_tokens(tokenizer)  # once, since finding them takes as long as reading a row
+    for texts in _rendered_batches(tokenizer, specials, batches, settings.loss_on if kind == "sft" else None):
+        ids = iter(encode_texts(tokenizer, [text for made in texts if not _failed(made) for text in _texts_of(made)]))
+        yield [
+            made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_of(made)])
+            for made in texts
+        ]
+
+
+def _rendered_batches(
+    tokenizer: "PreTrainedTokenizerBase",
+    specials: SpecialTokens,
+    batches: Iterable[Sequence[Conversation]],
+    loss_on: LossOn | None,
+) -> Iterator[list[RowTexts | UnusableRowError | StageError]]:
+    """The texts of each row. The next batch is read and rendered while one is encoded, so neither process waits."""
     recipe_of = partial(recipe, loss_on=loss_on, marks_replies=template_marks_replies(tokenizer))
-    recipes = [_or_error(recipe_of, specials, row) for row in rows]
-    results = iter(render_all(tokenizer, [one for made in recipes if not _failed(made) for one in made.asked]))
-    texts = [
-        made if _failed(made) else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
-        for made in recipes
-    ]
-    wanted = [text for made in texts if not _failed(made) for text in _texts_to_encode(made)]
-    ids = iter(encode_texts(tokenizer, wanted))
-    return [
-        made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_to_encode(made)])
-        for made in texts
-    ]
+
+    def texts_of_begun() -> list[RowTexts | UnusableRowError | StageError]:
+        results = iter(wait())
+        return [
+            made
+            if _failed(made)
+            else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
+            for made in begun
+        ]
+
+    begun: list[Any] | None = None
+    wait: Callable[[], list[RenderingResult]] = list
+    for rows in batches:
+        recipes = [_or_error(recipe_of, specials, row) for row in rows]
+        before = None if begun is None else texts_of_begun()
+        begun = recipes
+        wait = begin_to_render(tokenizer, [one for made in recipes if not _failed(made) for one in made.asked])
+        if before is not None:
+            yield before
+    if begun is not None:
+        yield texts_of_begun()
 
 
 def _or_error(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -88,7 +117,7 @@ def _failed(made: Any) -> bool:
     return isinstance(made, Exception)
 
 
-def _texts_to_encode(texts: RowTexts) -> list[str]:
+def _texts_of(texts: RowTexts) -> list[str]:
     return [texts.prompt, *(part.text for reply in texts.replies for part in reply)]
 
 
