@@ -68,9 +68,10 @@ def encode_batches(
     """The same for batches of rows, each rendered in one message to the template's process and encoded in one call."""
     specials = special_tokens(tokenizer)  # once, since finding them takes as long as reading a row
     for texts in _rendered_batches(tokenizer, specials, batches, settings.loss_on if kind == "sft" else None):
-        ids = iter(encode_texts(tokenizer, [text for made in texts if not _failed(made) for text in _texts_of(made)]))
+        wanted = [text for made in texts if not _failed(made) for text in _texts_to_encode(made)]
+        ids = iter(encode_texts(tokenizer, wanted))
         yield [
-            made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_of(made)])
+            made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_to_encode(made)])
             for made in texts
         ]
 
@@ -80,30 +81,30 @@ def _rendered_batches(
     specials: SpecialTokens,
     batches: Iterable[Sequence[Conversation]],
     loss_on: LossOn | None,
-) -> Iterator[list[RowTexts | UnusableRowError | StageError]]:
-    """The texts of each row. The next batch is read and rendered while one is encoded, so neither process waits."""
+) -> Iterator[list[Any]]:
+    """The texts of each row, or its error. The next batch is read and rendered while one is encoded."""
     recipe_of = partial(recipe, loss_on=loss_on, marks_replies=template_marks_replies(tokenizer))
-
-    def texts_of_begun() -> list[RowTexts | UnusableRowError | StageError]:
-        results = iter(wait())
-        return [
-            made
-            if _failed(made)
-            else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
-            for made in begun
-        ]
-
-    begun: list[Any] | None = None
-    wait: Callable[[], list[RenderingResult]] = list
+    texts_of = partial(_rendered_texts, specials, loss_on)
+    begun: tuple[list[Any], Callable[[], list[RenderingResult]]] | None = None
     for rows in batches:
         recipes = [_or_error(recipe_of, specials, row) for row in rows]
-        before = None if begun is None else texts_of_begun()
-        begun = recipes
-        wait = begin_to_render(tokenizer, [one for made in recipes if not _failed(made) for one in made.asked])
-        if before is not None:
-            yield before
+        texts = None if begun is None else texts_of(*begun)
+        asked = [one for made in recipes if not _failed(made) for one in made.asked]
+        begun = recipes, begin_to_render(tokenizer, asked)
+        if texts is not None:
+            yield texts
     if begun is not None:
-        yield texts_of_begun()
+        yield texts_of(*begun)
+
+
+def _rendered_texts(
+    specials: SpecialTokens, loss_on: LossOn | None, recipes: list[Any], rendered: Callable[[], list[RenderingResult]]
+) -> list[Any]:
+    results = iter(rendered())
+    return [
+        made if _failed(made) else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
+        for made in recipes
+    ]
 
 
 def _or_error(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -117,7 +118,7 @@ def _failed(made: Any) -> bool:
     return isinstance(made, Exception)
 
 
-def _texts_of(texts: RowTexts) -> list[str]:
+def _texts_to_encode(texts: RowTexts) -> list[str]:
     return [texts.prompt, *(part.text for reply in texts.replies for part in reply)]
 
 
