@@ -2,20 +2,14 @@
 
 import gzip
 import json
-import math
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from stages.lib.settings.sections import default_params
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
-from tests.pipeline.graph import stage_names
+from tests.real_files import PROJECT
 from tests.stages.data_stages import lines, read, settings, sources_of, write_rows
-from tests.stages.tiny_pipeline import PROJECT, call, change, lay_over, new_project, read_yaml, start, write_yaml
 from tests.stages.tiny_qwen import save_qwen
 
 DATA = "Anthropic/hh-rlhf"
@@ -189,40 +183,3 @@ def test_a_model_is_loaded_by_name_and_by_snapshot(hub, tmp_path, model_folder):
     for line in lines:
         assert line.startswith("Qwen2ForCausalLM question 7? ")
         assert float(line.split()[-1]) == pytest.approx(total, abs=1e-5)
-
-
-SHORT = {
-    "prepare_data": {"eval_fraction": 0.3},
-    "tokenize_data": {"max_length": 128, "max_prompt_length": 112},
-    "train_sft": {"epochs": 1.0, "batch_size": 8, "optimizer": {"learning_rate": 1e-3}},
-    "train_rm": {"epochs": 1.0, "batch_size": 8},
-    "train_dpo": {"epochs": 1.0, "batch_size": 8},
-    "train_ppo": {"iterations": 2, "rollout_batch_size": 4, "minibatch_size": 4, "max_new_tokens": 8},
-    "train_grpo": {"iterations": 2, "rollout_batch_size": 2, "samples_per_prompt": 2, "minibatch_size": 4}
-    | {"max_new_tokens": 8},
-    "evaluate": {"max_prompts": 4, "max_new_tokens": 8, "bootstrap_resamples": 200},
-}
-
-
-@pytest.mark.slow
-def test_the_profile_goes_from_the_hub_to_the_report(hub, tmp_path):
-    """qwen2.5-0.5b-hh with its own names, revisions and precisions, and a smaller model behind the name."""
-    folder = new_project(tmp_path)
-    settings = default_params()
-    lay_over(settings, read_yaml(PROJECT / "profiles/qwen2.5-0.5b-hh.yaml"))
-    write_yaml(folder / "params.yaml", settings)
-    change(folder / "params.yaml", SHORT)
-    for stage in stage_names()[:3]:
-        process = start(folder, stage, base_environment=hub.environment(tmp_path / "cache"))
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    for stage in stage_names()[3:]:
-        call(folder, stage)
-    first = pd.read_csv(folder / "metrics/curves/train_dpo.csv").iloc[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for name in ("sft", "rm", "dpo", "ppo", "grpo"):
-        tensors = load_file(folder / f"models/{name}/model.safetensors")
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    config = json.loads((folder / "models/ppo/config.json").read_text())
-    assert config["eos_token_id"] == 2  # <|im_end|>, not the <|endoftext|> of the model as it came
-    assert (folder / "metrics/report.html").is_file()

@@ -1,17 +1,24 @@
-"""The profiles for local files, on real files and a real pretrained model: each from its raw data to the report."""
+"""Every profile, cut short, from its raw data to the report: real files and a real pretrained model, or from a Hub."""
 
 import json
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.tools.use_profile import settings_of
+from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.pipeline.graph import all_instances, load_graph
 from tests.real_files import PROJECT, real_file
-from tests.stages.tiny_pipeline import call, inside, new_project, use_base, write_yaml
+from tests.stages.tiny_pipeline import call, inside, new_project, start, use_base, write_yaml
+from tests.stages.tiny_qwen import save_qwen
 
 pytestmark = pytest.mark.slow
 RL = {"iterations": 2, "critic_warmup_iterations": 1, "minibatch_size": 4, "max_new_tokens": 16}
@@ -26,7 +33,7 @@ SHORT = {"max_rows": 240, "validation_fraction": 0.1, "test_fraction": 0.1, "epo
 def shortened(settings: Any, section: str = "") -> Any:
     """The settings of a profile with everything in them that takes long made small."""
     if not isinstance(settings, dict):
-        return settings
+        return deepcopy(settings)  # or YAML would write an alias where two entries share a default
     short = SHORT | (RL if section in ("train_ppo", "train_grpo") else {"max_new_tokens": 16})
     found = {name: shortened(value, section or name) for name, value in settings.items()}
     found |= {name: type(settings[name] or 0)(short[name]) for name in found.keys() & short.keys()}
@@ -35,8 +42,14 @@ def shortened(settings: Any, section: str = "") -> Any:
     return found
 
 
-def made(folder: Path, profile: str, files: Callable[[Path], None], **more: Any) -> Path:
-    """A project in which every stage of a profile has run; `more` are settings of tokenize_data."""
+def made(
+    folder: Path, profile: str, files: Callable[[Path], None], hub: dict[str, str] | None = None, **more: Any
+) -> Path:
+    """A project in which every stage of a profile has run; `more` are settings of tokenize_data.
+
+    Args:
+        hub: the environment in which a process reaches the Hub.
+    """
     project = new_project(folder)
     (project / "data/raw").mkdir(parents=True)
     (project / "models").mkdir()
@@ -45,7 +58,12 @@ def made(folder: Path, profile: str, files: Callable[[Path], None], **more: Any)
     settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160, **more}
     write_yaml(project / "params.yaml", settings)
     for stage in all_instances(load_graph(), settings):
-        call(project, stage)
+        if "_hub@" in stage:
+            process = start(project, stage, base_environment=hub)
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+        else:
+            call(project, stage)
     return project
 
 
@@ -196,3 +214,94 @@ def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.
     assert "models/reward" in card
     with inside(project):
         assert (project / "metrics/report.html").is_file()
+
+
+# Profiles of the Hub, from a server on loopback with small data and tiny models behind the names.
+
+HH = ("Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa")
+QWEN = {
+    "Qwen/Qwen2.5-0.5B": "060db6499f32faf8b98477b0a26969ef7d8b9987",
+    "Qwen/Qwen2-1.5B": "8a16abf2848eda07cc5253dec660bf1ce007ad7a",
+    "Qwen/Qwen2.5-1.5B-Instruct": "989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
+}
+OPT = ("facebook/opt-350m", "08ab08cc4b72ff5593870b5d527cf4230323703c")
+
+
+def transcript(number: int) -> dict[str, Any]:
+    asked = f"\n\nHuman: question {number}?\n\nAssistant:"
+    return {"chosen": f"{asked} good {number}", "rejected": f"{asked} bad {number}"}
+
+
+def conversation(number: int) -> dict[str, Any]:
+    asked = {"role": "user", "content": f"question {number}?"}
+    replies = {"chosen": f"good {number}", "rejected": f"bad {number}"}
+    return {name: [asked, {"role": "assistant", "content": reply}] for name, reply in replies.items()}
+
+
+def instruction(number: int) -> dict[str, Any]:
+    return {"instruction": f"question {number}?", "input": "", "output": f"good {number}"}
+
+
+def json_lines(row: Callable[[int], dict[str, Any]], *numbers: int) -> bytes:
+    return "".join(json.dumps(row(number)) + "\n" for number in range(*numbers)).encode()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    qwen, instruct, opt = (tmp_path_factory.mktemp(name) for name in ("qwen", "instruct", "opt"))
+    save_qwen(qwen, positions=512)
+    for folder in (instruct, opt):
+        shutil.copytree(qwen, folder, dirs_exist_ok=True)
+    tokenizer = json.loads((qwen / "tokenizer_config.json").read_text())
+    (instruct / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|im_end|>"}))
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=320, num_attention_heads=2, max_position_embeddings=512, **sizes)
+    OPTForCausalLM(config).save_pretrained(opt)
+    folder = "harmless-base"
+    hh = {f"{folder}/train.jsonl": json_lines(transcript, 40), f"{folder}/test.jsonl": json_lines(transcript, 40, 60)}
+    data = [
+        HubRepository("datasets", *HH, hh),
+        HubRepository("datasets", "QingyiSi/Alpaca-CoT", "0" * 40, {"firefly/a.jsonl": json_lines(instruction, 60)}),
+        HubRepository(
+            "datasets",
+            "OpenRLHF/preference_dataset_mixture2_and_safe_pku",
+            "0" * 40,
+            {"data/train.jsonl": json_lines(conversation, 60)},
+        ),
+    ]
+    models = [
+        repository_of_folder("models", name, commit, instruct if name.endswith("Instruct") else qwen)
+        for name, commit in QWEN.items()
+    ]
+    with HubServer([*data, *models, repository_of_folder("models", *OPT, opt)]) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("profile", "trained", "dtype"),
+    [
+        ("qwen2.5-0.5b-hh", {"sft", "rm", "dpo", "ppo", "grpo"}, torch.bfloat16),
+        ("qwen2-1.5b-firefly-sft", {"sft"}, torch.bfloat16),
+        ("qwen2.5-1.5b-rm", {"rm"}, torch.bfloat16),
+        ("opt-350m-hh-rm", {"rm"}, torch.float32),
+    ],
+)
+def test_a_profile_goes_from_the_hub_to_the_report(
+    hub: HubServer, tmp_path: Path, profile: str, trained: set[str], dtype: torch.dtype
+) -> None:
+    """With its own names, revisions and precisions, and a smaller model behind the name."""
+    project = made(tmp_path, profile, lambda _: None, hub.environment(tmp_path / "cache"))
+    assert {path.name for path in (project / "models").iterdir()} == {"base", *trained}
+    for name in trained:
+        tensors = load_file(project / f"models/{name}/model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    if "dpo" in trained:
+        first = pd.read_csv(project / "metrics/curves/dpo.csv").iloc[0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if profile == "opt-350m-hh-rm":
+        counts = metrics(project, "prepare_data")
+        assert (counts["hh/preference/train_rows"], counts["hh_test/preference/test_rows"]) == (36, 20)
+    assert (project / "metrics/report.html").is_file()

@@ -11,7 +11,7 @@ CHATML = (
 )
 
 
-def save_qwen(folder: Path) -> None:
+def save_qwen(folder: Path, positions: int = 128) -> None:
     """With a byte-level tokenizer, and more rows in its embedding than the tokenizer has tokens, as Qwen2.5 has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -33,7 +33,7 @@ def save_qwen(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
