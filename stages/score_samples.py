@@ -19,6 +19,7 @@ from stages.lib.command.jsonl import read_jsonl, write_json, write_jsonl
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.model_facts import read_config, read_model_facts
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.score_samples import ScoreSamples
@@ -61,7 +62,9 @@ def main(
         reward = load_reward_model(reward_model, settings, loading, batching, processes, tokenizer)
         if reward.facts and reward.facts.line():
             this_run.say(f"{this_run.stage}: {reward.facts.line()}")
-        sides = {side: start for side, start in SIDES.items() if f"{start}response" in rows[0]}
+        sides = {side: start for side, start in SIDES.items() if not start or f"{start}response" in rows[0]}
+        vocab_size = read_model_facts(read_config(reward_model)).vocab_size if reward.texts is None else None
+        require_samples(rows, [*sides.values()], vocab_size, path)
 
         def compute(chunk: range) -> dict[str, list]:
             some = rows[chunk.start : chunk.stop]
@@ -89,6 +92,34 @@ def main(
 
         this_run.publish(build)
     processes.leave()
+
+
+def require_samples(rows: list[dict[str, Any]], starts: list[str], vocab_size: int | None, path: Path) -> None:
+    """Raise a StageError that names the first row that is not one of evaluate's samples.
+
+    Args:
+        starts: how the keys of its replies begin.
+        vocab_size: of a reward model that reads the ids of samples; None: it reads their text.
+    """
+    replies = [f"{start}response" for start in starts]
+    for line, row in enumerate(rows, start=1):
+        fits = type(row.get("row")) is int and is_text_or_messages(row.get("prompt"))
+        fits = fits and all(isinstance(row.get(reply), str) for reply in replies)
+        if vocab_size is not None:
+            fits = fits and all(are_ids(row.get(f"{part}_ids"), vocab_size) for part in ("prompt", *replies))
+        if not fits:
+            raise StageError(f"{path}, line {line}: not a sample of evaluate's; run evaluate@{path.stem} again")
+
+
+def is_text_or_messages(value: Any) -> bool:
+    """True for a text, or messages."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in value) and bool(value)
+
+
+def are_ids(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < vocab_size for one in value)
 
 
 def scores_of_replies(reward: RewardModel, rows: list[dict[str, Any]], start: str, path: Path) -> list[float]:

@@ -90,6 +90,24 @@ def test_it_judges_no_pairs_but_those_of_the_tokens(
     assert message in refusal(folder, "evaluate_rm@rm", capsys)
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("change_of", [{"response": None}, {"row": "x"}, {"reference_response_ids": [10**6]}])
+def test_samples_that_evaluate_does_not_write_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture, given: bool, change_of: dict[str, object]
+) -> None:
+    if given:
+        change(folder / "params.yaml", {"score_samples": GIVEN})
+    path = folder / "data/samples/dpo.jsonl"
+    first, second, *_ = list(read_jsonl(path))
+    path.unlink()
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second | change_of)))
+    if given and "reference_response_ids" in change_of:
+        call(folder, "score_samples@dpo")  # it reads the text
+        return
+    message = "data/samples/dpo.jsonl, line 2: not a sample of evaluate's; run evaluate@dpo again"
+    assert message in refusal(folder, "score_samples@dpo", capsys)
+
+
 def test_its_tokenizer_makes_it_no_critic(folder: Path, capsys: pytest.CaptureFixture) -> None:
     change(folder / "params.yaml", {"train_ppo": {"ppo": GIVEN | {"critic": GIVEN["reward_model"]}}})
     message = refusal(folder, "train_ppo@ppo", capsys)

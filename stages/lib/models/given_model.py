@@ -140,8 +140,8 @@ def tell_of_another_end(model: "PreTrainedModel", tokenizer: "PreTrainedTokenize
     ends, end = model.config.eos_token_id, tokenizer.eos_token_id
     if end is not None and ends not in (None, end):
         print(
-            f"{name}: config.json has {ends!r:.200} as eos_token_id, the tokenizer {end} ({tokenizer.eos_token}): "
-            "the tokenizer's is used, unless prepare_base.eos_token names another",
+            f"note: {name}: config.json has {ends!r:.200} as eos_token_id, the tokenizer {end} "
+            f"({tokenizer.eos_token}): the tokenizer's is used, unless prepare_base.eos_token names another",
             file=sys.stderr,
         )
 
