@@ -137,7 +137,7 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
     curve = f"metrics/curves/{name}.csv"
     ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
     columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "grad_norm")]
-    columns = [name for name in columns if not name.startswith("eval")]
+    columns = [name for name in columns if not name.startswith("validation")]
     scale = theirs[columns].abs().max()
     if "policy/loss" in columns:
         scale["policy/loss"] = 1.0  # a mean of advantages of size 1, which cancel almost to nothing

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 WITHOUT_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts
 WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+")
 MOST_OF_BANDS = 0.95  # the highest similarity for which datasketch gives two bands of the fewest permutations
-NumberedRow = tuple[int, Kind, dict[str, Any]]
+TrainRow = tuple[int, Kind, dict[str, Any]]
 
 
-def near_duplicates(rows: Iterable[NumberedRow], settings: "NearDuplicates", seed: int) -> list[int]:
+def near_duplicates(rows: Iterable[TrainRow], settings: "NearDuplicates", seed: int) -> list[int]:
     """The numbers of rows that nearly are an earlier one of their kind which stays.
 
     The similarity of two rows, |A ∩ B| / |A ∪ B| of their runs of words, is estimated by MinHash for candidates that
@@ -51,7 +51,7 @@ def near_duplicates(rows: Iterable[NumberedRow], settings: "NearDuplicates", see
 
 
 def contaminated_rows(
-    tests: Iterable[dict[str, Any]], rows: Iterable[NumberedRow], settings: "Decontamination"
+    tests: Iterable[dict[str, Any]], rows: Iterable[TrainRow], settings: "Decontamination"
 ) -> list[int]:
     """The numbers of rows in which at least `overlap` of the runs of words of one test prompt stand."""
     prompts_with: defaultdict[bytes, list[int]] = defaultdict(list)
