@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.operations.code_closure import MANIFESTS, manifest_of, script_name
+from stages.lib.operations.code_closure import MANIFESTS, lines_of, manifest_of, script_name
+from stages.lib.settings.evaluate import Evaluate
+from stages.lib.settings.score_samples import ScoreSamples
 from stages.lib.settings.sources import FileSource, HubSource, TaskSettings
 from tests.pipeline.graph import (
+    CHAT_TEMPLATE,
     FIRST,
     ROOT,
     all_instances,
@@ -126,12 +129,17 @@ def test_imports_are_such_as_the_closure_sees():
 def test_the_committed_manifests_are_of_this_code():
     written = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / MANIFESTS).iterdir()}
     scripts = {script_name(body["cmd"]) for name, body in BODIES.items() if name != FIRST}
-    assert written == {name: manifest_of(f"stages/{name}.py", ROOT) for name in scripts}
+    manifests = {name: manifest_of(f"stages/{name}.py", ROOT) for name in scripts}
+    manifests["prepare_base"] += lines_of([CHAT_TEMPLATE], ROOT)
+    assert written == manifests
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [name for name in STAGES if name != FIRST])
 def test_params_declared_are_the_params_read(name):
-    """Groups that run one script may read different ones of its params: only tasks draw, and so need the seed."""
+    """Groups that run one script may read different ones of its params: only tasks draw, and so need the seed.
+
+    The first stage depends on all of params.yaml.
+    """
     script = script_name(BODIES[name]["cmd"])
     group = [body for body in BODIES.values() if script_name(body["cmd"]) == script]
     assert not wrong_params(script, {"params": [entry for body in group for entry in body.get("params") or ()]})
@@ -143,6 +151,13 @@ def test_a_source_is_read_again_for_every_key_but_what_is_drawn_of_it(group):
     body = next(stage["do"] for stage in GRAPH["stages"].values() if stage.get("foreach") == f"${{sources.{group}}}")
     declared = {entry.rpartition(".")[2] for entry in body["params"] if "." in entry}
     assert declared == model.model_fields.keys() - {"weight", "rows"}
+
+
+@pytest.mark.parametrize(("stage", "model"), [("evaluate", Evaluate), ("score_samples", ScoreSamples)])
+def test_a_policy_is_measured_again_for_every_key_but_those_of_other_policies(stage, model):
+    declared = {entry.split(".")[1] for entry in BODIES[stage]["params"] if entry.startswith(f"{stage}.")}
+    assert declared | {"policies"} == model.model_fields.keys()
+    assert f"{stage}.policies" not in BODIES[stage]["params"]
 
 
 @pytest.mark.parametrize("name", STAGES)

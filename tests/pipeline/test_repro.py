@@ -67,14 +67,15 @@ def test_a_setting_makes_stale_its_stage_and_what_follows_alone(checkout: Path) 
     (checkout / "params.yaml").write_text(text)
     (checkout / "runtime.yaml").write_text(runtime)
     stale = {line.rstrip(":") for line in status.stdout.splitlines() if line.endswith(":") and line[0] not in " \t"}
-    # The first stage, which checks both files; what follows train_dpo is stale once its outs have changed.
-    assert stale == {"code_manifest", "train_dpo"}
+    # The first stage, which checks both files, and the report, which names what is trained; what follows train_dpo is
+    # stale once its outs have changed.
+    assert stale == {"code_manifest", "train_dpo@dpo", "report"}
 
 
 @pytest.mark.slow
 def test_old_settings_put_back_are_restored_without_training(checkout: Path) -> None:
     text, runs = (checkout / "params.yaml").read_text(), checkout / ".scratch/runs.jsonl"
-    outs = ("dvc.lock", "models/dpo/model.safetensors", "metrics/train_dpo.json", "metrics/curves/train_dpo.csv")
+    outs = ("dvc.lock", "models/dpo/model.safetensors", "metrics/training/dpo.json", "metrics/curves/dpo.csv")
     before = {out: (checkout / out).read_bytes() for out in outs}
     count = len(runs.read_text().splitlines())
 
@@ -84,11 +85,11 @@ def test_old_settings_put_back_are_restored_without_training(checkout: Path) -> 
     assert {out for out in outs if (checkout / out).read_bytes() == before[out]} == set()
     (*_, last) = runs.read_text().splitlines()
     assert len(runs.read_text().splitlines()) == count + 1
-    assert json.loads(last)["stage"] == "train_dpo"
+    assert json.loads(last)["stage"] == "train_dpo@dpo"
 
     (checkout / "params.yaml").write_text(text)
     back = make(checkout, "train-dpo")
     assert back.returncode == 0, back.stdout + back.stderr
-    assert "Stage 'train_dpo' is cached - skipping run, checking out outputs" in back.stdout
+    assert "Stage 'train_dpo@dpo' is cached - skipping run, checking out outputs" in back.stdout
     assert {out: (checkout / out).read_bytes() for out in outs} == before
     assert len(runs.read_text().splitlines()) == count + 1  # nothing has run

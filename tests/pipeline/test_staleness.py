@@ -44,7 +44,7 @@ STAGES = stage_names()
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
 NOT_RUN = {
-    "prepare_base": dict.fromkeys(
+    "prepare_base@base": dict.fromkeys(
         (
             *("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py"),
             *("stages/lib/data/token_tables.py", "stages/lib/data/prompts.py"),
@@ -52,7 +52,12 @@ NOT_RUN = {
         "for a model that was trained elsewhere; here a new one is made",
     ),
     **dict.fromkeys(training_stages(), DEEPSPEED),
-    **{name: SHARDED for name in stage_names() if name == "ref_logprobs" or name.startswith("evaluate@")},
+    **{name: SHARDED for name in stage_names() if name.startswith(("ref_logprobs", "evaluate"))},
+    **{
+        name: {**SHARDED, "stages/lib/data/token_tables.py": "tables of tokens, by who reads them"}
+        for name in stage_names()
+        if name.startswith("score_samples")
+    },
 }
 
 

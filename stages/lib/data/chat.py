@@ -7,7 +7,7 @@ ends in exactly one EOS.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,10 +104,17 @@ def asked(
 
 def render_all(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[ToRender]) -> list[RenderingResult]:
     """Render conversations by a tokenizer's template, each to its text or to what `rendered` raises of it."""
+    return begin_to_render(tokenizer, conversations)()
+
+
+def begin_to_render(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[ToRender]
+) -> Callable[[], list[RenderingResult]]:
+    """What waits for the results of `render_all`. Another call drops those that nobody has waited for."""
     template = tokenizer.chat_template
     assert isinstance(template, str), "load_tokenizer refuses anything else"
     dated = (WITHOUT_DATE if "strftime_now" in template else "") + template
-    return template_process().render_all(dated, tokenizer.special_tokens_map, conversations)
+    return template_process().begin(dated, tokenizer.special_tokens_map, conversations)
 
 
 def rendered(result: RenderingResult) -> Rendered:

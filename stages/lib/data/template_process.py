@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from stages.lib.command.errors import StageError
@@ -50,6 +50,7 @@ class TemplateProcess:
 
     def __init__(self) -> None:
         self.settings: tuple[str, Mapping[str, Any]] | None = None
+        self.owes_answers = False
         self.process = subprocess.Popen(
             [sys.executable, "-P", template_worker.__file__, str(SECONDS), str(MEMORY)],
             stdin=subprocess.PIPE,
@@ -71,12 +72,24 @@ class TemplateProcess:
     def render_all(
         self, template: str, variables: Mapping[str, Any], conversations: Sequence[ToRender]
     ) -> list[RenderingResult]:
-        """Render many at once, which saves the two processes most of their waiting.
+        """Render many at once: the results of `begin`, waited for."""
+        return self.begin(template, variables, conversations)()
+
+    def begin(
+        self, template: str, variables: Mapping[str, Any], conversations: Sequence[ToRender]
+    ) -> Callable[[], list[RenderingResult]]:
+        """Begin to render many, while this process does something else. Called again, it drops what was begun before.
 
         Returns:
-            For each conversation its text; or a RenderingError with what the template raised; or a StageError where it
-            took more time or memory than a chat template may take, and for all that come after it.
+            What waits for the results, for each conversation its text; or a RenderingError with what the template
+            raised; or a StageError where it took more time or memory than a chat template may take, and for all that
+            come after it.
         """
+        if self.owes_answers:
+            self.process.kill()
+            _process_of.cache_clear()
+            return template_process().begin(template, variables, conversations)
+        self.owes_answers = True
         lines = [_request(conversations)]
         if (template, variables) != self.settings:
             self.settings = (template, variables)
@@ -85,7 +98,13 @@ class TemplateProcess:
             for line in lines:
                 self.writer.write(_line(line))
             self.writer.flush()
+        return partial(self._results, template, variables, conversations)
+
+    def _results(
+        self, template: str, variables: Mapping[str, Any], conversations: Sequence[ToRender]
+    ) -> list[RenderingResult]:
         answers = self.reader.readline()
+        self.owes_answers = False
         results = [_result(answer) for answer in json.loads(answers)] if answers else [self._ended()]
         stopped = next((number for number, result in enumerate(results) if isinstance(result, StageError)), None)
         if stopped is None:

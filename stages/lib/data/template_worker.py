@@ -9,7 +9,8 @@ requests from stdin and answers on stdout, each a line of JSON:
     {"messages": […], "conversations": [[places, add_generation_prompt, tools?, template_arguments?, spans?], …]}
         → [text | {"text": …, "spans": …} | {"error": …} | {"excess": …}, …]
 
-`places` says which of the messages a conversation holds; `spans` are the places, as [start, end] in the text, of what stands in the template's `{% generation %}` blocks.
+`places` says which of the messages a conversation holds; `spans` are the places, as [start, end] in the text, of what
+stands in the template's `{% generation %}` blocks.
 
 The kernel ends the process once a rendering takes more than SECONDS of processor time; it gets no more than BYTES of
 memory beyond what the libraries take.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import render_all, template_marks_replies, with_eos
+from stages.lib.data.chat import begin_to_render, template_marks_replies, with_eos
 from stages.lib.data.conversation_rows import (
     Conversation,
     preference_conversation,
@@ -23,8 +23,9 @@ from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.prompts import json_text
 from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.row_texts import Part, RowTexts, recipe, row_texts
+from stages.lib.data.template_process import RenderingResult
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, UNPAIRED_SCHEMA
-from stages.lib.settings.tokenize_data import Tokenize
+from stages.lib.settings.tokenize_data import LossOn, Tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,24 +57,53 @@ class EncodedRow(NamedTuple):
 def encode_rows(
     tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Conversation], settings: Tokenize
 ) -> list[EncodedRow | UnusableRowError | StageError]:
-    """Each row as ids, or why it cannot be encoded: an UnusableRowError, a RefusedRowError or a StageError.
+    """Each row as ids, or why it cannot be encoded: an UnusableRowError, a RefusedRowError or a StageError."""
+    (encoded,) = encode_batches(tokenizer, kind, [rows], settings)
+    return encoded
 
-    All are rendered in one message to the template's process and encoded in one call.
-    """
-    loss_on = settings.loss_on if kind == "sft" else None
+
+def encode_batches(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, batches: Iterable[Sequence[Conversation]], settings: Tokenize
+) -> Iterator[list[EncodedRow | UnusableRowError | StageError]]:
+    """The same for batches of rows, each rendered in one message to the template's process and encoded in one call."""
     specials = special_tokens(tokenizer)  # once, since finding them takes as long as reading a row
+    for texts in _rendered_batches(tokenizer, specials, batches, settings.loss_on if kind == "sft" else None):
+        wanted = [text for made in texts if not _failed(made) for text in _texts_to_encode(made)]
+        ids = iter(encode_texts(tokenizer, wanted))
+        yield [
+            made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_to_encode(made)])
+            for made in texts
+        ]
+
+
+def _rendered_batches(
+    tokenizer: "PreTrainedTokenizerBase",
+    specials: SpecialTokens,
+    batches: Iterable[Sequence[Conversation]],
+    loss_on: LossOn | None,
+) -> Iterator[list[Any]]:
+    """The texts of each row, or its error. The next batch is read and rendered while one is encoded."""
     recipe_of = partial(recipe, loss_on=loss_on, marks_replies=template_marks_replies(tokenizer))
-    recipes = [_or_error(recipe_of, specials, row) for row in rows]
-    results = iter(render_all(tokenizer, [one for made in recipes if not _failed(made) for one in made.asked]))
-    texts = [
+    texts_of = partial(_rendered_texts, specials, loss_on)
+    begun: tuple[list[Any], Callable[[], list[RenderingResult]]] | None = None
+    for rows in batches:
+        recipes = [_or_error(recipe_of, specials, row) for row in rows]
+        texts = None if begun is None else texts_of(*begun)
+        asked = [one for made in recipes if not _failed(made) for one in made.asked]
+        begun = recipes, begin_to_render(tokenizer, asked)
+        if texts is not None:
+            yield texts
+    if begun is not None:
+        yield texts_of(*begun)
+
+
+def _rendered_texts(
+    specials: SpecialTokens, loss_on: LossOn | None, recipes: list[Any], rendered: Callable[[], list[RenderingResult]]
+) -> list[Any]:
+    results = iter(rendered())
+    return [
         made if _failed(made) else _or_error(row_texts, specials, made, [next(results) for _ in made.asked], loss_on)
         for made in recipes
-    ]
-    wanted = [text for made in texts if not _failed(made) for text in _texts_to_encode(made)]
-    ids = iter(encode_texts(tokenizer, wanted))
-    return [
-        made if _failed(made) else _or_error(_joined, specials, made, [next(ids) for _ in _texts_to_encode(made)])
-        for made in texts
     ]
 
 

@@ -18,9 +18,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -36,7 +36,7 @@ from stages.lib.data.token_rows import (
     Counts,
     EncodedRow,
     OverBudgetError,
-    encode_rows,
+    encode_batches,
     first_tokens,
     within_budget,
 )
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 SHARD_ROWS = 1000
 ROWS_WORTH_A_WORKER = 2000  # fewer are encoded in less time than a worker takes to start
 ROWS_AT_ONCE = 250  # rendered in one message, encoded in one call
+NumberedRow = tuple[int, str, Conversation]  # with its 0-based line and its place
 
 
 class Shard(NamedTuple):
@@ -99,21 +100,15 @@ class ShardEncoder:
 
         Raises StageError, for the first row that cannot be used, with the row's place.
         """
-        counts, table = Counts(), []
-        numbered = iter(self._read(shard))
-        fault = None
-        while fault is None:
-            rows: list[tuple[int, str, Conversation]] = []
-            try:
-                for number, where, row in islice(numbered, ROWS_AT_ONCE):
-                    rows.append((number, where, row))
-            except StageError as error:
-                fault = error
-            if not rows:
-                break
-            table += self._encode(rows, counts)
-        if fault:
-            raise fault
+        counts, table = Counts(), list[dict[str, Any]]()
+        faults: list[StageError] = []
+        for_encoding, for_counting = tee(self._batches(shard, faults))
+        batches = ([row for _, _, row in rows] for rows in for_encoding)
+        encoded = encode_batches(self.tokenizer, self.kind, batches, self.settings)
+        for rows, results in zip(for_counting, encoded, strict=True):
+            table += self._counted(rows, results, counts)
+        if faults:
+            raise faults[0]
         schema = ENCODINGS[self.kind].schema
         batch = batch_of(table, schema)
         check_batch_fits(batch, self.model, shard.path)
@@ -122,7 +117,22 @@ class ShardEncoder:
             stream.write_batch(batch)
         return json.dumps(vars(counts)).encode() + b"\n" + sink.getvalue().to_pybytes()
 
-    def _read(self, shard: Shard) -> Iterator[tuple[int, str, Conversation]]:
+    def _batches(self, shard: Shard, faults: list[StageError]) -> Iterator[list[NumberedRow]]:
+        """The rows before the first line that cannot be used. The error of that goes into `faults`."""
+        numbered = self._read(shard)
+        more = True
+        while more:
+            rows: list[NumberedRow] = []
+            try:
+                for row in islice(numbered, ROWS_AT_ONCE):
+                    rows.append(row)
+            except StageError as error:
+                faults.append(error)
+            more = len(rows) == ROWS_AT_ONCE
+            if rows:
+                yield rows
+
+    def _read(self, shard: Shard) -> Iterator[NumberedRow]:
         with shard.path.open("rb") as lines:
             lines.seek(shard.offset)
             for number, line in enumerate(islice(lines, shard.rows), shard.first_row):
@@ -133,9 +143,10 @@ class ShardEncoder:
                     raise StageError(f"{where}: not UTF-8 text ({error.reason})") from None
                 yield number, where, ENCODINGS[self.kind].read(parse_object(text, where), where)
 
-    def _encode(self, rows: list[tuple[int, str, Conversation]], counts: Counts) -> Iterator[dict]:
-        encoded = encode_rows(self.tokenizer, self.kind, [row for _, _, row in rows], self.settings)
-        for (number, where, row), result in zip(rows, encoded, strict=True):
+    def _counted(
+        self, rows: list[NumberedRow], results: list[EncodedRow | UnusableRowError | StageError], counts: Counts
+    ) -> Iterator[dict[str, Any]]:
+        for (number, where, row), result in zip(rows, results, strict=True):
             try:
                 fitting = self._fitting(result, number, where, row)
                 columns = ENCODINGS[self.kind].columns(fitting, row)

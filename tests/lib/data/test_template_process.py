@@ -64,6 +64,26 @@ def test_results_of_many_are_those_of_each(process):
     assert process.render("{{ messages[0].content }}", {}, conversations[7]).text == "7"
 
 
+def test_a_message_of_several_conversations_is_written_once(process):
+    prompt, good, bad = ({"role": "user", "content": text} for text in ("p", "g", "b"))
+    equal = dict(prompt)
+    asked = [ToRender(messages, False) for messages in ([prompt], [prompt, good], [prompt, bad], [equal, good])]
+    assert template_process._request(asked) == {
+        "messages": [prompt, good, bad, equal],
+        "conversations": [[[0], False], [[0, 1], False], [[0, 2], False], [[3, 1], False]],
+    }
+    results = process.render_all(ECHO, {}, asked)
+    assert [result.text for result in results] == ["pFalse", "pgFalse", "pbFalse", "pgFalse"]
+
+
+def test_answers_that_nobody_waited_for_are_not_those_of_the_next():
+    process = TemplateProcess()
+    process.begin(ECHO, {}, [ToRender(USER, True)])
+    wait = process.begin(ECHO, {}, [ToRender([{"role": "user", "content": "b"}], False)])
+    assert [result.text for result in wait()] == ["bFalse"]
+    assert process.process.wait() == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -13,6 +13,7 @@ from stages.lib.data.token_tables import (
     TOKENIZER_NOTE,
     UNPAIRED_SCHEMA,
     TableWriter,
+    batch_of,
     check_table_fits,
     read_note,
     read_table,
@@ -41,6 +42,20 @@ def with_texts(columns):
     count = len(columns["row"])
     texts = {"messages": MESSAGES, "facts": '{"task": "sums"}', "context": '{"tools": []}', "source": "films"}
     return columns | {name: [text] * count for name, text in texts.items()}
+
+
+@pytest.mark.parametrize("lists", [[[1, 2], [], [2**31 - 1]], [], [[]], [None, [3]], [[4, None]]])
+def test_ids_become_what_pyarrow_makes_of_them(lists):
+    schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
+    made = batch_of([{"input_ids": ids} for ids in lists], schema)
+    made.validate(full=True)
+    assert made.equals(pa.record_batch([pa.array(lists, schema.field(0).type)], schema=schema))
+
+
+@pytest.mark.parametrize("wrong", [2**31, "1"])
+def test_what_is_no_id_is_not_made_one(wrong):
+    with pytest.raises((OverflowError, pa.ArrowException)):
+        batch_of([{"input_ids": [1, wrong]}], pa.schema([("input_ids", pa.list_(pa.int32()))]))
 
 
 def test_a_table_comes_back(tmp_path):
