@@ -146,7 +146,7 @@ test-fast: $(VENV) ## Run the tests that take seconds
 
 CASES ?= 3600
 SEED ?= 1
-fuzz: $(VENV) ## Meet the stages with wrong and odd inputs, and write down what came of it (20 minutes): CASES=n, SEED=n
+fuzz: $(VENV) ## Meet the stages with wrong and odd inputs, and write down what came of it (an hour): CASES=n, SEED=n
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --cases $(CASES) --seed $(SEED) --table tests/fuzz/table.md
 
 prove: $(VENV) ## Kill every stage in every way, run each in every way, and write down what came of it (one to three hours)
