@@ -10,6 +10,8 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.params import build
+from stages.lib.settings.declaration import block
+from stages.lib.settings.reading import WinnerComparison
 from stages.lib.settings.sources import Sources
 from tests.real_files import PROJECT, real_file
 from tests.stages.data_stages import read, settings, sources_of, write_rows
@@ -161,6 +163,19 @@ def test_two_responses_beside_a_winner_are_never_taken_in_one_order(tmp_path, be
     assert [row["chosen"][0]["content"] for row in rows] == ["yes", "no", "yes", "no"]
     assert f"columns read: {', '.join(sorted(['a', 'b', better, 'prompt']))}\n" in record
     assert "format comparison: described in params.yaml as winner\n" in record
+
+
+@pytest.mark.parametrize("on_unusable_row", ["error", "drop"])
+def test_an_unknown_vote_ends_the_run_whatever_becomes_of_unusable_rows(tmp_path, on_unusable_row):
+    raw = [{"prompt": f"ask {n}", "a": "yes", "b": "no", "won": 1 + n % 2} for n in range(4)]  # counts from 1
+    comparison = block(WinnerComparison, responses=["a", "b"], winner=["won"])
+    keys = {"kinds": ["preference"], "on_unusable_row": on_unusable_row}
+    message = refused(tmp_path, raw, comparison=comparison, **keys)
+    assert "line 2, 'won': the vote '2' (of '2') is known for neither response: first is 0, second 1, tie" in message
+    assert "drop" not in message
+    comparison |= {"first": [1], "second": [2]}
+    rows, _, _ = read_rows(tmp_path, raw, comparison=comparison, **keys)
+    assert [row["chosen"][0]["content"] for row in rows] == ["yes", "no", "yes", "no"]
 
 
 def test_a_flat_file_of_ranked_replies_is_read_as_trees(tmp_path):

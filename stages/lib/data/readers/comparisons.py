@@ -39,7 +39,8 @@ def read_comparison(row: RawRow, place: RowPlace) -> list[Example]:
     """The pairs of a row, best first; or each of its responses with its label.
 
     Raises:
-        MalformedRowError: a column is missing, a vote or score says nothing that is known.
+        StageError: a vote says nothing that is known.
+        MalformedRowError: a column is missing, a score is no number.
         UnusableRowError: it gives no pair: nobody voted, all are alike, or only one response has a score.
     """
     settings = place.options.comparison
@@ -121,7 +122,11 @@ def values_in(row: RawRow, columns: tuple[str, ...], place: RowPlace) -> list[tu
 
 
 def votes_in(row: RawRow, settings: WinnerComparison, place: RowPlace) -> list[float]:
-    """How many votes there are for the first and for the second response."""
+    """How many votes there are for the first and for the second response.
+
+    Raises:
+        StageError: a vote stands for neither, and is no tie.
+    """
     votes = [0.0, 0.0]
     said = [settings.first, settings.second]
     if settings.names:
@@ -138,11 +143,25 @@ def votes_in(row: RawRow, settings: WinnerComparison, place: RowPlace) -> list[f
         if side is not None:
             votes[side] += 1
         elif text not in ties:
-            known = ", ".join(sorted({*sides[0], *sides[1], *ties}))
-            raise MalformedRowError(f"{where}: the vote {text[:40]!r} is for neither; known: {known}", "unknown_vote")
+            raise StageError(unknown_vote(where, text, [vote for vote, _ in cast], (*sides, ties)))
     if not cast:
         raise UnusableRowError("no_vote")
     return votes
+
+
+def unknown_vote(where: str, text: str, cast: list[Any], known: tuple[set[str], set[str], set[str]]) -> str:
+    """What is said of a vote that stands for nothing.
+
+    It ends the run whatever becomes of unusable rows: where an index counts from 1 and is read as if from 0, leaving
+    out what is unknown would leave nothing but pairs the wrong way round.
+    """
+    seen = ", ".join(sorted({repr(in_a_cell(vote)[:40]) for vote in cast}))
+    first, second, tie = (", ".join(sorted(values)) or "nothing" for values in known)
+    return (
+        f"{where}: the vote {text[:40]!r} (of {seen}) is known for neither response: first is {first}, second "
+        f"{second}, tie {tie}; say in comparison which values stand for the first response (first), for the second (second), "
+        "and for neither (tie). An index may count from 0 or from 1"
+    )
 
 
 def votes_of(row: RawRow, column: str, place: RowPlace) -> list[tuple[Any, str]]:
