@@ -36,7 +36,7 @@ def shortened(settings: Any, section: str = "") -> Any:
         return deepcopy(settings)  # or YAML would write an alias where two entries share a default
     short = SHORT | (RL if section in ("train_ppo", "train_grpo") else {"max_new_tokens": 16})
     found = {name: shortened(value, section or name) for name, value in settings.items()}
-    found |= {name: type(settings[name] or 0)(short[name]) for name in found.keys() & short.keys()}
+    found |= {name: type(settings[name] or 0)(short[name]) for name in found.keys() & short.keys() if found[name] != 0}
     if "rollout_batch_size" in found:
         found["rollout_batch_size"] = 8 // found.get("samples_per_prompt", 1)
     return found
