@@ -24,7 +24,7 @@ from stages.lib.command.outputs import partial_name, remove, written_whole
 from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.alike_rows import contaminated_rows, near_duplicates
-from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
+from stages.lib.data.prepared_rows import KINDS, MAY_BE_EMPTY, SPLITS, Kind, Split
 from stages.lib.data.prompt_digests import content_digest, digests_of_row
 from stages.lib.data.row_places import FATES, DrawnShare, RowPlaces
 from stages.lib.operations.run_log import log_run
@@ -124,10 +124,10 @@ def rows_by_fate(counts: Mapping[tuple[int, int, int], int], names: list[str], k
 
 
 def require_rows(metrics: Mapping[str, int], kinds: tuple[Kind, ...]) -> None:
-    """Raise StageError if a kind has no rows in a split."""
+    """Raise StageError if a kind has no rows in a split that a stage reads."""
     for kind in kinds:
         for split in SPLITS:
-            if not metrics[f"{kind}/{split}_rows"]:
+            if not metrics[f"{kind}/{split}_rows"] and (kind, split) not in MAY_BE_EMPTY:
                 dropped = Counter(
                     {key.rpartition("/")[2]: 0 for key in metrics if f"/{kind}/dropped/" in key},
                 )

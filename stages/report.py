@@ -240,6 +240,7 @@ def page_of(inputs: Inputs) -> str:
             "title": f"Report on {joined_names(names)}",
             "outcome": outcome(measured, reference, inputs.reward_models, inputs.data.get("bayes_accuracy")),
             "reference": reference,
+            "judge": named.judge,
             "policies": policies_table(measured, reference) if measured else None,
             "reward_models": reward_models_table(inputs),
             "data": data_table(inputs),
@@ -264,7 +265,7 @@ def named_in_params() -> Named:
         "train_ppo": read_params("train_ppo", dict[str, Any]),
         "train_grpo": read_params("train_grpo", dict[str, Any]),
     }
-    evaluate = read_params("evaluate", Evaluate)
+    evaluate, scoring = read_params("evaluate", Evaluate), read_params("score_samples", ScoreSamples)
     at_reference = [name for name, path in evaluate.policies.items() if path == evaluate.reference]
     policies = dict.fromkeys([*at_reference[:1], *evaluate.policies])
     return Named(
@@ -272,7 +273,8 @@ def named_in_params() -> Named:
         trained={name: stage for stage, names in sections.items() for name in names},
         policies=tuple(policies),
         reference=at_reference[0] if at_reference else evaluate.reference,
-        scored=read_params("score_samples", ScoreSamples).policies,
+        scored=scoring.policies,
+        judge=scoring.reward_model if scoring.policies else None,
         reward_models=tuple(read_params("evaluate_rm", dict[str, Any])),
     )
 

@@ -30,7 +30,7 @@ from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.chat import REASONING_FIELDS, load_tokenizer
 from stages.lib.data.encoding import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT
-from stages.lib.data.prepared_rows import KINDS, SPLITS, Kind, Split
+from stages.lib.data.prepared_rows import KINDS, MAY_BE_EMPTY, SPLITS, Kind, Split
 from stages.lib.data.template_process import template_process
 from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
 from stages.lib.data.token_shards import Shard, ShardEncoder, encoded_shards, read_shard, row_shards, workers_for
@@ -96,17 +96,26 @@ class KeptShards:
 
 
 def write_tables(
-    encoder: ShardEncoder, shards: dict[Split, list[Shard]], tables: dict[Split, Path], workers: int, kept: KeptShards
+    encoder: ShardEncoder,
+    rows: dict[Split, Path],
+    shards: dict[Split, list[Shard]],
+    tables: dict[Split, Path],
+    workers: int,
+    kept: KeptShards,
 ) -> dict[Split, Counts]:
-    """Encode the shards of each split into its table. Returns what each holds. Raises StageError if one has no row."""
+    """Encode the shards of each split into its table. Returns what each holds.
+
+    Raises:
+        StageError: of a file that has rows none is left.
+    """
     counts = {split: Counts() for split in shards}
     started = reported = time.monotonic()
     todo = [(split, shard) for split in shards for shard in shards[split]]
     made = encoded_shards(encoder, [shard for _, shard in todo], workers, kept.read, kept.keep)
     with ExitStack() as open_files:
         streams = {
-            split: open_files.enter_context(pyarrow.ipc.new_stream(str(tables[split]), encoder.schema_of(own[0].path)))
-            for split, own in shards.items()
+            split: open_files.enter_context(pyarrow.ipc.new_stream(str(tables[split]), encoder.schema_of(rows[split])))
+            for split in shards
         }
         open_files.callback(made.close)  # its processes
         for (split, shard), payload in zip(todo, made, strict=True):
@@ -116,8 +125,8 @@ def write_tables(
             counts[split].add(counts_of_shard)
             if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
-                rows = sum(count.rows for count in counts.values())
-                print(f"{shard.path}: {rows:,} rows, {rows / (reported - started):,.0f} rows/s", file=sys.stderr)
+                done = sum(count.rows for count in counts.values())
+                print(f"{shard.path}: {done:,} rows, {done / (reported - started):,.0f} rows/s", file=sys.stderr)
             if shard == shards[split][-1]:
                 require_any_row(counts[split], shard.path)
     return counts
@@ -189,7 +198,7 @@ def main(
     settings, seed = read_params("tokenize_data", Tokenize), read_value("seed", int)
     facts = facts_with_room(tokenizer, settings)
     rows = {split: prepared / split / f"{kind}.jsonl" for split in SPLITS}
-    shards = {split: row_shards(path) for split, path in rows.items()}
+    shards = {split: row_shards(path, may_be_empty=(kind, split) in MAY_BE_EMPTY) for split, path in rows.items()}
     workers = workers_for([shard for own in shards.values() for shard in own], read_runtime(STAGE).workers or cores())
     if workers == 1:
         template_process()  # it loads while this one does
@@ -202,7 +211,7 @@ def main(
     if not scratch.publish_complete(outs):
         folder = scratch.stage_outs()
         tables = {split: folder / f"{split}.arrow" for split in SPLITS}
-        counts = write_tables(encoder, shards, tables, workers, KeptShards(scratch))
+        counts = write_tables(encoder, rows, shards, tables, workers, KeptShards(scratch))
         write_json(folder / "metrics.json", metrics_of(kind, counts))
         scratch.complete(outs, lambda hashes: log_run(f"{STAGE}@{kind}", hashes, time.monotonic() - started))
         remove(scratch.kept)

@@ -417,3 +417,16 @@ def test_real_human_preferences(tmp_path):
     for row in rows_of["test/preference"]:
         assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) in replies
         assert row["prompt"][-1]["role"] == "user"
+
+
+def test_prompts_need_no_validation_rows(tmp_path):
+    """Nothing reads them: a train file and a test file of prompts are enough."""
+    for name in ("train", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {number}"} for number in range(3)])
+    files = {
+        name: {"path": str(tmp_path / f"{name}.jsonl"), "kinds": ["prompts"], "split": name}
+        for name in ("train", "test")
+    }
+    rows_of, metrics = read_and_prepare(tmp_path, sources_of(files=files), kinds=["prompts"])
+    assert [len(rows_of[f"{split}/prompts"]) for split in SPLITS] == [3, 0, 3]
+    assert metrics["prompts/validation_rows"] == 0

@@ -62,8 +62,8 @@ class Shard(NamedTuple):
     rows: int
 
 
-def row_shards(path: Path) -> list[Shard]:
-    """Cut a prepared file into shards. Raises StageError if it is missing or empty."""
+def row_shards(path: Path, *, may_be_empty: bool = False) -> list[Shard]:
+    """Cut a prepared file into shards. Raises StageError if it is missing or, unless it may be, empty."""
     if not path.is_file():
         raise StageError(f"{path} does not exist")
     shards, offset, start, row = [], 0, 0, -1
@@ -73,6 +73,8 @@ def row_shards(path: Path) -> list[Shard]:
                 shards.append(Shard(path, row - SHARD_ROWS, start, SHARD_ROWS))
                 start = offset
             offset += len(line)
+    if row < 0 and may_be_empty:
+        return []
     if row < 0:
         raise StageError(f"{path} is empty: expected one JSON object a line")
     first = len(shards) * SHARD_ROWS

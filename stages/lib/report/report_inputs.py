@@ -38,6 +38,7 @@ class Named(NamedTuple):
     reference: str  # what they are compared with: one of them by its name, or a path
     scored: tuple[str, ...]  # of the policies: those whose samples a reward model has scored
     reward_models: tuple[str, ...]  # that are evaluated
+    judge: str | None  # the folder of the reward model that has scored the samples
 
 
 class Metrics(dict[str, float]):
