@@ -125,6 +125,8 @@ def pair_candidates(row: RawRow) -> list[Format]:
         "sharegpt_preference",
     )
     named = [name for name in explicit if not missing_columns(row, name)]
+    if "messages" in row and row["messages"] == row["chosen"]:  # the chosen conversation once more, as in UltraFeedback
+        named.remove("messages_preference")
     if named:
         return named
     if all(isinstance(reply, list) for reply in replies) or row.keys() <= BESIDE_AN_IMPLICIT_PROMPT:

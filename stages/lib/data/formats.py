@@ -46,7 +46,7 @@ from stages.lib.data.readers.prompt_and_reply import BESIDE_A_TEXT, COLUMNS_OF_P
 from stages.lib.data.readers.row_place import RowPlace, is_given
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.tool_calls import object_from, refuse_arguments_of_the_renderer, tools_from
-from stages.lib.data.winner_columns import refuse_winner_columns
+from stages.lib.data.winner_columns import refuse_score_columns, refuse_winner_columns
 from stages.lib.settings.declaration import block
 from stages.lib.settings.reading import (
     OrderedComparison,
@@ -159,12 +159,15 @@ def examples_of(
         )
     facts = facts or {}
     if name in PAIRS and not isinstance(options.comparison, TreeComparison):
-        refuse_winner_columns(row, columns_read(name, options), facts, renames or {}, where)
+        read = columns_read(name, options)
+        if name != "comparison":
+            refuse_score_columns(row, read, facts, renames or {}, where)
+        refuse_winner_columns(row, read, facts, renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
-    read = READERS[name].read(row, place)
+    found = READERS[name].read(row, place)
     if options.input_template is not None and not place.templated:
         raise StageError(f"{where}: input_template is for prompts that are texts, and this one is not; make it null")
-    examples = [completed(example, row, name, place) for example in read]
+    examples = [completed(example, row, name, place) for example in found]
     if len(examples) == 1:
         return [replace(checked(examples[0]), facts=dict(facts))]
     return [replace(example, facts=dict(facts)) for example in usable(examples, place.counts)]

@@ -37,10 +37,11 @@ or semicolons or tabs where the header leaves no doubt; else `delimiter` names i
 COMPARISONS = """
 **Which response is better is never guessed.** An index may count from 0 or from 1, and a letter may stand for a column
 or for a place on a screen: `first` and `second` say which values of `winner` mean which response. A row with a vote
-that is in none of `first`, `second` and `tie` is an error, whatever `on_unusable_row` says. Keys of `comparison` that an example does not show are as
-they are by default; in params.yaml all of them must stand (below). Two responses that `columns` names chosen and
-rejected, beside a column that may say which of them won, are refused until that column is described here or ignored by
-name.
+that is in none of `first`, `second` and `tie` is an error, whatever `on_unusable_row` says. Keys of `comparison` that
+an example does not show are as they are by default; in params.yaml all of them must stand (below). Two responses that
+`columns` names chosen and rejected, beside a column, or a key of an object in one, that may say which of them won or
+scored more, are refused until that column is described here or ignored by name. Scores of replies that the data itself
+names chosen and rejected may stand beside them as long as they agree; they are not used.
 """
 AFTER = """
 ## Columns of each format

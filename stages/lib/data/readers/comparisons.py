@@ -143,13 +143,13 @@ def votes_in(row: RawRow, settings: WinnerComparison, place: RowPlace) -> list[f
         if side is not None:
             votes[side] += 1
         elif text not in ties:
-            raise StageError(unknown_vote(where, text, [vote for vote, _ in cast], (*sides, ties)))
+            raise StageError(unknown_vote(where, text, [vote for vote, _ in cast], [*sides, ties]))
     if not cast:
         raise UnusableRowError("no_vote")
     return votes
 
 
-def unknown_vote(where: str, text: str, cast: list[Any], known: tuple[set[str], set[str], set[str]]) -> str:
+def unknown_vote(where: str, text: str, cast: list[Any], known: list[set[str]]) -> str:
     """What is said of a vote that stands for nothing.
 
     It ends the run whatever becomes of unusable rows: where an index counts from 1 and is read as if from 0, leaving
@@ -159,8 +159,8 @@ def unknown_vote(where: str, text: str, cast: list[Any], known: tuple[set[str], 
     first, second, tie = (", ".join(sorted(values)) or "nothing" for values in known)
     return (
         f"{where}: the vote {text[:40]!r} (of {seen}) is known for neither response: first is {first}, second "
-        f"{second}, tie {tie}; say in comparison which values stand for the first response (first), for the second (second), "
-        "and for neither (tie). An index may count from 0 or from 1"
+        f"{second}, tie {tie}; say in comparison which values stand for the first response (first), for the second "
+        "(second), and for neither (tie). An index may count from 0 or from 1"
     )
 
 
