@@ -16,8 +16,9 @@ from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
 from stages.lib.data import template_process
 from stages.lib.data.prepared_rows import SPLITS
-from stages.lib.data.prompts import Prompt, prompts_of
+from stages.lib.data.prompts import Prompt, json_text, prompts_of
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_note, read_table
+from stages.lib.evaluation.evaluation_rows import prompts_of_texts
 from stages.lib.models.tokenizer_files import tokenizer_hash
 from stages.lib.runs.scratch import ScratchFolder
 from stages.lib.settings.declaration import block
@@ -159,12 +160,16 @@ def test_sft_by_hand(tmp_path, base):
             "row": 0,
             "input_ids": [USER, ID_H, ID_I, ASSISTANT, HO, EOS],
             "loss_mask": [False] * 4 + [True] * 2,
+            "messages": json_text([user("hi")]),
+            "context": "{}",
             "source": "films",
         },
         {
             "row": 3,
             "input_ids": two_turns,
             "loss_mask": [False] * 3 + [True] * 2 + [False] * 3 + [True] * 4,
+            "messages": json_text([user("h")]),
+            "context": "{}",
             "source": "films",
         },
     ]
@@ -475,9 +480,36 @@ def test_first_tokens_of_texts(tmp_path, base):
     tokenize_here(tmp_path, base, "prompts", rows, [{"text": "hi"}], text_prompt_tokens=[2, 4])
     table = read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)
     assert {len(ids) for ids in table["prompt_ids"]} == {2, 3, 4}
-    assert prompts_of(table[:1])[0].context == {"text": "h" * 9}
+    for prompt in prompts_of(table[:]):  # whoever does not read the ids sees what they hold
+        assert prompt.shown == "h" * len(prompt.ids)
+        assert prompt.context["cut"]
     refused = refusal(tmp_path / "other", base, "prompts", rows, text_prompt_tokens=[4, 2])
     assert "text_prompt_tokens must be [least, most], found [4, 2]" in refused
+
+
+@pytest.mark.parametrize(("truncation", "shown"), [("keep_end", "hihih<a>"), ("keep_start", "<u>ihihi")])
+def test_a_cut_prompt_is_shown_as_far_as_its_ids_go(tmp_path, base, truncation, shown):
+    turns = [user("ihihihih")]
+    tokenize_here(tmp_path, base, "prompts", [{"prompt": turns}, PROMPT], truncation=truncation)
+    cut, whole = prompts_of(read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)[:])
+    assert (cut.shown, cut.context["cut"], cut.messages) == (shown, True, turns)
+    assert (whole.shown, whole.context) == ([user("hi")], {})
+
+
+def test_prompts_of_texts_are_shown_as_messages(tmp_path, base):
+    """So a reward model renders them with a chat template of its own, and not with the policy's in them."""
+    earlier = [user("h"), {**assistant("i"), "weight": 0}, user("o")]
+    rows = [
+        SFT,
+        {"messages": [*earlier, assistant("o")]},
+        {"text": "hihi"},
+        {"messages": [user("ihihihi"), assistant("o")]},
+    ]
+    tokenize_here(tmp_path, base, "sft", rows, max_length=12, truncation="keep_end", max_prompt_length=8)
+    prompts = prompts_of_texts(read_table(tmp_path / "data/tokens/train/sft.arrow", SFT_SCHEMA), None)
+    shown = [[user("hi")], [user("h"), assistant("i"), user("o")], "ihihihi<a>"]
+    assert [(prompt.row, prompt.shown) for prompt in prompts] == [*zip((0, 1, 3), shown, strict=True)]
+    assert [len(prompt.ids) for prompt in prompts] == [4, 8, 8]
 
 
 @pytest.mark.parametrize("margin", [1e39, float("inf"), float("nan"), True, 10**400, -1])

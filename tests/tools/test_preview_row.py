@@ -33,6 +33,7 @@ def project(tmp_path_factory):
             {"kind": "sft", "row": 1},
             [
                 "data/tokens/train/sft.arrow, row 1 (source films): 11 tokens",
+                'messages: [{"content": "h", "role": "user"}]',
                 "[prompt]  {trained}  (masked)",
                 "prompt      3  [<u>][h][<a>]",
                 "trained     2  {ho}{<eos>}",

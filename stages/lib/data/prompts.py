@@ -20,9 +20,15 @@ class Prompt(NamedTuple):
     messages: list[Message]
     facts: dict[str, Any]  # what grades and rewards may look at: the task's name, an answer, …
     # What the ids were made of beside the messages, for whoever renders the prompt again: "tools" and
-    # "template_arguments" of the chat template, or the "text" of a prompt without messages.
+    # "template_arguments" of the chat template, or the "text" of a prompt without messages. Of a prompt that is "cut",
+    # "text" is what of it the ids hold, and stands in place of its messages.
     context: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     source: str = ""
+
+    @property
+    def shown(self) -> list[Message] | str:
+        """The prompt as those see it who do not read its ids: messages, or text."""
+        return self.context.get("text", self.messages)
 
 
 def prompts_of(columns: Mapping[str, list]) -> list[Prompt]:

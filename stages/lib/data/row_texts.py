@@ -51,6 +51,7 @@ class RowTexts(NamedTuple):
     prompt: str  # before the first token that is trained or compared; empty for a row of whole text
     replies: list[list[Part]]  # each from its first part on, which is trained
     reasoning_left_out: bool = False
+    prompt_messages: int = 0  # how many of the row's messages stand in `prompt`
 
 
 Results = Sequence[RenderingResult]
@@ -152,7 +153,9 @@ def row_texts(specials: SpecialTokens, made: Recipe, results: Results, loss_on: 
         places_by = places_by_blocks if made.by_blocks else places_by_beginnings
         whole, places = places_by(specials, made, results)
         texts = conversation_texts(specials, whole, places)
-    return texts._replace(reasoning_left_out=reasoning_left_out(made.messages, whole))
+    asked_with = made.trained[0] if made.trained else len(row.prompt)
+    left_out = reasoning_left_out(made.messages, whole)
+    return texts._replace(reasoning_left_out=left_out, prompt_messages=asked_with)
 
 
 def places_by_beginnings(specials: SpecialTokens, made: Recipe, results: Results) -> tuple[str, list[tuple[int, int]]]:

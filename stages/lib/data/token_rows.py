@@ -18,6 +18,7 @@ from stages.lib.data.conversation_rows import (
     sft_conversation,
     unpaired_conversation,
 )
+from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import NOT_REVERSIBLE, SpecialTokens, encode_texts, special_tokens
 from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.prompts import json_text
@@ -52,6 +53,8 @@ class EncodedRow(NamedTuple):
     reasoning_left_out: bool = False
     prompt_is_cut: bool = False
     reply_is_cut: bool = False
+    prompt_messages: int = 0  # how many of the row's messages make the prompt
+    kept_text: str | None = None  # of a prompt of which not all ids are there: the text of those that are
 
 
 def encode_rows(
@@ -127,7 +130,7 @@ def _joined(specials: SpecialTokens, texts: RowTexts, encoded: list[list[int] | 
     prompt, *others = [_reversible(ids) for ids in encoded]
     following = iter(others)
     replies = [_reply(specials, [(part, next(following)) for part in reply]) for reply in texts.replies]
-    return EncodedRow(prompt, replies, texts.reasoning_left_out)
+    return EncodedRow(prompt, replies, texts.reasoning_left_out, prompt_messages=texts.prompt_messages)
 
 
 def _reversible(ids: list[int] | None) -> list[int]:
@@ -210,7 +213,7 @@ def first_tokens(ids: list[int], bounds: tuple[int, ...], seed: int, source: str
 # The columns of each kind's table, beside `row` and `source`.
 
 
-def sft_columns(encoded: EncodedRow, _row: Conversation) -> dict[str, Any]:
+def sft_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
     prompt, (reply,) = encoded.prompt, encoded.replies
     mask = [True] * len(reply.ids)
     for others in reply.untrained:
@@ -219,7 +222,8 @@ def sft_columns(encoded: EncodedRow, _row: Conversation) -> dict[str, Any]:
         mask[0] = False
     if not any(mask):
         raise UnusableRowError("nothing_trained")
-    return {"input_ids": prompt + reply.ids, "loss_mask": [False] * len(prompt) + mask}
+    texts = _texts_of_prompt(encoded, row.prompt, row.context._asdict())
+    return {"input_ids": prompt + reply.ids, "loss_mask": [False] * len(prompt) + mask, **texts}
 
 
 def preference_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
@@ -235,14 +239,19 @@ def unpaired_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
 
 
 def prompt_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
-    context = {name: value for name, value in row.context._asdict().items() if value is not None}
-    if row.text is not None:
-        context["text"] = row.text
+    texts = _texts_of_prompt(encoded, row.prompt, {**row.context._asdict(), "text": row.text})
+    return {"prompt_ids": encoded.prompt, "facts": json_text(row.facts), **texts}
+
+
+def _texts_of_prompt(encoded: EncodedRow, messages: list[Message], known: dict[str, Any]) -> dict[str, str]:
+    """What others are shown of a prompt in place of its ids. Of one that is cut, the text that the policy sees."""
+    context = {name: value for name, value in known.items() if value is not None}
+    if encoded.kept_text is not None:
+        context |= {"text": encoded.kept_text, "cut": True}
     try:
-        texts = {"messages": json_text(row.prompt), "facts": json_text(row.facts), "context": json_text(context)}
+        return {"messages": json_text(messages[: encoded.prompt_messages]), "context": json_text(context)}
     except ValueError:  # half a surrogate pair in an earlier turn of the assistant, which the template leaves out
         raise UnusableRowError(INVALID_UNICODE) from None
-    return {"prompt_ids": encoded.prompt, **texts}
 
 
 class Encoding(NamedTuple):

@@ -29,6 +29,7 @@ from stages.lib.command.hashing import dvc_hash
 from stages.lib.command.jsonl import parse_object
 from stages.lib.data.chat import RefusedRowError
 from stages.lib.data.conversation_rows import Conversation
+from stages.lib.data.encoding import decode
 from stages.lib.data.prepared_rows import Kind
 from stages.lib.data.row_errors import UnusableRowError
 from stages.lib.data.token_rows import (
@@ -175,11 +176,11 @@ class ShardEncoder:
             raise StageError(f"{where}: {result}")
         if isinstance(result, UnusableRowError):
             raise result
-        bounds = self.settings.text_prompt_tokens
+        whole, bounds = result.prompt, self.settings.text_prompt_tokens
         if self.kind == "prompts" and row.text is not None and bounds is not None:
-            result = result._replace(prompt=first_tokens(result.prompt, bounds, self.seed, row.source, number))
+            result = result._replace(prompt=first_tokens(whole, bounds, self.seed, row.source, number))
         try:
-            return within_budget(result, self.settings)
+            fitting = within_budget(result, self.settings)
         except OverBudgetError as error:
             reason, key, found = error.args
             if self.settings.truncation != "error":
@@ -188,6 +189,9 @@ class ShardEncoder:
                 f"{where}: {found}; raise tokenize_data.{key} or set tokenize_data.truncation: drop, keep_end or "
                 "keep_start"
             ) from None
+        if len(fitting.prompt) == len(whole):
+            return fitting
+        return fitting._replace(kept_text=decode(self.tokenizer, fitting.prompt))
 
 
 def read_shard(payload: bytes) -> tuple[Counts, list[pa.RecordBatch]]:

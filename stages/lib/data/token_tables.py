@@ -30,7 +30,16 @@ OF_DATASETS = b"huggingface"  # of the schema's metadata: what the library datas
 RUN_AGAIN = "run the stage that writes it again"
 _IDS = pa.list_(pa.int32())
 _SOURCE = ("source", pa.string())
-SFT_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_())), _SOURCE])
+SFT_SCHEMA = pa.schema(
+    [
+        ("row", pa.int32()),
+        ("input_ids", _IDS),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("messages", pa.string()),  # and context: of the prompt, as in the table of prompts
+        ("context", pa.string()),
+        _SOURCE,
+    ]
+)
 PREFERENCE_SCHEMA = pa.schema(
     [
         ("row", pa.int32()),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import load_tokenizer
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import (
     PREFERENCE_SCHEMA,
@@ -47,7 +46,7 @@ class EvaluationRows:
         if self.asked == "prompts":
             self.prompts = prompts_of(self.tables["prompts"][:max_prompts])
         elif self.asked == "sft":
-            self.prompts = prompts_of_texts(self.tables["sft"], max_prompts, model)
+            self.prompts = prompts_of_texts(self.tables["sft"], max_prompts)
 
     @property
     def where(self) -> str:
@@ -68,17 +67,15 @@ class EvaluationRows:
             require_room([prompt.ids for prompt in self.prompts], config, max_new_tokens, where)
 
 
-def prompts_of_texts(table: "Dataset", max_prompts: int | None, model: Path) -> list[Prompt]:
+def prompts_of_texts(table: "Dataset", max_prompts: int | None) -> list[Prompt]:
     """What comes before the first trained token of each row; rows that are trained from the start have none."""
-    tokenizer = load_tokenizer(model)
     prompts: list[Prompt] = []
     for place in range(len(table)):
         row = table[place]
         start = row["loss_mask"].index(True)
         if start > 1:
-            ids = row["input_ids"][:start]
-            context = {"text": tokenizer.decode(ids)}
-            prompts.append(Prompt(row["row"], ids, [], {}, context, row["source"]))
+            asked = {name: [row[name]] for name in ("row", "messages", "context", "source")}
+            prompts += prompts_of({**asked, "prompt_ids": [row["input_ids"][:start]], "facts": ["{}"]})
         if len(prompts) == max_prompts:
             break
     return prompts

@@ -164,14 +164,14 @@ def mean(values: Sequence[float]) -> float:
 def sample_records(prompts: Sequence[Prompt], own: Responses, reference: Responses | None) -> list[dict[str, Any]]:
     """One record for each prompt: the policy's response beside the reference's, as text and as ids.
 
-    A prompt is a list of messages or, of one that has none, its text.
+    A prompt is a list of messages or, of one that has none or is cut, its text.
     """
     records = []
     for index, prompt in enumerate(prompts):
         record: dict[str, Any] = {
             "row": prompt.row,
             "source": prompt.source,
-            "prompt": prompt.messages or prompt.context["text"],
+            "prompt": prompt.shown,
             "response": own.texts[index],
             "length": len(own.ids[index]),
             "ended": own.ended[index],

@@ -77,6 +77,7 @@ def test_a_table_comes_back(tmp_path):
 
 def test_masks_and_log_probs_come_back(tmp_path):
     columns = {"row": [5], "input_ids": [[1, 2]], "loss_mask": [[False, True]], "source": ["films"]}
+    columns |= {"messages": ["[]"], "context": ["{}"]}
     write_table(tmp_path / "s.arrow", columns, SFT_SCHEMA)
     assert read_table(tmp_path / "s.arrow", SFT_SCHEMA)[0]["loss_mask"] == [False, True]
     logps = {"row": [5], "reference_chosen_logps": [-1.5], "reference_rejected_logps": [-2.25]}
@@ -222,7 +223,10 @@ def test_notes_that_are_not_text(tmp_path):
 
 NAN, INFINITE = float("nan"), float("inf")
 GOOD = {
-    "sft": (SFT_SCHEMA, {"input_ids": [1, 2], "loss_mask": [False, True], "source": "films"}),
+    "sft": (
+        SFT_SCHEMA,
+        {"input_ids": [1, 2], "loss_mask": [False, True], "messages": "[]", "context": "{}", "source": "films"},
+    ),
     "preference": (
         PREFERENCE_SCHEMA,
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None, "source": "films"},
@@ -257,6 +261,8 @@ FAULTS = [
     ("sft", "loss_mask", [False, True, True], "the mask has another length than input_ids"),
     ("sft", "loss_mask", [False, False], "the mask is false everywhere"),
     ("sft", "loss_mask", [True, True], "the mask is true at the first token"),
+    ("sft", "messages", "{}", "expected a list of messages, found dict"),
+    ("sft", "context", "[]", "expected an object, found list"),
     ("prompts", "messages", None, "the text is null"),
     ("prompts", "messages", "{}", "expected a list of messages, found dict"),
     ("prompts", "messages", '[{"role": "user"}]', "message 1: expected a message with 'role' and 'content'"),

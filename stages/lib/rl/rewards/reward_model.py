@@ -74,7 +74,7 @@ class RewardModel:
         if self.texts is None:
             prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
             return [*self.score_ids(prompts, responses)]
-        prompts = [episode.prompt.context.get("text") or episode.prompt.messages for episode in episodes]
+        prompts = [episode.prompt.shown for episode in episodes]
         contexts = [context_of(episode.prompt.context) for episode in episodes]
         return [*self.score_texts(prompts, [episode.text for episode in episodes], contexts=contexts)]
 
