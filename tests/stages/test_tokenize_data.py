@@ -204,6 +204,15 @@ def test_prompts_by_hand_and_the_same_bytes_twice(tmp_path, base):
     assert dvc_hash(tmp_path / "one/data/tokens") == dvc_hash(tmp_path / "two/data/tokens")
 
 
+def test_no_validation_prompts_are_an_empty_table(tmp_path, base):
+    options = arguments(tmp_path, base, "prompts", [PROMPT], None, {})
+    (tmp_path / "data/prepared/validation/prompts.jsonl").write_text("")
+    with contextlib.chdir(tmp_path):
+        main(kind="prompts", **{name: Path(value) for name, value in options.items() if name != "kind"})
+        tables = {split: read_table(Path(f"data/tokens/{split}/prompts.arrow"), PROMPT_SCHEMA) for split in SPLITS}
+    assert {split: len(table) for split, table in tables.items()} == {"train": 1, "validation": 0, "test": 1}
+
+
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
     process = tokenize(tmp_path, base, "prompts", [PROMPT, {"prompt": [user("hihih")]}])
     assert process.returncode == 2
