@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from stages.lib.command.errors import StageError
@@ -209,8 +210,9 @@ def test_no_validation_prompts_are_an_empty_table(tmp_path, base):
     (tmp_path / "data/prepared/validation/prompts.jsonl").write_text("")
     with contextlib.chdir(tmp_path):
         main(kind="prompts", **{name: Path(value) for name, value in options.items() if name != "kind"})
-        tables = {split: read_table(Path(f"data/tokens/{split}/prompts.arrow"), PROMPT_SCHEMA) for split in SPLITS}
-    assert {split: len(table) for split, table in tables.items()} == {"train": 1, "validation": 0, "test": 1}
+    for split, rows in {"train": 1, "validation": 0, "test": 1}.items():
+        with pyarrow.ipc.open_stream(tmp_path / f"data/tokens/{split}/prompts.arrow") as table:
+            assert table.read_all().num_rows == rows
 
 
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, base):
