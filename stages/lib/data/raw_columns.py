@@ -10,7 +10,7 @@ from typing import Any
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
 from stages.lib.data.conversations import READ_KEYS, MalformedRowError
-from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, READERS, Format, columns_read, picked_facts
+from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, PAIRS, READERS, REPLIES, Format, columns_read, picked_facts
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.row_place import is_given, unread_value
 from stages.lib.settings.reading import ReadingOptions
@@ -50,6 +50,7 @@ MEANINGFUL_COLUMNS = frozenset(
         "chat_template_kwargs",
     }
 )
+JUDGEMENTS = ("score", "scores", "rating", "ratings", "rank", "ranks", "votes")
 MEANINGFUL_KEYS = frozenset(
     {
         "train",
@@ -127,7 +128,8 @@ class RawColumns:
         known = {self.renames.get(own, own) for own in self.facts}
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
-                raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
+                what = f"{where}: the column '{column}' (format '{name}')"
+                raise StageError(unread_value(what, column, how_to_read(column, name)))
         for column in sorted(row.keys() & read):
             for number, message in enumerate(messages_in(row[column]), start=1):
                 if not {"role", "from"} & message.keys():
@@ -160,6 +162,17 @@ class RawColumns:
             "keys of messages not read": self.keys - READ_KEYS - self.ignored,
         }
         return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
+
+
+def how_to_read(column: str, name: Format) -> str:
+    """The beginning of advice on a column that judges replies, which only to leave out would train on the bad ones."""
+    if name in REPLIES and column == "kto_tag":
+        return "columns: {kto_tag: label} reads it as the label that tells good replies from bad ones; "
+    if name in REPLIES and column in JUDGEMENTS:
+        return f"threshold (score: {column}) makes of it the label that tells good replies from bad ones; "
+    if name in PAIRS and column in (*JUDGEMENTS, "label"):
+        return "if it says which of the two replies is better, describe it in comparison; "
+    return ""
 
 
 def with_inner_columns(row: RawRow, names: Iterable[str]) -> RawRow:
