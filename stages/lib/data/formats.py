@@ -43,6 +43,7 @@ from stages.lib.data.prompts import json_text
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers import comparisons, pairs, single_replies
 from stages.lib.data.readers.prompt_and_reply import BESIDE_A_TEXT, COLUMNS_OF_PROMPTS
+from stages.lib.data.readers.reply_trees import DELETED
 from stages.lib.data.readers.row_place import RowPlace, is_given
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.tool_calls import object_from, refuse_arguments_of_the_renderer, tools_from
@@ -219,7 +220,7 @@ def columns_compared(comparison: PairSettings) -> set[str]:
         case OrderedComparison():
             return prompts | {*comparison.responses}
         case TreeComparison(root=None):
-            keys = (comparison.text_key, comparison.role_key, comparison.replies_key, comparison.rank_key)
+            keys = (comparison.text_key, comparison.role_key, comparison.replies_key, comparison.rank_key, DELETED)
             own = {comparison.id_key, comparison.parent_key} - {None}
             return {*keys, *(str(column) for column in own)}
         case TreeComparison(root=root):
