@@ -47,7 +47,7 @@ from stages.lib.data.readers.reply_trees import DELETED
 from stages.lib.data.readers.row_place import RowPlace, is_given
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.tool_calls import object_from, refuse_arguments_of_the_renderer, tools_from
-from stages.lib.data.winner_columns import refuse_score_columns, refuse_winner_columns
+from stages.lib.data.winner_columns import refuse_score_columns, refuse_winner_columns, refuse_winner_of_replies
 from stages.lib.settings.declaration import block
 from stages.lib.settings.reading import (
     OrderedComparison,
@@ -164,6 +164,8 @@ def examples_of(
         if name != "comparison":
             refuse_score_columns(row, read, facts, renames or {}, where)
         refuse_winner_columns(row, read, facts, renames or {}, where)
+    if name in REPLIES:
+        refuse_winner_of_replies(row, columns_read(name, options), facts, renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
     found = READERS[name].read(row, place)
     if options.input_template is not None and not place.templated:
