@@ -8,6 +8,7 @@ The sources are read twice, for digests of their rows and then for the rows, so 
 """
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,28 @@ def rows_by_fate(counts: Mapping[tuple[int, int, int], int], names: list[str], k
     return found
 
 
+def rows_lacking(sources: Sources, counts: Mapping[str, int], kinds: tuple[Kind, ...]) -> dict[str, int]:
+    """By how many train rows of a kind each source has fewer than it is to give (its `rows`), where it does."""
+    lacking = {}
+    for name, source in sources.by_name.items():
+        for kind in kinds:
+            there = counts.get(f"{name}/{kind}/train_rows", 0)
+            if source.rows is not None and kind in source.kinds and there < source.rows:
+                lacking[f"{name}/{kind}/train_rows_lacking"] = source.rows - there
+    return lacking
+
+
+def warn_of_lack(sources: Sources, counts: Mapping[str, int], lacking: Mapping[str, int]) -> None:
+    for key, number in lacking.items():
+        name, kind, _ = key.split("/")
+        there = counts.get(f"{name}/{kind}/train_rows", 0)
+        print(
+            f"warning: {sources.place_of(name)}.rows: {there + number} train rows of kind {kind} are asked for, and "
+            f"{there} are there; all of them are taken",
+            file=sys.stderr,
+        )
+
+
 def require_rows(metrics: Mapping[str, int], kinds: tuple[Kind, ...]) -> None:
     """Raise StageError if a kind has no rows in a split that a stage reads."""
     for kind in kinds:
@@ -183,7 +206,9 @@ def main(
             require_rows(counts, settings.kinds)
             rows = placed_rows(places, sources, named, settings)
             write_prepared(rows, settings.kinds, dict(zip(SPLITS, folders, strict=True)))
-            values = dict(sorted({**counts, **known_of_tests(named, counts, seed)}.items()))
+            lacking = rows_lacking(named, counts, settings.kinds)
+            warn_of_lack(named, counts, lacking)
+            values = dict(sorted({**counts, **lacking, **known_of_tests(named, counts, seed)}.items()))
             write_json(metrics_partial, values)
     finally:
         remove(database)

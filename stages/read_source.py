@@ -27,13 +27,14 @@ from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.conversations import Example, Message
 from stages.lib.data.detection import FormatOfRows
-from stages.lib.data.formats import examples_of
+from stages.lib.data.formats import Format, columns_read, examples_of
 from stages.lib.data.hub_data import hub_rows
 from stages.lib.data.message_cells import with_messages_read, without_keys
 from stages.lib.data.prompts import Prompt
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.raw_rows import FileOptions, RawRow, local_rows
 from stages.lib.data.readers.reply_trees import trees_of_rows
+from stages.lib.data.readers.row_place import is_given, unread_value
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.shown_rows import shown_row
 from stages.lib.data.source_rows import SourceRow, source_rows
@@ -125,8 +126,13 @@ class Reading:
                 self.counts[f"dropped/{error.reason}"] += 1
             else:
                 self.counts["rows_kept"] += 1
+                served = False
                 for example in examples:
-                    yield from source_rows(example, settings.kinds, settings.split, where)
+                    for row in source_rows(example, settings.kinds, settings.split, where):
+                        served = True
+                        yield row
+                if not served:  # a reply that is not a good one, of a source without unpaired
+                    self.counts["serve_no_kind"] += 1
 
     def examples(self, raw: RawRow, where: str) -> list[Example]:
         """What one raw row says."""
@@ -135,6 +141,7 @@ class Reading:
         row = with_messages_read(taken, where)
         name = self.format.of(row, where)
         self.columns.refuse_unread(row, name, where)
+        self.refuse_unused_margin(row, name, where)
         row = without_keys(row, settings.ignore_columns)
         if settings.task is not None:
             facts = {**facts, TASK: settings.task}
@@ -143,11 +150,22 @@ class Reading:
             require_gradable(examples, where)
         return examples
 
+    def refuse_unused_margin(self, row: RawRow, name: Format, where: str) -> None:
+        """Raise a StageError for a margin of a source that serves no pairs."""
+        read = columns_read(name, self.settings)
+        if "preference" not in self.settings.kinds and "margin" in read and is_given(row.get("margin")):
+            own = next((own for own, ours in self.settings.columns.items() if ours == "margin"), "margin")
+            raise StageError(unread_value(f"{where}: the column '{own}' (a margin, and kinds without preference)", own))
+
     def finish(self) -> list[str]:
         """Lines that say what was read and what was not. Raises StageError if nothing is left, or a setting lied."""
         self.columns.refuse_unseen()
         if not self.counts["rows_kept"]:
-            raise StageError(f"{self.place}: {why_none_is_left(self.counts)}")
+            reply = "" if self.format.name is None else self.columns.unread_reply(self.format.name)
+            raise StageError(f"{self.place}: {why_none_is_left(self.counts)}{reply}")
+        if self.counts["serve_no_kind"] == self.counts["rows_kept"]:
+            kinds = ", ".join(self.settings.kinds)
+            raise StageError(f"{self.place}: no row serves the kinds {kinds}: by its label no reply is a good one")
         assert self.format.name is not None, "it has read rows"
         why = "named in params.yaml" if self.settings.format != "auto" else "the only one that its columns allow"
         if self.settings.comparison is not None:

@@ -185,6 +185,22 @@ def test_sources_are_mixed_by_weight_for_each_kind_and_by_number(tmp_path):
     assert again == rows_of
 
 
+def test_rows_that_are_asked_for_and_not_there_are_told(tmp_path, capsys):
+    rows = [{"prompt": f"Ask {n}", "completion": "yes"} for n in range(40)]
+    own = {"path": write_rows(tmp_path / "raw.jsonl", rows), "kinds": ["sft", "prompts"], "rows": 5000}
+    _, metrics = read_and_prepare(tmp_path, sources_of(files={"own": own}), kinds=["sft"], **HALF)
+    assert (metrics["own/sft/train_rows"], metrics["own/sft/train_rows_lacking"]) == (20, 4980)
+    assert "own/prompts/train_rows_lacking" not in metrics
+    assert capsys.readouterr().err == (
+        "warning: sources.files.own.rows: 5000 train rows of kind sft are asked for, and 20 are there; all of them are "
+        "taken\n"
+    )
+    own["rows"] = 20
+    _, metrics = read_and_prepare(tmp_path, sources_of(files={"own": own}), kinds=["sft"], **HALF)
+    assert "own/sft/train_rows_lacking" not in metrics
+    assert capsys.readouterr().err == ""
+
+
 def test_rows_of_a_source_that_is_no_longer_named_are_removed(tmp_path, capsys):
     read_and_prepare(tmp_path, several(tmp_path), **HALF)
     sources = several(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.command.params import build
 from stages.lib.settings.declaration import block
-from stages.lib.settings.reading import WinnerComparison
+from stages.lib.settings.reading import TreeComparison, WinnerComparison
 from stages.lib.settings.sources import Sources
 from tests.real_files import PROJECT, real_file
 from tests.stages.data_stages import read, settings, sources_of, write_rows
@@ -249,7 +249,7 @@ def test_a_bad_row_after_good_ones_is_one_message(tmp_path, row, message):
     for name, value in long.items():
         text = text.replace(f'"{name}"', value)
     path.write_text(text, encoding="utf-8")
-    assert message in refused(tmp_path, str(path))
+    assert message in refused(tmp_path, str(path), kinds=PAIRS)
 
 
 def test_unusable_rows_end_the_stage_or_are_counted_each_by_its_reason(tmp_path):
@@ -282,6 +282,61 @@ def test_columns_that_say_something_are_ignored_by_name_only(tmp_path):
     assert message == "sources.files.own.ignore_columns names 'sore', which no row has; did you mean 'score'?"
     _, _, record = read_rows(tmp_path, rows, ignore_columns=["score"])
     assert "columns read: instruction, output\nnot read: id\nignored by name: score\n" in record
+
+
+def test_rows_that_serve_no_kind_are_counted(tmp_path):
+    raw = [{"prompt": f"ask {n}", "completion": "yes", "label": n % 3 > 0} for n in range(9)]
+    rows, metrics, record = read_rows(tmp_path / "a", raw, kinds=["sft"])
+    assert len(rows) == metrics["sft/rows"] == 6
+    assert (metrics["rows_read"], metrics["rows_kept"], metrics["serve_no_kind"]) == (9, 9, 3)
+    assert "serve_no_kind 3\n" in record
+    _, metrics, _ = read_rows(tmp_path / "b", raw, kinds=["sft", "unpaired"])
+    assert "serve_no_kind" not in metrics
+    message = refused(tmp_path / "c", [row | {"label": False} for row in raw], kinds=["sft"])
+    assert message == "sources.files.own: no row serves the kinds sft: by its label no reply is a good one"
+
+
+def test_a_margin_that_no_kind_uses_is_refused_until_it_is_ignored(tmp_path):
+    rows = [pair("ask") | {"margin": 1.5}]
+    message = refused(tmp_path, rows, kinds=["sft", "prompts"])
+    assert "line 1: the column 'margin' (a margin, and kinds without preference) is read by nothing here" in message
+    read_rows(tmp_path / "a", rows, kinds=["sft"], ignore_columns=["margin"])
+    assert read_rows(tmp_path / "b", rows, kinds=["preference"])[0][0]["margin"] == 1.5
+    read_rows(tmp_path / "c", [pair("ask") | {"margin": None}], kinds=["sft"])
+    renamed = [pair("ask") | {"gap": 1.5}]
+    assert "line 1: the column 'gap' (a margin" in refused(tmp_path, renamed, columns={"gap": "margin"})
+    comparison = block(WinnerComparison, responses=["chosen", "rejected"], winner=["won"], margin="gap")
+    message = refused(tmp_path, [pair("ask") | {"won": 0}], comparison=comparison)
+    assert "comparison.margin: gap gives pairs a margin: serve preference, or make it none" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": conversation("ask"), "completion": "yes"}, {"messages": "prompt"}),
+        ({"messages": conversation("ask"), "response": "yes"}, {"messages": "prompt", "response": "completion"}),
+    ],
+)
+def test_where_all_rows_lack_a_reply_the_column_that_may_hold_it_is_named(tmp_path, row, columns):
+    told = ", ".join(f"{own}: {ours}" for own, ours in columns.items())
+    unread = next(column for column in row if column != "messages")
+    assert refused(tmp_path, [row]) == (
+        f"sources.files.own: all 1 rows were dropped (ends_with_user 1); the column '{unread}', which format messages "
+        f"does not read, may hold the reply: columns: {{{told}}} reads it after its prompt"
+    )
+    rows, _, _ = read_rows(tmp_path, [row], columns=columns)
+    assert rows == [{"kind": "sft", "messages": conversation("ask", "yes")}]
+
+
+def test_a_tree_s_record_names_the_keys_that_are_not_read_alone(tmp_path):
+    def message(role, text, *replies, **keys):
+        return {"role": role, "text": text, "replies": [*replies], **keys}
+
+    replies = [message("assistant", text, rank=rank) for rank, text in enumerate(("better", "worse"))]
+    tree = message("prompter", "Hi?", *replies, rank=None, deleted=False, lang="en")
+    comparison = block(TreeComparison)
+    _, _, record = read_rows(tmp_path, [{"prompt": tree}], comparison=comparison, kinds=["preference"])
+    assert "columns read: prompt\nkeys of messages not read: lang\n" in record
 
 
 def test_files_of_another_format_in_a_folder_are_not_read_as_the_first(tmp_path):

@@ -43,10 +43,11 @@ from stages.lib.data.prompts import json_text
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers import comparisons, pairs, single_replies
 from stages.lib.data.readers.prompt_and_reply import BESIDE_A_TEXT, COLUMNS_OF_PROMPTS
+from stages.lib.data.readers.reply_trees import DELETED
 from stages.lib.data.readers.row_place import RowPlace, is_given
 from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.tool_calls import object_from, refuse_arguments_of_the_renderer, tools_from
-from stages.lib.data.winner_columns import refuse_score_columns, refuse_winner_columns
+from stages.lib.data.winner_columns import refuse_score_columns, refuse_winner_columns, refuse_winner_of_replies
 from stages.lib.settings.declaration import block
 from stages.lib.settings.reading import (
     OrderedComparison,
@@ -163,6 +164,8 @@ def examples_of(
         if name != "comparison":
             refuse_score_columns(row, read, facts, renames or {}, where)
         refuse_winner_columns(row, read, facts, renames or {}, where)
+    if name in REPLIES:
+        refuse_winner_of_replies(row, columns_read(name, options), facts, renames or {}, where)
     place = RowPlace(where, options, Counter() if counts is None else counts)
     found = READERS[name].read(row, place)
     if options.input_template is not None and not place.templated:
@@ -219,7 +222,7 @@ def columns_compared(comparison: PairSettings) -> set[str]:
         case OrderedComparison():
             return prompts | {*comparison.responses}
         case TreeComparison(root=None):
-            keys = (comparison.text_key, comparison.role_key, comparison.replies_key, comparison.rank_key)
+            keys = (comparison.text_key, comparison.role_key, comparison.replies_key, comparison.rank_key, DELETED)
             own = {comparison.id_key, comparison.parent_key} - {None}
             return {*keys, *(str(column) for column in own)}
         case TreeComparison(root=root):

@@ -17,7 +17,8 @@ from stages.lib.data.row_errors import MalformedRowError
 LISTS = ("messages", "conversations", "history")  # columns that never hold a text
 OPENAI_COLUMNS = ("input", "preferred_output", "non_preferred_output")  # nor do these, beside each other
 REPLIES = ("chosen", "rejected", "completion")
-TEXTS = ("prompt", "instruction", "output", *REPLIES)
+PROMPTS = ("prompt", "instruction", "question")
+TEXTS = (*PROMPTS, "output", "answer", *REPLIES)
 LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 
@@ -26,8 +27,8 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
 
     A text counts as messages where nothing else is possible: in `messages`, `conversations` and `history`, and in the
     columns of OpenAI's preference files; as a single message beside a conversation if it is an object with the keys of
-    one; and elsewhere if it is a list of messages as are all replies beside it, where a prompt that is any list in JSON
-    is meant as messages, too.
+    one; in a prompt if it is a list of messages; and in a reply if it is such a list as are all replies beside it,
+    where a prompt that is any list in JSON is meant as messages, too.
 
     Raises:
         MalformedRowError: a text is meant as messages and cannot be read, or stands beside replies of plain text.
@@ -43,11 +44,14 @@ def with_messages_read(row: RawRow, where: str) -> RawRow:
     if not texts:
         return row
     replies = [column for column in REPLIES if column in row]
+    if {*texts} <= {*PROMPTS}:
+        return row | {column: parsed(text, places[column]) for column, text in texts.items()}
     certain = replies and all(column in texts or isinstance(row[column], list) for column in replies)
     if not certain or (replies == ["completion"] and "prompt" not in texts and not isinstance(row.get("prompt"), list)):
+        reply = next(column for column in texts if column not in PROMPTS)
         raise MalformedRowError(
-            f"{where}, '{next(iter(texts))}': messages written as text beside columns that are plain text; "
-            "give either all replies as messages, or all as texts",
+            f"{where}, '{reply}': messages written as text beside a prompt or reply of plain text; give "
+            "either all replies as messages, or all as texts",
             "messages_as_text",
         )
     if is_text_of_list(row.get("prompt")):  # beside replies that are messages it is no sentence, be it as it may

@@ -10,10 +10,12 @@ from typing import Any
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
 from stages.lib.data.conversations import READ_KEYS, MalformedRowError
-from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, READERS, Format, columns_read, picked_facts
+from stages.lib.data.formats import AS_THEY_ARE, COLUMNS, PAIRS, READERS, REPLIES, Format, columns_read, picked_facts
 from stages.lib.data.raw_rows import RawRow
+from stages.lib.data.readers.prompt_and_reply import COLUMNS_OF_PROMPTS
+from stages.lib.data.readers.reply_trees import DELETED
 from stages.lib.data.readers.row_place import is_given, unread_value
-from stages.lib.settings.reading import ReadingOptions
+from stages.lib.settings.reading import ReadingOptions, TreeComparison
 
 OPTIONAL_COLUMNS = {column for reader in READERS.values() for column in reader.optional}
 # Names with a meaning of their own in data for fine-tuning (TRL, OpenAI, LLaMA-Factory, Axolotl), by which a row says
@@ -50,6 +52,9 @@ MEANINGFUL_COLUMNS = frozenset(
         "chat_template_kwargs",
     }
 )
+# Columns that may hold the reply where a format reads none of them.
+NAMES_OF_REPLIES = ("completion", "output", "answer", "response", "reply")
+JUDGEMENTS = ("score", "scores", "rating", "ratings", "rank", "ranks", "votes")
 MEANINGFUL_KEYS = frozenset(
     {
         "train",
@@ -127,7 +132,8 @@ class RawColumns:
         known = {self.renames.get(own, own) for own in self.facts}
         for column in sorted(row.keys() & MEANINGFUL_COLUMNS - read - known):
             if is_given(row[column]):
-                raise StageError(unread_value(f"{where}: the column '{column}' (format '{name}')", column))
+                what = f"{where}: the column '{column}' (format '{name}')"
+                raise StageError(unread_value(what, column, how_to_read(column, name)))
         for column in sorted(row.keys() & read):
             for number, message in enumerate(messages_in(row[column]), start=1):
                 if not {"role", "from"} & message.keys():
@@ -148,6 +154,20 @@ class RawColumns:
                         f"{self.place}.{setting} names '{name}', which no row has{nearest(name, sorted(known))}"
                     )
 
+    def unread_reply(self, name: Format) -> str:
+        """What to say where no row had a reply, and a column that format `name` does not read may hold it."""
+        unread = sorted(self.ours.intersection(NAMES_OF_REPLIES) - columns_read(name, self.options) - {*self.facts})
+        prompts = [column for column in READERS[name].columns if column in COLUMNS_OF_PROMPTS]
+        if not unread or not prompts:
+            return ""
+        own = {ours: own for own, ours in self.renames.items()}
+        renamed = [(own.get(prompts[0], prompts[0]), "prompt"), (own.get(unread[0], unread[0]), "completion")]
+        columns = ", ".join(f"{own}: {ours}" for own, ours in renamed if own != ours)
+        return one_line(
+            f"; the column '{unread[0]}', which format {name} does not read, may hold the reply: columns: "
+            f"{{{columns}}} reads it after its prompt"
+        )
+
     def summary(self, name: Format) -> list[str]:
         """A line each of which columns and keys of messages were read, and which not."""
         read = columns_read(name, self.options)
@@ -157,9 +177,30 @@ class RawColumns:
             "facts": set(self.facts),
             "not read": {renamed.get(ours, ours) for ours in self.ours - read - {*self.facts}},
             "ignored by name": (self.own | self.keys) & self.ignored,
-            "keys of messages not read": self.keys - READ_KEYS - self.ignored,
+            "keys of messages not read": self.keys - READ_KEYS - keys_compared(self.options) - self.ignored,
         }
         return [one_line(f"{what}: {', '.join(sorted(names))}") for what, names in parts.items() if names]
+
+
+def how_to_read(column: str, name: Format) -> str:
+    """The beginning of advice on a column that judges replies, which only to leave out would train on the bad ones."""
+    if name in REPLIES and column == "kto_tag":
+        return "columns: {kto_tag: label} reads it as the label that tells good replies from bad ones; "
+    if name in REPLIES and column in JUDGEMENTS:
+        return f"threshold (score: {column}) makes of it the label that tells good replies from bad ones; "
+    if name in PAIRS and column in (*JUDGEMENTS, "label"):
+        return "if it says which of the two replies is better, describe it in comparison; "
+    return ""
+
+
+def keys_compared(options: ReadingOptions) -> set[str]:
+    """The keys of responses that a comparison reads."""
+    comparison = options.comparison
+    names = ("text_key", "role_key", "replies_key", "rank_key", "score_key", "id_key", "parent_key")
+    keys = {getattr(comparison, name, None) for name in names} | (
+        {DELETED} if isinstance(comparison, TreeComparison) else set()
+    )
+    return {key for key in keys if key is not None}
 
 
 def with_inner_columns(row: RawRow, names: Iterable[str]) -> RawRow:

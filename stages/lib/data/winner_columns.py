@@ -1,4 +1,4 @@
-"""Columns that may say which of two responses is better, beside a chosen and a rejected one.
+"""Columns that may say which of several responses is better, beside replies that are read as they are named.
 
 Two responses that are named chosen and rejected by hand, beside a column that says which of them won or scored more,
 would be read the wrong way round in as many rows as the second one did: such a column must be described in
@@ -80,6 +80,22 @@ def refuse_score_columns(
     for column in sorted(unread.keys() - agreeing):
         if own and names_a_score(column) and is_given(unread[column]) and not isinstance(unread[column], dict):
             raise StageError(refused_scores(where, column, None, unread, row))
+
+
+def refuse_winner_of_replies(
+    row: RawRow, read: Collection[str], facts: Mapping[str, Any], renames: Mapping[str, str], where: str
+) -> None:
+    """Raise a StageError if a column that nothing reads may say that another reply than the one named is better."""
+    if not any(ours in ("completion", "output", "answer") for ours in renames.values()):
+        return
+    unread = with_keys({column: row[column] for column in row if column not in read and column not in facts})
+    for column in sorted(unread):
+        if names_a_winner(column) and is_given(unread[column]):
+            raise StageError(
+                f"{where}: the column '{column}' may say which of several replies is the better one, and it may be "
+                "another than the one that columns names; describe it in comparison (type: winner), of which the "
+                f"better reply serves sft, or put {outer_of(column, row)!r} into ignore_columns"
+            )
 
 
 def refused_scores(where: str, column: str, other: str | None, unread: Mapping[str, Any], row: RawRow) -> str:

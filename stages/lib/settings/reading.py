@@ -1,5 +1,6 @@
 """How raw rows are read beyond their format: comparisons of responses, scores as labels, a template for prompts."""
 
+import re
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ WinnerValue = Annotated[
     Annotated[bool, Tag("bool")] | Annotated[int, Ge(-(2**63)), Lt(2**63), Tag("int")] | Annotated[Text, Tag("str")],
     Discriminator(lambda value: type(value).__name__),
 ]
+NAME_OF_RANKS = re.compile(r"(?:^|[^A-Za-z])rank|Rank|(?:^|[^A-Z])RANK")
 Score = Annotated[float, Ge(-LARGEST_NUMBER), Le(LARGEST_NUMBER)]
 
 
@@ -38,7 +40,7 @@ class PairSettings(Settings):
 
 
 # What a comparison says where its responses get labels, and nothing obeys it.
-WITHOUT_PAIRS_OF_THEM = {"pairs": "all", "least_gap": 0.0, "ties": "drop", "margin": "none", "best": "highest"}
+WITHOUT_PAIRS_OF_THEM = {"pairs": "all", "least_gap": 0.0, "ties": "drop", "margin": "none"}
 
 
 class WinnerComparison(PairSettings):
@@ -84,10 +86,17 @@ class ScoredComparison(PairSettings):
         ["scores"], "columns of the scores, in the order of responses, or the one that holds a list of them"
     )
     score_key: Text | None = key(None, "key of the score, where responses are objects that hold it; scores [] then")
-    best: Literal["highest", "lowest"] = key("highest", "which score is the best; lowest: ranks, where 1 is the best")
+    best: Literal["highest", "lowest"] | None = key(
+        None, "which score is the best; lowest: ranks, where 1 is the best; null: highest, of scores not named rank"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ScoredComparison":
+        ranks = [name for name in (*self.scores, self.score_key or "") if NAME_OF_RANKS.search(name)]
+        if self.best is None and ranks:
+            raise ValueError(
+                f"best must say which '{ranks[0]}' is the best: lowest where 1 is the first place, or highest"
+            )
         if not self.responses:
             raise ValueError("responses must name at least one column")
         if (self.score_key is None) == (not self.scores):
@@ -180,10 +189,10 @@ class ReadingOptions(Settings):
             if scored != (self.threshold.score is None):
                 raise ValueError("threshold.score must be a column, and null with a comparison of type scores")
             asked_for = self.comparison.model_dump() if self.comparison is not None else {}
-            if scored and asked_for != asked_for | WITHOUT_PAIRS_OF_THEM:
+            if scored and (asked_for != asked_for | WITHOUT_PAIRS_OF_THEM or asked_for["best"] == "lowest"):
                 raise ValueError(
                     "threshold makes no pairs: in comparison leave pairs all, least_gap 0, ties drop, margin none and "
-                    "best highest"
+                    "best null or highest"
                 )
         return self
 

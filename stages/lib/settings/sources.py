@@ -63,6 +63,8 @@ class RowSettings(ReadingOptions):
             raise ValueError(f"format {self.format} has no rejected replies: leave preference out of kinds")
         if self.task is not None and "prompts" not in self.kinds:
             raise ValueError("task is what grades responses to prompts: serve prompts, or leave it null")
+        if self.comparison is not None and self.comparison.margin == "gap" and "preference" not in self.kinds:
+            raise ValueError("comparison.margin: gap gives pairs a margin: serve preference, or make it none")
         try:
             refuse_disagreement(self.format, self)
         except StageError as error:

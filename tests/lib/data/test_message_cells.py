@@ -27,6 +27,25 @@ def test_replies_of_messages_beside_a_prompt_of_text():
     assert said(example) == ([user("tea")], "yes", "no")
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize(
+    ("column", "name", "beside"),
+    [
+        ("prompt", "prompt", {}),
+        ("prompt", "prompt", {"gold": "7"}),
+        ("prompt", "prompt_completion", {"completion": "yes"}),
+        ("prompt", "preference", {"chosen": "yes", "rejected": "no"}),
+        ("instruction", "alpaca", {"output": "yes"}),
+        ("question", "question_answer", {"answer": "yes"}),
+    ],
+)
+def test_a_prompt_of_messages_alone_or_beside_texts(column, name, beside, write):
+    prompt = [user("hello"), bot("hi"), user("tea")]
+    example = one_example(with_messages_read({column: write(prompt), **beside}, "here"), name)
+    replies = [beside.get(side) for side in ("completion", "output", "answer", "chosen") if side in beside]
+    assert said(example) == (prompt, *(replies or [None]), beside.get("rejected"))
+
+
 MESSAGES = json.dumps([{"id": 1} | bot("yes")])
 NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"  # without commas
 
@@ -35,7 +54,11 @@ NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": MESSAGES, "rejected": "b"}, "here, 'chosen': messages written as text beside"),
-        ({"prompt": MESSAGES, "chosen": "a", "rejected": "b"}, "here, 'prompt': messages written as text beside"),
+        (
+            {"prompt": MESSAGES, "chosen": "a", "rejected": MESSAGES},
+            "here, 'rejected': messages written as text beside",
+        ),
+        ({"prompt": "[{'role': 'user', 'content': 'a'"}, "here, 'prompt': not valid JSON"),
         ({"prompt": "a", "completion": MESSAGES}, "here, 'completion': messages written as text beside"),
         ({"instruction": "a", "output": MESSAGES}, "here, 'output': messages written as text beside"),
         ({"prompt": "a", "chosen": NUMPY, "rejected": NUMPY}, "here, 'chosen': not valid JSON"),

@@ -6,7 +6,8 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.conversations import MalformedRowError
 from stages.lib.data.detection import columns_of
 from stages.lib.data.raw_columns import MEANINGFUL_COLUMNS, MEANINGFUL_KEYS, RawColumns, refuse_unknown_targets
-from tests.lib.data.reading import options
+from tests.lib.data.reading import one_example, options
+from tests.lib.data.test_formats import bot, user
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -71,6 +72,33 @@ def test_a_column_with_a_meaning_that_nothing_reads_is_refused_until_it_is_ignor
 def test_a_column_that_another_format_reads_is_refused_in_one_that_does_not(name, column):
     with pytest.raises(StageError, match=f"here: the column '{column}' \\(format '{name}'\\)"):
         RawColumns({}, ()).refuse_unread({column: 0}, name, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "advice"),
+    [
+        (
+            "messages",
+            "kto_tag",
+            "columns: {kto_tag: label} reads it as the label that tells good replies from bad ones",
+        ),
+        ("alpaca", "score", "threshold (score: score) makes of it the label that tells good replies from bad ones"),
+        ("prompt_completion", "rating", "threshold (score: rating) makes of it the label"),
+        ("preference", "label", "if it says which of the two replies is better, describe it in comparison"),
+        ("hh", "rating", "if it says which of the two replies is better, describe it in comparison"),
+    ],
+)
+def test_a_column_that_judges_replies_is_to_be_read_before_it_is_to_be_ignored(name, column, advice):
+    with pytest.raises(StageError) as caught:
+        RawColumns({}).refuse_unread({column: 1}, name, "here")
+    assert 0 < str(caught.value).find(advice) < str(caught.value).find("ignore_columns")
+
+
+def test_a_tag_that_columns_names_label_is_read_as_one():
+    columns = RawColumns({"kto_tag": "label"})
+    row, _ = columns.take({"messages": [user("a"), bot("b")], "kto_tag": False}, "here")
+    columns.refuse_unread(row, "messages", "here")
+    assert one_example(row, "messages").label is False
 
 
 @pytest.mark.parametrize("key", sorted(MEANINGFUL_KEYS))

@@ -175,3 +175,13 @@ def test_the_chosen_conversation_once_more_leaves_no_doubt_of_the_format():
     assert detect_format(row, "here") == "preference_implicit"
     with pytest.raises(StageError, match="preference or messages_preference; name one in format"):
         detect_format(row | {"prompt": "tea", "messages": [user("tea")]}, "here")
+
+
+def test_a_single_reply_that_was_named_by_hand_beside_a_winner_is_refused():
+    row = {"prompt": "tea", "completion": "no", "response_1": "yes", "better_response_id": 1}
+    with pytest.raises(StageError, match=r"'better_response_id' may say which of several .* \(type: winner\)"):
+        one_example(row, "prompt_completion", renames={"response_0": "completion"})
+    assert one_example(row, "prompt_completion")  # named so by the data
+    assert one_example(row | {"better_response_id": None}, "prompt_completion", renames={"response_0": "completion"})
+    facts = {"better_response_id": 1}
+    assert one_example(row, "prompt_completion", facts=facts, renames={"response_0": "completion"}).facts == facts

@@ -22,7 +22,7 @@ from tests.lib.data.test_formats import bot, hh, user
         ({"input_template": "{} {"}, "stand for braces"),
         ({"input_template": "User: {}\\nAssistant:"}, "holds a backslash and an n"),
         ({"comparison": {"type": "winner", "responses": ["a", "b", "c"]}}, "responses must name two columns"),
-        ({"comparison": {"type": "winner", "winner": []}}, "winner must name the column"),
+        ({"comparison": {"type": "winner", "winner": []}}, "winner must name each column"),
         ({"comparison": {"type": "winner", "first": []}}, "an index may count from 0 or from 1"),
         ({"comparison": {"type": "winner", "names": ["a", "b"]}}, "first and second [] beside them"),
         ({"comparison": {"type": "winner", "first": [1], "second": ["1"]}}, "must hold different values"),
@@ -32,6 +32,15 @@ from tests.lib.data.test_formats import bot, hh, user
         ({"comparison": {"type": "scores", "score_key": "s"}}, "name one"),
         ({"comparison": {"type": "scores", "scores": [], "score_key": "s"}}, "text_key must name the text"),
         ({"comparison": {"type": "scores", "responses": ["a", "b"]}}, "as many columns as responses"),
+        (
+            {"comparison": {"type": "scores", "scores": ["rank"]}},
+            "best must say which 'rank' is the best: lowest where 1",
+        ),
+        ({"comparison": {"type": "scores", "scores": ["humanRanks"]}}, "best must say which 'humanRanks' is the best"),
+        (
+            {"comparison": {"type": "scores", "scores": [], "score_key": "gpt4_rank", "text_key": "t"}},
+            "best must say which 'gpt4_rank' is the best",
+        ),
         ({"comparison": {"type": "order", "responses": []}}, "responses must name at least one column"),
         ({"comparison": {"type": "tree", "id_key": "id"}}, "id_key and parent_key go together"),
         ({"comparison": {"type": "tree", "id_key": "id", "parent_key": "p"}}, "root must be null with id_key"),
@@ -63,6 +72,16 @@ def test_what_does_not_hold_together_is_one_line(given, message):
 @pytest.mark.parametrize("kind", COMPARISONS)
 def test_the_defaults_of_every_comparison_hold_together(kind):
     assert options(comparison={"type": kind}).comparison.type == kind
+
+
+@pytest.mark.parametrize(("best", "better"), [("lowest", "first"), ("highest", "second")])
+def test_ranks_are_read_as_best_says(best, better):
+    row = {"prompt": "tea", "responses": ["first", "second"], "rank": [1, 2]}
+    comparison = {"type": "scores", "scores": ["rank"], "best": best}
+    assert one_example(row, "comparison", comparison=comparison).reply == bot(better)
+    frank = {"prompt": "tea", "responses": ["first", "second"], "frank": [1, 2]}
+    comparison = {"type": "scores", "scores": ["frank"]}  # is no rank, and scores are best where they are highest
+    assert one_example(frank, "comparison", comparison=comparison).reply == bot("second")
 
 
 def test_a_vote_is_compared_as_it_is_meant():

@@ -188,7 +188,7 @@ def scores_in(
             raise MalformedRowError(
                 f"{place.where}: {len(responses)} responses and {len(cells)} scores; each needs its own", "not_as_many"
             )
-    sign = 1.0 if settings.best == "highest" else -1.0
+    sign = -1.0 if settings.best == "lowest" else 1.0
     scores = [score_from(value, where) for value, where in cells]
     return [None if score is None else sign * score for score in scores]
 

@@ -10,6 +10,7 @@ from stages.lib.data.readers.row_place import RowPlace
 from stages.lib.data.row_errors import MalformedRowError
 from stages.lib.settings.reading import TreeComparison
 
+DELETED = "deleted"  # key of a message that was taken back
 Group = tuple[list[list[Message] | str], list[float]]
 
 
@@ -43,7 +44,7 @@ def ranked_replies(row: RawRow, settings: TreeComparison, place: RowPlace) -> It
         waiting += [
             (reply, path, f"{where}, reply {number}")
             for number, reply in reversed([*enumerate(replies, start=1)])
-            if not reply.get("deleted")
+            if not reply.get(DELETED)
         ]
 
 
@@ -63,8 +64,8 @@ def score_of(
     if message["role"] != "assistant":
         return None
     rank = node.get(settings.rank_key)
-    if node.get("deleted") or rank is None or rank == "":
-        place.counts["responses_left_out/" + ("deleted" if node.get("deleted") else "no_rank")] += 1
+    if node.get(DELETED) or rank is None or rank == "":
+        place.counts["responses_left_out/" + ("deleted" if node.get(DELETED) else "no_rank")] += 1
         return None
     number = number_from(rank)
     if number is None:

@@ -26,10 +26,10 @@ def is_given(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
 
 
-def unread_value(what: str, name: str) -> str:
-    """The message about a value whose meaning is known, and that nothing reads."""
+def unread_value(what: str, name: str, instead: str = "") -> str:
+    """The message about a value whose meaning is known, and that nothing reads; `instead` is how it could be."""
     return (
-        f"{what} is read by nothing here, and the data would lose what it says; "
+        f"{what} is read by nothing here, and the data would lose what it says; {instead}"
         f"to leave it out, put {name!r} into ignore_columns"
     )
 
