@@ -475,7 +475,7 @@ def test_what_is_said_of_reasoning_and_cut_rows(tmp_path, base, capsys):
     assert (metrics["reasoning_left_out"], metrics["cut/prompts"], metrics["cut/replies"]) == (2, 1, 0)
 
 
-def test_first_tokens_of_texts(tmp_path, base):
+def test_first_tokens_of_texts(tmp_path, base, capsys):
     rows = [{"text": "h" * 9}] * 30
     tokenize_here(tmp_path, base, "prompts", rows, [{"text": "hi"}], text_prompt_tokens=[2, 4])
     table = read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)
@@ -483,6 +483,10 @@ def test_first_tokens_of_texts(tmp_path, base):
     for prompt in prompts_of(table[:]):  # whoever does not read the ids sees what they hold
         assert prompt.shown == "h" * len(prompt.ids)
         assert prompt.context["cut"]
+    assert "text_prompt_tokens" not in capsys.readouterr().err
+    tokenize_here(tmp_path / "none", base, "prompts", [PROMPT], text_prompt_tokens=[2, 4])
+    warning = "warning: no prompt is plain text, so none is cut as tokenize_data.text_prompt_tokens says\n"
+    assert capsys.readouterr().err == warning
     refused = refusal(tmp_path / "other", base, "prompts", rows, text_prompt_tokens=[4, 2])
     assert "text_prompt_tokens must be [least, most], found [4, 2]" in refused
 

@@ -285,6 +285,7 @@ class Counts:
     cut_prompts: int = 0
     cut_replies: int = 0
     reasoning_left_out: int = 0
+    plain_texts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def add_row(self, row: EncodedRow, columns: dict[str, Any]) -> None:

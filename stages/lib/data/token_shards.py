@@ -155,6 +155,7 @@ class ShardEncoder:
                 counts.dropped[error.args[0]] += 1
                 continue
             counts.add_row(fitting, columns)
+            counts.plain_texts += row.text is not None
             yield {"row": number, **columns, "source": row.source}
 
     def _fitting(

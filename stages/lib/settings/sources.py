@@ -35,7 +35,7 @@ class RowSettings(ReadingOptions):
     ignore_columns: Several[Text] = key(
         [], "own columns and keys of messages to leave out, where nothing reads what they say (tools, weight, …)"
     )
-    facts: Several[Text] = key([], "own columns that ride on with each row, for rewards and metrics (answer, id, …)")
+    facts: Several[Text] = key([], "own columns that ride on with prompts, for rewards and metrics (answer, id, …)")
     task: TaskName | None = key(None, "whose prompts they are: it grades the responses by the facts; null: of none")
     split: Split | None = key(None, "where all rows go: train | validation | test; null: divided here by prompt")
     weight: Positive | None = key(
@@ -63,6 +63,11 @@ class RowSettings(ReadingOptions):
             raise ValueError(f"format {self.format} has no rejected replies: leave preference out of kinds")
         if self.task is not None and "prompts" not in self.kinds:
             raise ValueError("task is what grades responses to prompts: serve prompts, or leave it null")
+        if self.facts and "prompts" not in self.kinds:
+            raise ValueError(
+                "facts ride on with prompts alone: serve prompts, or leave facts empty and put the columns into "
+                "ignore_columns"
+            )
         try:
             refuse_disagreement(self.format, self)
         except StageError as error:
