@@ -40,6 +40,7 @@ from tests.lib.data.test_chat import (
     tiny,
     user,
 )
+from tests.lib.data.test_token_rows import with_bos
 from tests.real_files import PROJECT
 
 SECTION = block(Tokenize, max_length=10, max_prompt_length=6)
@@ -489,6 +490,15 @@ def test_first_tokens_of_texts(tmp_path, base, capsys):
     assert capsys.readouterr().err == warning
     refused = refusal(tmp_path / "other", base, "prompts", rows, text_prompt_tokens=[4, 2])
     assert "text_prompt_tokens must be [least, most], found [4, 2]" in refused
+
+
+def test_bos_before_a_text_is_not_shown_of_it(tmp_path):
+    tokenizer = with_bos()
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(CONFIG))
+    tokenize_here(tmp_path, tmp_path / "base", "prompts", [{"text": "hio"}], text_prompt_tokens=[2, 2])
+    (prompt,) = prompts_of(read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)[:])
+    assert (prompt.ids, prompt.shown) == ([USER, ID_H, ID_I], "hi")
 
 
 @pytest.mark.parametrize(("truncation", "shown"), [("keep_end", "hihih<a>"), ("keep_start", "<u>ihihi")])

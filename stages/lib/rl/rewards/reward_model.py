@@ -14,7 +14,7 @@ from stages.lib.compute.processes import Processes
 from stages.lib.compute.sequence_scores import PairScores, all_pair_scores, all_scores
 from stages.lib.data.chat import Context, encode_completion, encode_prompt, load_tokenizer
 from stages.lib.data.conversations import Message
-from stages.lib.data.encoding import encode_text
+from stages.lib.data.encoding import encode_text, special_tokens
 from stages.lib.data.reward_texts import RewardTexts
 from stages.lib.models.model_facts import read_config
 from stages.lib.models.pretrained import Loading
@@ -120,7 +120,8 @@ def encoded_as_the_policy_does(
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of a reply, as the pipeline's own stages give them."""
     if isinstance(prompt, str):
-        return encode_text(tokenizer, prompt), encode_text(tokenizer, reply)
+        bos, ids = [*special_tokens(tokenizer).bos_ids], encode_text(tokenizer, prompt)
+        return ids if bos and ids[:1] == bos else [*bos, *ids], encode_text(tokenizer, reply)
     ids = encode_completion(tokenizer, prompt, {"role": "assistant", "content": reply})
     return encode_prompt(tokenizer, prompt), ids if ended else ids[:-1]
 
