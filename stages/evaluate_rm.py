@@ -103,7 +103,7 @@ def scores_of_pairs(
     rows = [texts[row] for row in pairs["row"]]
     prompts, contexts = [row.prompt for row in rows], [row.context for row in rows]
     return {
-        side: reward.score_texts(prompts, [row.replies[place]["content"] for row in rows], contexts=contexts)
+        side: reward.score_texts(prompts, [row.replies[place] for row in rows], contexts=contexts)
         for place, side in enumerate(SIDES)
     }
 

@@ -30,7 +30,7 @@ if not asks_for_help():
     from stages.lib.evaluation.metrics import score_metrics, with_sources
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.models.tokenizer_files import tokenizer_inputs
-    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+    from stages.lib.rl.rewards.reward_model import RewardModel, context_of, load_reward_model
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 
 SIDES = {"score": "", "reference_score": "reference_"}  # a column of scores → how the keys of a sample begin
@@ -105,6 +105,7 @@ def require_samples(rows: list[dict[str, Any]], starts: list[str], vocab_size: i
     for line, row in enumerate(rows, start=1):
         fits = type(row.get("row")) is int and is_text_or_messages(row.get("prompt"))
         fits = fits and all(isinstance(row.get(reply), str) for reply in replies)
+        fits = fits and isinstance(row.get("tools", []), list) and isinstance(row.get("template_arguments", {}), dict)
         if vocab_size is not None:
             fits = fits and all(are_ids(row.get(f"{part}_ids"), vocab_size) for part in ("prompt", *replies))
         if not fits:
@@ -127,7 +128,8 @@ def scores_of_replies(reward: RewardModel, rows: list[dict[str, Any]], start: st
     if reward.texts is None:
         found = reward.score_ids([row["prompt_ids"] for row in rows], [row[f"{start}response_ids"] for row in rows])
     else:
-        found = reward.score_texts([row["prompt"] for row in rows], [row[f"{start}response"] for row in rows])
+        prompts, replies = [row["prompt"] for row in rows], [row[f"{start}response"] for row in rows]
+        found = reward.score_texts(prompts, replies, contexts=[context_of(row) for row in rows])
     for row, score in zip(rows, found, strict=True):
         if not math.isfinite(score):
             raise StageError(f"{path}, row {row['row']}: the score of a reply is {score}; the reward model is broken")

@@ -216,6 +216,11 @@ def main(
         scratch.complete(outs, lambda hashes: log_run(f"{STAGE}@{kind}", hashes, time.monotonic() - started))
         remove(scratch.kept)
         say(kind, counts, tokenizer)
+        if kind == "prompts" and settings.text_prompt_tokens and not any(held.plain_texts for held in counts.values()):
+            print(
+                "warning: no prompt is plain text, so none is cut as tokenize_data.text_prompt_tokens says",
+                file=sys.stderr,
+            )
         scratch.publish_complete(outs)
     scratch.release()
 

@@ -17,6 +17,7 @@ import typer
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.run import run
+from stages.lib.data.encoding import special_tokens
 from stages.lib.data.prepared_rows import KINDS, SPLITS
 
 if TYPE_CHECKING:
@@ -52,9 +53,23 @@ def token_runs(row: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
             yield name.removesuffix("_ids"), ids
 
 
-def shown_token(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
-    """A token as text in one line; one that is part of a character only, as the tokenizer writes it."""
-    text = tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False)
+def shown_tokens(tokenizer: "PreTrainedTokenizerBase", ids: list[int], before: int | None) -> Iterator[str]:
+    """Tokens as text in one line; one that is part of a character only, as the tokenizer writes it.
+
+    Args:
+        before: the token that they follow. A space that SentencePiece puts before a word is none at a beginning.
+    """
+    specials = special_tokens(tokenizer).text_of
+    for token_id, previous in zip(ids, [before, *ids[:-1]], strict=True):
+        yield shown_token(tokenizer, token_id, [] if previous is None or previous in specials else [previous])
+
+
+def shown_token(tokenizer: "PreTrainedTokenizerBase", token_id: int, before: list[int]) -> str:
+    special = special_tokens(tokenizer).text_of.get(token_id)
+    start, whole = (
+        tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) for ids in (before, [*before, token_id])
+    )
+    text = special or (whole[len(start) :] if whole.startswith(start) else "")
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         text = str(tokenizer.convert_ids_to_tokens(token_id))
     # A file's text must not reach the terminal as a command to it.
@@ -67,11 +82,13 @@ def preview_lines(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], *, 
     sorts = list(dict.fromkeys(sort for sort, _ in runs))
     yield "  ".join(token_text(sort, sort, 0, coloured=coloured) for sort in sorts)
     width = max(map(len, sorts))
+    before: int | None = None
     for sort, ids in runs:
-        texts = [
-            token_text(shown_token(tokenizer, token), sort, place, coloured=coloured) for place, token in enumerate(ids)
-        ]
+        shown = enumerate(shown_tokens(tokenizer, ids, before))
+        texts = [token_text(text, sort, place, coloured=coloured) for place, text in shown]
         yield f"{sort:<{width}} {len(ids):>5}  {''.join(texts)}"
+        if sort not in ("chosen", "rejected"):  # both follow the prompt
+            before = ids[-1]
 
 
 def token_text(text: str, sort: str, place: int, *, coloured: bool) -> str:

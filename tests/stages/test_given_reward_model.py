@@ -23,12 +23,12 @@ def folder(copy_of_tiny: Copy) -> Path:
     return project
 
 
-def scores_of_texts(folder: Path, texts: list[str]) -> list[float]:
+def scores_of_texts(folder: Path, texts: list[str], *, plain: bool = True) -> list[float]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "data/raw/classifier")
     logits = logits_of(folder / "data/raw/classifier")
-    return [float(logits([tokenizer(text).input_ids])[0, 1]) for text in texts]
+    return [float(logits([tokenizer(text, add_special_tokens=plain).input_ids])[0, 1]) for text in texts]
 
 
 def test_ppo_and_grpo_learn_from_it(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -54,6 +54,44 @@ def test_ppo_and_grpo_learn_from_it(folder: Path, capsys: pytest.CaptureFixture)
         card = (folder / f"models/{name}/README.md").read_text()
         assert "`data/raw/classifier`" in card
         assert '"reward_label": "POSITIVE"' in card
+
+
+def test_a_template_of_its_own_gets_the_messages_and_tools_of_samples(folder: Path) -> None:
+    """Also of prompts that are those of sft rows; and pairs whose replies call tools are told apart."""
+    template = (
+        "{{ tools[0].function.name }}{% for m in messages %}<s>{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
+    )
+    given, name = folder / "data/raw/classifier", "data/samples/dpo.jsonl"
+    save_tokenizer(given, template=template, longest=512)
+    settings = {"evaluate_rm": {"rm": GIVEN}, "score_samples": GIVEN, "prepare_data": {"kinds": ["sft", "preference"]}}
+    change(folder / "params.yaml", settings)
+    (folder / "data/tokens/test/prompts.arrow").unlink()
+    call(folder, "evaluate@dpo")
+    prepared = list(read_jsonl(folder / "data/prepared/test/sft.jsonl"))
+    samples = list(read_jsonl(folder / name))
+    assert samples
+    for sample in samples:
+        turns = prepared[sample["row"]]["messages"]
+        first_reply = [turn["role"] for turn in turns].index("assistant")
+        assert sample["prompt"] == turns[:first_reply]
+    tools = [{"type": "function", "function": {"name": "film"}}]
+    (folder / name).unlink()
+    (folder / name).write_text("".join(json.dumps({**sample, "tools": tools}) + "\n" for sample in samples))
+    call(folder, "score_samples@dpo")
+    texts = ["film" + "".join(f"<s>{turn['content']}" for turn in s["prompt"]) + f"<s>{s['response']}" for s in samples]
+    scores = [row["score"] for row in read_jsonl(folder / "data/sample_scores/dpo.jsonl")]
+    assert scores == pytest.approx(scores_of_texts(folder, texts, plain=False), abs=1e-4)
+
+    path = folder / "data/prepared/test/preference.jsonl"
+    pairs = list(read_jsonl(path))
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            called = {"type": "function", "function": {"name": side, "arguments": {}}}
+            pair[side] = [{"role": "assistant", "content": "", "tool_calls": [called]}]
+    path.unlink()
+    path.write_text("".join(json.dumps({**pair, "tools": tools}) + "\n" for pair in pairs))
+    call(folder, "evaluate_rm@rm")
+    assert json.loads((folder / "metrics/evaluate_rm/rm.json").read_text())["margin_mean"] != 0
 
 
 def test_it_judges_pairs_and_samples(folder: Path) -> None:

@@ -418,7 +418,12 @@ def test_the_command_learns_its_source_from_the_stage_or_by_name(tmp_path):
         ({"path": "$(touch pwned)/../data"}, "path must not go up with .. from a folder that it names"),
         ({"ignore_columns": ["a", "a"]}, "ignore_columns names 'a' twice"),
         ({"ignore_columns": ["a"], "columns": {"a": "prompt"}}, "'a' is in columns and in ignore_columns: choose one"),
-        ({"ignore_columns": ["a"], "facts": ["a"]}, "'a' is in facts and in ignore_columns: choose one"),
+        ({"facts": ["a"]}, "facts ride on with prompts alone: serve prompts, or leave facts empty"),
+        ({"facts": ["a"], "kinds": ["preference", "sft"]}, "facts ride on with prompts alone"),
+        (
+            {"ignore_columns": ["a"], "facts": ["a"], "kinds": ["prompts"]},
+            "'a' is in facts and in ignore_columns: choose one",
+        ),
         ({"weight": 1.0, "rows": 5}, "weight and rows each say how many train rows to draw: give one of them"),
         ({"split": "test", "weight": 1.0}, "weight and rows draw train rows"),
         ({"weight": 0.0}, "weight must be above 0"),

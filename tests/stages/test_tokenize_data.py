@@ -41,6 +41,7 @@ from tests.lib.data.test_chat import (
     tiny,
     user,
 )
+from tests.lib.data.test_token_rows import with_bos
 from tests.real_files import PROJECT
 
 SECTION = block(Tokenize, max_length=10, max_prompt_length=6)
@@ -486,7 +487,7 @@ def test_what_is_said_of_reasoning_and_cut_rows(tmp_path, base, capsys):
     assert (metrics["reasoning_left_out"], metrics["cut/prompts"], metrics["cut/replies"]) == (2, 1, 0)
 
 
-def test_first_tokens_of_texts(tmp_path, base):
+def test_first_tokens_of_texts(tmp_path, base, capsys):
     rows = [{"text": "h" * 9}] * 30
     tokenize_here(tmp_path, base, "prompts", rows, [{"text": "hi"}], text_prompt_tokens=[2, 4])
     table = read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)
@@ -494,8 +495,21 @@ def test_first_tokens_of_texts(tmp_path, base):
     for prompt in prompts_of(table[:]):  # whoever does not read the ids sees what they hold
         assert prompt.shown == "h" * len(prompt.ids)
         assert prompt.context["cut"]
+    assert "text_prompt_tokens" not in capsys.readouterr().err
+    tokenize_here(tmp_path / "none", base, "prompts", [PROMPT], text_prompt_tokens=[2, 4])
+    warning = "warning: no prompt is plain text, so none is cut as tokenize_data.text_prompt_tokens says\n"
+    assert capsys.readouterr().err == warning
     refused = refusal(tmp_path / "other", base, "prompts", rows, text_prompt_tokens=[4, 2])
     assert "text_prompt_tokens must be [least, most], found [4, 2]" in refused
+
+
+def test_bos_before_a_text_is_not_shown_of_it(tmp_path):
+    tokenizer = with_bos()
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(CONFIG))
+    tokenize_here(tmp_path, tmp_path / "base", "prompts", [{"text": "hio"}], text_prompt_tokens=[2, 2])
+    (prompt,) = prompts_of(read_table(tmp_path / "data/tokens/train/prompts.arrow", PROMPT_SCHEMA)[:])
+    assert (prompt.ids, prompt.shown) == ([USER, ID_H, ID_I], "hi")
 
 
 @pytest.mark.parametrize(("truncation", "shown"), [("keep_end", "hihih<a>"), ("keep_start", "<u>ihihi")])

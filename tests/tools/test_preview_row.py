@@ -4,6 +4,8 @@ import contextlib
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from stages.lib.command.errors import StageError
 from stages.tools.preview_row import main, preview_lines
@@ -86,6 +88,26 @@ def test_on_a_terminal_tokens_have_colours_in_turn():
         "\x1b[38;5;255;48;5;24mprompt\x1b[0m  \x1b[38;5;255;48;5;22mtrained\x1b[0m",
         "prompt      1  \x1b[38;5;255;48;5;24m<u>\x1b[0m",
         "trained     2  \x1b[38;5;255;48;5;22mh\x1b[0m\x1b[38;5;255;48;5;28mi\x1b[0m",
+    ]
+
+
+def test_spaces_of_sentencepiece_are_shown():
+    """What is said of ids one by one would be without them: its decoder takes a space from every beginning."""
+    pieces = ["<s>", "</s>", "▁once", "▁", "▁a", "il", "<0xC3>", "<0xA9>", "."]
+    backend = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, []))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    row = {"input_ids": [0, 2, 3, 4, 5, 6, 7, 4, 8, 1], "loss_mask": [False] * 4 + [True] * 6}
+    _, prompt, trained = preview_lines(tokenizer, row, coloured=False)
+    assert prompt == "prompt      4  [<s>][once][ ][ a]"
+    assert trained == "trained     6  {il}{<0xC3>}{<0xA9>}{ a}{.}{</s>}"
+    row = {"prompt_ids": [4, 5], "chosen_ids": [4, 1], "rejected_ids": [4, 8, 1]}
+    assert [*preview_lines(tokenizer, row, coloured=False)][2:] == [
+        "chosen       2  { a}{</s>}",
+        "rejected     3  < a><.><</s>>",
     ]
 
 

@@ -29,6 +29,7 @@ class SpecialTokens(NamedTuple):
     text_of: dict[int, str]
     first_letters: tuple[str, ...]
     swallowed: re.Pattern[str] | None
+    bos_ids: tuple[int, ...]  # what the tokenizer puts before plain text: its BOS, or nothing
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
@@ -51,7 +52,13 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase", *_changes: int | None)
         text_of,
         first_letters,
         re.compile("|".join(sides)) if sides else None,
+        _bos_ids(tokenizer),
     )
+
+
+def _bos_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    bos_id = tokenizer.bos_token_id
+    return (bos_id,) if bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id] else ()
 
 
 def refuse_special_tokens(specials: SpecialTokens, texts: Iterable[str]) -> None:

@@ -1,17 +1,19 @@
 """What a reward model reads where it is given text: a prompt and a reply to it, as the ids of the model's tokenizer.
 
 One with a chat template gets the conversation rendered by it. One without gets plain text, with the special tokens that
-its tokenizer puts around any text ([CLS], BOS, …): the contents of the messages and the reply, a line for each.
+its tokenizer puts around any text ([CLS], BOS, …): the contents of the messages and the reply, a line for each, and
+the calls of tools as JSON.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.chat import NO_CONTEXT, Context, asked, render_all, rendered, require_fast
+from stages.lib.data.chat import NO_CONTEXT, Context, asked, render_all, rendered, require_fast, require_names
 from stages.lib.data.conversations import Message
-from stages.lib.data.template_process import ToRender
+from stages.lib.data.template_process import RenderingResult, ToRender
 from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import TOKENIZER_JSON, longest_sequence, read_config, require_json_objects
 
@@ -41,24 +43,36 @@ class RewardTexts:
     def encode(
         self,
         prompts: Sequence[Sequence[Message] | str],
-        replies: Sequence[str],
+        replies: Sequence[Message | str],
         contexts: Sequence[Context] | None = None,
     ) -> list[list[int]]:
         """Ids of each prompt (messages, or text that the reply goes on from) with its reply.
 
         Args:
+            replies: messages, or the content of one.
             contexts: what the template gets beside the messages.
         Raises:
-            StageError: the chat template refuses a conversation, or one is too long for the model.
+            StageError: the chat template refuses a conversation or leaves out the calls of a reply, or one is too long
+                for the model.
         """
         asked_with = [NO_CONTEXT] * len(prompts) if contexts is None else contexts
         by_template = [self.has_template and not isinstance(prompt, str) for prompt in prompts]
-        rows = [*zip(prompts, replies, asked_with, by_template, strict=True)]
+        answers = [as_message(reply) for reply in replies]
+        rows = [*zip(prompts, answers, asked_with, by_template, strict=True)]
         to_render = [conversation(prompt, reply, context) for prompt, reply, context, by in rows if by]
-        texts = iter([rendered(result).text for result in render_all(self.tokenizer, to_render)] if to_render else [])
+        results = render_all(self.tokenizer, to_render) if to_render else []
+        texts = iter([self._text(result, asked.messages[-1]) for asked, result in zip(to_render, results, strict=True)])
         return [
             self._ids(next(texts) if by else plain_text(prompt, reply), plain=not by) for prompt, reply, _, by in rows
         ]
+
+    def _text(self, result: RenderingResult, reply: Message) -> str:
+        text = rendered(result).text
+        try:
+            require_names(reply.get("tool_calls", ()), text, "the calls of tools")
+        except StageError as error:
+            raise StageError(f"{self.folder}: {error}") from None
+        return text
 
     def _ids(self, text: str, *, plain: bool) -> list[int]:
         ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=plain).ids
@@ -70,17 +84,28 @@ class RewardTexts:
         return ids
 
 
-def conversation(prompt: Sequence[Message] | str, reply: str, context: Context) -> ToRender:
+def as_message(reply: Message | str) -> Message:
+    """A reply of which only the content is known, as a message."""
+    return {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+
+
+def conversation(prompt: Sequence[Message] | str, reply: Message, context: Context) -> ToRender:
     """Messages with a reply, to be rendered."""
     assert not isinstance(prompt, str), "text is not rendered"
-    return asked([*prompt, {"role": "assistant", "content": reply}], context, add_generation_prompt=False)
+    return asked([*prompt, reply], context, add_generation_prompt=False)
 
 
-def plain_text(prompt: Sequence[Message] | str, reply: str) -> str:
+def plain_text(prompt: Sequence[Message] | str, reply: Message) -> str:
     """A prompt and its reply without a template."""
     if isinstance(prompt, str):
-        return prompt + reply
-    return "\n".join([*(message["content"] for message in prompt), reply])
+        return prompt + said_in(reply)
+    return "\n".join(map(said_in, [*prompt, reply]))
+
+
+def said_in(message: Message) -> str:
+    """The content of a message, with the tools that it calls, a line for each call."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message["content"] or not calls else []), *calls])
 
 
 def load_any_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":

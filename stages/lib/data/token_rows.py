@@ -54,6 +54,7 @@ class EncodedRow(NamedTuple):
     prompt_is_cut: bool = False
     reply_is_cut: bool = False
     prompt_messages: int = 0  # how many of the row's messages make the prompt
+    bos: int = 0  # how many of the prompt's first ids are BOS before plain text, which no cut takes away
     kept_text: str | None = None  # of a prompt of which not all ids are there: the text of those that are
 
 
@@ -126,11 +127,17 @@ def _texts_to_encode(texts: RowTexts) -> list[str]:
 
 
 def _joined(specials: SpecialTokens, texts: RowTexts, encoded: list[list[int] | None]) -> EncodedRow:
-    """The row whose texts have these ids. Raises UnusableRowError for ids that do not decode to their text."""
+    """The row whose texts have these ids, plain text with the BOS that its tokenizer puts before it.
+
+    Raises UnusableRowError for ids that do not decode to their text.
+    """
     prompt, *others = [_reversible(ids) for ids in encoded]
     following = iter(others)
     replies = [_reply(specials, [(part, next(following)) for part in reply]) for reply in texts.replies]
-    return EncodedRow(prompt, replies, texts.reasoning_left_out, prompt_messages=texts.prompt_messages)
+    bos = () if texts.prompt_messages else specials.bos_ids  # of messages the chat template says what begins them
+    return EncodedRow(
+        [*bos, *prompt], replies, texts.reasoning_left_out, prompt_messages=texts.prompt_messages, bos=len(bos)
+    )
 
 
 def _reversible(ids: list[int] | None) -> list[int]:
@@ -172,8 +179,9 @@ def within_budget(row: EncodedRow, settings: Tokenize) -> EncodedRow:
         _require_fit(least, longest, settings)
         room = min(room, settings.max_length - longest)
     if len(row.prompt) > room:
-        kept = row.prompt[-room:] if settings.truncation == "keep_end" else row.prompt[:room]
-        row = row._replace(prompt=kept, prompt_is_cut=True)
+        bos, text = row.prompt[: row.bos], row.prompt[row.bos :]
+        start = len(row.prompt) - room if settings.truncation == "keep_end" else 0
+        row = row._replace(prompt=[*bos, *text[start:]][:room], prompt_is_cut=True)
     limit = min(settings.max_completion_length or settings.max_length, settings.max_length - len(row.prompt))
     if longest > limit:
         row = row._replace(replies=[_cut(reply, limit) for reply in row.replies], reply_is_cut=True)
@@ -203,11 +211,11 @@ def _cut(reply: Reply, limit: int) -> Reply:
     return Reply(reply.ids[:end], [others for others in reply.untrained if others.stop <= end])
 
 
-def first_tokens(ids: list[int], bounds: tuple[int, ...], seed: int, source: str, row: int) -> list[int]:
-    """The first k ids, k drawn evenly from `bounds` (least, most) by (seed, source, row)."""
+def first_tokens(ids: list[int], bounds: tuple[int, ...], seed: int, source: str, row: int, bos: int = 0) -> list[int]:
+    """The first k ids after BOS, k drawn evenly from `bounds` (least, most) by (seed, source, row)."""
     least, most = bounds
     drawn = int.from_bytes(hashlib.sha256(f"{seed}/{source}/{row}".encode()).digest()[:8])
-    return ids[: least + drawn % (most - least + 1)]
+    return ids[: bos + least + drawn % (most - least + 1)]
 
 
 # The columns of each kind's table, beside `row` and `source`.
@@ -218,7 +226,7 @@ def sft_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
     mask = [True] * len(reply.ids)
     for others in reply.untrained:
         mask[others.start : others.stop] = [False] * len(others)
-    if not prompt:  # a whole text, whose first token no other predicts
+    if not prompt:  # a whole text without BOS, whose first token no other predicts
         mask[0] = False
     if not any(mask):
         raise UnusableRowError("nothing_trained")
@@ -285,6 +293,7 @@ class Counts:
     cut_prompts: int = 0
     cut_replies: int = 0
     reasoning_left_out: int = 0
+    plain_texts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def add_row(self, row: EncodedRow, columns: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ class ShardEncoder:
                 counts.dropped[error.args[0]] += 1
                 continue
             counts.add_row(fitting, columns)
+            counts.plain_texts += row.text is not None
             yield {"row": number, **columns, "source": row.source}
 
     def _fitting(
@@ -178,7 +179,7 @@ class ShardEncoder:
             raise result
         whole, bounds = result.prompt, self.settings.text_prompt_tokens
         if self.kind == "prompts" and row.text is not None and bounds is not None:
-            result = result._replace(prompt=first_tokens(whole, bounds, self.seed, row.source, number))
+            result = result._replace(prompt=first_tokens(whole, bounds, self.seed, row.source, number, result.bos))
         try:
             fitting = within_budget(result, self.settings)
         except OverBudgetError as error:
@@ -191,7 +192,7 @@ class ShardEncoder:
             ) from None
         if len(fitting.prompt) == len(whole):
             return fitting
-        return fitting._replace(kept_text=decode(self.tokenizer, fitting.prompt))
+        return fitting._replace(kept_text=decode(self.tokenizer, fitting.prompt[fitting.bos :]))
 
 
 def read_shard(payload: bytes) -> tuple[Counts, list[pa.RecordBatch]]:

@@ -176,6 +176,8 @@ def sample_records(prompts: Sequence[Prompt], own: Responses, reference: Respons
             "length": len(own.ids[index]),
             "ended": own.ended[index],
         }
+        # For a reward model with a chat template of its own.
+        record |= {name: prompt.context[name] for name in ("tools", "template_arguments") if name in prompt.context}
         if own.grades[index] is not None:
             record["gold"] = own.grades[index]
         if reference is not None:

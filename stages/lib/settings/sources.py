@@ -35,7 +35,7 @@ class RowSettings(ReadingOptions):
     ignore_columns: Several[Text] = key(
         [], "own columns and keys of messages to leave out, where nothing reads what they say (tools, weight, …)"
     )
-    facts: Several[Text] = key([], "own columns that ride on with each row, for rewards and metrics (answer, id, …)")
+    facts: Several[Text] = key([], "own columns that ride on with prompts, for rewards and metrics (answer, id, …)")
     task: TaskName | None = key(None, "whose prompts they are: it grades the responses by the facts; null: of none")
     split: Split | None = key(None, "where all rows go: train | validation | test; null: divided here by prompt")
     weight: Positive | None = key(
@@ -65,6 +65,11 @@ class RowSettings(ReadingOptions):
             raise ValueError("task is what grades responses to prompts: serve prompts, or leave it null")
         if self.comparison is not None and self.comparison.margin == "gap" and "preference" not in self.kinds:
             raise ValueError("comparison.margin: gap gives pairs a margin: serve preference, or make it none")
+        if self.facts and "prompts" not in self.kinds:
+            raise ValueError(
+                "facts ride on with prompts alone: serve prompts, or leave facts empty and put the columns into "
+                "ignore_columns"
+            )
         try:
             refuse_disagreement(self.format, self)
         except StageError as error:

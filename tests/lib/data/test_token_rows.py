@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from tokenizers import processors
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.chat import RefusedRowError
@@ -178,6 +179,34 @@ def test_the_first_tokens_of_a_text_are_drawn_evenly_and_by_row():
     for seed, source in ((18, "imdb"), (17, "books")):
         assert [len(first_tokens([*range(9)], (2, 7), seed, source, row)) for row in range(50)] != drawn[:50]
     assert first_tokens([4], (2, 7), 17, "imdb", 0) == [4]
+
+
+def with_bos():
+    """Its <u> comes before plain text, as Llama's BOS does."""
+    tokenizer = tiny()
+    tokenizer.bos_token = "<u>"
+    single = processors.TemplateProcessing(single="<u> $A", special_tokens=[("<u>", USER)])
+    tokenizer.backend_tokenizer.post_processor = single
+    return tokenizer
+
+
+@pytest.mark.parametrize("cut", ["keep_end", "keep_start"])
+def test_plain_text_begins_with_bos_where_its_tokenizer_puts_one_and_no_cut_takes_it(cut):
+    limits = settings()
+    text, raw, talk = (
+        ENCODINGS[kind].read({"source": "films", **row}, "here")
+        for kind, row in (("sft", {"text": "hi"}), ("prompts", {"text": "hio"}), ("prompts", {"prompt": [user("i")]}))
+    )
+    (whole,) = encode_rows(with_bos(), "sft", [text], limits)
+    table = ENCODINGS["sft"].columns(whole, text)
+    assert (table["input_ids"], table["loss_mask"]) == ([USER, ID_H, ID_I, EOS], [False, True, True, True])
+    prompt, rendered = encode_rows(with_bos(), "prompts", [raw, talk], limits)
+    assert prompt.prompt == [USER, ID_H, ID_I, ID_O]
+    assert rendered.prompt == [USER, ID_I, ASSISTANT]  # with what the chat template writes, and nothing before it
+    short = Tokenize(**(block(Tokenize) | {"max_length": 9, "max_prompt_length": 3, "truncation": cut}))
+    kept = {"keep_end": [ID_I, ID_O], "keep_start": [ID_H, ID_I]}[cut]
+    assert within_budget(prompt, short).prompt == [USER, *kept]
+    assert first_tokens(prompt.prompt, (2, 2), 17, "films", 0, prompt.bos) == [USER, ID_H, ID_I]
 
 
 # Tools, arguments and reasoning.

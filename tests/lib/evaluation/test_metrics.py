@@ -93,6 +93,16 @@ PROMPTS = [
 ]
 
 
+def test_samples_have_what_a_template_gets_beside_the_messages():
+    context = {"tools": [{"type": "function", "function": {"name": "add"}}], "template_arguments": {"think": False}}
+    cut = PROMPTS[1]._replace(context={**context, "text": "2", "cut": True})
+    first, second, third, _ = sample_records([PROMPTS[0]._replace(context=context), cut, *PROMPTS[2:]], OWN, None)
+    for record in (first, second):
+        assert context.items() <= record.items()
+    assert not {"tools", "template_arguments"} & third.keys()
+    assert second["prompt"] == "2"
+
+
 def test_samples_show_prompt_and_both_responses():
     own = replace(OWN, kl=[0.50000049, 1.5, -1.0, 3.0])
     records = sample_records(PROMPTS, own, REFERENCE)

@@ -14,8 +14,8 @@ from stages.lib.compute.processes import Processes
 from stages.lib.compute.sequence_scores import PairScores, all_pair_scores, all_scores
 from stages.lib.data.chat import Context, encode_completion, encode_prompt, load_tokenizer
 from stages.lib.data.conversations import Message
-from stages.lib.data.encoding import encode_text
-from stages.lib.data.reward_texts import RewardTexts
+from stages.lib.data.encoding import encode_text, special_tokens
+from stages.lib.data.reward_texts import RewardTexts, as_message
 from stages.lib.models.model_facts import read_config
 from stages.lib.models.pretrained import Loading
 from stages.lib.models.reward_head import HeadReading, RewardHead, find_reward_head
@@ -91,13 +91,14 @@ class RewardModel:
     def score_texts(
         self,
         prompts: Sequence[PromptOrText],
-        replies: Sequence[str],
+        replies: Sequence[Message | str],
         ended: Sequence[bool] | None = None,
         contexts: Sequence[Context] | None = None,
     ) -> list[float]:
         """The score of each reply to its prompt, in the order given.
 
         Args:
+            replies: messages, or the content of one.
             ended: with EOS, rather than at a limit of tokens, as each reply did (None: all of them). One that shares
                 the policy's tokenizer reads the EOS of those that did.
             contexts: what a chat template of its own gets beside the messages.
@@ -116,12 +117,14 @@ class RewardModel:
 
 
 def encoded_as_the_policy_does(
-    tokenizer: "PreTrainedTokenizerBase", prompt: PromptOrText, reply: str, ended: bool
+    tokenizer: "PreTrainedTokenizerBase", prompt: PromptOrText, reply: Message | str, ended: bool
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of a reply, as the pipeline's own stages give them."""
+    answer = as_message(reply)
     if isinstance(prompt, str):
-        return encode_text(tokenizer, prompt), encode_text(tokenizer, reply)
-    ids = encode_completion(tokenizer, prompt, {"role": "assistant", "content": reply})
+        bos, ids = [*special_tokens(tokenizer).bos_ids], encode_text(tokenizer, prompt)
+        return ids if bos and ids[:1] == bos else [*bos, *ids], encode_text(tokenizer, answer["content"])
+    ids = encode_completion(tokenizer, prompt, answer)
     return encode_prompt(tokenizer, prompt), ids if ended else ids[:-1]
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.chat import Context
 from stages.lib.data.prompts import Prompt
+from stages.lib.data.reward_texts import RewardTexts
 from stages.lib.models.pretrained import Loading
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
@@ -200,6 +202,37 @@ def test_as_many_tokens_as_a_model_has_positions(kind: str, tmp_path: Path, poli
     assert model.score_texts([""], [text]) == pytest.approx([float(logits_of(folder)([tokenizer(text).input_ids]))])
     with pytest.raises(StageError, match=rf"reads at most {longest} tokens of its own, .* has {longest + 1} "):
         model.score_texts([""], [text + tokenizer.decode([31])])
+
+
+CALLING = (
+    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{% for message in messages %}"
+    "<s>{{ message.content }}{% for call in message.tool_calls or [] %}({{ call.function.name }}){% endfor %}</s>"
+    "{% endfor %}"
+)
+
+
+def calling(name: str) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": {"where": "a"}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_the_calls_of_a_reply_are_read(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "a film"}]
+    tools = [{"type": "function", "function": {"name": "good", "parameters": {}}}]
+    for name, template, prompt, expected in (
+        ("rendered", CALLING, asked, "good;<s>a film</s><s>(good)</s>"),
+        ("plain", None, asked, '<s>a film\n{"name": "good", "arguments": {"where": "a"}}</s>'),
+        ("going on", None, "a film", '<s>a film{"name": "good", "arguments": {"where": "a"}}</s>'),
+    ):
+        save_classifier(tmp_path / name, "gpt2")
+        tokenizer = save_tokenizer(tmp_path / name, template=template)
+        texts = RewardTexts(tmp_path / name, trust_remote_code=False)
+        (ids,) = texts.encode([prompt], [calling("good")], [Context(tools)])
+        assert tokenizer.decode(ids) == expected
+    save_tokenizer(tmp_path / "rendered", template=TEMPLATE)
+    texts = RewardTexts(tmp_path / "rendered", trust_remote_code=False)
+    with pytest.raises(StageError, match=r"rendered: the chat template leaves out the calls of tools: 'good' is not"):
+        texts.encode([asked], [calling("good")])
 
 
 def test_what_is_no_reward_model(tmp_path: Path, policy: Path) -> None:
