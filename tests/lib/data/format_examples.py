@@ -6,6 +6,8 @@ Each is a test (`test_format_examples.py`) and a row of `docs/formats.md` (`form
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.lib.data.prepared_rows import Kind
+
 
 @dataclass(frozen=True)
 class FormatExample:
@@ -17,6 +19,16 @@ class FormatExample:
     columns: dict[str, str] = field(default_factory=dict)
     facts: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of rows that it is for."""
+        values = self.becomes[0]
+        if "chosen" in values:
+            return "preference"
+        if "completion" in values:
+            return "unpaired"
+        return "sft" if {"messages", "text"} & values.keys() else "prompts"
 
 
 def user(text):

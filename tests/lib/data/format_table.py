@@ -4,14 +4,18 @@ import json
 import sys
 from typing import Any
 
+from stages.lib.command.errors import StageError
 from stages.lib.data.formats import READERS
+from stages.lib.data.prepared_rows import Kind
 from stages.lib.settings.declaration import Settings, block
 from stages.lib.settings.reading import Threshold
 from tests.lib.data.format_examples import EXAMPLES, FormatExample
 from tests.lib.data.reading import COMPARISONS
+from tests.lib.data.trained_texts import trained_texts
 from tests.real_files import PROJECT
 
 BLOCKS = [*(("comparison", model) for model in COMPARISONS.values()), ("threshold", Threshold)]
+LONGEST = 80  # characters of a text that is trained
 PAGE = PROJECT / "docs" / "formats.md"
 BEFORE = """# Formats of raw data
 
@@ -23,6 +27,11 @@ that lists the candidates. `columns` gives columns of your own the names below (
 the object in the column `question`), and `facts` lets columns ride on with prompts to rewards and evaluation. What the
 raw rows become is shown for the kind that they are made for; a pair also gives an sft row with its chosen reply, and
 each of them a prompt.
+
+What is trained of these rows is what the loss, or the comparison of two replies, is over: their tokens as tokenize_data
+makes them by `stages/chat_templates/chat.jinja` with the default `loss_on`, decoded. Several turns of a conversation
+stand in their order. Of a whole text the first token is not trained, since none comes before it; here a token is a
+byte. Of a prompt, of which nothing is trained, its end is shown as the policy is given it.
 
 Files are `.jsonl`, `.json` (an array, or an object with the rows under the key that `rows_key` names), `.csv` (commas,
 or semicolons or tabs where the header leaves no doubt; else `delimiter` names it), `.tsv` (all of them also `.gz`) and
@@ -62,7 +71,9 @@ def page() -> str:
         parts.append(f"\n## {title}\n")
         if title.startswith("Two responses"):
             parts.append(COMPARISONS)
-        parts.append("\n| what it is | format | a row | options | what it becomes |\n|---|---|---|---|---|\n")
+        parts.append(
+            "\n| what it is | format | a row | options | what it becomes | trained |\n|---|---|---|---|---|---|\n"
+        )
         parts += [line(example) for example in examples]
     parts.append(AFTER)
     for name, reader in READERS.items():
@@ -98,8 +109,26 @@ def line(example: FormatExample) -> str:
         "<br>".join(code(row) for row in example.rows),
         "<br>".join(f"`{key}:` {code(value)}" for key, value in settings.items()),
         "<br>".join(made) + (f"<br>counted: {', '.join(counted)}" if counted else ""),
+        "<br>".join(trained(example.kind, row) for row in example.becomes),
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def trained(kind: Kind, row: dict[str, Any]) -> str:
+    """What is trained of a row, each text by itself, or why the template refuses it."""
+    try:
+        runs = trained_texts(kind, row)
+    except StageError as error:
+        return str(error).replace("|", "\\|")
+    named = [(f"{sort}: " if kind == "preference" else "") + code(shortened(kind, text)) for sort, text in runs]
+    return ", ".join(named)
+
+
+def shortened(kind: Kind, text: str) -> str:
+    """The beginning of a long text, or the end of a prompt."""
+    if len(text) <= LONGEST:
+        return text
+    return f"…{text[-LONGEST:]}" if kind == "prompts" else f"{text[:LONGEST]}…"
 
 
 def code(value: Any) -> str:

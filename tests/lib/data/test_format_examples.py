@@ -5,16 +5,20 @@ from typing import get_args
 
 import pytest
 
+from stages.lib.command.errors import StageError
 from stages.lib.data.detection import FormatOfRows
 from stages.lib.data.formats import Format, columns_read, examples_of
 from stages.lib.data.message_cells import with_messages_read
 from stages.lib.data.raw_columns import RawColumns
 from stages.lib.data.readers.reply_trees import trees_of_rows
 from stages.lib.data.row_errors import UnusableRowError
+from stages.lib.settings.prepare_base import EOS_TOKEN
 from tests.lib.data.format_examples import EXAMPLES
-from tests.lib.data.format_table import PAGE, page
+from tests.lib.data.format_table import PAGE, page, shortened
 from tests.lib.data.reading import options
+from tests.lib.data.trained_texts import trained_texts
 
+REPLIES = ("chosen", "rejected", "completion")
 ALL = [example for examples in EXAMPLES.values() for example in examples]
 
 
@@ -55,6 +59,32 @@ def test_what_the_rows_of_an_example_become(example):
     assert +counts == example.counts
     unread = columns.ours - columns_read(example.format, settings) - {*example.facts}
     assert unread <= {"message_tree_id", "labels"}
+
+
+@pytest.mark.parametrize("example", ALL, ids=lambda example: example.what)
+def test_what_is_trained_of_an_example(example):
+    """Of a plain template each reply as it stands, and EOS."""
+    for row in example.becomes:
+        if "tools" in row:
+            with pytest.raises(StageError, match="the chat template refuses these messages: unknown role 'tool'"):
+                trained_texts(example.kind, row)
+        elif "text" in row:
+            assert trained_texts(example.kind, row) == [("trained", f"{row['text'][1:]}{EOS_TOKEN}")]
+        elif example.kind == "sft":
+            replies = [one for one in row["messages"] if one["role"] == "assistant" and one.get("weight", 1)]
+            trained = [("trained", one["content"] + EOS_TOKEN) for one in replies]
+            assert trained_texts(example.kind, row) == trained
+        elif example.kind == "prompts":
+            ((_, prompt),) = trained_texts(example.kind, row)
+            assert prompt.endswith(f"<|user|>{row['prompt'][-1]['content']}<|assistant|>")
+        else:
+            trained = [(sort, row[sort][0]["content"] + EOS_TOKEN) for sort in REPLIES if sort in row]
+            assert trained_texts(example.kind, row) == trained
+
+
+def test_of_a_long_prompt_the_page_shows_the_end():
+    assert shortened("prompts", "a" * 50 + "b" * 50) == "…" + "a" * 30 + "b" * 50
+    assert shortened("sft", "a" * 50 + "b" * 50) == "a" * 50 + "b" * 30 + "…"
 
 
 def test_there_is_an_example_of_every_format_and_of_every_comparison():
