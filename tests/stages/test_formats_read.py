@@ -9,24 +9,17 @@ from tests.stages.data_stages import read, settings, sources_of, write_rows
 
 @pytest.mark.parametrize("example", ALL, ids=lambda example: example.what)
 def test_an_example_is_read_by_the_stage(tmp_path, example):
+    kind = example.kind
     keys = {
         "path": write_rows(tmp_path / "raw.jsonl", example.rows),
-<<<<<<< HEAD
         "kinds": [kind, "prompts"] if example.facts and kind != "prompts" else [kind],  # facts ride on prompts
-=======
-        "kinds": [example.kind],
->>>>>>> shown
         "columns": example.columns,
         "facts": list(example.facts),
         **options(**example.options).model_dump(mode="json"),
     }
     settings(tmp_path, sources_of(files={"own": keys}))
     rows, metrics, record = read(tmp_path, "own")
-<<<<<<< HEAD
     assert [row for row in rows if row["kind"] == kind] == [{"kind": kind, **row} for row in example.becomes]
-=======
-    assert rows == [{"kind": example.kind, **row} for row in example.becomes]
->>>>>>> shown
     assert {name: count for name, count in metrics.items() if name in example.counts} == example.counts
     assert f"format {example.format}: the only one" in record or example.format == "comparison"
     unread = [line for line in record.splitlines() if line.startswith("not read: ")]
