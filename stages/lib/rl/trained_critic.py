@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import Loading
-from stages.lib.models.reward_head import HeadReading, find_reward_head
+from stages.lib.models.reward_head import HeadReading, find_any_head, find_reward_head, linear_layers
 from stages.lib.models.reward_models import load_critic_start, reads_last_token
 from stages.lib.models.scalar_scores import SequenceScores, TokenScores
 from stages.lib.rl.rewards.reward_model import RewardModel, facts_of_reward, load_reward_model
@@ -50,8 +51,10 @@ def load_critic(
     Args:
         reading: how the reward model is read, and so the critic that starts from the same folder.
         batching: of passes over the policy's ids.
+    Raises:
+        StageError: one of them cannot be loaded, or the critic's head or label would have to be named.
     """
-    of_critic = reading if critic == reward_model else RewardReading(reward_head=None, reward_label=None)
+    of_critic = reading if critic == reward_model else reading_of_other(critic, reward_model)
     classifier = cast("PreTrainedModel", load_critic_start(critic, of_critic, loading, seed, policy))
     lora = Lora(classifier, lora_settings, seed, critic)
     # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
@@ -64,3 +67,20 @@ def load_critic(
     scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
     facts = facts_of_reward(reward_model, head, scores, None)
     return TrainedCritic(engine, RewardModel(WithoutAdapters(scores, lora), batching, None, reward_model, facts))
+
+
+def reading_of_other(critic: Path, reward_model: Path) -> HeadReading:
+    """How a critic is read that does not start from the reward model: with nothing named.
+
+    Raises StageError if that does not say which head or label it is.
+    """
+    reading = RewardReading(reward_head=None, reward_label=None)
+    linear_layers(critic)  # which raises what is wrong with the folder itself
+    try:
+        find_any_head(critic, reading)
+    except StageError as error:
+        raise StageError(
+            f"critic {critic} has several heads or labels, and reward_head and reward_label name those of "
+            f"{reward_model} alone: let critic name {reward_model}, or a language model (its body with a new head)"
+        ) from None
+    return reading

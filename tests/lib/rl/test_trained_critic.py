@@ -69,6 +69,13 @@ def test_a_critic_from_a_value_head(tmp_path: Path) -> None:
     assert {"classifier.score.weight", "classifier.score.bias"} < names
 
 
+def test_a_critic_from_another_model_whose_label_would_have_to_be_named(tmp_path: Path) -> None:
+    """The label that is named is the reward model's, and the critic's own cannot be."""
+    critic, reward_model = folder_of(tmp_path / "two", "gpt2"), folder_of(tmp_path / "rm", "llama")
+    with pytest.raises(StageError, match=r"^critic .*/two has several heads or labels, .* of .*/rm alone: let critic"):
+        started(critic, reward_model, critic)
+
+
 def test_a_critic_from_a_language_model_has_a_new_head(tmp_path: Path) -> None:
     """Of standard deviation 1/(d+1), from the seed; the body is the language model's."""
     policy, reward_model = folder_of(tmp_path / "sft", "language model"), folder_of(tmp_path / "rm", "llama")
