@@ -78,7 +78,7 @@ def reading_of_other(critic: Path, reward_model: Path) -> HeadReading:
     linear_layers(critic)  # which raises what is wrong with the folder itself
     try:
         find_any_head(critic, reading)
-    except StageError as error:
+    except StageError:
         raise StageError(
             f"critic {critic} has several heads or labels, and reward_head and reward_label name those of "
             f"{reward_model} alone: let critic name {reward_model}, or a language model (its body with a new head)"
