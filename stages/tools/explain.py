@@ -82,9 +82,9 @@ def explained(name: str, declared: Declared) -> Iterator[str]:
 
 
 def wrapped_lines(text: str, level: int) -> list[str]:
-    """Lines of a text at a level, with room for three levels more on the left."""
+    """Lines of a text at a level, with room for five levels more on the left."""
     margin = INDENT * level
-    return textwrap.wrap(text, WIDTH - 3 * len(INDENT), initial_indent=margin, subsequent_indent=margin)
+    return textwrap.wrap(text, WIDTH - 5 * len(INDENT), initial_indent=margin, subsequent_indent=margin)
 
 
 def in_words(declared: Declared) -> str:

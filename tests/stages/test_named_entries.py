@@ -147,7 +147,7 @@ def test_sft_alone_runs_to_the_report(copy_of_tiny: Copy) -> None:
     assert "gold_mean" not in results
     assert "preference_accuracy" not in results
     samples = [json.loads(line) for line in (folder / "data/samples/sft.jsonl").read_text().splitlines()]
-    assert all("<|user|>" in sample["prompt"] and sample["prompt"].endswith("<|assistant|>") for sample in samples)
+    assert all(sample["prompt"][-1]["role"] == "user" for sample in samples)
     assert "The perplexity of 12 test texts is " in page
     assert "Reward models" not in page
     assert "<strong>SFT</strong>" in page

@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from stages.lib.command.json_schema import Declared
-from stages.lib.settings.runtime import STAGES, Runtime
+from stages.lib.operations.stage_names import DATA_STAGES, STAGES
+from stages.lib.settings.runtime import Runtime
 from stages.lib.settings.sections import Params
+from stages.lib.settings.train_sft import TrainSft
 from stages.tools.explain import RUNTIME, WIDTH, explained, files, found_at
 from tests.real_files import PROJECT
 
@@ -79,7 +81,9 @@ def test_a_key_of_several_types_is_told_for_each() -> None:
 
 
 def leaves(declared: Declared, above: str) -> set[str]:
-    """The dotted names of all keys below a place."""
+    """The dotted names of all keys below a place, with a name of ours where any may stand."""
+    if declared.entry is not None:
+        return leaves(declared.entry, f"{above}any.")
     found = set()
     for block in declared.types.values() or [declared]:
         for key in block.keys:
@@ -90,7 +94,7 @@ def leaves(declared: Declared, above: str) -> set[str]:
 def test_every_key_can_be_asked_for_and_fits_the_page() -> None:
     top = files()
     keys = leaves(top, "")
-    assert {f"train_sft.{name}" for name in Params.model_fields["train_sft"].annotation.model_fields} <= keys
+    assert {f"train_sft.any.{name}" for name in TrainSft.model_fields} <= keys
     assert {f"{RUNTIME}.{stage}.{name}" for stage in ("default", *STAGES) for name in Runtime.model_fields} <= keys
     for key in keys:
         lines = [line for declared in found_at(key, top) for line in explained(key, declared)]
@@ -99,11 +103,13 @@ def test_every_key_can_be_asked_for_and_fits_the_page() -> None:
 
 
 def test_without_a_key_the_sections_of_both_files_are_listed() -> None:
+    with_runtime = (*STAGES, *DATA_STAGES)
     lines = explain().stdout.splitlines()
     named = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert named == [*Params.model_fields, RUNTIME, f"{RUNTIME}.default", *(f"{RUNTIME}.{stage}" for stage in STAGES)]
+    of_runtime = [f"{RUNTIME}.{section}" for section in ("default", *with_runtime)]
+    assert named == [*Params.model_fields, RUNTIME, *of_runtime]
     assert max(map(len, lines)) <= WIDTH
-    assert [line.split()[0] for line in explain(RUNTIME).stdout.splitlines()] == named[-1 - len(STAGES) :]
+    assert [line.split()[0] for line in explain(RUNTIME).stdout.splitlines()] == named[-1 - len(with_runtime) :]
 
 
 @pytest.mark.parametrize(
