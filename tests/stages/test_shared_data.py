@@ -87,7 +87,7 @@ def said(kind: str, row: dict[str, Any]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_real_file_goes_through_all_stages_of_data(tmp_path, capsys, file):
-    project = project_of(tmp_path, {"path": str(real_file(file))} | FILES[file])
+    project = project_of(tmp_path, {"path": str(real_file(file).resolve())} | FILES[file])
     rows_read, _, _ = read(project, "real")
     prepared, _ = prepare(project)
     for kind in FILES[file]["kinds"]:
