@@ -194,8 +194,7 @@ def test_two_processes_evaluate_one_prompt_and_one_pair(copy_of_tiny: Copy) -> N
     for name in ("alone", "two"):
         folder = copy_of_tiny(name)
         change(folder / "params.yaml", {"evaluate": {"max_prompts": 1}})
-        first_row_alone(folder / "data/tokens/validation/preference.arrow", PREFERENCE_SCHEMA)
-        call(folder, "ref_logprobs")
+        first_row_alone(folder / "data/tokens/test/preference.arrow", PREFERENCE_SCHEMA)
         if name == "alone":
             call(folder, "evaluate@ppo")
         else:
