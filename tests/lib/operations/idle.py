@@ -25,8 +25,9 @@ from tests.stages.tiny_pipeline import change, contents, new_project, script, st
 
 PACKAGE = "stages.lib.operations"
 MODULES = sorted(path.stem for path in (ROOT / "stages/lib/operations").glob("*.py") if path.stem != "__init__")
-BEFORE = ("prepare_data", "prepare_base", "tokenize_data@sft", "tokenize_data@preference")
-STAGES = ("train_sft", "ref_logprobs")
+BEFORE = ("read_source_task@film_reviews", "prepare_data", "prepare_base@base", "tokenize_data@sft")
+BEFORE += ("tokenize_data@preference",)
+STAGES = ("train_sft@sft", "ref_logprobs@sft")
 HEAVY = ("torch._dynamo", "datasets", "deepspeed", "transformers.models.llama.modeling_llama")
 # The least that works where the code needs an answer: what code runs, which only names a folder of training state, and
 # where that lies.

@@ -19,7 +19,7 @@ def test_the_outs_keep_their_bytes_without_any_module_of_operations(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "outs.json").read_text())
     as_it_is = found.pop("")
-    assert {Path(out).name for out in as_it_is} >= {"model.safetensors", "train_sft.csv", "train.arrow"}
+    assert {Path(out).name for out in as_it_is} >= {"model.safetensors", "sft.csv", "train.arrow"}
     assert found.keys() == {*MODULES}
     for module, outs in found.items():
         assert outs == as_it_is, module
