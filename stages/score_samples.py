@@ -124,7 +124,7 @@ def are_ids(value: Any, vocab_size: int) -> bool:
 
 
 def scores_of_replies(reward: RewardModel, rows: list[dict[str, Any]], start: str, path: Path) -> list[float]:
-    """The score of each reply. Raises a StageError that names the row of one that is no number."""
+    """The score of each reply. Raises a StageError naming the row of a score that is not a number."""
     if reward.texts is None:
         found = reward.score_ids([row["prompt_ids"] for row in rows], [row[f"{start}response_ids"] for row in rows])
     else:

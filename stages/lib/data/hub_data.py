@@ -143,7 +143,7 @@ def hub_files_of(data: HubData) -> list[str]:
     files = [path.removeprefix(start) for path in files_of_builder(data, data.dataset, data.revision)]
     for path in files:
         if "://" in path or path.startswith("/"):
-            raise StageError(f"{data} is read from {path}, which is no file of its repository, and cannot be fetched")
+            raise StageError(f"{data} is read from {path}, which lies outside its repository, and cannot be fetched")
     return files + [name for name in DESCRIPTIONS if is_on_the_hub(data, name)]
 
 

@@ -160,7 +160,10 @@ def test_perplexity_counts_tokens_and_not_texts():
 
 def test_sources_have_columns_of_their_own_where_there_are_several():
     values = [1.0, 2.0, 6.0]
-    measure = lambda rows: {"mean": sum(values[row] for row in rows) / len(rows), "n": len(rows)}  # noqa: E731
+
+    def measure(rows):
+        return {"mean": sum(values[row] for row in rows) / len(rows), "n": len(rows)}
+
     assert with_sources(measure, ["b", "a", "b"]) == {
         **{"mean": 3.0, "n": 3},
         **{"mean/a": 2.0, "n/a": 1, "mean/b": 3.5, "n/b": 2},

@@ -40,7 +40,7 @@ def read_comparison(row: RawRow, place: RowPlace) -> list[Example]:
 
     Raises:
         StageError: a vote says nothing that is known.
-        MalformedRowError: a column is missing, a score is no number.
+        MalformedRowError: a column is missing, a score is not a number.
         UnusableRowError: it gives no pair: nobody voted, all are alike, or only one response has a score.
     """
     settings = place.options.comparison
