@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.workloads import ARCHITECTURES
 from stages.lib.models.pretrained import DTYPES
+from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 
 
 def main(size: str, precision: str, folder: str) -> None:
@@ -38,6 +39,8 @@ def main(size: str, precision: str, folder: str) -> None:
         with torch.device(device):
             model = kind.from_config(config, dtype=DTYPES[precision])
         model.save_pretrained(Path(folder) / name)
+        for file in TOKENIZER_FILES:  # never read, as there is no text: equal, they say that ids mean the same to both
+            (Path(folder) / name / file).write_text("{}")
 
 
 if __name__ == "__main__":

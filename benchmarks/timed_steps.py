@@ -85,9 +85,10 @@ class Setup(NamedTuple):
         return self.workload.warm_up_steps + self.workload.timed_steps
 
     def settings(self, section: str, kind: Any, **changes: Any) -> Any:
-        """A section of the default settings, with the precision and the adapters that are measured."""
+        """The first entry of a section of the default settings, with the precision and the adapters that are measured."""
         common = {"precision": self.workload.precision, "lora": self.lora}
-        return build(kind, default_params()[section], section).model_copy(update=common | changes)
+        first = next(iter(default_params()[section].values()))
+        return build(kind, first, section).model_copy(update=common | changes)
 
     def batching(self) -> Any:
         return micro_batching(self.runtime, end_and_pad_ids(self.models / "policy")[1], self.processes)
@@ -171,9 +172,14 @@ def ppo(setup: Setup) -> dict[str, Part]:
     computes them again counts as none.
     """
     workload, architecture = setup.workload, setup.workload.architecture
+    policy, reward_model = str(setup.models / "policy"), str(setup.models / "reward")
     settings = setup.settings(
         "train_ppo",
         train_ppo.TrainPpo,
+        model=policy,
+        reference=policy,
+        reward_model=reward_model,
+        critic=reward_model,
         iterations=setup.steps,
         rollout_batch_size=workload.sequences,
         minibatch_size=workload.sequences,
@@ -181,8 +187,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
         epochs=1,
         critic_warmup_iterations=0,
     )
-    folders = (setup.models / "policy", setup.models / "reward")
-    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, *folders, str, lambda: None)
+    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, lambda: None)
     sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
     prompts = [Prompt(row, ids, [], {}) for row, ids in enumerate(sequences)]
     phases: list[Rollouts] = []

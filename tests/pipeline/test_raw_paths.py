@@ -60,9 +60,7 @@ def test_a_file_of_any_name_is_read_and_tracked(project: Path, name: str) -> Non
 def test_a_path_that_is_a_command_is_run_by_nothing(project: Path) -> None:
     done = repro(project, INJECTION)
     assert done.returncode != 0
-    assert [
-        line for line in done.stderr.splitlines() if "path must not go up with .. from a folder that it names" in line
-    ]
+    assert "No such file or directory" in done.stderr, done.stdout + done.stderr
     assert not list(project.rglob("pwned"))
 
 
