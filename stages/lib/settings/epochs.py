@@ -7,6 +7,7 @@ from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.training_tokens import TrainingTokens
 
 
 class BestBy(Settings):
@@ -23,7 +24,7 @@ class EarlyStopping(Settings):
     min_delta: NotNegative = key(0.0, "by more than which an evaluation must be better, in units of the metric")
 
 
-class EpochSettings(Settings):
+class EpochSettings(TrainingTokens):
     """What the sections train_sft, train_rm and train_dpo of params.yaml share."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, rows_of_step, steps_in
 from stages.lib.compute.engine.torch import TorchEngine
@@ -21,6 +22,7 @@ from stages.lib.objectives.best_weights import BestWeights
 from stages.lib.objectives.fit import fit
 from stages.lib.objectives.objective import Mean, PassSums, Rows, summed
 from stages.lib.runs.training_run import TrainingRun
+from stages.lib.settings.declaration import block
 from stages.lib.settings.epochs import BestBy, EarlyStopping, EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.runtime import Runtime
@@ -49,21 +51,9 @@ OPTIMIZER = OptimizerSettings(
 
 def settings_of(keep: str, **changed: Any) -> EpochSettings:
     """12 rows: 6 steps of 2, the third of which takes rows of two epochs."""
-    settings = EpochSettings(
-        model="models/sft",
-        epochs=2.4,
-        batch_size=2,
-        precision="fp32",
-        save_dtype="float32",
-        eval_every=4,
-        keep=keep,
-        best_by=BestBy(metric="loss", better="lower"),
-        early_stopping=None,
-        save_every=None,
-        lora=None,
-        optimizer=OPTIMIZER,
-    )
-    return settings.model_copy(update=changed)
+    defaults = build(EpochSettings, block(EpochSettings), "of a test")
+    size = {"epochs": 2.4, "batch_size": 2, "eval_every": 4, "keep": keep, "optimizer": OPTIMIZER}
+    return defaults.model_copy(update=size | changed)
 
 
 SETTINGS = settings_of("best")
