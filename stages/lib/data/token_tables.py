@@ -66,6 +66,14 @@ PROMPT_SCHEMA = pa.schema(
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
 )
+_TOKEN_LOGPS = pa.list_(pa.float32())
+TOKEN_REFERENCE_SCHEMA = pa.schema(
+    [
+        *REFERENCE_SCHEMA,
+        ("reference_chosen_token_logps", _TOKEN_LOGPS),
+        ("reference_rejected_token_logps", _TOKEN_LOGPS),
+    ]
+)
 
 
 def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -165,6 +173,11 @@ def read_note(path: Path, name: str) -> str | None:
         raise StageError(f"{path}: its note '{name}' is not UTF-8 text ({error.reason}); {RUN_AGAIN}") from None
 
 
+def has_column(path: Path, name: str) -> bool:
+    """Whether a table has a column of this name. Raises StageError as `read_table`."""
+    return name in _schema_of(path).names
+
+
 def _schema_of(path: Path) -> pa.Schema:
     if not path.is_file():
         raise StageError(f"{path} does not exist: expected a token table, as the stage before writes it")
@@ -230,6 +243,15 @@ def _indices(lists: pa.ListArray) -> pa.Array:
     return pa.array(range(len(lists)), pa.int64())
 
 
+def _of_any_item(faulty: Callable[[pa.Array], pa.Array]) -> Callable[[pa.ListArray], pa.Array]:
+    """For each list whether one of its items is faulty."""
+
+    def check(lists: pa.ListArray) -> pa.Array:
+        return pc.is_in(_indices(lists), value_set=pc.list_parent_indices(lists).filter(faulty(lists.flatten())))
+
+    return check
+
+
 Check = Callable[[pa.Array], pa.Array]
 LIST_CHECKS: tuple[tuple[str, Check], ...] = (
     ("the list is null", pc.is_null),
@@ -240,6 +262,10 @@ LOGP_CHECKS: tuple[tuple[str, Check], ...] = (
     ("the log-prob is null", pc.is_null),
     ("the log-prob is not a finite number", lambda logps: pc.invert(pc.is_finite(logps))),
     ("the log-prob is above 0", lambda logps: pc.greater(logps, 0)),
+)
+TOKEN_LOGP_CHECKS: tuple[tuple[str, Check], ...] = (
+    *LIST_CHECKS,
+    *((f"{fault} (of a token)", _of_any_item(faulty)) for fault, faulty in LOGP_CHECKS[1:]),
 )
 MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
     (
@@ -253,6 +279,7 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
         ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
     ),
     **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
     "margin": MARGIN_CHECKS,
     "label": (("the label is null", pc.is_null),),
     **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),

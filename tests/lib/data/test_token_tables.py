@@ -10,6 +10,7 @@ from stages.lib.data.token_tables import (
     PROMPT_SCHEMA,
     REFERENCE_SCHEMA,
     SFT_SCHEMA,
+    TOKEN_REFERENCE_SCHEMA,
     TOKENIZER_NOTE,
     UNPAIRED_SCHEMA,
     TableWriter,
@@ -237,6 +238,11 @@ GOOD = {
         {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}", "context": "{}", "source": "films"},
     ),
     "reference": (REFERENCE_SCHEMA, {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}),
+    "tokens": (
+        TOKEN_REFERENCE_SCHEMA,
+        {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}
+        | {"reference_chosen_token_logps": [-0.5, -0.5], "reference_rejected_token_logps": [0.0]},
+    ),
 }
 FAULTS = [
     ("sft", "row", None, "row is null"),
@@ -253,6 +259,7 @@ FAULTS = [
             ("preference", "chosen_ids"),
             ("preference", "rejected_ids"),
             ("unpaired", "completion_ids"),
+            ("tokens", "reference_chosen_token_logps"),
         )
         for value, message in ((None, "list is null"), ([], "list is empty"), ([None], "list holds a null"))
     ),
@@ -277,6 +284,8 @@ FAULTS = [
     ("reference", "reference_rejected_logps", NAN, "the log-prob is not a finite number"),
     ("reference", "reference_rejected_logps", -INFINITE, "the log-prob is not a finite number"),
     ("reference", "reference_chosen_logps", 0.5, "the log-prob is above 0"),
+    ("tokens", "reference_rejected_token_logps", [-1.0, NAN], "the log-prob is not a finite number (of a token)"),
+    ("tokens", "reference_rejected_token_logps", [-1.0, 0.5], "the log-prob is above 0 (of a token)"),
 ]
 
 
