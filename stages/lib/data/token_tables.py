@@ -51,7 +51,14 @@ PREFERENCE_SCHEMA = pa.schema(
     ]
 )
 UNPAIRED_SCHEMA = pa.schema(
-    [("row", pa.int32()), ("prompt_ids", _IDS), ("completion_ids", _IDS), ("label", pa.bool_()), _SOURCE]
+    [
+        ("row", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("completion_ids", _IDS),
+        ("label", pa.bool_()),
+        ("mismatched_ids", _IDS),  # a reply to another prompt, or null (`mismatched_replies`)
+        _SOURCE,
+    ]
 )
 PROMPT_SCHEMA = pa.schema(
     [
@@ -280,6 +287,7 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     ),
     **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
     **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
+    "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,
     "label": (("the label is null", pc.is_null),),
     **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),
@@ -333,7 +341,7 @@ def check_batch_fits(batch: pa.RecordBatch, facts: "ModelFacts", path: Path) -> 
 
 def _report_foreign_id(batch: pa.RecordBatch, column: str, vocab_size: int, path: Path) -> None:
     for row, ids in zip(batch["row"].to_pylist(), batch[column].to_pylist(), strict=True):
-        for token_id in ids:
+        for token_id in ids or ():
             if not 0 <= token_id < vocab_size:
                 raise StageError(
                     f"{path}, row {row}, {column}: token id {token_id} is outside the vocabulary of {vocab_size}; "

@@ -232,7 +232,10 @@ GOOD = {
         PREFERENCE_SCHEMA,
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None, "source": "films"},
     ),
-    "unpaired": (UNPAIRED_SCHEMA, {"prompt_ids": [1], "completion_ids": [2], "label": False, "source": "films"}),
+    "unpaired": (
+        UNPAIRED_SCHEMA,
+        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"},
+    ),
     "prompts": (
         PROMPT_SCHEMA,
         {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}", "context": "{}", "source": "films"},
@@ -278,6 +281,8 @@ FAULTS = [
     ("prompts", "facts", "{", "not valid JSON"),
     ("prompts", "context", "[]", "expected an object, found list"),
     ("unpaired", "label", None, "the label is null"),
+    ("unpaired", "mismatched_ids", [], "the list is empty"),
+    ("unpaired", "mismatched_ids", [None], "the list holds a null"),
     ("sft", "source", None, "the text is null"),
     *(("preference", "margin", value, "the margin is not a finite number") for value in (-1.0, NAN, INFINITE)),
     ("reference", "reference_chosen_logps", None, "the log-prob is null"),
