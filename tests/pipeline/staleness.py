@@ -226,15 +226,11 @@ def fresh_copy(folder: Path) -> Iterator[Any]:
         os.chdir(before)
 
 
-def stale_one_by_one(folder: Path) -> dict[str, set[str]]:
-    """Row of the table → the stages that DVC calls changed after this change alone."""
-    with fresh_copy(folder) as repo:
-        changes = changes_of(folder) | remarks_of(folder)
-        return {row: asked(repo, folder, {file: text}) for row, (file, text) in changes.items()}
-
-
 def stale_by_parts(folder: Path) -> dict[str, set[str]]:
-    """The same with few questions to DVC: which manifests a change of code writes is seen without it."""
+    """Row of the table → the stages that DVC calls changed after this change alone.
+
+    Of code it is asked once for each manifest: which of them a change writes is seen without it.
+    """
     with fresh_copy(folder) as repo:
         changes = changes_of(folder) | remarks_of(folder)
         code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and edit[0].suffix == ".py"}
@@ -299,7 +295,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write tests/pipeline/staleness.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        text = HEAD + table(stale_one_by_one(Path(folder).resolve()))
+        text = HEAD + table(stale_by_parts(Path(folder).resolve()))
     if arguments.write:
         TABLE.write_text(text, encoding="utf-8")
     else:
