@@ -26,6 +26,7 @@ from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
+from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import FileSource, HubSource
 from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
@@ -122,6 +123,7 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["files"] = {"given": block(ModelOfFolder, path=RAW_MODEL)}
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
+    params["sample_pairs"] = {"first": block(SamplePairs)}
     return params
 
 
@@ -150,6 +152,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "tokenize_data": ("tokenize_data.max_length", 100),
     "train_sft": ("train_sft.*.epochs", 7.0),
     "train_rm": ("train_rm.*.epochs", 7.0),
+    "sample_pairs": ("sample_pairs.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
     "train_ppo": ("train_ppo.*.epochs", 7),
