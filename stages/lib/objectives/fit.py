@@ -88,16 +88,19 @@ def fit(
 
 
 def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) -> dict[str, float]:
-    """Each metric's sum over rows and processes, over the denominator; with `train`, add the gradient of the loss.
+    """Each metric's sum over rows and processes, over its denominator; with `train`, add the gradient of the loss.
+
+    A metric whose denominator is 0 in these rows, as a mean over kept replies where none is kept, is left out.
 
     Args:
         engine: without `train`, the module alone will do.
         rows: the same in all processes, which share them out.
     """
-    denominator = objective.denominator(rows)
+    metrics, denominators = objective.metrics, objective.denominators(rows)
+    denominator = denominators[metrics["loss"].over]
 
     def own_sums() -> torch.Tensor:
-        total = torch.zeros(len(objective.metrics), dtype=torch.float64)
+        total = torch.zeros(len(metrics), dtype=torch.float64)
         for batch in objective.batches(rows):
             with torch.set_grad_enabled(train):
                 sums = objective.sums(engine, batch, rows)
@@ -108,4 +111,8 @@ def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) 
 
     batching = objective.batching
     totals = batching.processes.sum(batching.budget.attempt(own_sums, engine).tolist())
-    return {name: total / denominator for name, total in zip(objective.metrics, totals, strict=True)}
+    return {
+        name: mean.shown_as(total / denominators[mean.over])
+        for (name, mean), total in zip(metrics.items(), totals, strict=True)
+        if denominators[mean.over]
+    }

@@ -3,15 +3,17 @@
 L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
-from stages.lib.objectives.objective import PassSums, Rows, summed
+from stages.lib.objectives.objective import PassSums, Rows, means_over, summed
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
+
+METRICS = means_over("pairs", "loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class RewardObjective:
 
     batching: MicroBatching
     use_margin: bool
-    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    metrics = METRICS
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
@@ -36,8 +38,8 @@ class RewardObjective:
         correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
         return PassSums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected))
 
-    def denominator(self, rows: Rows) -> int:
-        return len(rows["prompt_ids"])
+    def denominators(self, rows: Rows) -> Mapping[str, int]:
+        return {"pairs": len(rows["prompt_ids"])}
 
     def units(self, rows: Rows) -> int:
         return tokens_in_pairs(rows)

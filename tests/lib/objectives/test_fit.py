@@ -18,7 +18,7 @@ from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.processes import Processes
 from stages.lib.objectives.best_weights import BestWeights
 from stages.lib.objectives.fit import fit
-from stages.lib.objectives.objective import PassSums, Rows, summed
+from stages.lib.objectives.objective import Mean, PassSums, Rows, summed
 from stages.lib.runs.training_run import TrainingRun
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -90,10 +90,13 @@ class Point(nn.Module):
         return self.w - x
 
 
+METRICS = {"loss": Mean("weight"), "distance": Mean("weight")}
+
+
 class Quadratic:
     """Σ weight (w − x)² / Σ weight, one row a pass."""
 
-    metrics = ("loss", "distance")
+    metrics = METRICS
 
     def __init__(self) -> None:
         self.batching: MicroBatching = batching(1)
@@ -106,8 +109,8 @@ class Quadratic:
         losses = weight * module(x) ** 2
         return PassSums(losses.sum(), summed(losses, weight * module(x).abs()))
 
-    def denominator(self, rows: Rows) -> int:
-        return sum(rows["weight"])
+    def denominators(self, rows: Rows) -> dict[str, int]:
+        return {"weight": sum(rows["weight"])}
 
     def units(self, rows: Rows) -> int:
         return len(rows["x"])
