@@ -1,6 +1,7 @@
 """The load-balancing loss against NumPy, finite differences, and itself under other micro-batches and packing."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,7 @@ PAIRS = {
     "reference_chosen_logps": [-9.0, -13.0, -8.0],
     "reference_rejected_logps": [-4.0, -8.0, -19.0],
 }
-CUTS = pytest.mark.parametrize(
-    ("tokens", "packing"), [(1, False), (12, False), (100, False), (9, True), (100, True)], ids=str
-)
+CUTS = pytest.mark.parametrize(("tokens", "packing"), [(1, False), (12, False), (9, True)])
 OVER = pytest.mark.parametrize("over", ["sequence", "batch"])
 
 
@@ -103,6 +102,14 @@ def in_numpy(logits: np.ndarray, chosen: int) -> tuple[float, float]:
     return float(np.mean(losses)), float(np.mean(shares))
 
 
+@lru_cache
+def in_one_pass(kind: str, over: str) -> tuple[dict[str, float], list[torch.Tensor | None]]:
+    """Means and gradients."""
+    objective, module, rows, model = routed(kind, over)
+    return global_means(objective, module, rows, train=True), [weight.grad for weight in model.parameters()]
+
+
+@lru_cache
 def of_whole(kind: str, over: str) -> tuple[float, float]:
     """B and share from the logits that transformers gives for one sequence at a time, by NumPy."""
     *_, rows, model = routed(kind, over)
@@ -174,13 +181,12 @@ def test_metrics_and_gradients_do_not_depend_on_how_rows_are_cut(
     objective, module, rows, model = routed(kind, over, tokens, packing)
     means = global_means(objective, module, rows, train=True)
     assert (means["router_loss"], means["most_loaded_expert"]) == pytest.approx(of_whole(kind, over), rel=1e-5)
-    held_out = global_means(objective, module, rows, train=False)
-    assert held_out == pytest.approx(means, rel=1e-5)
-    whole, whole_module, _, whole_model = routed(kind, over)
-    assert means == pytest.approx(global_means(whole, whole_module, rows, train=True), rel=1e-4)
-    for (name, weight), other in zip(model.named_parameters(), whole_model.parameters(), strict=True):
-        if other.grad is not None:
-            assert torch.allclose(weight.grad, other.grad, atol=1e-5 * float(other.grad.norm()) + 1e-7), name
+    assert global_means(objective, module, rows, train=False) == pytest.approx(means, rel=1e-5)
+    whole, gradients = in_one_pass(kind, over)
+    assert means == pytest.approx(whole, rel=1e-4)
+    for (name, weight), gradient in zip(model.named_parameters(), gradients, strict=True):
+        if gradient is not None:
+            assert torch.allclose(weight.grad, gradient, atol=1e-5 * float(gradient.norm()) + 1e-7), name
 
 
 @OVER
@@ -189,7 +195,7 @@ def test_the_gradient_is_that_of_the_two_losses(over: str) -> None:
     ids, masks = SFT_ROWS["input_ids"], SFT_ROWS["loss_mask"]
 
     def model_with(change: float) -> Any:
-        model = tiny_olmoe(num_hidden_layers=1, experts_implementation="eager").double()
+        model = tiny_olmoe(num_hidden_layers=1).double()
         with torch.no_grad():
             model.model.layers[0].mlp.gate.weight[1, 3] += change
         return model
