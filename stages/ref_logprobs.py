@@ -4,8 +4,7 @@ DPO then trains without a reference model in memory. The content of tokens and w
 
 The reference is named in params.yaml.
 
-    python -m stages.ref_logprobs --train-tokens data/tokens/train/preference.arrow \\
-        --validation-tokens data/tokens/validation/preference.arrow --out data/ref_logprobs --name sft
+    python -m stages.ref_logprobs --out data/ref_logprobs --name sft
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ if not asks_for_help():
     from stages.lib.runs.partial_results import NUMBER, PartialResults
 
 
-def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOption, name: EntryOption = None) -> None:
-    """Write the log-probs of the pairs in TRAIN_TOKENS and VALIDATION_TOKENS under a reference model."""
+def main(out: PathOption, name: EntryOption = None) -> None:
+    """Write the log-probs of pairs under a reference model."""
     name, settings = read_entry("ref_logprobs", RefLogprobs, name)
     model = Path(settings.model)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("ref_logprobs")
     processes = join_processes(runtime)
-    paths = {"train": train_tokens, "validation": validation_tokens}
+    paths = dict(zip(("train", "validation"), settings.tables("preference"), strict=True))
     tables = {split: read_table(path, PREFERENCE_SCHEMA) for split, path in paths.items()}
     for path in paths.values():
         require_tokens_of(path, model)

@@ -9,9 +9,7 @@ optimizer step.
 The model that it starts from and the reference's log-probs are named in params.yaml. Where the reference is that model,
 h is 0 before the first step, and this is checked; of another reference h is printed as it is.
 
-    python -m stages.train_dpo --train-tokens data/tokens/train/preference.arrow \\
-        --validation-tokens data/tokens/validation/preference.arrow --out models --metrics metrics/training \\
-        --curve metrics/curves --name dpo
+    python -m stages.train_dpo --out models --metrics metrics/training --curve metrics/curves --name dpo
 """
 
 from __future__ import annotations
@@ -91,15 +89,14 @@ class Pairs:
 
 
 def main(
-    train_tokens: PathOption,
-    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Train a policy on the pairs in TRAIN_TOKENS against the cached log-probs of a reference."""
+    """Train a policy on the pairs against the cached log-probs of a reference."""
     name, settings = read_entry("train_dpo", TrainDpo, name)
+    train_tokens, validation_tokens = settings.tables("preference")
     model, reference = Path(settings.model), Path(settings.reference)
     seed = read_seed(settings)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)

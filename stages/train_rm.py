@@ -7,9 +7,7 @@ Llama 2, arXiv 2307.09288).
 
 The language model that it starts from is named in params.yaml.
 
-    python -m stages.train_rm --train-tokens data/tokens/train/preference.arrow \\
-        --validation-tokens data/tokens/validation/preference.arrow --out models --metrics metrics/training \\
-        --curve metrics/curves --name rm
+    python -m stages.train_rm --out models --metrics metrics/training --curve metrics/curves --name rm
 """
 
 from __future__ import annotations
@@ -48,15 +46,14 @@ SHOWN = ("loss", "accuracy", "rewards/margins", "validation/accuracy")
 
 
 def main(
-    train_tokens: PathOption,
-    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Train a reward model on the pairs in TRAIN_TOKENS."""
+    """Train a reward model on the pairs."""
     name, settings = read_entry("train_rm", TrainRm, name)
+    train_tokens, validation_tokens = settings.tables("preference")
     model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)

@@ -6,9 +6,7 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
 
 The model that it starts from is named in params.yaml.
 
-    python -m stages.train_sft --train-tokens data/tokens/train/sft.arrow \\
-        --validation-tokens data/tokens/validation/sft.arrow --out models --metrics metrics/training \\
-        --curve metrics/curves --name sft
+    python -m stages.train_sft --out models --metrics metrics/training --curve metrics/curves --name sft
 """
 
 from __future__ import annotations
@@ -42,15 +40,14 @@ SHOWN = ("loss", "grad_norm", "validation/loss")
 
 
 def main(
-    train_tokens: PathOption,
-    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Fine-tune a model on the completions in TRAIN_TOKENS."""
+    """Fine-tune a model on the completions."""
     name, settings = read_entry("train_sft", TrainSft, name)
+    train_tokens, validation_tokens = settings.tables("sft")
     model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)

@@ -3,13 +3,14 @@
 from typing import Literal
 
 from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
-from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.training_tokens import TrainingTokens
 
 
-class EpochSettings(Settings):
+class EpochSettings(TrainingTokens):
     """What the sections train_sft, train_rm and train_dpo of params.yaml share."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")

@@ -1,11 +1,12 @@
 """Section `ref_logprobs` of params.yaml: log-probs of the reference, computed once."""
 
 from stages.lib.settings.bounds import Precision, Text
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.declaration import key
 from stages.lib.settings.lora import BaseQuantization
+from stages.lib.settings.training_tokens import TrainingTokens
 
 
-class RefLogprobs(Settings):
+class RefLogprobs(TrainingTokens):
     """Log-probs of the pairs under a reference model, which train_dpo reads."""
 
     model: Text = key("models/sft", "folder of the reference model")
