@@ -93,6 +93,11 @@ def members_of_sequences(batch: SequenceBatch) -> torch.Tensor:
     return members if batch.attention_mask is None else members & batch.attention_mask.flatten()
 
 
+def router_columns(settings: RouterLoss | None) -> tuple[str, ...]:
+    """What a curve gets besides, where settings ask for the loss."""
+    return () if settings is None else (*METRICS, *(f"validation/{name}" for name in METRICS))
+
+
 def with_router_loss(
     objective: Objective, settings: RouterLoss | None, model: "PreTrainedModel", sequences_of_row: int, where: str
 ) -> Objective:

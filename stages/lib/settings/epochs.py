@@ -6,6 +6,7 @@ from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Te
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.router_loss import RouterLoss
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.training_tokens import TrainingTokens
 
@@ -22,4 +23,7 @@ class EpochSettings(TrainingTokens):
     keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the lowest validation loss")
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(None, "null: every weight is trained; else adapters on a frozen base, a block")
+    router_loss: RouterLoss | None = key(
+        None, "null: none; else a loss that balances the experts of a mixture of experts, a block"
+    )
     optimizer: OptimizerSettings = key(block(OptimizerSettings), "AdamW, its schedule and clipping")

@@ -9,7 +9,9 @@ from stages.lib.settings.declaration import Settings, key
 class RouterLoss(Settings):
     """N Σ_i f_i P_i over N experts: how often each is chosen, times its mean gate probability (arXiv 2101.03961)."""
 
-    coefficient: Positive = key(0.001, "weight of this loss beside the stage's own", source="as in TRL and OLMoE-like")
+    coefficient: Positive = key(
+        0.001, "weight beside the stage's own loss; a model may name one in its config.json, router_aux_loss_coef"
+    )
     over: Literal["sequence", "batch"] = key(
         "batch",
         "where experts are to be balanced: in every sequence, or over all of an optimizer step, which lets them "

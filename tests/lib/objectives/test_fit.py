@@ -58,6 +58,7 @@ def settings_of(keep: str) -> EpochSettings:
         keep=keep,
         save_every=None,
         lora=None,
+        router_loss=None,
         optimizer=OPTIMIZER,
     )
 
