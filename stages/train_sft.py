@@ -34,6 +34,7 @@ if not asks_for_help():
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.embedding_noise import EmbeddingNoise
     from stages.lib.objectives.fit import fit, global_means
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
@@ -63,7 +64,8 @@ def main(
     inputs = [train_tokens, validation_tokens, model]
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     declared = {f"train_sft.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -81,6 +83,7 @@ def main(
         noise = None if alpha is None else EmbeddingNoise(embeddings, alpha, seed)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         objective = SftObjective(batching, settings.loss.type, noise)
+        routed = with_router_loss(objective, settings.router_loss, language_model, 1, f"train_sft.{name}")
         base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
         this_run.say(
             f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}"
@@ -88,7 +91,7 @@ def main(
         best = fit(
             this_run,
             engine,
-            objective,
+            routed,
             train,
             validation,
             settings,

@@ -6,6 +6,7 @@ from stages.lib.settings.bounds import Count, NotNegative, Positive, Precision, 
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.router_loss import RouterLoss
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.training_tokens import TrainingTokens
 
@@ -38,4 +39,7 @@ class EpochSettings(TrainingTokens):
     early_stopping: EarlyStopping | None = key(None, "null: every step is taken; else a block: patience, min_delta")
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(None, "null: every weight is trained; else adapters on a frozen base, a block")
+    router_loss: RouterLoss | None = key(
+        None, "null: none; else a loss that balances the experts of a mixture of experts, a block"
+    )
     optimizer: OptimizerSettings = key(block(OptimizerSettings), "AdamW, its schedule and clipping")
