@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PassName = Literal["log_probs", "predictions", "details", "next_logits"]
+
+
 class TokenStatistics(NamedTuple):
     """Of the tokens that a mask selects, in nats, float32 or wider; 0 at all others. Shapes: (b, t)."""
 
@@ -29,14 +32,22 @@ class TokenDetails(NamedTuple):
     log_collisions: torch.Tensor  # log Σ_v π(v)²: of two draws, the log-probability that they are the same token
 
 
+class TokenPredictions(NamedTuple):
+    """As `TokenStatistics`, with gradient in `logps` alone. Shapes: (b, t)."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    hits: torch.Tensor  # 1 where no other token is likelier
+
+
 class TokenLogProbs(nn.Module):
     """log π(y_t | x, y_<t) for the tokens that a mask selects: what an engine wraps instead of the language model.
 
     Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
     backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are three passes, `log_probs`, `details` and `next_logits`. All go through `forward`, which an engine calls
-    and into which DeepSpeed hooks; it takes the pass by its name.
+    There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
+    engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.
@@ -55,7 +66,7 @@ class TokenLogProbs(nn.Module):
         self.with_entropies = with_entropies
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
-    def forward(self, *inputs: Any, run: Literal["log_probs", "details", "next_logits"] = "log_probs") -> Any:
+    def forward(self, *inputs: Any, run: PassName = "log_probs") -> Any:
         """What the pass named `run` returns for these inputs."""
         return getattr(self, run)(*inputs)
 
@@ -80,6 +91,17 @@ class TokenLogProbs(nn.Module):
             self._logps_and_entropies, input_ids, attention_mask, position_ids, target_mask, temperature
         )
         return TokenStatistics(*found)
+
+    def predictions(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+    ) -> TokenPredictions:
+        """As `log_probs` at temperature 1, and what was foreseen, also where a gradient is recorded."""
+        inputs = (input_ids, attention_mask, position_ids, target_mask)
+        return TokenPredictions(*self._of_targets(self._logps_and_predictions, *inputs, 1.0))
 
     def details(
         self,
@@ -176,6 +198,16 @@ class TokenLogProbs(nn.Module):
         if not self.with_entropies or torch.is_grad_enabled():
             return logps, torch.zeros_like(logps)
         return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
+
+    def _logps_and_predictions(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(n, d), (n,) → (n,), three times: the fields of `TokenPredictions`."""
+        log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
+        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():
+            entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+            return logps, entropies, (logps >= log_probs.amax(dim=-1)).to(logps.dtype)
 
     def _logps_and_details(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float

@@ -102,8 +102,8 @@ def fit(
         run.record(step, objective.units(rows), row, shown)
         if patience.is_over:
             run.say(
-                f"{run.stage}: stops at step {step + 1} of {total}: in {patience.misses} evaluations no better "
-                f"validation/{settings.best_by.metric}"
+                f"{run.stage}: stops at step {step + 1} of {total}: validation/{settings.best_by.metric} has not "
+                f"improved in {patience.misses} evaluations"
             )
         is_last = step + 1 == total or patience.is_over
         if not is_last or settings.keep == "best":

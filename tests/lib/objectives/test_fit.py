@@ -235,7 +235,9 @@ def test_it_stops_once_the_held_out_rows_lose_whatever_the_train_rows_do(
     told: list[int] = []
     with new_run(tmp_path / "stopped") as run:
         best, module = fitted(run, impatient(keep), held_out=AWAY, after_step=told.append)
-    assert "train_sft: stops at step 3 of 6: in 2 evaluations no better validation/loss" in capsys.readouterr().out
+    assert (
+        "train_sft: stops at step 3 of 6: validation/loss has not improved in 2 evaluations" in capsys.readouterr().out
+    )
     # The first evaluation is the best, and two that are worse come after it. The rates are those of six steps.
     found = curve_of(tmp_path / "stopped")
     assert found == curve_of(tmp_path / "whole")[:3]

@@ -1,4 +1,4 @@
-"""The three objectives on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
+"""The objectives of pairs on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
 
 import math
 from typing import Any
@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lib.compute.batching import SequenceBatch
 from stages.lib.objectives.fit import global_means
-from stages.lib.objectives.objective import Mean, Objective, PassSums, Rows, summed
+from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
-from stages.lib.objectives.sft import SftObjective
 from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 from tests.tiny_models import batching
 
@@ -45,10 +43,6 @@ class LastToken(nn.Module):
         loss.backward()
 
 
-SFT_ROWS = {
-    "input_ids": [[0, 1, 2, 2], [0, 1], [0, 3, 3]],
-    "loss_mask": [[False, True, True, True], [False, True], [False, False, True]],
-}
 PAIRS = {
     "prompt_ids": [[0], [0, 0]],
     "chosen_ids": [[1, 1], [2]],
@@ -58,44 +52,6 @@ PAIRS = {
     "reference_rejected_logps": [-1.0, -13.0],
 }
 CUTS = pytest.mark.parametrize("tokens", [1, 7, 100])  # a row a pass, two passes, one
-
-
-@CUTS
-def test_sft_is_a_mean_over_tokens(tokens: int) -> None:
-    module = Unigram(0.0, -1.0, -2.0, -4.0)
-    objective = SftObjective(batching(tokens, pad_id=0))
-    # (1 + 2 + 2) + 1 + 4 = 10 over 3 + 1 + 1 tokens; the mean of the rows' means would be (5/3 + 1 + 4) / 3 = 2.22.
-    assert global_means(objective, module, SFT_ROWS, train=True) == pytest.approx({"loss": 2.0})
-    assert module.logps.grad.tolist() == pytest.approx([0.0, -2 / 5, -2 / 5, -1 / 5])
-    assert objective.units(SFT_ROWS) == 9
-
-
-SEVERAL = {
-    "loss": Mean("tokens"),
-    "one": Mean("rows"),
-    "none": Mean("kept"),
-    "perplexity": Mean("tokens", math.exp),
-}
-
-
-class Kept(SftObjective):
-    """Beside the loss, a mean over rows, one over nothing, and one that is shown as its exponential."""
-
-    metrics = SEVERAL
-
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
-        loss, found = super().sums(module, batch, rows)
-        ones = torch.ones(len(batch.rows))
-        return PassSums(loss, torch.cat([found, summed(ones, 0 * ones), found]))
-
-    def denominators(self, rows: Rows) -> dict[str, int]:
-        return {**super().denominators(rows), "rows": len(rows["input_ids"]), "kept": 0}
-
-
-@CUTS
-def test_a_metric_has_a_denominator_of_its_own_and_none_without_one(tokens: int) -> None:
-    found = global_means(Kept(batching(tokens, pad_id=0)), Unigram(0.0, -1.0, -2.0, -4.0), SFT_ROWS, train=False)
-    assert found == pytest.approx({"loss": 2.0, "one": 1.0, "perplexity": math.exp(2)})
 
 
 @CUTS
