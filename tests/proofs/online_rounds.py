@@ -1,9 +1,9 @@
 """Does a second round of online DPO beat the first, in gold, on three seeds?
 
-The profile `online-dpo` through the real scripts: for each seed data, base model, SFT and reward model, then two rounds,
-each of replies sampled from the policy as it is then, to prompts of its own. All test prompts are answered, by every
-policy with the same random numbers. The difference between two policies is that of their grades of each prompt, with a
-95 % interval by bootstrap over prompts.
+The profile `online-dpo` through the real scripts: for each seed data, base model, SFT and reward model, then two
+rounds, each of replies sampled from the policy as it is then, to prompts of its own. All test prompts are answered, by
+every policy with the same random numbers. The difference between two policies is that of their grades of each prompt,
+with a 95 % interval by bootstrap over prompts.
 
     python -m tests.proofs.online_rounds FOLDER --table tests/proofs/online_rounds.md
     python -m tests.proofs.online_rounds FOLDER --seeds 17 --start PROJECT   # from the models of a run that is there
@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +31,9 @@ GIVEN = ("data/tokens", "data/prepared", "models/base", "models/sft", "models/rm
 ROUNDS = ("sample_pairs", "ref_logprobs", "train_dpo", "evaluate")  # what then is left to run
 HEAD = """# Two rounds of online DPO
 
-The profile `{profile}` at commit {commit}; `make prove` makes this table anew. Gold is the mean grade of the
-replies to {prompts:,} test prompts; what is added is the mean difference of the grades of each prompt, with its 95 % interval.
-"Best", "any" and "worst" are mean rewards, by the reward model, of the replies that a round has sampled.
+The profile `{profile}` at commit {commit}; `make prove` makes this table again. Gold is the mean grade of the replies
+to {prompts:,} test prompts; what a round adds is the mean difference of the grades of each prompt, with its 95 %
+interval. "Best", "any" and "worst" are mean rewards, by the reward model, of the replies that a round has sampled.
 
 | seed | SFT's gold | round 1 adds | round 2 adds | KL to SFT after 1, after 2 | sampled in 1: best, any, worst | in 2 |
 |---|---|---|---|---|---|---|
@@ -53,7 +54,8 @@ class Difference(NamedTuple):
 def run(folder: Path, seed: int, given: Path | None) -> Path:
     """All stages of the profile with a seed but those of `given`; what an earlier start has finished stays."""
     project = folder / f"seed-{seed}"
-    settings = settings_of(PROJECT / f"profiles/{PROFILE}.yaml") | {"seed": seed}
+    chosen = settings_of(PROJECT / f"profiles/{PROFILE}.yaml") | {"seed": seed}
+    settings = json.loads(json.dumps(chosen))  # YAML would write an alias where two entries share a default
     settings["evaluate"]["max_prompts"] = None
     if not project.exists():
         project.mkdir(parents=True)
@@ -97,7 +99,7 @@ def metrics(project: Path, name: str) -> dict[str, float]:
 
 def row_of(project: Path, seed: int) -> str:
     evaluated = {policy: metrics(project, f"evaluate/{policy}") for policy in POLICIES}
-    steps = [added(project, policy, before) for before, policy in zip(POLICIES, POLICIES[1:], strict=False)]
+    steps = [added(project, policy, before) for before, policy in pairwise(POLICIES)]
     kls = [f"{evaluated[policy]['kl_to_reference_mean']:.2f}" for policy in POLICIES[1:]]
     sampled = [
         ", ".join(f"{found[f'reward_{which}mean']:.2f}" for which in ("best_", "", "worst_"))
