@@ -36,6 +36,7 @@ if not asks_for_help():
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.objectives.fit import fit
     from stages.lib.objectives.reward import RewardObjective
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
@@ -65,7 +66,8 @@ def main(
     inputs = [train_tokens, validation_tokens, model]
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     declared = {f"train_rm.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_rm@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_rm@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -81,13 +83,15 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        objective = RewardObjective(batching, settings.use_margin)
+        routed = with_router_loss(objective, settings.router_loss, classifier, 2, f"train_rm.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         if not settings.use_margin and train.data.column("margin").null_count < len(train):
             this_run.say(f"{this_run.stage}: the pairs' margins are not read (use_margin: false)")
         best = fit(
             this_run,
             engine,
-            RewardObjective(batching, settings.use_margin),
+            routed,
             train,
             validation,
             settings,
@@ -96,7 +100,7 @@ def main(
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
-        results = summarise(best.results, len(validation)) | {"train_rows": len(train), "steps": total}
+        results = summarise(best.results, len(validation)) | {"train_rows": len(train)}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

@@ -31,6 +31,7 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.fit import fit, global_means
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
@@ -59,7 +60,8 @@ def main(
     inputs = [train_tokens, validation_tokens, model]
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     declared = {f"train_sft.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -74,6 +76,7 @@ def main(
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         objective = SftObjective(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
+        routed = with_router_loss(objective, settings.router_loss, language_model, 1, f"train_sft.{name}")
         base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
         this_run.say(
             f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}"
@@ -81,7 +84,7 @@ def main(
         best = fit(
             this_run,
             engine,
-            objective,
+            routed,
             train,
             validation,
             settings,
@@ -94,7 +97,6 @@ def main(
             "validation_loss": best.results["loss"],
             "validation_loss_before": base_loss,
             "train_rows": len(train),
-            "steps": total,
         }
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
