@@ -49,7 +49,15 @@ TWENTY_STEPS = {
     | {"max_new_tokens": 12, "optimizer": AVERAGED},
 }
 TRAINING = tuple(TWENTY_STEPS)
-LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
+LORA = {
+    "rank": 4,
+    "alpha": 8,
+    "targets": "all-linear",
+    "experts": False,
+    "routers": False,
+    "rslora": False,
+    "base_quantization": None,
+}
 LORA["save_adapter"] = False
 WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}
 
