@@ -156,7 +156,7 @@ def main(
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
-        results |= {"train_rows": len(train), "validation_rows": len(validation), "steps": total}
+        results |= {"train_rows": len(train), "validation_rows": len(validation)}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

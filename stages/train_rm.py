@@ -100,7 +100,7 @@ def main(
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
-        results = summarise(best.results, len(validation)) | {"train_rows": len(train), "steps": total}
+        results = summarise(best.results, len(validation)) | {"train_rows": len(train)}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

@@ -97,7 +97,6 @@ def main(
             "validation_loss": best.results["loss"],
             "validation_loss_before": base_loss,
             "train_rows": len(train),
-            "steps": total,
         }
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()

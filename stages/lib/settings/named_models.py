@@ -20,9 +20,11 @@ TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
 MODELS, REFERENCES, TOKENS = Path("models"), Path("data/ref_logprobs"), Path("data/tokens")
+SAMPLED = Path("data/sampled")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
+    "sample_pairs": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
     "train_ppo": "prompts",
@@ -85,6 +87,7 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
     for stage in TRAINED:
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
+    made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
     return made | {REFERENCES / name: (f"ref_logprobs.{name}", LOG_PROBS) for name in params["ref_logprobs"]}
 
 

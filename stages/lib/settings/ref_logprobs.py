@@ -14,3 +14,4 @@ class RefLogprobs(TrainingTokens):
         "fp32", "as that of a train_dpo that starts from this model, or its first margin is not 0"
     )
     base_quantization: BaseQuantization = key(None, "as lora.base_quantization of such a train_dpo")
+    per_token: bool = key(False, "also keep the log-prob of each token, which some losses need")
