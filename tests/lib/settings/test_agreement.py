@@ -20,6 +20,7 @@ from stages.lib.settings.sources import FileSource
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
+LORA |= {"experts": False, "routers": False}
 NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
