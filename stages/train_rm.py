@@ -2,8 +2,8 @@
 
     L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
 
-over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155; the optional margin m as in
-Llama 2, arXiv 2307.09288).
+over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155); margins m, label smoothing and
+centring by the block `loss`.
 
 The language model that it starts from is named in params.yaml.
 
@@ -79,18 +79,18 @@ def main(
         lora = Lora(classifier, settings.lora, seed, model)
         for table, path in ((train, train_tokens), (validation, validation_tokens)):
             check_table_fits(table, facts_of(classifier), path)
-            if settings.use_margin:
-                require_margins(table, path, f"train_rm.{name}.use_margin")
+            if settings.loss.use_margin:
+                require_margins(table, path, f"train_rm.{name}.loss.use_margin")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
-        if not settings.use_margin and train.data.column("margin").null_count < len(train):
-            this_run.say(f"{this_run.stage}: the pairs' margins are not read (use_margin: false)")
+        if not settings.loss.use_margin and train.data.column("margin").null_count < len(train):
+            this_run.say(f"{this_run.stage}: the pairs' margins are not read (loss.use_margin: false)")
         best = fit(
             this_run,
             engine,
-            RewardObjective(batching, settings.use_margin),
+            RewardObjective(batching, settings.loss),
             train,
             validation,
             settings,

@@ -6,6 +6,7 @@ from stages.lib.settings.bounds import Count, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.epochs import EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_loss import PairwiseLoss
 
 
 class TrainRm(EpochSettings):
@@ -18,4 +19,4 @@ class TrainRm(EpochSettings):
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=5e-4, weight_decay=0.01), "AdamW, its schedule and clipping"
     )
-    use_margin: bool = key(False, "subtract each pair's `margin` in the loss", source="arXiv 2307.09288, Eq 2")
+    loss: PairwiseLoss = key(block(PairwiseLoss), "the loss of a pair, and what it needs")
