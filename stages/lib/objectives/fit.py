@@ -54,7 +54,8 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>.
+    The curve gets each metric of the step with a column, and of the held-out rows those with a column
+    validation/<metric>.
 
     Args:
         seed: of the order of rows.
@@ -71,7 +72,8 @@ def fit(
     total = engine.total_steps
     for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget):
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
-        row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
+        means = global_means(objective, engine, rows, train=True)
+        row = {"learning_rate": engine.learning_rate} | {name: means[name] for name in means if name in run.columns}
         require_finite(row["loss"], "loss", step)
         row["grad_norm"] = engine.step()
         if is_due(step + 1, settings.eval_every, total):

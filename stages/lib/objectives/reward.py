@@ -24,7 +24,7 @@ class RewardObjective:
 
     batching: MicroBatching
     loss: PairwiseLoss
-    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/squares")
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
@@ -40,7 +40,8 @@ class RewardObjective:
             centering_coefficient=self.loss.centering_coefficient,
         )
         correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        return PassSums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected))
+        squares = (chosen.double().square() + rejected.double().square()) / 2
+        return PassSums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected, squares))
 
     def denominator(self, rows: Rows) -> int:
         return len(rows["prompt_ids"])

@@ -12,7 +12,10 @@ from stages.lib.settings.reward_loss import PairwiseLoss
 class TrainRm(EpochSettings):
     """A reward model, trained on pairs (arXiv 2203.02155, Eq 1)."""
 
-    model: Text = key("models/sft", "folder of the language model whose body the reward model starts from")
+    model: Text = key(
+        "models/sft",
+        "folder that it starts from: a language model (its body, with a new head) or a reward model (with its head)",
+    )
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
     eval_every: Count = key(125, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
     keep: Literal["best", "last"] = key("best", "weights to publish; best: those of the lowest validation loss")

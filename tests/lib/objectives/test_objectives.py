@@ -86,6 +86,7 @@ def test_reward_by_hand(tokens: int) -> None:
             "rewards/chosen": 2.0,
             "rewards/rejected": 1.5,
             "rewards/margins": 0.5,
+            "rewards/squares": (4 + 4 + 4 + 1) / 4,
         }
     )
     # d/dx of -log σ(x) is -σ(-x): -1/2 for the tie, -0.268941 for x = 1; over 2 pairs.
