@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from stages.lib.command.jsonl import read_jsonl
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
 from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal, write_yaml
+from tests.tables import rewrite
 
 Copy = Callable[..., Path]
 
@@ -56,6 +57,32 @@ def test_mean_and_deviation_of_held_out_scores_are_in_the_folder(tiny: Path) -> 
     assert (config["mean"], config["std"]) == (results["validation_reward_mean"], results["validation_reward_std"])
     assert config["mean"] == pytest.approx(mean(scores), abs=1e-6)
     assert config["std"] == pytest.approx(stdev(scores), rel=1e-5)
+
+
+def test_evaluation_by_parts_is_of_the_test_pairs(tiny: Path) -> None:
+    found = json.loads((tiny / "metrics/evaluate_rm/rm.json").read_text())
+    pairs = read_table(tiny / "data/tokens/test/preference.arrow", PREFERENCE_SCHEMA)
+    scores, lengths = scores_of_replies(tiny, "models/rm", "test"), [len(ids) for ids in pairs["chosen_ids"]]
+    lengths += [len(ids) for ids in pairs["rejected_ids"]]
+    count = len(pairs)
+    assert found["length_correlation"] == pytest.approx(correlation(scores, lengths), abs=1e-5)
+    longer = [(a > b) + 0.5 * (a == b) for a, b in zip(lengths[:count], lengths[count:], strict=True)]
+    assert found["length_baseline_accuracy"] == pytest.approx(sum(longer) / count)
+    for part in ("length_difference", "reliability"):
+        sizes = [value for key, value in found.items() if key.startswith(part) and key.endswith("_pairs")]
+        assert sum(sizes) == count
+    assert not any(key.startswith("data_margin") for key in found)
+
+
+def test_the_accuracy_by_margin_is_given_where_pairs_have_margins(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    margins = [None, *(float(number % 2) for number in range(11))]
+    path = folder / "data/tokens/test/preference.arrow"
+    rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": margins})
+    call(folder, "evaluate_rm@rm")
+    found = json.loads((folder / "metrics/evaluate_rm/rm.json").read_text())
+    assert [found[f"data_margin_{number}_mean"] for number in (1, 2)] == [0.0, 1.0]
+    assert [found[f"data_margin_{number}_pairs"] for number in (1, 2)] == [6, 5]
 
 
 def test_scores_are_standardised_where_that_is_asked_for(copy_of_tiny: Copy, tiny: Path) -> None:
