@@ -2,10 +2,9 @@
 
 DPO then trains without a reference model in memory. The content of tokens and weights is the cache key (DVC's deps).
 
-The reference is named in params.yaml.
+The reference is named in params.yaml. With `per_token` the log-prob of each token stands beside the sums.
 
-    python -m stages.ref_logprobs --train-tokens data/tokens/train/preference.arrow \\
-        --validation-tokens data/tokens/validation/preference.arrow --out data/ref_logprobs --name sft
+    python -m stages.ref_logprobs --out data/ref_logprobs --name sft
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
@@ -29,11 +30,12 @@ if not asks_for_help():
     from stages.lib.compute.batching import MicroBatching, micro_batching
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import join_processes
-    from stages.lib.compute.sequence_logprobs import all_pair_logps
-    from stages.lib.data.reference_tables import LOG_PROBS, MODEL_PATH, VALUES, values_digest
+    from stages.lib.compute.sequence_logprobs import all_pair_logps, all_pair_token_logps
+    from stages.lib.data.reference_tables import LOG_PROBS, MODEL_PATH, TOKEN_LOG_PROBS, VALUES, values_digest
     from stages.lib.data.token_tables import (
         PREFERENCE_SCHEMA,
         REFERENCE_SCHEMA,
+        TOKEN_REFERENCE_SCHEMA,
         check_table_fits,
         read_table,
         write_table,
@@ -42,22 +44,24 @@ if not asks_for_help():
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.operations.progress import Progress
     from stages.lib.runs.model_card import shareable_path
-    from stages.lib.runs.partial_results import NUMBER, PartialResults
+    from stages.lib.runs.partial_results import NUMBER, NUMBERS, PartialResults
 
 
-def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOption, name: EntryOption = None) -> None:
-    """Write the log-probs of the pairs in TRAIN_TOKENS and VALIDATION_TOKENS under a reference model."""
+def main(out: PathOption, name: EntryOption = None) -> None:
+    """Write the log-probs of pairs under a reference model."""
     name, settings = read_entry("ref_logprobs", RefLogprobs, name)
     model = Path(settings.model)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("ref_logprobs")
     processes = join_processes(runtime)
-    paths = {"train": train_tokens, "validation": validation_tokens}
+    paths = dict(zip(("train", "validation"), settings.tables("preference"), strict=True))
     tables = {split: read_table(path, PREFERENCE_SCHEMA) for split, path in paths.items()}
     for path in paths.values():
         require_tokens_of(path, model)
     declared = {f"ref_logprobs.{name}": settings, "trust_remote_code": trust_remote_code, "kernels": kernels}
     inputs, outs = [*paths.values(), model], {"logps": out / name}
+    schema = TOKEN_REFERENCE_SCHEMA if settings.per_token else REFERENCE_SCHEMA
+    holds = dict.fromkeys(LOG_PROBS, NUMBER) | (dict.fromkeys(TOKEN_LOG_PROBS, NUMBERS) if settings.per_token else {})
     with PartialResults(f"ref_logprobs@{name}", declared, inputs, outs, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -76,20 +80,15 @@ def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOptio
         for split, table in tables.items():
             check_table_fits(table, facts_of(language_model), paths[split])
             progress = Progress(f"{this_run.stage} {split}", len(table), runtime.log_seconds, unit="rows")
-            chosen, rejected = [], []
+            columns[split] = {name: [] for name in holds}
             for rows in this_run.chunks(len(table)):
-                compute = partial(all_logps, module, table, rows, paths[split], batching)
-                name = f"{split}-{rows.start}-{rows.stop}"
-                both = this_run.keep(name, len(rows), {"chosen": NUMBER, "rejected": NUMBER}, compute)
-                chosen += both["chosen"]
-                rejected += both["rejected"]
+                compute = partial(all_logps, module, table, rows, paths[split], batching, settings.per_token)
+                kept = this_run.keep(f"{split}-{rows.start}-{rows.stop}", len(rows), holds, compute)
+                for name, values in kept.items():
+                    # Lists of Python's numbers would take eight times the room.
+                    columns[split][name] += map(as_float32, values) if holds[name] == NUMBERS else values
                 if processes.is_main:
                     progress.update(rows.stop, len(rows), {})
-            columns[split] = {
-                "row": table["row"][:],
-                "reference_chosen_logps": chosen,
-                "reference_rejected_logps": rejected,
-            }
 
         def build(staged: dict[str, Path]) -> None:
             hashes = this_run.own_scratch.input_hashes
@@ -97,23 +96,33 @@ def main(train_tokens: PathOption, validation_tokens: PathOption, out: PathOptio
             notes = {"precision": settings.precision, "base_quantization": str(settings.base_quantization)}
             notes |= {"model": hashes[str(model)], MODEL_PATH: shareable_path(settings.model)}
             for split, values in columns.items():
-                of_split = {
-                    "tokens": hashes[str(paths[split])],
-                    VALUES: values_digest(*(values[name] for name in LOG_PROBS)),
-                }
-                schema = REFERENCE_SCHEMA.with_metadata(notes | of_split)
-                write_table(staged["logps"] / f"{split}.arrow", values, schema)
+                flat = [np.concatenate(values[name]) if holds[name] == NUMBERS else values[name] for name in holds]
+                of_split = {"tokens": hashes[str(paths[split])], VALUES: values_digest(*flat)}
+                table = {"row": tables[split]["row"][:], **values}
+                write_table(staged["logps"] / f"{split}.arrow", table, schema.with_metadata(notes | of_split))
 
         this_run.publish(build)
     processes.leave()
 
 
-def all_logps(module: Callable, table: Any, rows: range, where: Path, batching: MicroBatching) -> dict[str, list]:
-    """The log-probs of the `chosen` and of the `rejected` replies of some rows, computed by all processes together."""
-    logps = all_pair_logps(module, table[rows], batching)
-    both = {name: values.tolist() for name, values in logps._asdict().items()}
-    require_numbers(both["chosen"] + both["rejected"], table["row"][rows.start : rows.stop], where)
-    return both
+def all_logps(
+    module: Callable, table: Any, rows: range, where: Path, batching: MicroBatching, per_token: bool
+) -> dict[str, list]:
+    """The log-probs of the replies of some rows, by column of the table, computed by all processes together."""
+    if per_token:
+        sums, *tokens = all_pair_token_logps(module, table[rows], batching)
+    else:
+        sums, tokens = all_pair_logps(module, table[rows], batching), ()
+    of_replies = [values.tolist() for values in sums]
+    require_numbers([*of_replies[0], *of_replies[1]], table["row"][rows.start : rows.stop], where)
+    return {
+        **dict(zip(LOG_PROBS, of_replies, strict=True)),
+        **(dict(zip(TOKEN_LOG_PROBS, tokens, strict=True)) if per_token else {}),
+    }
+
+
+def as_float32(values: list[float]) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)
 
 
 def require_numbers(logps: list[float], rows: list[int], where: Path) -> None:

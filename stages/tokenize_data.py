@@ -2,7 +2,8 @@
 
 Prompt and reply are encoded apart and joined as ids (`stages.lib.data.chat`): masks come from lengths, a reply ends in
 exactly one EOS, and the ids are checked to decode to the text. Rows that cannot be encoded so are dropped and counted;
-with `on_unusable_row: drop` so are rows that the chat template refuses or changes.
+with `on_unusable_row: drop` so are rows that the chat template refuses or changes. Beside each unpaired row stands a
+reply to another prompt (`stages.lib.data.mismatched_replies`).
 
 Rows are encoded in shards on all cores (runtime.yaml: workers), and what is encoded is kept: a run that was killed goes
 on from there.
@@ -30,6 +31,7 @@ from stages.lib.command.params import read_params, read_value
 from stages.lib.command.run import run
 from stages.lib.data.chat import REASONING_FIELDS, load_tokenizer
 from stages.lib.data.encoding import NOT_REVERSIBLE, SPECIAL_TOKEN_IN_TEXT
+from stages.lib.data.mismatched_replies import add_mismatched
 from stages.lib.data.prepared_rows import KINDS, MAY_BE_EMPTY, SPLITS, Kind, Split
 from stages.lib.data.template_process import template_process
 from stages.lib.data.token_rows import PROMPT_TOO_LONG, TOO_LONG, Counts
@@ -212,7 +214,12 @@ def main(
         folder = scratch.stage_outs()
         tables = {split: folder / f"{split}.arrow" for split in SPLITS}
         counts = write_tables(encoder, rows, shards, tables, workers, KeptShards(scratch))
-        write_json(folder / "metrics.json", metrics_of(kind, counts))
+        values = metrics_of(kind, counts)
+        if kind == "unpaired":
+            found = [add_mismatched(table, seed, settings.max_length) for table in tables.values()]
+            values["cut/mismatched"] = sum(of_split.cut for of_split in found)
+            values["without_mismatched"] = sum(of_split.missing for of_split in found)
+        write_json(folder / "metrics.json", values)
         scratch.complete(outs, lambda hashes: log_run(f"{STAGE}@{kind}", hashes, time.monotonic() - started))
         remove(scratch.kept)
         say(kind, counts, tokenizer)

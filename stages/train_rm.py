@@ -8,9 +8,7 @@ centring by the block `loss`.
 It starts from the model that params.yaml names: a language model, whose body gets a new head, or another reward model,
 which keeps its head. Mean and standard deviation of its scores of validation replies are left in its config.json.
 
-    python -m stages.train_rm --train-tokens data/tokens/train/preference.arrow \\
-        --validation-tokens data/tokens/validation/preference.arrow --out models --metrics metrics/training \\
-        --curve metrics/curves --name rm
+    python -m stages.train_rm --out models --metrics metrics/training --curve metrics/curves --name rm
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ if not asks_for_help():
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.objectives.fit import fit
     from stages.lib.objectives.reward import RewardObjective
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
 
@@ -52,15 +51,14 @@ SHOWN = ("loss", "accuracy", "rewards/margins", "validation/accuracy")
 
 
 def main(
-    train_tokens: PathOption,
-    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Train a reward model on the pairs in TRAIN_TOKENS."""
+    """Train a reward model on the pairs."""
     name, settings = read_entry("train_rm", TrainRm, name)
+    train_tokens, validation_tokens = settings.tables("preference")
     model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
@@ -72,7 +70,8 @@ def main(
     inputs = [train_tokens, validation_tokens, model]
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     declared = {f"train_rm.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_rm@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_rm@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -88,13 +87,15 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        objective = RewardObjective(batching, settings.loss)
+        routed = with_router_loss(objective, settings.router_loss, classifier, 2, f"train_rm.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         if not settings.loss.use_margin and train.data.column("margin").null_count < len(train):
             this_run.say(f"{this_run.stage}: the pairs' margins are not read (loss.use_margin: false)")
         best = fit(
             this_run,
             engine,
-            RewardObjective(batching, settings.loss),
+            routed,
             train,
             validation,
             settings,
@@ -103,7 +104,7 @@ def main(
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
-        results = summarise(best.results, len(validation)) | {"train_rows": len(train), "steps": total}
+        results = summarise(best.results, len(validation)) | {"train_rows": len(train)}
         scale = ScoreScale(results["validation_reward_mean"], results["validation_reward_std"])
         classifier.config.update(scale._asdict())
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)

@@ -6,9 +6,7 @@ with m the loss mask and both sums over the whole optimizer step: all its rows, 
 
 The model that it starts from is named in params.yaml.
 
-    python -m stages.train_sft --train-tokens data/tokens/train/sft.arrow \\
-        --validation-tokens data/tokens/validation/sft.arrow --out models --metrics metrics/training \\
-        --curve metrics/curves --name sft
+    python -m stages.train_sft --out models --metrics metrics/training --curve metrics/curves --name sft
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.fit import fit, global_means
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
@@ -42,15 +41,14 @@ SHOWN = ("loss", "grad_norm", "validation/loss")
 
 
 def main(
-    train_tokens: PathOption,
-    validation_tokens: PathOption,
     out: PathOption,
     metrics: PathOption,
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Fine-tune a model on the completions in TRAIN_TOKENS."""
+    """Fine-tune a model on the completions."""
     name, settings = read_entry("train_sft", TrainSft, name)
+    train_tokens, validation_tokens = settings.tables("sft")
     model = Path(settings.model)
     seed = read_value("seed", int)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
@@ -62,7 +60,8 @@ def main(
     inputs = [train_tokens, validation_tokens, model]
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     declared = {f"train_sft.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_sft@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization = quantization_of_base(settings.lora)
@@ -77,6 +76,7 @@ def main(
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         objective = SftObjective(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
+        routed = with_router_loss(objective, settings.router_loss, language_model, 1, f"train_sft.{name}")
         base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
         this_run.say(
             f"{this_run.stage}: {len(train)} rows, {total} steps; validation loss before training {base_loss:.4f}"
@@ -84,7 +84,7 @@ def main(
         best = fit(
             this_run,
             engine,
-            objective,
+            routed,
             train,
             validation,
             settings,
@@ -97,7 +97,6 @@ def main(
             "validation_loss": best.results["loss"],
             "validation_loss_before": base_loss,
             "train_rows": len(train),
-            "steps": total,
         }
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()

@@ -1,11 +1,12 @@
 """Token tables that a test changes."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 
-from stages.lib.data.reference_tables import LOG_PROBS, VALUES, values_digest
+from stages.lib.data.reference_tables import TOKEN_LOG_PROBS, VALUES, values_digest
 from stages.lib.data.token_tables import read_table, write_table
 
 Columns = dict[str, list]
@@ -17,6 +18,8 @@ def rewrite(path: Path, schema: pa.Schema, changed: Callable[[Columns], Columns]
         notes = pa.ipc.open_stream(source).schema.metadata
     columns = changed(read_table(path, schema)[:])
     if VALUES.encode() in (notes or {}) and not keep_digest:
-        notes = {**notes, VALUES.encode(): values_digest(*(columns[name] for name in LOG_PROBS)).encode()}
+        values = {name: column for name, column in columns.items() if name != "row"}
+        flat = [[*chain(*column)] if name in TOKEN_LOG_PROBS else column for name, column in values.items()]
+        notes = {**notes, VALUES.encode(): values_digest(*flat).encode()}
     path.unlink()
     write_table(path, columns, schema.with_metadata(notes))

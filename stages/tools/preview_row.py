@@ -4,7 +4,7 @@
 
 `row` counts the lines of the prepared file from 0, as the table's column of that name does. On a terminal tokens are
 coloured, elsewhere in brackets: [prompt] {trained} (masked); "chosen", "rejected" and "completion" are what a pair or a
-rating compares.
+rating compares, "mismatched" a reply to another prompt beside that of a rating.
 """
 
 import sys
@@ -38,6 +38,7 @@ STYLES = {
     "chosen": Style("{}", (22, 28)),
     "rejected": Style("<>", (88, 124)),
     "completion": Style("{}", (22, 28)),
+    "mismatched": Style("()", (238, 242)),
 }
 WHITE_ON = "\x1b[38;5;255;48;5;{}m{}\x1b[0m"
 
@@ -49,7 +50,7 @@ def token_runs(row: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
         for number, (learnt, run_) in enumerate(groupby(pairs, key=lambda pair: pair[0])):
             yield "trained" if learnt else "masked" if number else "prompt", [token for _, token in run_]
     for name, ids in row.items():
-        if name.endswith("_ids") and name != "input_ids":
+        if name.endswith("_ids") and name != "input_ids" and ids is not None:
             yield name.removesuffix("_ids"), ids
 
 
@@ -87,7 +88,7 @@ def preview_lines(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], *, 
         shown = enumerate(shown_tokens(tokenizer, ids, before))
         texts = [token_text(text, sort, place, coloured=coloured) for place, text in shown]
         yield f"{sort:<{width}} {len(ids):>5}  {''.join(texts)}"
-        if sort not in ("chosen", "rejected"):  # both follow the prompt
+        if sort not in ("chosen", "rejected", "completion"):  # these and what comes after them follow the prompt
             before = ids[-1]
 
 

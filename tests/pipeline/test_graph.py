@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from stages.lib.operations.code_closure import MANIFESTS, lines_of, manifest_of, script_name
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.score_samples import ScoreSamples
+from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import FileSource, HubSource, TaskSettings
 from tests.pipeline.graph import (
     CHAT_TEMPLATE,
@@ -211,6 +212,21 @@ def test_the_graph_has_the_stages_of_the_documentation():
         "evaluate_rm@rm",
         "report",
     ]
+
+
+def test_five_values_of_beta_share_one_run_of_the_reference():
+    params = default_params()
+    (policy,) = params["train_dpo"].values()
+    for number in range(5):
+        beta = policy["loss"] | {"beta": 0.05 * (number + 1)}
+        params["train_dpo"][f"dpo{number}"] = policy | {"loss": beta}
+    stages = all_instances(GRAPH, params)
+    (reference,) = (name for name in stages if name.startswith("ref_logprobs"))
+    assert stages[reference] == all_instances(GRAPH)[reference]
+    assert sections_of(stages[reference]) == {"kernels", "ref_logprobs", "trust_remote_code"}
+    trained = [stages[f"train_dpo@dpo{number}"] for number in range(5)]
+    assert all(outs_of(stages[reference])[0] in paths(stage["deps"]) for stage in trained)
+    assert len({str(stage["params"]) for stage in trained}) == 5
 
 
 def test_how_a_stage_is_started_is_in_no_deps():

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import dvc_hash
-from stages.lib.data.token_tables import PREFERENCE_SCHEMA, REFERENCE_SCHEMA, read_note, read_table, write_table
+from stages.lib.data.reference_tables import LOG_PROBS, TOKEN_LOG_PROBS, read_reference
+from stages.lib.data.token_tables import (
+    PREFERENCE_SCHEMA,
+    REFERENCE_SCHEMA,
+    TOKEN_REFERENCE_SCHEMA,
+    read_note,
+    read_table,
+    write_table,
+)
 from stages.lib.runs import training_run
 from tests.stages.tiny_pipeline import call, change, contents, refusal
 from tests.tables import Columns, rewrite
@@ -50,6 +59,83 @@ def test_a_table_names_what_it_was_made_from(tiny: Path) -> None:
         assert read_note(path, "tokens") == dvc_hash(tiny / f"data/tokens/{split}/preference.arrow")
         assert read_note(path, "model") == dvc_hash(tiny / "models/sft")
         assert read_note(path, "model_path") == "models/sft"
+
+
+@pytest.fixture(scope="module")
+def per_token(tiny: Path) -> Path:
+    """Tables that also hold the log-prob of each token, of the tiny project's pairs."""
+    change(tiny / "params.yaml", {"ref_logprobs": {"sft": {"per_token": True}}})
+    try:
+        call(tiny, "ref_logprobs", out="data/per_token")
+    finally:
+        change(tiny / "params.yaml", {"ref_logprobs": {"sft": {"per_token": False}}})
+    return tiny / "data/per_token/sft"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokens_add_up_to_the_sums_and_leave_these_as_they_are(tiny: Path, per_token: Path, split: str) -> None:
+    tokens_path = tiny / f"data/tokens/{split}/preference.arrow"
+    tokens = read_table(tokens_path, PREFERENCE_SCHEMA)
+    plain = read_reference(tiny / f"data/ref_logprobs/sft/{split}.arrow", tokens, tokens_path)
+    table = read_reference(per_token / f"{split}.arrow", tokens, tokens_path, per_token_for="a test")
+    assert table.select_columns(["row", *LOG_PROBS])[:] == plain[:]
+    for sums, of_tokens, ids in zip(LOG_PROBS, TOKEN_LOG_PROBS, ("chosen_ids", "rejected_ids"), strict=True):
+        for row in table:
+            assert sum(row[of_tokens]) == pytest.approx(row[sums], rel=1e-5)
+        assert [*map(len, table[of_tokens][:])] == [*map(len, tokens[ids][:])]
+    # A loss that needs sums alone reads either table, and is given the sums alone.
+    assert read_reference(per_token / f"{split}.arrow", tokens, tokens_path).column_names == ["row", *LOG_PROBS]
+
+
+def test_a_run_broken_off_goes_on_to_the_same_bytes(
+    copy_of_tiny: Copy, per_token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.ref_logprobs as script
+
+    folder, computed = copy_of_tiny(), []
+    change(folder / "params.yaml", {"ref_logprobs": {"sft": {"per_token": True}}})
+
+    def cut(*words: object) -> dict[str, list]:
+        computed.append(words)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(*words)
+
+    compute = script.all_logps
+    monkeypatch.setattr(script, "all_logps", cut)
+    with pytest.raises(KeyboardInterrupt):
+        call(folder, "ref_logprobs")
+    call(folder, "ref_logprobs")
+    assert len(computed) == 1 + 4  # chunks: three of the train rows, one of the validation rows
+    assert contents(folder / "data/ref_logprobs/sft") == contents(per_token)
+
+
+def test_a_table_without_what_a_loss_needs_is_refused_in_one_line(tiny: Path) -> None:
+    tokens_path = tiny / "data/tokens/train/preference.arrow"
+    tokens = read_table(tokens_path, PREFERENCE_SCHEMA)
+    with pytest.raises(StageError) as refused:
+        read_reference(tiny / "data/ref_logprobs/sft/train.arrow", tokens, tokens_path, per_token_for="LD-DPO")
+    assert str(refused.value) == (
+        f"{tiny}/data/ref_logprobs/sft/train.arrow has no log-probs of single tokens, which LD-DPO needs: set "
+        "params.yaml: ref_logprobs.sft.per_token: true, and run the stage ref_logprobs again"
+    )
+
+
+@pytest.mark.parametrize("what", ["a token less", "another value"])
+def test_changed_log_probs_of_tokens_are_refused(tiny: Path, per_token: Path, tmp_path: Path, what: str) -> None:
+    path = shutil.copyfile(per_token / "train.arrow", tmp_path / "train.arrow")
+
+    def put_in(columns: Columns) -> Columns:
+        column = columns["reference_rejected_token_logps"]
+        column[4] = column[4][1:] if what == "a token less" else [column[4][0] - 1e-3, *column[4][1:]]
+        return columns
+
+    rewrite(path, TOKEN_REFERENCE_SCHEMA, put_in, keep_digest=what == "another value")
+    tokens_path = tiny / "data/tokens/train/preference.arrow"
+    tokens = read_table(tokens_path, PREFERENCE_SCHEMA)
+    message = {"a token less": r"row \d+, reference_rejected_token_logps: (\d+) log-probs of (\d+) tokens"}
+    with pytest.raises(StageError, match=message.get(what, "does not hold the values that were written to it")):
+        read_reference(path, tokens, tokens_path, per_token_for="a test")
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -375,9 +375,9 @@ def test_each_source_is_a_row_below_the_whole(tmp_path):
     tables = Page(page_in(tmp_path)).tables
     assert [row[0][0] for row in tables[0][1:]] == ["SFT", "DPO", "DPO, hh", "DPO, my_rows", "PPO"]
     assert tables[0][3][1] == ["12.50"]
-    names = [row[0][0] for row in tables[2][1:]]
+    names = [row[0][0] for row in tables[3][1:]]
     assert names[:3] == ["sft", "sft, hh", "sft, my_rows"]
-    assert tables[2][2][1:4] == [["7"], ["7"], ["7"]]
+    assert tables[3][2][1:4] == [["7"], ["7"], ["7"]]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def project(tmp_path_factory):
     base, budgets = folder / "models/base", {"max_length": 20, "max_prompt_length": 12, "truncation": "drop"}
     tokenize_here(folder, base, "sft", [{"messages": [user("<u>"), assistant("o")]}, TALK], **budgets)
     tokenize_here(folder, base, "preference", [{**PAIR, "margin": 0.5}], **budgets)
-    tokenize_here(folder, base, "unpaired", [RATED], **budgets)
+    tokenize_here(folder, base, "unpaired", [RATED, RATED | {"prompt": [user("h")], "label": False}], **budgets)
     tokenize_here(folder, base, "prompts", [{**PROMPT, "facts": {"a": "\x1b[31m"}}], **budgets)
     return folder
 
@@ -55,13 +55,24 @@ def project(tmp_path_factory):
             ],
         ),
         (
-            {"kind": "unpaired", "split": "test"},
+            {"kind": "unpaired", "split": "test"},  # of one row, beside which no other reply can stand
             [
                 "data/tokens/test/unpaired.arrow, row 0 (source films): 6 tokens",
                 "label: True",
                 "[prompt]  {completion}",
                 "prompt         4  [<u>][h][i][<a>]",
                 "completion     2  {ho}{<eos>}",
+            ],
+        ),
+        (
+            {"kind": "unpaired", "row": 1},
+            [
+                "data/tokens/train/unpaired.arrow, row 1 (source films): 7 tokens",
+                "label: False",
+                "[prompt]  {completion}  (mismatched)",
+                "prompt         3  [<u>][h][<a>]",
+                "completion     2  {ho}{<eos>}",
+                "mismatched     2  (ho)(<eos>)",
             ],
         ),
         (

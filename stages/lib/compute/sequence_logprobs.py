@@ -15,10 +15,27 @@ class PairLogProbs(NamedTuple):
     rejected: torch.Tensor
 
 
+class PairTokenLogProbs(NamedTuple):
+    """The same, and log π(y_t | x, y_<t) of each completion token of each pair, in nats."""
+
+    sums: PairLogProbs
+    chosen: list[list[float]]
+    rejected: list[list[float]]
+
+
+def pair_token_logps(module: Any, batch: SequenceBatch) -> torch.Tensor:
+    """log π(y_t | x, y_<t) of the chosen, then of the rejected completions of one forward pass over pairs.
+
+    Returns:
+        (2b, t), 0 beyond a completion's end.
+    """
+    logps, _ = module(*batch.inputs, batch.completion_mask)
+    return batch.on_completions(logps)
+
+
 def pair_logps(module: Any, batch: SequenceBatch) -> PairLogProbs:
     """ℓ of the chosen and rejected completions of one forward pass over pairs. Shapes: (b,), (b,)."""
-    logps, _ = module(*batch.inputs, batch.completion_mask)
-    chosen, rejected = batch.on_completions(logps).sum(dim=-1).tensor_split(2)
+    chosen, rejected = pair_token_logps(module, batch).sum(dim=-1).tensor_split(2)
     return PairLogProbs(chosen, rejected)
 
 
@@ -39,6 +56,27 @@ def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching)
 
     everything = batching.processes.gather_rows(batching.budget.attempt(passes))
     return PairLogProbs(*torch.tensor(everything, dtype=torch.float32).reshape(-1, 2).unbind(dim=1))
+
+
+@torch.no_grad()
+def all_pair_token_logps(module: Any, pairs: dict[str, list], batching: MicroBatching) -> PairTokenLogProbs:
+    """As `all_pair_logps`, whose sums it gives to the last bit, with the log-probs of the tokens beside them."""
+
+    def passes() -> dict[int, tuple[float, float, list[float], list[float]]]:
+        found = {}
+        for batch in batching.pairs(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
+            logps = pair_token_logps(module, batch)
+            sums = [part.tolist() for part in logps.sum(dim=-1).tensor_split(2)]
+            tokens = [row[:length] for row, length in zip(logps.tolist(), batch.completion_lengths, strict=True)]
+            count = len(batch.rows)
+            found |= dict(zip(batch.rows, zip(*sums, tokens[:count], tokens[count:], strict=True), strict=True))
+        return found
+
+    rows = batching.processes.gather_rows(batching.budget.attempt(passes))
+    sums = torch.tensor([row[:2] for row in rows], dtype=torch.float32)
+    return PairTokenLogProbs(
+        PairLogProbs(*sums.reshape(-1, 2).unbind(dim=1)), [row[2] for row in rows], [row[3] for row in rows]
+    )
 
 
 @torch.no_grad()

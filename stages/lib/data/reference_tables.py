@@ -6,12 +6,19 @@ A table that does not belong to the tokens or the model beside it trains a polic
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import pyarrow.compute as pc
 
 from stages.lib.command.errors import StageError
-from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_note, read_table
+from stages.lib.data.token_tables import (
+    REFERENCE_SCHEMA,
+    TOKEN_REFERENCE_SCHEMA,
+    has_column,
+    read_note,
+    read_table,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,28 +26,60 @@ if TYPE_CHECKING:
 VALUES = "values"  # the note of their digest
 MODEL_PATH = "model_path"  # the note of where the reference lay
 LOG_PROBS = ("reference_chosen_logps", "reference_rejected_logps")
+# Where the table has them: of each token of `chosen_ids` and `rejected_ids`.
+TOKEN_LOG_PROBS = ("reference_chosen_token_logps", "reference_rejected_token_logps")
 OTHER = {"tokens": "other tokens", "model": "another model"}
 AGAIN = "run the stage ref_logprobs again"
 
 
-def read_reference(path: Path, tokens: "Dataset", tokens_path: Path) -> "Dataset":
+def read_reference(path: Path, tokens: "Dataset", tokens_path: Path, *, per_token_for: str | None = None) -> "Dataset":
     """A table of reference log-probs, of the same rows as a table of preference tokens.
 
+    Args:
+        per_token_for: what needs the log-prob of each token, in the words of a message ("LD-DPO"); without it the
+            columns of these, `TOKEN_LOG_PROBS`, are left out where the table has them.
     Raises:
-        StageError: it is of other rows, its values are not those that were written, or `read_table` refuses it.
+        StageError: it lacks log-probs of tokens that are needed, it is of other rows, its values are not those that
+            were written, or `read_table` refuses it.
     """
-    table = read_table(path, REFERENCE_SCHEMA)
-    if read_note(path, VALUES) != values_digest(*(table.data.column(name).to_numpy() for name in LOG_PROBS)):
-        raise StageError(f"{path} does not hold the values that were written to it: it was changed or damaged; {AGAIN}")
+    per_token = has_column(path, TOKEN_LOG_PROBS[0])
+    if per_token_for and not per_token:
+        raise StageError(
+            f"{path} has no log-probs of single tokens, which {per_token_for} needs: set params.yaml: "
+            f"ref_logprobs.{path.parent.name}.per_token: true, and {AGAIN}"
+        )
+    table = read_table(path, TOKEN_REFERENCE_SCHEMA if per_token else REFERENCE_SCHEMA)
+    require_values_written(path, table)
     if tokens["row"][:] != table["row"][:]:
         raise StageError(f"{path} was made from other rows than {tokens_path}; {AGAIN}")
-    return table
+    if per_token:
+        require_as_many(path, table, tokens)
+    return table if per_token_for else cast("Dataset", table.select_columns(["row", *LOG_PROBS]))
 
 
-def values_digest(chosen: Sequence[float], rejected: Sequence[float]) -> str:
-    """SHA-256 of the log-probs of a table, in float32."""
-    columns = [np.asarray(column, dtype="<f4").tobytes() for column in (chosen, rejected)]
-    return hashlib.sha256(b"".join(columns)).hexdigest()
+def require_values_written(path: Path, table: "Dataset") -> None:
+    """Raise StageError unless the values have the digest that their writer has noted."""
+    columns = {name: table.data.column(name) for name in table.column_names if name != "row"}
+    values = [pc.list_flatten(column) if name in TOKEN_LOG_PROBS else column for name, column in columns.items()]
+    if read_note(path, VALUES) != values_digest(*(column.to_numpy() for column in values)):
+        raise StageError(f"{path} does not hold the values that were written to it: it was changed or damaged; {AGAIN}")
+
+
+def require_as_many(path: Path, table: "Dataset", tokens: "Dataset") -> None:
+    """Raise StageError unless each token of each reply has a log-prob."""
+    for name, ids in zip(TOKEN_LOG_PROBS, ("chosen_ids", "rejected_ids"), strict=True):
+        found, wanted = (pc.list_value_length(of.data.column(column)) for of, column in ((table, name), (tokens, ids)))
+        row = pc.index(pc.not_equal(found, wanted), True).as_py()
+        if row >= 0:
+            raise StageError(
+                f"{path}, row {table['row'][row]}, {name}: {found[row]} log-probs of {wanted[row]} tokens; {AGAIN}"
+            )
+
+
+def values_digest(*columns: Sequence[float] | np.ndarray) -> str:
+    """SHA-256 of the log-probs of a table, in float32, column by column; of those of tokens, all in one sequence."""
+    values = [np.asarray(column, dtype="<f4").tobytes() for column in columns]
+    return hashlib.sha256(b"".join(values)).hexdigest()
 
 
 def require_made_from(path: Path, **inputs: tuple[Path, str]) -> None:

@@ -243,7 +243,8 @@ def preference_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]
 
 def unpaired_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
     (reply,) = encoded.replies
-    return {"prompt_ids": encoded.prompt, "completion_ids": reply.ids, "label": row.label}
+    # Which reply stands beside another prompt is known once all rows are.
+    return {"prompt_ids": encoded.prompt, "completion_ids": reply.ids, "label": row.label, "mismatched_ids": None}
 
 
 def prompt_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:

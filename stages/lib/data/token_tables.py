@@ -5,7 +5,7 @@ table row came from; rows that were dropped leave gaps. A table is checked whole
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -51,7 +51,14 @@ PREFERENCE_SCHEMA = pa.schema(
     ]
 )
 UNPAIRED_SCHEMA = pa.schema(
-    [("row", pa.int32()), ("prompt_ids", _IDS), ("completion_ids", _IDS), ("label", pa.bool_()), _SOURCE]
+    [
+        ("row", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("completion_ids", _IDS),
+        ("label", pa.bool_()),
+        ("mismatched_ids", _IDS),  # a reply to another prompt, or null (`mismatched_replies`)
+        _SOURCE,
+    ]
 )
 PROMPT_SCHEMA = pa.schema(
     [
@@ -65,6 +72,14 @@ PROMPT_SCHEMA = pa.schema(
 )
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
+)
+_TOKEN_LOGPS = pa.list_(pa.float32())
+TOKEN_REFERENCE_SCHEMA = pa.schema(
+    [
+        *REFERENCE_SCHEMA,
+        ("reference_chosen_token_logps", _TOKEN_LOGPS),
+        ("reference_rejected_token_logps", _TOKEN_LOGPS),
+    ]
 )
 
 
@@ -124,9 +139,21 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     """Write a whole table: one sequence of equal length for each column of `schema`."""
     if set(columns) != set(schema.names):
         raise ValueError(f"columns {sorted(columns)} are not those of the schema: {schema.names}")
+    write_rows(
+        path,
+        (
+            dict(zip(schema.names, values, strict=True))
+            for values in zip(*(columns[name] for name in schema.names), strict=True)
+        ),
+        schema,
+    )
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """The same of rows, each with a value for each column."""
     with TableWriter(path, schema) as writer:
-        for values in zip(*(columns[name] for name in schema.names), strict=True):
-            writer.append(dict(zip(schema.names, values, strict=True)))
+        for row in rows:
+            writer.append(row)
 
 
 def read_table(path: Path, schema: pa.Schema) -> "Dataset":
@@ -163,6 +190,11 @@ def read_note(path: Path, name: str) -> str | None:
         return None if note is None else note.decode()
     except UnicodeDecodeError as error:
         raise StageError(f"{path}: its note '{name}' is not UTF-8 text ({error.reason}); {RUN_AGAIN}") from None
+
+
+def has_column(path: Path, name: str) -> bool:
+    """Whether a table has a column of this name. Raises StageError as `read_table`."""
+    return name in _schema_of(path).names
 
 
 def _schema_of(path: Path) -> pa.Schema:
@@ -230,6 +262,15 @@ def _indices(lists: pa.ListArray) -> pa.Array:
     return pa.array(range(len(lists)), pa.int64())
 
 
+def _of_any_item(faulty: Callable[[pa.Array], pa.Array]) -> Callable[[pa.ListArray], pa.Array]:
+    """For each list whether one of its items is faulty."""
+
+    def check(lists: pa.ListArray) -> pa.Array:
+        return pc.is_in(_indices(lists), value_set=pc.list_parent_indices(lists).filter(faulty(lists.flatten())))
+
+    return check
+
+
 Check = Callable[[pa.Array], pa.Array]
 LIST_CHECKS: tuple[tuple[str, Check], ...] = (
     ("the list is null", pc.is_null),
@@ -240,6 +281,10 @@ LOGP_CHECKS: tuple[tuple[str, Check], ...] = (
     ("the log-prob is null", pc.is_null),
     ("the log-prob is not a finite number", lambda logps: pc.invert(pc.is_finite(logps))),
     ("the log-prob is above 0", lambda logps: pc.greater(logps, 0)),
+)
+TOKEN_LOGP_CHECKS: tuple[tuple[str, Check], ...] = (
+    *LIST_CHECKS,
+    *((f"{fault} (of a token)", _of_any_item(faulty)) for fault, faulty in LOGP_CHECKS[1:]),
 )
 MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
     (
@@ -253,6 +298,8 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
         ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
     ),
     **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
+    "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,
     "label": (("the label is null", pc.is_null),),
     **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),
@@ -306,7 +353,7 @@ def check_batch_fits(batch: pa.RecordBatch, facts: "ModelFacts", path: Path) -> 
 
 def _report_foreign_id(batch: pa.RecordBatch, column: str, vocab_size: int, path: Path) -> None:
     for row, ids in zip(batch["row"].to_pylist(), batch[column].to_pylist(), strict=True):
-        for token_id in ids:
+        for token_id in ids or ():
             if not 0 <= token_id < vocab_size:
                 raise StageError(
                     f"{path}, row {row}, {column}: token id {token_id} is outside the vocabulary of {vocab_size}; "

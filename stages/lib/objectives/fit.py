@@ -1,4 +1,4 @@
-"""The loop of every stage that trains on a fixed table: take steps, evaluate, keep the last weights or the best.
+"""The loop of every stage that trains on a fixed table: take steps, evaluate, stop early, keep the last or the best.
 
 best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",), after_step=…)
 """
@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
+from stages.lib.command.errors import StageError
+from stages.lib.command.quoted import nearest
 from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
-from stages.lib.objectives.best_weights import BestWeights
+from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
 from stages.lib.objectives.objective import Objective, Rows
-from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.epochs import BestBy, EpochSettings
 
 
 class Table(Protocol):
@@ -29,11 +31,20 @@ class Run(Protocol):
     """The run of a stage: what remains to be done of it after a kill, and where its curve goes."""
 
     @property
+    def stage(self) -> str:
+        """As <section>@<entry>."""
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Of the curve."""
 
-    def steps(self, total: int, *, engine: Engine, best: BestWeights, budget: MemoryBudget) -> Iterator[int]:
+    def steps(
+        self, total: int, *, engine: Engine, best: BestWeights, patience: Patience, budget: MemoryBudget
+    ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
         """Add the row of a finished step to the curve, and show some of it."""
@@ -55,7 +66,8 @@ def fit(
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
     The curve gets each metric of the step with a column, and of the held-out rows those with a column
-    validation/<metric>.
+    validation/<metric>. Once an evaluation has exhausted the patience of `settings.early_stopping`, no further step is
+    taken.
 
     Args:
         seed: of the order of rows.
@@ -66,11 +78,16 @@ def fit(
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
-        StageError: a loss or the norm of a gradient is not a finite number.
+        StageError: the metric to compare evaluations by is none of the objective's; a loss, this metric or the norm of
+            a gradient is not a finite number.
     """
-    best = BestWeights(settings.keep, is_main=engine.processes.is_main)
+    require_metric(settings, objective, run.stage)
+    best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
+    patience = Patience(settings.early_stopping)
     total = engine.total_steps
-    for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget):
+    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=objective.batching.budget):
+        if patience.is_over:
+            continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
         means = global_means(objective, engine, rows, train=True)
         row = {"learning_rate": engine.learning_rate} | {name: means[name] for name in means if name in run.columns}
@@ -79,27 +96,55 @@ def fit(
         if is_due(step + 1, settings.eval_every, total):
             with engine.averaged():
                 results = global_means(objective, engine, held_out[:], train=False)
-                require_finite(results["loss"], "validation loss", step)
+                require_comparable(results, settings.best_by, step)
                 best.offer(results, step + 1, weights)
+            patience.offer(cost_of(results, settings.best_by))
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}
         run.record(step, objective.units(rows), row, shown)
-        if step + 1 < total or settings.keep == "best":
+        if patience.is_over:
+            run.say(
+                f"{run.stage}: stops at step {step + 1} of {total}: in {patience.misses} evaluations no better "
+                f"validation/{settings.best_by.metric}"
+            )
+        is_last = step + 1 == total or patience.is_over
+        if not is_last or settings.keep == "best":
             after_step(step)
     return best
 
 
+def require_metric(settings: EpochSettings, objective: Objective, stage: str) -> None:
+    """Raise StageError unless the objective has the metric that evaluations are to be compared by."""
+    name = settings.best_by.metric
+    if name not in objective.metrics:
+        raise StageError(
+            f"params.yaml: {stage.replace('@', '.')}.best_by.metric: there is no metric {name!r} here"
+            f"{nearest(name, objective.metrics)}; there are {', '.join(objective.metrics)}"
+        )
+
+
+def require_comparable(results: Mapping[str, float], best_by: BestBy, step: int) -> None:
+    """Raise StageError if an evaluation found no finite number for the loss or the metric to compare by."""
+    for name in ("loss", best_by.metric):
+        if name not in results:
+            raise StageError(f"best_by.metric: the validation rows have nothing that {name} is a mean over")
+        require_finite(results[name], f"validation {name}", step)
+
+
 def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) -> dict[str, float]:
-    """Each metric's sum over rows and processes, over the denominator; with `train`, add the gradient of the loss.
+    """Each metric's sum over rows and processes, over its denominator; with `train`, add the gradient of the loss.
+
+    A metric whose denominator is 0 in these rows, as a mean over kept replies where none is kept, is left out.
 
     Args:
         engine: without `train`, the module alone will do.
         rows: the same in all processes, which share them out.
     """
-    denominator = objective.denominator(rows)
+    metrics, denominators = objective.metrics, objective.denominators(rows)
+    denominator = denominators[metrics["loss"].over]
 
     def own_sums() -> torch.Tensor:
-        total = torch.zeros(len(objective.metrics), dtype=torch.float64)
+        total = torch.zeros(len(metrics), dtype=torch.float64)
         for batch in objective.batches(rows):
             with torch.set_grad_enabled(train):
                 sums = objective.sums(engine, batch, rows)
@@ -110,4 +155,8 @@ def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) 
 
     batching = objective.batching
     totals = batching.processes.sum(batching.budget.attempt(own_sums, engine).tolist())
-    return {name: total / denominator for name, total in zip(objective.metrics, totals, strict=True)}
+    return {
+        name: mean.shown_as(total / denominators[mean.over])
+        for (name, mean), total in zip(metrics.items(), totals, strict=True)
+        if denominators[mean.over]
+    }

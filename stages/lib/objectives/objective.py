@@ -1,6 +1,6 @@
 """What is trained on a fixed table: its batches, its sums, and what the sums are divided by."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -8,6 +8,18 @@ import torch
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 
 Rows = Mapping[str, list[Any]]  # columns of some rows of a table, all of the same length
+
+
+class Mean(NamedTuple):
+    """A metric: its sum over all rows of a step, divided by the step's number of what it is a mean `over`."""
+
+    over: str  # a name in the objective's `denominators`
+    shown_as: Callable[[float], float] = float  # what becomes of the mean, such as exp for a perplexity
+
+
+def means_over(over: str, *names: str) -> dict[str, Mean]:
+    """Metrics that share a denominator."""
+    return dict.fromkeys(names, Mean(over))
 
 
 class PassSums(NamedTuple):
@@ -22,13 +34,13 @@ class Objective(Protocol):
 
         L = Σ loss / denominator
 
-    The denominator comes from all rows of the step, never from those of one pass: in a mean of means, what a row counts
+    The denominators come from all rows of the step, never from those of one pass: in a mean of means, what a row counts
     for would depend on the others in its pass. Whatever else ties rows together is likewise worked out from all `rows`.
     """
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what `sums` adds up, "loss" among them; the curve shows each over the denominator."""
+    def metrics(self) -> Mapping[str, Mean]:
+        """What `sums` adds up, by name: "loss", which is trained on, among them."""
 
     @property
     def batching(self) -> MicroBatching:
@@ -40,8 +52,8 @@ class Objective(Protocol):
     def sums(self, module: Any, batch: SequenceBatch, rows: Rows, /) -> PassSums:
         """Run one of these passes. `batch.rows` are its places in `rows`, the whole step."""
 
-    def denominator(self, rows: Rows) -> int:
-        """What the sums over these rows are divided by: their number, or that of their tokens."""
+    def denominators(self, rows: Rows) -> Mapping[str, int]:
+        """By name, how many pairs, tokens, … these rows have: whatever its means are over."""
 
     def units(self, rows: Rows) -> int:
         """The tokens that a model reads of these rows, by which a step's speed is told."""

@@ -3,16 +3,19 @@
 L = Σ_i loss_i / n
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
 from stages.lib.compute.sequence_logprobs import pair_logps
-from stages.lib.objectives.objective import PassSums, Rows, summed
+from stages.lib.objectives.objective import PassSums, Rows, means_over, summed
 from stages.lib.objectives.preference_losses import PREFERENCE_LOSSES, PairBatch, implicit_rewards
 from stages.lib.settings.preference_loss import PreferenceLoss
+
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+METRICS = means_over("pairs", "loss", *REWARDS, "logps/chosen", "logps/rejected")
 
 
 class PreferenceObjective:
@@ -21,15 +24,7 @@ class PreferenceObjective:
     The rewards among the metrics are the implicit ones, β log π/π_ref, whatever the loss.
     """
 
-    metrics = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    metrics = METRICS
 
     def __init__(self, batching: MicroBatching, loss: PreferenceLoss) -> None:
         self.batching = batching
@@ -47,8 +42,8 @@ class PreferenceObjective:
         accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
         return PassSums(losses.sum(), summed(losses, chosen, rejected, margins, accuracies, *logps))
 
-    def denominator(self, rows: Rows) -> int:
-        return len(rows["prompt_ids"])
+    def denominators(self, rows: Rows) -> Mapping[str, int]:
+        return {"pairs": len(rows["prompt_ids"])}
 
     def units(self, rows: Rows) -> int:
         return tokens_in_pairs(rows)

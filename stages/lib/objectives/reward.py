@@ -3,16 +3,20 @@
 L = Σ_i l(r(x, y_c), r(x, y_r), m_i) / n,   l as in `pairwise_loss`
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
-from stages.lib.objectives.objective import PassSums, Rows, summed
+from stages.lib.objectives.objective import PassSums, Rows, means_over, summed
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
 from stages.lib.settings.reward_loss import PairwiseLoss
+
+METRICS = means_over(
+    "pairs", "loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/squares"
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class RewardObjective:
 
     batching: MicroBatching
     loss: PairwiseLoss
-    metrics = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/squares")
+    metrics = METRICS
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
@@ -43,8 +47,8 @@ class RewardObjective:
         squares = (chosen.double().square() + rejected.double().square()) / 2
         return PassSums(losses.sum(), summed(losses, correct, chosen, rejected, chosen - rejected, squares))
 
-    def denominator(self, rows: Rows) -> int:
-        return len(rows["prompt_ids"])
+    def denominators(self, rows: Rows) -> Mapping[str, int]:
+        return {"pairs": len(rows["prompt_ids"])}
 
     def units(self, rows: Rows) -> int:
         return tokens_in_pairs(rows)

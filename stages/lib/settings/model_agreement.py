@@ -13,7 +13,13 @@ from stages.lib.command.errors import StageError
 from stages.lib.models.reward_head import find_reward_head, score_scale
 from stages.lib.settings.named_models import MODELS, TRAINED, made_by_stages, named_paths, settings_by_key
 
-SCORED = ("train_ppo", "train_grpo", "evaluate_rm", "score_samples")  # sections that name a reward model
+SCORED = (
+    "sample_pairs",
+    "train_ppo",
+    "train_grpo",
+    "evaluate_rm",
+    "score_samples",
+)  # sections that name a reward model
 STEP = re.compile(r"step_([1-9]\d{0,17})")
 
 

@@ -14,14 +14,17 @@ from stages.lib.command.quoted import nearest
 from stages.lib.operations.own_folders import real
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.sections import KINDS
+from stages.lib.settings.training_tokens import TrainingTokens
 
 TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
-MODELS, REFERENCES = Path("models"), Path("data/ref_logprobs")
+MODELS, REFERENCES, TOKENS = Path("models"), Path("data/ref_logprobs"), Path("data/tokens")
+SAMPLED = Path("data/sampled")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
+    "sample_pairs": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
     "train_ppo": "prompts",
@@ -30,7 +33,8 @@ NEEDED_KIND = {
 }
 
 LANGUAGE_MODEL, REWARD_MODEL, LOG_PROBS = "a language model", "a reward model", "log-probs of a reference"
-Wanted = Literal["a language model", "a reward model", "log-probs of a reference"]
+TABLES = "token tables"
+Wanted = Literal["a language model", "a reward model", "log-probs of a reference", "token tables"]
 
 
 # What may stand in a key of one section, where that is something else than in others.
@@ -56,12 +60,14 @@ def settings_by_key(stage: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
-    """Every path of a model or of a reference's log-probs that a section of training or evaluation names."""
+    """Every path of a model, of a reference's log-probs or of token tables that a section after the data names."""
     of_key: dict[str, tuple[Wanted, ...]] = {
         "model": (LANGUAGE_MODEL,),
         "reference": (LANGUAGE_MODEL,),
         "reward_model": (REWARD_MODEL,),
         "critic": (REWARD_MODEL, LANGUAGE_MODEL),
+        "tokens": (TABLES,),
+        "validation_tokens": (TABLES,),
     }
     for stage in NAMED:
         for where, settings in settings_by_key(stage, params).items():
@@ -80,7 +86,7 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
 
 def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | None]]:
     """Each folder that a stage makes: the section's key, and what it is; None: not known before it is there."""
-    made: dict[Path, tuple[str, Wanted | None]] = {}
+    made: dict[Path, tuple[str, Wanted | None]] = {TOKENS: ("tokenize_data", TABLES)}
     for name in params["fetch_model"]:
         made[MODELS / name] = (f"fetch_model.{name}", None)
     for name in params["prepare_base"].models:
@@ -88,6 +94,7 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
     for stage in TRAINED:
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
+    made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
     return made | {REFERENCES / name: (f"ref_logprobs.{name}", LOG_PROBS) for name in params["ref_logprobs"]}
 
 
@@ -122,6 +129,8 @@ def require_models(params: Mapping[str, Any]) -> None:
             raise StageError(
                 f"params.yaml: {key}: expected {' or '.join(wanted)}, and {path}, which {maker[0]} makes, is {maker[1]}"
             )
+        elif maker[1] == TABLES and normal not in made:
+            raise StageError(f"params.yaml: {key}: {path} lies in what {maker[0]} makes; name that folder itself")
     unknown = [name for name in params["score_samples"].policies if name not in params["evaluate"].policies]
     if unknown:
         raise StageError(
@@ -138,7 +147,12 @@ def is_there(path: str) -> bool:
 def require_kinds(params: Mapping[str, Any]) -> None:
     """Raise StageError where a stage would read rows of a kind that prepare_data does not make."""
     kinds = params["prepare_data"].kinds
-    needed = [(key, kind) for stage, kind in NEEDED_KIND.items() for key in settings_by_key(stage, params)]
+    needed = [
+        (key, kind)
+        for stage, kind in NEEDED_KIND.items()
+        for key, settings in settings_by_key(stage, params).items()
+        if reads_prepared_rows(settings)
+    ]
     for key, kind in needed:
         if kind not in kinds:
             raise StageError(
@@ -149,12 +163,28 @@ def require_kinds(params: Mapping[str, Any]) -> None:
         raise StageError("params.yaml: score_samples.policies: no replies are sampled without kind prompts or sft")
 
 
+def reads_prepared_rows(settings: Any) -> bool:
+    """Whether a stage reads tables of data/tokens, rather than others alone."""
+    if not isinstance(settings, TrainingTokens):
+        return True
+    return TOKENS in (Path(os.path.normpath(folder)) for folder in (settings.tokens, settings.validation_tokens))
+
+
 def require_like_reference(params: Mapping[str, Any]) -> None:
-    """Raise StageError if a policy and the reference that it starts as are not to be computed alike."""
+    """Raise StageError if a policy has log-probs of other tokens, or is to be computed unlike the reference it is."""
     for name, dpo in params["train_dpo"].items():
         where = Path(os.path.normpath(dpo.reference))
         reference = params["ref_logprobs"].get(where.name) if where.parent == REFERENCES else None
-        if reference is None or os.path.normpath(reference.model) != os.path.normpath(dpo.model):
+        if reference is None:
+            continue
+        for key in ("tokens", "validation_tokens"):
+            theirs, own = getattr(reference, key), getattr(dpo, key)
+            if os.path.normpath(theirs) != os.path.normpath(own):
+                raise StageError(
+                    f"params.yaml: ref_logprobs.{where.name}.{key} is {theirs} and train_dpo.{name}.{key} {own}: the "
+                    "log-probs must be of the same tokens; give both the same"
+                )
+        if os.path.normpath(reference.model) != os.path.normpath(dpo.model):
             continue
         for key, theirs, own in (
             ("precision", "precision", dpo.precision),

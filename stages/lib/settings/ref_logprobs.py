@@ -1,11 +1,12 @@
 """Section `ref_logprobs` of params.yaml: log-probs of the reference, computed once."""
 
 from stages.lib.settings.bounds import Precision, Text
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.declaration import key
 from stages.lib.settings.lora import BaseQuantization
+from stages.lib.settings.training_tokens import TrainingTokens
 
 
-class RefLogprobs(Settings):
+class RefLogprobs(TrainingTokens):
     """Log-probs of the pairs under a reference model, which train_dpo reads."""
 
     model: Text = key("models/sft", "folder of the reference model")
@@ -13,3 +14,4 @@ class RefLogprobs(Settings):
         "fp32", "as that of a train_dpo that starts from this model, or its first margin is not 0"
     )
     base_quantization: BaseQuantization = key(None, "as lora.base_quantization of such a train_dpo")
+    per_token: bool = key(False, "also keep the log-prob of each token, which some losses need")

@@ -18,7 +18,7 @@ class TrainRm(EpochSettings):
     )
     batch_size: Count = key(32, "in an optimizer step, over all processes", unit="pairs")
     eval_every: Count = key(125, "between two evaluations; the last step is always evaluated", unit="optimizer steps")
-    keep: Literal["best", "last"] = key("best", "weights to publish; best: those of the lowest validation loss")
+    keep: Literal["best", "last"] = key("best", "weights to publish; best: those of the best evaluation")
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=5e-4, weight_decay=0.01), "AdamW, its schedule and clipping"
     )

@@ -157,7 +157,7 @@ def test_a_whole_text_is_trained_from_its_second_token_on():
 
 def test_a_rated_reply():
     row = {"prompt": TALK[:3], "completion": [assistant("ho")], "label": False}
-    expected = {"prompt_ids": TALK_IDS[:8], "completion_ids": [HO, EOS], "label": False}
+    expected = {"prompt_ids": TALK_IDS[:8], "completion_ids": [HO, EOS], "label": False, "mismatched_ids": None}
     assert columns("unpaired", row) == expected
     for label in (None, 1, "true"):
         with pytest.raises(StageError, match="here: 'label' must be true or false, found"):

@@ -10,6 +10,7 @@ from stages.lib.data.token_tables import (
     PROMPT_SCHEMA,
     REFERENCE_SCHEMA,
     SFT_SCHEMA,
+    TOKEN_REFERENCE_SCHEMA,
     TOKENIZER_NOTE,
     UNPAIRED_SCHEMA,
     TableWriter,
@@ -231,12 +232,20 @@ GOOD = {
         PREFERENCE_SCHEMA,
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": None, "source": "films"},
     ),
-    "unpaired": (UNPAIRED_SCHEMA, {"prompt_ids": [1], "completion_ids": [2], "label": False, "source": "films"}),
+    "unpaired": (
+        UNPAIRED_SCHEMA,
+        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"},
+    ),
     "prompts": (
         PROMPT_SCHEMA,
         {"prompt_ids": [1], "messages": MESSAGES, "facts": "{}", "context": "{}", "source": "films"},
     ),
     "reference": (REFERENCE_SCHEMA, {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}),
+    "tokens": (
+        TOKEN_REFERENCE_SCHEMA,
+        {"reference_chosen_logps": -1.0, "reference_rejected_logps": 0.0}
+        | {"reference_chosen_token_logps": [-0.5, -0.5], "reference_rejected_token_logps": [0.0]},
+    ),
 }
 FAULTS = [
     ("sft", "row", None, "row is null"),
@@ -253,6 +262,7 @@ FAULTS = [
             ("preference", "chosen_ids"),
             ("preference", "rejected_ids"),
             ("unpaired", "completion_ids"),
+            ("tokens", "reference_chosen_token_logps"),
         )
         for value, message in ((None, "list is null"), ([], "list is empty"), ([None], "list holds a null"))
     ),
@@ -271,12 +281,16 @@ FAULTS = [
     ("prompts", "facts", "{", "not valid JSON"),
     ("prompts", "context", "[]", "expected an object, found list"),
     ("unpaired", "label", None, "the label is null"),
+    ("unpaired", "mismatched_ids", [], "the list is empty"),
+    ("unpaired", "mismatched_ids", [None], "the list holds a null"),
     ("sft", "source", None, "the text is null"),
     *(("preference", "margin", value, "the margin is not a finite number") for value in (-1.0, NAN, INFINITE)),
     ("reference", "reference_chosen_logps", None, "the log-prob is null"),
     ("reference", "reference_rejected_logps", NAN, "the log-prob is not a finite number"),
     ("reference", "reference_rejected_logps", -INFINITE, "the log-prob is not a finite number"),
     ("reference", "reference_chosen_logps", 0.5, "the log-prob is above 0"),
+    ("tokens", "reference_rejected_token_logps", [-1.0, NAN], "the log-prob is not a finite number (of a token)"),
+    ("tokens", "reference_rejected_token_logps", [-1.0, 0.5], "the log-prob is above 0 (of a token)"),
 ]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from stages.lib.compute.batching import SequenceBatch
 from stages.lib.objectives.fit import global_means
-from stages.lib.objectives.objective import Objective
+from stages.lib.objectives.objective import Mean, Objective, PassSums, Rows, summed
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
@@ -72,6 +73,34 @@ def test_sft_is_a_mean_over_tokens(tokens: int) -> None:
 
 
 PAIRWISE = PairwiseLoss(**block(PairwiseLoss))
+
+
+SEVERAL = {
+    "loss": Mean("tokens"),
+    "one": Mean("rows"),
+    "none": Mean("kept"),
+    "perplexity": Mean("tokens", math.exp),
+}
+
+
+class Kept(SftObjective):
+    """Beside the loss, a mean over rows, one over nothing, and one that is shown as its exponential."""
+
+    metrics = SEVERAL
+
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
+        loss, found = super().sums(module, batch, rows)
+        ones = torch.ones(len(batch.rows))
+        return PassSums(loss, torch.cat([found, summed(ones, 0 * ones), found]))
+
+    def denominators(self, rows: Rows) -> dict[str, int]:
+        return {**super().denominators(rows), "rows": len(rows["input_ids"]), "kept": 0}
+
+
+@CUTS
+def test_a_metric_has_a_denominator_of_its_own_and_none_without_one(tokens: int) -> None:
+    found = global_means(Kept(batching(tokens, pad_id=0)), Unigram(0.0, -1.0, -2.0, -4.0), SFT_ROWS, train=False)
+    assert found == pytest.approx({"loss": 2.0, "one": 1.0, "perplexity": math.exp(2)})
 
 
 @CUTS

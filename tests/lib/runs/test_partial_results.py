@@ -9,12 +9,12 @@ import pytest
 
 from stages.lib.command.hashing import value_hash
 from stages.lib.compute.processes import Processes
-from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
+from stages.lib.runs.partial_results import NUMBER, NUMBERS, TOKEN_IDS, PartialResults
 from stages.lib.settings.runtime import Runtime, read_runtime
 from tests.tiny_models import CPU
 
-COLUMNS = {"ids": TOKEN_IDS, "reward": NUMBER}
-VALUE = {"ids": [[3, 4], [5]], "reward": [0.1 + 0.2, -1]}
+COLUMNS = {"ids": TOKEN_IDS, "reward": NUMBER, "logps": NUMBERS}
+VALUE = {"ids": [[3, 4], [5]], "reward": [0.1 + 0.2, -1], "logps": [[-0.5, 0.0], [-1.5]]}
 DEEP = "[" * 100_000
 
 
@@ -90,6 +90,7 @@ def test_what_is_no_record_is_computed_again(scratch: Path, capsys: pytest.Captu
 VALUES: list[Any] = [None, [], {}, "a", {"ids": [[3], [4]]}, VALUE | {"more": [1, 2]}, VALUE | {"reward": 3}]
 VALUES += [VALUE | {"reward": [1.0]}, VALUE | {"reward": ["a", "b"]}, VALUE | {"reward": [True, 1.0]}]
 VALUES += [VALUE | {"reward": [None, 1.0]}, VALUE | {"ids": [3, 4]}, VALUE | {"ids": [[3], []]}]
+VALUES += [VALUE | {"logps": [[-0.5], []]}, VALUE | {"logps": [[-0.5], [None]]}, VALUE | {"logps": [-0.5, -1.5]}]
 VALUES += [VALUE | {"ids": [[3], [-1]]}, VALUE | {"ids": [[3], [0.5]]}, VALUE | {"ids": "ab"}]
 
 
