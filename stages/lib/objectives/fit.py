@@ -65,8 +65,9 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>. Once an
-    evaluation has exhausted the patience of `settings.early_stopping`, no further step is taken.
+    The curve gets each metric of the step with a column, and of the held-out rows those with a column
+    validation/<metric>. Once an evaluation has exhausted the patience of `settings.early_stopping`, no further step is
+    taken.
 
     Args:
         seed: of the order of rows.
@@ -88,7 +89,8 @@ def fit(
         if patience.is_over:
             continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
-        row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
+        means = global_means(objective, engine, rows, train=True)
+        row = {"learning_rate": engine.learning_rate} | {name: means[name] for name in means if name in run.columns}
         require_finite(row["loss"], "loss", step)
         row["grad_norm"] = engine.step()
         if is_due(step + 1, settings.eval_every, total):

@@ -40,8 +40,9 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_like_reference(params)
     require_rounds(params)
     for name, settings in params["train_rm"].items():
-        if settings.use_margin and reads_prepared_rows(settings) and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
+        with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
+        if with_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for settings in settings_by_key(stage, params).values():

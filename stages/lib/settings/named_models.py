@@ -37,6 +37,13 @@ TABLES = "token tables"
 Wanted = Literal["a language model", "a reward model", "log-probs of a reference", "token tables"]
 
 
+# What may stand in a key of one section, where that is something else than in others.
+OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
+    ("train_dpo", "reference"): (LOG_PROBS,),
+    ("train_rm", "model"): (LANGUAGE_MODEL, REWARD_MODEL),
+}
+
+
 class NamedPath(NamedTuple):
     """A path of params.yaml, and what may stand there."""
 
@@ -66,8 +73,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
                 if hasattr(settings, key):
-                    is_table = (stage, key) == ("train_dpo", "reference")
-                    yield NamedPath(f"{where}.{key}", getattr(settings, key), (LOG_PROBS,) if is_table else wanted)
+                    own = OF_SECTIONS.get((stage, key), wanted)
+                    yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
     evaluate, score_samples = params["evaluate"], params["score_samples"]
     for name, path in evaluate.policies.items():
         yield NamedPath(f"evaluate.policies.{name}", path, (LANGUAGE_MODEL,))
