@@ -130,7 +130,7 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, language_model)
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         # Before `fit` goes on from a checkpoint: this is the policy as it starts.
         first_rows = rows_of_step(0, len(train), settings.batch_size, settings.epochs, seed)

@@ -83,7 +83,7 @@ def main(
                 require_margins(table, path, f"train_rm.{name}.use_margin")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, classifier)
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         if not settings.use_margin and train.data.column("margin").null_count < len(train):
             this_run.say(f"{this_run.stage}: the pairs' margins are not read (use_margin: false)")
