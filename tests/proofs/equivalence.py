@@ -100,14 +100,15 @@ SEVERAL_PROCESSES = {
 
 HEAD = """# Every way to run a stage, against one process, plain torch and padding
 
-Relative L2 distances at commit {commit}; `make prove` makes this table anew.
-The run that all are compared with shares no prompts; the others do where `pass_cost` gains by it, and those named so
-for every pair. "Gradient" is what AdamW saw in its first
-step, before clipping. "Steep" leaves out the weights whose gradient is below 1e-5 but not 0 (their share is "flat
-weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding errors of the smallest g.
-"Their change" compares what training has made of the weights, last less first; a run that does not train is 1 away.
-"Published" is the model that is saved, here an average of the weights over the steps (`ema_decay`); "losses" are those
-of all steps and the norms of their gradients; "numbers" are the stage's metrics or, of ref_logprobs, its outs.
+Relative L2 distances at commit {commit}; `make prove` makes this table anew. The run that all are compared with shares
+no prompts; the others do where `pass_cost` gains by it, and those named so for every pair.
+
+"Gradient" is what AdamW saw in its first step, before clipping. "Steep" leaves out the weights whose gradient is below
+1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding
+errors of the smallest g. "Their change" compares what training has made of the weights, last less first; a run that
+does not train is 1 away. "Published" is the model that is saved, here an average of the weights over the steps
+(`ema_decay`); "losses" are those of all steps and the norms of their gradients; "numbers" are the stage's metrics or,
+of ref_logprobs, its outs.
 
 Held to: {limits}.
 In fp32 and fp64 no rollout may differ. In bf16, where a gradient is rounded by a hundredth, AdamW's first step is
