@@ -62,6 +62,7 @@ def fit(
     weights: Callable[[], dict[str, torch.Tensor]],
     shown: tuple[str, ...],
     after_step: Callable[[int], None],
+    after_evaluation: Callable[[int], None] = lambda _: None,
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
@@ -75,6 +76,7 @@ def fit(
         shown: names of what a progress line shows.
         after_step: is told of each finished step (0-based) before its checkpoint, to keep its model; not of the last,
             unless it is the best that will be published.
+        after_evaluation: is told of the step (0-based) that was evaluated, within `engine.averaged()`.
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
@@ -98,6 +100,7 @@ def fit(
                 results = global_means(objective, engine, held_out[:], train=False)
                 require_comparable(results, settings.best_by, step)
                 best.offer(results, step + 1, weights)
+                after_evaluation(step)
             patience.offer(cost_of(results, settings.best_by))
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}
