@@ -85,7 +85,7 @@ class Setup(NamedTuple):
         return self.workload.warm_up_steps + self.workload.timed_steps
 
     def settings(self, section: str, kind: Any, **changes: Any) -> Any:
-        """The first entry of a section of the default settings, with the precision and the adapters that are measured."""
+        """The first entry of a section of the default settings, with the precision and the adapters measured."""
         common = {"precision": self.workload.precision, "lora": self.lora}
         first = next(iter(default_params()[section].values()))
         return build(kind, first, section).model_copy(update=common | changes)
