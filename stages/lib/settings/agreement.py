@@ -21,6 +21,7 @@ from stages.lib.settings.named_models import (
     require_models,
     settings_by_key,
 )
+from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.runtime import Runtime
@@ -36,6 +37,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_models(params)
     require_kinds(params)
     require_like_reference(params)
+    require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
         if settings.use_margin and not may_have_margins(params["sources"]):
             raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")

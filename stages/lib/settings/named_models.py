@@ -64,7 +64,7 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
                 if hasattr(settings, key):
-                    is_table = (stage, key) == ("train_dpo", "reference")
+                    is_table = (stage, key) == ("train_dpo", "reference") and settings.reads_reference
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), (LOG_PROBS,) if is_table else wanted)
     evaluate, score_samples = params["evaluate"], params["score_samples"]
     for name, path in evaluate.policies.items():
