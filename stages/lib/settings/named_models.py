@@ -63,8 +63,9 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
     for stage in NAMED:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
-                if hasattr(settings, key):
-                    is_table = (stage, key) == ("train_dpo", "reference") and settings.reads_reference
+                is_read = key != "reference" or getattr(settings, "reads_reference", True)
+                if hasattr(settings, key) and is_read:
+                    is_table = (stage, key) == ("train_dpo", "reference")
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), (LOG_PROBS,) if is_table else wanted)
     evaluate, score_samples = params["evaluate"], params["score_samples"]
     for name, path in evaluate.policies.items():
