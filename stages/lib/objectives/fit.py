@@ -12,7 +12,7 @@ from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.objectives.best_weights import BestWeights
-from stages.lib.objectives.objective import Objective, Rows
+from stages.lib.objectives.objective import Objective, RemembersSteps, Rows
 from stages.lib.settings.epochs import EpochSettings
 
 
@@ -32,7 +32,9 @@ class Run(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Of the curve."""
 
-    def steps(self, total: int, *, engine: Engine, best: BestWeights, budget: MemoryBudget) -> Iterator[int]:
+    def steps(
+        self, total: int, *, engine: Engine, best: BestWeights, budget: MemoryBudget, **objective: RemembersSteps
+    ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
@@ -69,7 +71,8 @@ def fit(
     """
     best = BestWeights(settings.keep, is_main=engine.processes.is_main)
     total = engine.total_steps
-    for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget):
+    remembered = {"objective": objective} if isinstance(objective, RemembersSteps) else {}
+    for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget, **remembered):
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
         row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
         require_finite(row["loss"], "loss", step)

@@ -9,6 +9,7 @@ STAGES = (
     "train_rm",
     "ref_logprobs",
     "train_dpo",
+    "train_unpaired",
     "train_ppo",
     "train_grpo",
     "evaluate",
