@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# KEY=…, KIND=…, ROW=n, SPLIT=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
+# KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -7,10 +7,10 @@ VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
-USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -46,8 +46,9 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate report ppo grpo dpo \
-        metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak lint \
+.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo \
+        train-grpo evaluate report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join \
+        preview test test-fast fuzz prove soak lint \
         clean
 
 help: ## Show this list
@@ -67,6 +68,9 @@ train-sft: $(VENV) ## Up to the supervised models: all of the section, as with t
 
 train-rm: $(VENV) ## Up to the reward models
 	$(call repro,train_rm)
+
+sample-pairs: $(VENV) ## Up to the rows made of policies' own replies
+	$(call repro,sample_pairs)
 
 ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO and train-unpaired need
 	$(call repro,ref_logprobs ref_logprobs_unpaired)
@@ -127,8 +131,8 @@ use: $(VENV) ## Write params.yaml from a profile: PROFILE=default (FORCE=1 drops
 fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then HF_HUB_OFFLINE=1 make repro needs no network
 	.venv/bin/python -m stages.tools.fetch
 
-preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test)
-	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT")
+preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test TOKENS=data/sampled/first)
+	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT") $(if $(TOKENS),--tokens "$$TOKENS")
 
 explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.dpo.loss, KEY=runtime.default.threads (KEY= lists them)
 	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")

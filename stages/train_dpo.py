@@ -40,6 +40,7 @@ if not asks_for_help():
     from stages.lib.objectives.fit import fit
     from stages.lib.objectives.preference import PreferenceObjective
     from stages.lib.objectives.reference_start import mean_margin, require_start
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.runs.model_card import shareable_path
     from stages.lib.runs.publish_kept import publish_kept
     from stages.lib.runs.training_run import TrainingRun
@@ -111,7 +112,8 @@ def main(
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     inputs = [train_tokens, validation_tokens, reference, model]
     declared = {f"train_dpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    with TrainingRun(f"train_dpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = (*COLUMNS, *router_columns(settings.router_loss))
+    with TrainingRun(f"train_dpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         for pairs in (train, validation):
@@ -128,6 +130,8 @@ def main(
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        objective = PreferenceObjective(batching, settings.loss)
+        routed = with_router_loss(objective, settings.router_loss, language_model, 2, f"train_dpo.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
         # Before `fit` goes on from a checkpoint: this is the policy as it starts.
         first_rows = rows_of_step(0, len(train), settings.batch_size, settings.epochs, seed)
@@ -142,7 +146,7 @@ def main(
         best = fit(
             this_run,
             engine,
-            PreferenceObjective(batching, settings.loss),
+            routed,
             train,
             validation,
             settings,
@@ -152,7 +156,7 @@ def main(
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
-        results |= {"train_rows": len(train), "validation_rows": len(validation), "steps": total}
+        results |= {"train_rows": len(train), "validation_rows": len(validation)}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

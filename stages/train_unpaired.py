@@ -40,6 +40,7 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.fit import fit
+    from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.unpaired import UnpairedObjective, metrics_of_replies
     from stages.lib.objectives.unpaired_start import mean_log_ratio, require_unpaired_start
     from stages.lib.runs.model_card import shareable_path
@@ -110,6 +111,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
     declared |= {"trust_remote_code": trust_remote_code, "kernels": kernels}
     measured = metrics_of_replies(settings.loss)
     columns = (*measured, "grad_norm", "learning_rate", *(f"validation/{metric}" for metric in measured))
+    columns += router_columns(settings.router_loss)
     with TrainingRun(f"train_unpaired@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -127,6 +129,8 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        objective = UnpairedObjective(batching, settings.loss)
+        routed = with_router_loss(objective, settings.router_loss, language_model, 1, f"train_unpaired.{name}")
         good = sum(train.tokens["label"][:])
         this_run.say(f"{this_run.stage}: {good} good and {len(train) - good} bad replies, {total} steps")
         # Before `fit` goes on from a checkpoint: this is the policy as it starts.
@@ -143,7 +147,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
         best = fit(
             this_run,
             engine,
-            UnpairedObjective(batching, settings.loss),
+            routed,
             train,
             validation,
             settings,
@@ -153,7 +157,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
-        results |= {"train_rows": len(train), "validation_rows": len(validation), "steps": total}
+        results |= {"train_rows": len(train), "validation_rows": len(validation)}
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 

@@ -15,7 +15,7 @@ from tests.fuzz.judge import FAULTS, verdict
 from tests.fuzz.run import chosen
 from tests.stages.tiny_pipeline import PROJECT
 
-CASES = 100  # about two minutes of one core, with the project that they start from
+CASES = 40  # about one minute of one core, with the project that they start from
 TRACEBACK = (
     'Traceback (most recent call last):\n  File "/x/stages/lib/command/jsonl.py", line 5, in f\nValueError: no\n'
 )

@@ -13,7 +13,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -22,9 +22,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
+from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
+from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import FileSource, HubSource
 from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
@@ -68,19 +70,14 @@ def copy_of_project(folder: Path) -> None:
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "params.yaml").write_text(as_yaml(settings_of_copy()), encoding="utf-8")
     write_placeholders(folder)
-    write_manifests(folder)
+    (folder / MANIFESTS).mkdir()
+    for file, text in manifest_files(folder).items():
+        file.write_text(text, encoding="utf-8")
 
 
-def write_manifests(folder: Path) -> dict[str, str]:
-    """What the first stage writes, from the code in `folder`, in which the process runs. Returns what has changed."""
-    changed = {}
-    for name, text in manifests().items():
-        file = folder / MANIFESTS / f"{name}.txt"
-        file.parent.mkdir(exist_ok=True)
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            file.write_text(text, encoding="utf-8")
-            changed[name] = text
-    return changed
+def manifest_files(folder: Path) -> dict[Path, str]:
+    """The files that the first stage writes, from the code in `folder`, in which the process runs."""
+    return {folder / MANIFESTS / f"{name}.txt": text for name, text in manifests().items()}
 
 
 def write_placeholders(folder: Path) -> None:
@@ -126,6 +123,7 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["files"] = {"given": block(ModelOfFolder, path=RAW_MODEL)}
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
+    params["sample_pairs"] = {"first": block(SamplePairs)}
     return params
 
 
@@ -154,6 +152,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "tokenize_data": ("tokenize_data.max_length", 100),
     "train_sft": ("train_sft.*.epochs", 7.0),
     "train_rm": ("train_rm.*.epochs", 7.0),
+    "sample_pairs": ("sample_pairs.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
     "train_ppo": ("train_ppo.*.epochs", 7),
@@ -235,16 +234,22 @@ def stale_by_parts(folder: Path) -> dict[str, set[str]]:
         changes = changes_of(folder) | remarks_of(folder)
         code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and edit[0].suffix == ".py"}
         answers = {row: asked(repo, folder, dict([edit])) for row, edit in changes.items() if row not in code}
-        stale_with = {}
-        for name, text in manifests().items():
-            stale_with[name] = asked(repo, folder, {folder / MANIFESTS / f"{name}.txt": text + "more\n"}, again=False)
+        stale_with = {
+            file.stem: asked(repo, folder, {file: text + "more\n"}, again=False)
+            for file, text in manifest_files(folder).items()
+        }
+        before = manifests_of_code(stale_with)
         for row, (file, text) in code.items():
             with edited({file: text}):
-                changed = write_manifests(folder)
-            write_manifests(folder)
-            answers[row] = {FIRST}.union(*(stale_with[name] for name in changed))
+                after = manifests_of_code(stale_with)
+            answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
         assert asked(repo, folder, dict(remarks_of(folder).values())) == {FIRST}
         return {row: answers[row] for row in changes}
+
+
+def manifests_of_code(names: Iterable[str]) -> dict[str, str]:
+    """Script → its manifest, without the files that settings choose."""
+    return {name: manifest_of(f"stages/{name}.py") for name in names}
 
 
 def asked(repo: Any, folder: Path, edits: dict[Path, str], *, again: bool = True) -> set[str]:
@@ -253,12 +258,8 @@ def asked(repo: Any, folder: Path, edits: dict[Path, str], *, again: bool = True
     Args:
         again: whether the first stage has written its manifests by then.
     """
-    with edited(edits):
-        if again:
-            write_manifests(folder)
-        stale = set(repo.status())
-    write_manifests(folder)
-    return stale
+    with edited(edits), edited(manifest_files(folder) if again else {}):
+        return set(repo.status())
 
 
 @contextlib.contextmanager

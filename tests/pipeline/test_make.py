@@ -61,6 +61,7 @@ VARIABLES = [
 STEPS = {
     "tokenize": "tokenize_data",
     **{name.replace("_", "-"): name for name in (key.partition("@")[0] for key in computing_stages())},
+    "sample-pairs": "sample_pairs",  # without an entry in the default run
     "evaluate": "evaluate score_samples evaluate_rm",
     "report": "report",
 }
@@ -214,6 +215,10 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         (
             ["preview", "KIND=prompts", "ROW=3", "SPLIT=test"],
             ["python -m stages.tools.preview_row --kind prompts --row 3 --split test"],
+        ),
+        (
+            ["preview", "KIND=preference", "TOKENS=data/sampled/first"],
+            ["python -m stages.tools.preview_row --kind preference --tokens data/sampled/first"],
         ),
         (["schemas"], ["python -m stages.tools.write_schemas"]),
         (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),

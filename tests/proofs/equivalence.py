@@ -1,9 +1,10 @@
 """Speed is not a result: every stage under every way to run it, compared with one process, plain torch and padding.
 
-Each training stage, with and without LoRA, takes 20 optimizer steps from the same weights. Measured are relative L2
-distances of the first step's gradient, of the weights' change in it, of the weights after all steps and of the
-published ones, and the largest difference of a loss or gradient norm on the way and of a metric at the end. PPO's
-rollouts are compared token for token, and those that differ are counted.
+Each training stage, with and without LoRA, and those that train on tables with a mixture of experts too, takes 20
+optimizer steps from the same weights. Measured are relative L2 distances of the first step's gradient, of the weights'
+change in it, of the weights after all steps and of the published ones, and the largest difference of a loss or gradient
+norm on the way and of a metric at the end. PPO's rollouts are compared token for token, and those that differ are
+counted.
 
     python -m tests.proofs.equivalence PROJECT                             # makes PROJECT first if it is not there
     torchrun --standalone --nproc_per_node=2 -m tests.proofs.equivalence PROJECT --table table.md
@@ -34,12 +35,13 @@ from tests.proofs.watched_stage import (
     ROLLOUTS,
     STEPS,
     TRAINING,
-    WITH_LORA,
+    VARIANTS,
     Probe,
     in_float64,
     make_bf16_project,
     make_project,
     run_stage,
+    stage_of,
 )
 from tests.stages.tiny_pipeline import ENTRIES, inside
 
@@ -113,7 +115,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
-    stage = WITH_LORA.get(kind, kind)
+    stage = stage_of(kind)
     drawn = {"differing rollouts": probe.differing_rollouts} if stage in SAMPLING else {}
     if stage in MEASURING:
         return {"numbers": numbers_apart(folder, reference, stage)} | drawn
@@ -136,7 +138,7 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
     name = ENTRIES[stage]
     curve = f"metrics/curves/{name}.csv"
     ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
-    columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "grad_norm")]
+    columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "router_loss", "grad_norm")]
     columns = [name for name in columns if not name.startswith("validation")]
     scale = theirs[columns].abs().max()
     if "policy/loss" in columns:
@@ -259,7 +261,7 @@ def possible(knobs: dict[str, Any], precision: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("project", type=Path)
-    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *WITH_LORA, *MEASURING])
+    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *VARIANTS, *MEASURING])
     parser.add_argument("--without-lora", action="store_true", help="leave out the variants with LoRA")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp64"])
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
@@ -269,7 +271,7 @@ def main() -> None:
     project = options.project.resolve()
     if not project.exists() and os.environ.get("RANK", "0") == "0":
         make_project(project)
-    stages = [stage for stage in options.stages if not (options.without_lora and stage in WITH_LORA)]
+    stages = [stage for stage in options.stages if not (options.without_lora and "LoRA" in stage)]
     rows = []
     for precision in options.precision:
         with in_float64() if precision == "fp64" else contextlib.nullcontext():

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from stages.lib.command.errors import StageError
 from stages.lib.settings.check import check_settings
+from stages.lib.settings.declaration import block
+from stages.lib.settings.ref_logprobs import RefLogprobs
 from tests.stages.test_resume import Cut
 from tests.stages.tiny_pipeline import call, change, contents, inside, read_yaml, refusal, write_yaml
 
@@ -160,7 +162,7 @@ def test_preference_optimization_from_the_base_runs_to_the_report(copy_of_tiny: 
     with_sections(
         folder,
         {
-            "ref_logprobs": {"start": {"model": "models/base", "precision": "fp32", "base_quantization": None}},
+            "ref_logprobs": {"start": block(RefLogprobs, model="models/base")},
             "train_dpo": {"dpo": {"model": "models/base", "reference": "data/ref_logprobs/start"}},
             "evaluate": {"policies": {"dpo": "models/dpo"}, "reference": "models/base"},
             "prepare_data": {"kinds": ["sft", "preference"]},

@@ -372,8 +372,8 @@ def test_only_the_critic_learns_while_it_warms_up(copy_of_tiny: Copy) -> None:
 
 def test_margins_are_wanted_where_they_are_used(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
-    assert "data/tokens/train/preference.arrow, row 0 has no margin: set train_rm.rm.use_margin: false" in refused(
+    change(folder / "params.yaml", {"train_rm": {"rm": {"loss": {"use_margin": True}}}})
+    assert "data/tokens/train/preference.arrow, row 0 has no margin: set train_rm.rm.loss.use_margin: false" in refused(
         folder, "train_rm"
     )
 
@@ -383,7 +383,7 @@ def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
     for split in ("train", "validation"):
         path = folder / f"data/tokens/{split}/preference.arrow"
         rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": [1.5] * len(columns["row"])})
-    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
+    change(folder / "params.yaml", {"train_rm": {"rm": {"loss": {"use_margin": True}}}})
     call(folder, "train_rm")
     # A new head scores all alike: -ln sigmoid(0 - 1.5) = 1.7014.
     assert curve(folder, "train_rm")["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=0.1)

@@ -66,7 +66,7 @@ def first_line(key: str) -> str:
             "prepare_data.kinds: a list of sft | preference | unpaired | prompts; default "
             '["sft", "preference", "prompts"]',
         ),
-        ("train_rm.rm.use_margin", "train_rm.rm.use_margin: true | false; default false"),
+        ("train_rm.rm.loss.use_margin", "train_rm.rm.loss.use_margin: true | false; default false"),
         ("runtime.default.threads", "runtime.default.threads: whole number at least 1 and at most 4096; default 2"),
         ("runtime.train_ppo.zero_stage", "runtime.train_ppo.zero_stage: 0 | 1 | 2 | 3; default 0"),
     ],

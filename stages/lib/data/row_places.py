@@ -26,7 +26,7 @@ from typing import NamedTuple
 from stages.lib.command.errors import StageError
 from stages.lib.data.prepared_rows import KINDS, Kind, Split
 
-PAGES_IN_MEMORY = 32_768  # of 1 KiB
+PAGES_IN_MEMORY = 8_192  # of 1 KiB
 PLACES: tuple[Split, ...] = ("test", "validation", "train")  # in the order in which they claim a group
 LEAK, REASONS = len(PLACES), ("in_test", "in_validation", "duplicate", "near_duplicate", "contaminated", "not_drawn")
 FATES = (*PLACES, *REASONS)  # what becomes of a row; a leak's reason is that of the split with its prompt

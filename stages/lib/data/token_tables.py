@@ -5,7 +5,7 @@ table row came from; rows that were dropped leave gaps. A table is checked whole
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -142,9 +142,21 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     """Write a whole table: one sequence of equal length for each column of `schema`."""
     if set(columns) != set(schema.names):
         raise ValueError(f"columns {sorted(columns)} are not those of the schema: {schema.names}")
+    write_rows(
+        path,
+        (
+            dict(zip(schema.names, values, strict=True))
+            for values in zip(*(columns[name] for name in schema.names), strict=True)
+        ),
+        schema,
+    )
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """The same of rows, each with a value for each column."""
     with TableWriter(path, schema) as writer:
-        for values in zip(*(columns[name] for name in schema.names), strict=True):
-            writer.append(dict(zip(schema.names, values, strict=True)))
+        for row in rows:
+            writer.append(row)
 
 
 def read_table(path: Path, schema: pa.Schema) -> "Dataset":

@@ -1,6 +1,7 @@
 """Log-probabilities of chosen tokens under a causal language model, without whole-vocabulary logits in memory."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -12,11 +13,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PassName = Literal["log_probs", "predictions", "details", "next_logits"]
+
+
 class TokenStatistics(NamedTuple):
     """Of the tokens that a mask selects, in nats, float32 or wider; 0 at all others. Shapes: (b, t)."""
 
     logps: torch.Tensor
     entropies: torch.Tensor  # of the distributions that the tokens are drawn from
+
+
+class TokenDetails(NamedTuple):
+    """As `TokenStatistics`, with gradient in `logps` alone. Shapes: (b, t)."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    mean_logits: torch.Tensor  # over the vocabulary
+    log_collisions: torch.Tensor  # log Σ_v π(v)²: of two draws, the log-probability that they are the same token
+
+
+class TokenPredictions(NamedTuple):
+    """As `TokenStatistics`, with gradient in `logps` alone. Shapes: (b, t)."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    hits: torch.Tensor  # 1 where no other token is likelier
 
 
 class TokenLogProbs(nn.Module):
@@ -25,8 +46,8 @@ class TokenLogProbs(nn.Module):
     Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
     backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are two passes, `log_probs` and `next_logits`. Both go through `forward`, which an engine calls and into which
-    DeepSpeed hooks; it takes the pass by its name.
+    There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
+    engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.
@@ -45,9 +66,9 @@ class TokenLogProbs(nn.Module):
         self.with_entropies = with_entropies
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
-    def forward(self, *inputs: Any, run: Literal["log_probs", "next_logits"] = "log_probs") -> Any:
+    def forward(self, *inputs: Any, run: PassName = "log_probs") -> Any:
         """What the pass named `run` returns for these inputs."""
-        return self.next_logits(*inputs) if run == "next_logits" else self.log_probs(*inputs)
+        return getattr(self, run)(*inputs)
 
     def log_probs(
         self,
@@ -66,6 +87,44 @@ class TokenLogProbs(nn.Module):
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
             temperature: above 0; logits are divided by it, as when sampling.
         """
+        found = self._of_targets(
+            self._logps_and_entropies, input_ids, attention_mask, position_ids, target_mask, temperature
+        )
+        return TokenStatistics(*found)
+
+    def predictions(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+    ) -> TokenPredictions:
+        """As `log_probs` at temperature 1, and what was foreseen, also where a gradient is recorded."""
+        inputs = (input_ids, attention_mask, position_ids, target_mask)
+        return TokenPredictions(*self._of_targets(self._logps_and_predictions, *inputs, 1.0))
+
+    def details(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+    ) -> TokenDetails:
+        """As `log_probs` at temperature 1, with more of each distribution, also where a gradient is recorded."""
+        return TokenDetails(
+            *self._of_targets(self._logps_and_details, input_ids, attention_mask, position_ids, target_mask, 1.0)
+        )
+
+    def _of_targets(
+        self,
+        of_chunk: "OfChunk",
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+        temperature: float,
+    ) -> list[torch.Tensor]:
+        """What `of_chunk` returns for the masked tokens, chunk by chunk; 0 at all others. Shapes: (b, t)."""
         output = self.language_model.base_model(
             input_ids=input_ids,
             attention_mask=None if attention_mask is None else attention_mask.long(),
@@ -79,10 +138,10 @@ class TokenLogProbs(nn.Module):
         recompute = torch.is_grad_enabled() and count > 1
         cuts = tuple(range(self.chunk_tokens, count * self.chunk_tokens, self.chunk_tokens))
         pieces = zip(hidden.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
-        chunks = [self._chunk(states, tokens, temperature, recompute) for states, tokens in pieces]
-        logps, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        empty = torch.zeros(input_ids.shape, dtype=logps.dtype, device=input_ids.device)
-        return TokenStatistics(empty.masked_scatter(target_mask, logps), empty.masked_scatter(target_mask, entropies))
+        chunks = [self._chunk(of_chunk, states, tokens, temperature, recompute) for states, tokens in pieces]
+        columns = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        empty = torch.zeros(input_ids.shape, dtype=columns[0].dtype, device=input_ids.device)
+        return [empty.masked_scatter(target_mask, column) for column in columns]
 
     def next_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
@@ -124,26 +183,54 @@ class TokenLogProbs(nn.Module):
         return head
 
     def _chunk(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, recompute: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, of_chunk: "OfChunk", hidden: torch.Tensor, targets: torch.Tensor, temperature: float, recompute: bool
+    ) -> tuple[torch.Tensor, ...]:
         if recompute:
-            return checkpoint(self._logps_and_entropies, hidden, targets, temperature, use_reentrant=False)
-        return self._logps_and_entropies(hidden, targets, temperature)
+            return checkpoint(of_chunk, hidden, targets, temperature, use_reentrant=False)
+        return of_chunk(hidden, targets, temperature)
 
     def _logps_and_entropies(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, d), (n,) → (n,), (n,)."""
-        logits = at_least_float32(self._head()(hidden))
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if temperature != 1:
-            logits = logits / temperature
-        log_probs = torch.log_softmax(logits, dim=-1)
+        log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
         logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
         if not self.with_entropies or torch.is_grad_enabled():
             return logps, torch.zeros_like(logps)
         return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
+
+    def _logps_and_predictions(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(n, d), (n,) → (n,), three times: the fields of `TokenPredictions`."""
+        log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
+        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():
+            entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+            return logps, entropies, (logps >= log_probs.amax(dim=-1)).to(logps.dtype)
+
+    def _logps_and_details(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(n, d), (n,) → (n,), four times: the fields of `TokenDetails`."""
+        logits = self._logits(hidden, temperature)
+        log_probs = torch.log_softmax(logits, dim=-1)
+        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():
+            probs = log_probs.exp()
+            entropies = -torch.linalg.vecdot(probs, log_probs)
+            return logps, entropies, logits.mean(dim=-1), torch.linalg.vecdot(probs, probs).log()
+
+    def _logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+        """(n, d) → (n, vocabulary), float32 or wider."""
+        logits = at_least_float32(self._head()(hidden))
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / temperature if temperature != 1 else logits
+
+
+# (hidden states, targets, temperature) → values of each target
+OfChunk = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, ...]]
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:

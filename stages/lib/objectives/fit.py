@@ -1,4 +1,4 @@
-"""The loop of every stage that trains on a fixed table: take steps, evaluate, keep the last weights or the best.
+"""The loop of every stage that trains on a fixed table: take steps, evaluate, stop early, keep the last or the best.
 
 best = fit(run, engine, objective, train, held_out, settings, seed, weights=…, shown=("loss",), after_step=…)
 """
@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
+from stages.lib.command.errors import StageError
+from stages.lib.command.quoted import nearest
 from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
-from stages.lib.objectives.best_weights import BestWeights
+from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
 from stages.lib.objectives.objective import Objective, RemembersSteps, Rows
-from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.epochs import BestBy, EpochSettings
 
 
 class Table(Protocol):
@@ -29,13 +31,27 @@ class Run(Protocol):
     """The run of a stage: what remains to be done of it after a kill, and where its curve goes."""
 
     @property
+    def stage(self) -> str:
+        """As <section>@<entry>."""
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Of the curve."""
 
     def steps(
-        self, total: int, *, engine: Engine, best: BestWeights, budget: MemoryBudget, **objective: RemembersSteps
+        self,
+        total: int,
+        *,
+        engine: Engine,
+        best: BestWeights,
+        patience: Patience,
+        budget: MemoryBudget,
+        **objective: RemembersSteps,
     ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
 
     def record(self, step: int, units: int, metrics: Mapping[str, float], shown: tuple[str, ...]) -> None:
         """Add the row of a finished step to the curve, and show some of it."""
@@ -56,7 +72,9 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>.
+    The curve gets each metric of the step with a column, and of the held-out rows those with a column
+    validation/<metric>. Once an evaluation has exhausted the patience of `settings.early_stopping`, no further step is
+    taken.
 
     Args:
         seed: of the order of rows.
@@ -67,27 +85,59 @@ def fit(
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
-        StageError: a loss or the norm of a gradient is not a finite number.
+        StageError: the metric to compare evaluations by is none of the objective's; a loss, this metric or the norm of
+            a gradient is not a finite number.
     """
-    best = BestWeights(settings.keep, is_main=engine.processes.is_main)
+    require_metric(settings, objective, run.stage)
+    best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
+    patience = Patience(settings.early_stopping)
     total = engine.total_steps
+    parts = {"engine": engine, "best": best, "patience": patience, "budget": objective.batching.budget}
     remembered = {"objective": objective} if isinstance(objective, RemembersSteps) else {}
-    for step in run.steps(total, engine=engine, best=best, budget=objective.batching.budget, **remembered):
+    for step in run.steps(total, **parts, **remembered):
+        if patience.is_over:
+            continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
-        row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
+        means = global_means(objective, engine, rows, train=True)
+        row = {"learning_rate": engine.learning_rate} | {name: means[name] for name in means if name in run.columns}
         require_finite(row["loss"], "loss", step)
         row["grad_norm"] = engine.step()
         if is_due(step + 1, settings.eval_every, total):
             with engine.averaged():
                 results = global_means(objective, engine, held_out[:], train=False)
-                require_finite(results["loss"], "validation loss", step)
+                require_comparable(results, settings.best_by, step)
                 best.offer(results, step + 1, weights)
+            patience.offer(cost_of(results, settings.best_by))
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}
         run.record(step, objective.units(rows), row, shown)
-        if step + 1 < total or settings.keep == "best":
+        if patience.is_over:
+            run.say(
+                f"{run.stage}: stops at step {step + 1} of {total}: validation/{settings.best_by.metric} has not "
+                f"improved in {patience.misses} evaluations"
+            )
+        is_last = step + 1 == total or patience.is_over
+        if not is_last or settings.keep == "best":
             after_step(step)
     return best
+
+
+def require_metric(settings: EpochSettings, objective: Objective, stage: str) -> None:
+    """Raise StageError unless the objective has the metric that evaluations are to be compared by."""
+    name = settings.best_by.metric
+    if name not in objective.metrics:
+        raise StageError(
+            f"params.yaml: {stage.replace('@', '.')}.best_by.metric: there is no metric {name!r} here"
+            f"{nearest(name, objective.metrics)}; there are {', '.join(objective.metrics)}"
+        )
+
+
+def require_comparable(results: Mapping[str, float], best_by: BestBy, step: int) -> None:
+    """Raise StageError if an evaluation found no finite number for the loss or the metric to compare by."""
+    for name in ("loss", best_by.metric):
+        if name not in results:
+            raise StageError(f"best_by.metric: the validation rows have nothing that {name} is a mean over")
+        require_finite(results[name], f"validation {name}", step)
 
 
 def global_means(objective: Objective, engine: Any, rows: Rows, *, train: bool) -> dict[str, float]:

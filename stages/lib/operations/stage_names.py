@@ -7,6 +7,7 @@ They stand here, where no manifest lists them, so that one more stage makes no o
 STAGES = (
     "train_sft",
     "train_rm",
+    "sample_pairs",
     "ref_logprobs",
     "train_dpo",
     "train_unpaired",

@@ -23,15 +23,16 @@ def publish_kept(
     """Publish model, metrics and curve, and the adapter where it is asked for.
 
     Args:
-        results: of the metrics; which step was kept, and the counts of parameters, join them.
+        results: of the metrics; the steps taken, which of them was kept, and the counts of parameters join them.
     """
     with engine.averaged():
         weights = engine.master_weights(lora.model)
         kept = best.choose(lambda: lora.trained(weights))
+        steps = {"steps": engine.steps_taken, "stopped_early": int(engine.steps_taken < engine.total_steps)}
         run.publish_model(
             lora.model,
             run.processes.in_main(lambda: lora.merged(weights | kept.weights)) or {},
-            {**results, "kept_step": kept.step, **lora.counts()},
+            {**results, **steps, "kept_step": kept.step, **lora.counts()},
             save_dtype=settings.save_dtype,
             tokenizer_from=tokenizer_from,
             build_others=lambda staged: lora.save_adapter(kept.weights, staged["model"], settings.save_dtype),

@@ -16,6 +16,7 @@ from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.named_models import (
     TRAINED,
     is_there,
+    reads_prepared_rows,
     require_kinds,
     require_like_reference,
     require_models,
@@ -23,6 +24,7 @@ from stages.lib.settings.named_models import (
 )
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.rounds import require_rounds
 from stages.lib.settings.runtime import Runtime
 from stages.lib.settings.source_agreement import may_have_margins
 from stages.lib.settings.sources import Sources
@@ -36,9 +38,11 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_models(params)
     require_kinds(params)
     require_like_reference(params)
+    require_rounds(params)
     for name, settings in params["train_rm"].items():
-        if settings.use_margin and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
+        with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
+        if with_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for settings in settings_started_as(stage, params):

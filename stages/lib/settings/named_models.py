@@ -19,10 +19,11 @@ from stages.lib.settings.training_tokens import TrainingTokens
 TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
-MODELS, TOKENS = Path("models"), Path("data/tokens")
+MODELS, TOKENS, SAMPLED = Path("models"), Path("data/tokens"), Path("data/sampled")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
+    "sample_pairs": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
     "ref_logprobs_unpaired": "unpaired",
@@ -55,7 +56,12 @@ REFERENCES = {
     "ref_logprobs": ReferenceTables(Path("data/ref_logprobs"), LOG_PROBS, "train_dpo"),
     "ref_logprobs_unpaired": ReferenceTables(Path("data/ref_logprobs_unpaired"), UNPAIRED_LOG_PROBS, "train_unpaired"),
 }
-OF_READER = {tables.reader: tables for tables in REFERENCES.values()}
+# What may stand in a key of one section, where that is something else than in others.
+OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
+    ("train_dpo", "reference"): (LOG_PROBS,),
+    ("train_unpaired", "reference"): (UNPAIRED_LOG_PROBS,),
+    ("train_rm", "model"): (LANGUAGE_MODEL, REWARD_MODEL),
+}
 
 
 class NamedPath(NamedTuple):
@@ -87,9 +93,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
                 if hasattr(settings, key):
-                    is_table = key == "reference" and stage in OF_READER
-                    found = (OF_READER[stage].held,) if is_table else wanted
-                    yield NamedPath(f"{where}.{key}", getattr(settings, key), found)
+                    own = OF_SECTIONS.get((stage, key), wanted)
+                    yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
     evaluate, score_samples = params["evaluate"], params["score_samples"]
     for name, path in evaluate.policies.items():
         yield NamedPath(f"evaluate.policies.{name}", path, (LANGUAGE_MODEL,))
@@ -109,6 +114,7 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
     for stage in TRAINED:
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
+    made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
     for section, tables in REFERENCES.items():
         for name in params[section]:
             made[tables.folder / name] = (f"{section}.{name}", tables.held)

@@ -18,6 +18,7 @@ from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs, RefLogprobsUnpaired
+from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.score_samples import ScoreSamples
 from stages.lib.settings.sources import Sources
 from stages.lib.settings.tokenize_data import Tokenize
@@ -50,6 +51,9 @@ class Params(Settings):
     # Each of these maps the name of what is made to its settings; an empty one makes nothing.
     train_sft: dict[Name, TrainSft] = key({"sft": block(TrainSft)}, "supervised fine-tuning, by the model's name")
     train_rm: dict[Name, TrainRm] = key({"rm": block(TrainRm)}, "reward models, by name")
+    sample_pairs: dict[Name, SamplePairs] = key(
+        {}, "rounds of rows made of a policy's own replies, as a reward model ranks them, by the rows' name"
+    )
     ref_logprobs: dict[Name, RefLogprobs] = key(
         {"sft": block(RefLogprobs)}, "log-probs of reference models, for DPO, by name"
     )

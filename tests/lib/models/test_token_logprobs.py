@@ -74,3 +74,24 @@ def test_a_batch_without_targets_gives_zeros_and_a_gradient_of_zero() -> None:
     logps.sum().backward()
     assert logps.count_nonzero() == 0
     assert all(weight.grad is not None and weight.grad.count_nonzero() == 0 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 4096])
+def test_details_are_those_of_whole_distributions_and_leave_the_gradient_alone(chunk_tokens: int) -> None:
+    batch = batch_of(packing=False)
+    gradients = []
+    for run in ("log_probs", "details"):
+        model = tiny_llama()
+        found = TokenLogProbs(model, chunk_tokens=chunk_tokens)(*batch.inputs, batch.completion_mask, run=run)
+        found.logps.sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert torch.equal(*gradients)
+    columns = [batch.on_completions(column.detach()) for column in found]
+    for place, row in enumerate(batch.rows):
+        logits = model(torch.tensor([SEQUENCES[row]])).logits[0, len(PROMPTS[row]) - 1 : -1]
+        probs = torch.softmax(logits, dim=-1)
+        log_probs, entropies = expected(model, row)
+        for column, wanted in zip(
+            columns, (log_probs, entropies, logits.mean(dim=-1), (probs**2).sum(dim=-1).log()), strict=True
+        ):
+            assert column[place][: len(COMPLETIONS[row])].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)

@@ -1,6 +1,7 @@
 """The loop on a quadratic, in a real run with its checkpoints: every number of its curve worked out again."""
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, rows_of_step, steps_in
 from stages.lib.compute.engine.torch import TorchEngine
@@ -20,7 +22,8 @@ from stages.lib.objectives.best_weights import BestWeights
 from stages.lib.objectives.fit import fit
 from stages.lib.objectives.objective import Mean, PassSums, Rows, summed
 from stages.lib.runs.training_run import TrainingRun
-from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.declaration import block
+from stages.lib.settings.epochs import BestBy, EarlyStopping, EpochSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.runtime import Runtime
 from tests.real_files import PROJECT
@@ -46,20 +49,11 @@ OPTIMIZER = OptimizerSettings(
 )
 
 
-def settings_of(keep: str) -> EpochSettings:
+def settings_of(keep: str, **changed: Any) -> EpochSettings:
     """12 rows: 6 steps of 2, the third of which takes rows of two epochs."""
-    return EpochSettings(
-        model="models/sft",
-        epochs=2.4,
-        batch_size=2,
-        precision="fp32",
-        save_dtype="float32",
-        eval_every=4,
-        keep=keep,
-        save_every=None,
-        lora=None,
-        optimizer=OPTIMIZER,
-    )
+    defaults = build(EpochSettings, block(EpochSettings), "of a test")
+    size = {"epochs": 2.4, "batch_size": 2, "eval_every": 4, "keep": keep, "optimizer": OPTIMIZER}
+    return defaults.model_copy(update=size | changed)
 
 
 SETTINGS = settings_of("best")
@@ -160,12 +154,13 @@ def fitted(
     run: TrainingRun,
     settings: EpochSettings = SETTINGS,
     train: dict = TRAIN,
+    held_out: dict = HELD_OUT,
     after_step: Callable[[int], None] = lambda _: None,
 ) -> tuple[BestWeights, Point]:
     module = Point()
     total = steps_in(5, settings.batch_size, settings.epochs)
     engine = TorchEngine(module, settings.optimizer, total, run.runtime, ALONE)
-    tables = (Table(train), Table(HELD_OUT))
+    tables = (Table(train), Table(held_out))
     weights = engine.master_weights
     words = {"weights": lambda: weights(module), "shown": ("loss",), "after_step": after_step}
     best = fit(run, engine, Quadratic(), *tables, settings, SEED, **words)
@@ -219,6 +214,89 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     assert (tmp_path / "cut/curve.csv").read_bytes() == (tmp_path / "whole/curve.csv").read_bytes()
     assert float(other.w.detach()) == float(module.w.detach())
     assert (best.step, best.results, best.weights) == (whole.step, whole.results, whole.weights)
+
+
+# Training draws w from 0 upwards: away from -5, and for all its steps nearer to 20.
+AWAY, TOWARDS = ({"x": [x], "weight": [1]} for x in (-5.0, 20.0))
+DECAYING = OPTIMIZER.model_copy(update={"schedule": "linear", "min_learning_rate_ratio": 0.1})
+
+
+def impatient(keep: str, patience: int = 2, **changed: Any) -> EpochSettings:
+    stopping = EarlyStopping(patience=patience, min_delta=0.0)
+    return settings_of(keep, eval_every=1, early_stopping=stopping, optimizer=DECAYING, **changed)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", 1), ("last", 3)])
+def test_it_stops_once_the_held_out_rows_lose_whatever_the_train_rows_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture, keep: str, kept: int
+) -> None:
+    with new_run(tmp_path / "whole") as run:
+        fitted(run, settings_of(keep, eval_every=1, optimizer=DECAYING), held_out=AWAY)
+    told: list[int] = []
+    with new_run(tmp_path / "stopped") as run:
+        best, module = fitted(run, impatient(keep), held_out=AWAY, after_step=told.append)
+    assert (
+        "train_sft: stops at step 3 of 6: validation/loss has not improved in 2 evaluations" in capsys.readouterr().out
+    )
+    # The first evaluation is the best, and two that are worse come after it. The rates are those of six steps.
+    found = curve_of(tmp_path / "stopped")
+    assert found == curve_of(tmp_path / "whole")[:3]
+    assert [row["learning_rate"] for row in found] == pytest.approx([RATE * (1 - 0.9 * step / 5) for step in range(3)])
+    assert best.choose(lambda: {"w": module.w}).step == kept
+    assert told == ([0, 1, 2] if keep == "best" else [0, 1])
+
+
+def test_it_does_not_stop_while_the_held_out_rows_gain_though_the_train_rows_lose(tmp_path: Path) -> None:
+    """Train losses of single rows jump up and down, and all but three of the six steps see a higher one."""
+    with new_run(tmp_path) as run:
+        best, _ = fitted(run, impatient("best", patience=1, epochs=1.2, batch_size=1), held_out=TOWARDS)
+    found = curve_of(tmp_path)
+    assert len(found) == 6
+    assert any(later["loss"] > row["loss"] for row, later in itertools.pairwise(found))
+    assert best.step == 6
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_run_that_stops_early_does_so_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    with new_run(tmp_path / "whole") as run:
+        whole, _ = fitted(run, impatient("best"), held_out=AWAY)
+    save = TrainingRun._save
+
+    def cut(self: TrainingRun, step: int, parts: Any) -> None:
+        save(self, step, parts)
+        if step == last + 1:
+            raise Cut
+
+    with monkeypatch.context() as patch, new_run(tmp_path / "cut") as run:
+        patch.setattr(TrainingRun, "_save", cut)
+        with pytest.raises(Cut):
+            fitted(run, impatient("best"), held_out=AWAY)
+    with new_run(tmp_path / "cut") as run:
+        best, _ = fitted(run, impatient("best"), held_out=AWAY)
+    assert (tmp_path / "cut/curve.csv").read_bytes() == (tmp_path / "whole/curve.csv").read_bytes()
+    assert (best.step, best.results, best.weights) == (whole.step, whole.results, whole.weights)
+
+
+def test_the_best_goes_by_the_metric_that_is_named(tmp_path: Path) -> None:
+    by = BestBy(metric="distance", better="higher")
+    with new_run(tmp_path) as run:
+        best, _ = fitted(run, settings_of("best", eval_every=1, best_by=by), held_out=AWAY)
+    _, points = worked_out_again()
+    assert best.step == 1 + max(range(6), key=lambda step: points[step + 1])
+    assert best.results["distance"] == pytest.approx(max(points[1:]) + 5, rel=1e-5)
+
+
+def test_a_metric_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    settings = settings_of("best", best_by=BestBy(metric="distances", better="lower"))
+    expected = (
+        r"^params.yaml: train_sft.best_by.metric: there is no metric 'distances' here; did you mean 'distance'\?; "
+        r"there are loss, distance$"
+    )
+    with new_run(tmp_path) as run, pytest.raises(StageError, match=expected):
+        fitted(run, settings)
+    assert not list(tmp_path.rglob("curve.csv"))
 
 
 def test_a_loss_that_is_no_number_ends_it_before_its_step(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from stages.lib.settings.agreement import require_agreement, require_model_fits,
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
+from stages.lib.settings.reward_loss import PairwiseLoss
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
 from stages.lib.settings.sources import FileSource
 from tests.real_files import PROJECT
 
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "save_adapter": False}
+LORA |= {"experts": False, "routers": False}
 NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
@@ -78,9 +80,9 @@ def test_the_default_settings_agree() -> None:
             "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
         ),
         (
-            {"train_rm": {"use_margin": True}},
+            {"train_rm": {"loss": block(PairwiseLoss, use_margin=True)}},
             {},
-            "params.yaml: train_rm.rm.use_margin: the pairs of sources.tasks have no margin",
+            "params.yaml: train_rm.rm.loss.use_margin: the pairs of sources.tasks have no margin",
         ),
         (
             {"train_sft": {"precision": "bf16"}},

@@ -61,6 +61,8 @@ RIGHT = {
         "rank": 4,
         "alpha": 8,
         "targets": ["q_proj"],
+        "experts": False,
+        "routers": True,
         "rslora": True,
         "base_quantization": "nf4",
         "save_adapter": False,

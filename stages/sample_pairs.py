@@ -1,0 +1,195 @@
+"""Rows made of a policy's own replies: several to each prompt of a round, ranked by a reward model's scores.
+
+    best_and_worst  of each prompt the reply with the highest score against the one with the lowest
+    all_pairs       every two replies to a prompt, the one with the higher score chosen
+    best_of_n       the reply with the highest score, as a row for SFT
+
+The rows hold the ids that were sampled, so that nothing is rendered or encoded again; a pair's margin is the difference
+of its scores. Training on them, and sampling from what was trained, is on-policy DPO or rejection sampling, round by
+round: each round an entry of params.yaml, on prompts that its model was not trained on in an earlier round. A reply's
+random numbers belong to (seed, round, row, sample).
+
+    python -m stages.sample_pairs --tokens data/tokens --out data/sampled --metrics metrics/sample_pairs --name first
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.lib.command.entries import EntryOption, read_entry
+from stages.lib.command.errors import StageError
+from stages.lib.command.jsonl import write_json, write_jsonl
+from stages.lib.command.kernels import Kernels
+from stages.lib.command.params import read_seed, read_value
+from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.lib.settings.runtime import read_runtime
+from stages.lib.settings.sample_pairs import SamplePairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from stages.lib.data.prompts import Prompt
+
+if not asks_for_help():
+    from stages.lib.compute.batching import epoch_order, micro_batching, sampling_budget
+    from stages.lib.compute.frozen_model import frozen
+    from stages.lib.compute.processes import Processes, join_processes
+    from stages.lib.data.chat import decode_completion, load_tokenizer
+    from stages.lib.data.prompts import prompts_of
+    from stages.lib.data.token_tables import TOKENIZER_NOTE, write_rows
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
+    from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.operations.progress import Progress
+    from stages.lib.rl.prompt_table import read_prompts, require_fit
+    from stages.lib.rl.ranked_replies import REASONS, Reply
+    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+    from stages.lib.rl.rewards.scoring import scores_of
+    from stages.lib.rl.sampled_rows import SCHEMAS, SampledRows, sample_metrics
+    from stages.lib.rl.samplers.own import OwnSampler
+    from stages.lib.runs.partial_results import NUMBERS, SEVERAL_IDS, PartialResults
+
+FIRST_ROUND = 2**30  # counted as steps of sampling that no training and no evaluation uses
+
+
+def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOption = None) -> None:
+    """Sample replies to prompts in TOKENS, and make rows of them."""
+    name, settings = read_entry("sample_pairs", SamplePairs, name)
+    model, reward_model = Path(settings.model), Path(settings.reward_model)
+    order_seed, seed = read_value("seed", int), read_seed(settings)
+    trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
+    runtime = read_runtime("sample_pairs")
+    processes = join_processes(runtime)
+    path = tokens / settings.split / "prompts.arrow"
+    table = read_prompts(path, model)
+    prompts = prompts_of_round(table, path, settings, order_seed, f"sample_pairs.{name}")
+    declared = {f"sample_pairs.{name}": settings, "seed": [order_seed, seed]}
+    declared |= {"trust_remote_code": trust_remote_code, "kernels": kernels}
+    outs = {"rows": out / name, "metrics": metrics / f"{name}.json"}
+    loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
+    with PartialResults(
+        f"sample_pairs@{name}", declared, [path, model, reward_model], outs, runtime, processes
+    ) as this_run:
+        if this_run.already_complete():
+            return
+        sampler = sampler_of(model, settings, seed, loading, processes)
+        require_fit(table, path, sampler.language_model, settings.max_new_tokens, f"sample_pairs.{name}")
+        batching = micro_batching(runtime, sampler.pad_id, processes)
+        reward = load_reward_model(reward_model, settings, loading, batching, processes, model)
+        if reward.facts and reward.facts.line():
+            this_run.say(f"{this_run.stage}: {reward.facts.line()}")
+        replies = replies_to(prompts, sampler, reward, settings, this_run)
+        rows, dropped = SampledRows(), Counter(dict.fromkeys(REASONS, 0))
+        for prompt, own in zip(prompts, replies, strict=True):
+            rows.add(prompt, own, settings.makes, dropped)
+        if not rows.rows:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()) if count)
+            raise StageError(f"params.yaml: sample_pairs.{name}: no row is left of {len(prompts)} prompts ({reasons})")
+        results = sample_metrics(replies, rows.rows, dropped)
+        this_run.say(summary(this_run.stage, results, settings))
+        for line in rows.shown(runtime.shown_samples):
+            this_run.say(line)
+
+        def build(staged: dict[str, Path]) -> None:
+            schema = SCHEMAS[settings.kind].with_metadata({TOKENIZER_NOTE: tokenizer_hash(model)})
+            write_rows(staged["rows"] / settings.split / f"{settings.kind}.arrow", rows.rows, schema)
+            write_jsonl(staged["rows"] / "samples.jsonl", rows.samples)
+            write_json(staged["metrics"], results)
+
+        this_run.publish(build)
+    processes.leave()
+
+
+def prompts_of_round(table: Dataset, path: Path, settings: SamplePairs, seed: int, key: str) -> list[Prompt]:
+    """The prompts of a round, in the order of their rows: a prompt that stands in several rows is in one round alone.
+
+    Raises:
+        StageError: there are not as many; `key` is that of the settings.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    for place, ids in enumerate(table["prompt_ids"]):
+        first.setdefault(tuple(ids), place)
+    places = [*first.values()]
+    if settings.asked.stop > len(places):
+        raise StageError(
+            f"params.yaml: {key}: round {settings.round} of {settings.prompts} prompts needs {settings.asked.stop} of "
+            f"them, and {path} has {len(places)} different ones; lower prompts, or bring more"
+        )
+    order = epoch_order(len(places), seed, 0)
+    return prompts_of(table[sorted(places[int(order[place])] for place in settings.asked)])
+
+
+def sampler_of(model: Path, settings: SamplePairs, seed: int, loading: Loading, processes: Processes) -> OwnSampler:
+    """What samples from the policy, which nothing trains."""
+    language_model, tokenizer = load_language_model(model, loading), load_tokenizer(model)
+    eos_id, pad_id = end_and_pad_ids(model)
+    log_probs = TokenLogProbs(language_model, chunk_tokens=loading.runtime.logits_chunk_tokens)
+    return OwnSampler(
+        frozen(log_probs, loading.runtime, processes),
+        language_model,
+        seed,
+        settings.temperature,
+        settings.max_new_tokens,
+        eos_id,
+        pad_id,
+        partial(decode_completion, tokenizer),
+        sampling_budget(loading.runtime),
+        processes,
+        by_row=True,
+    )
+
+
+def replies_to(
+    prompts: list[Prompt], sampler: OwnSampler, reward: RewardModel, settings: SamplePairs, this_run: PartialResults
+) -> list[list[Reply]]:
+    """The replies to each prompt with their scores, sampled and kept chunk by chunk."""
+    count = settings.samples_per_prompt
+    progress = Progress(this_run.stage, len(prompts), this_run.runtime.log_seconds, unit="replies")
+
+    def compute(chunk: range) -> dict[str, list]:
+        episodes = sampler.sample(prompts[chunk.start : chunk.stop], FIRST_ROUND + settings.round, count)
+        scores = scores_of(reward, episodes)
+        for episode, score in zip(episodes, scores, strict=True):
+            if not math.isfinite(score):
+                raise StageError(
+                    f"{this_run.stage}: prompt {episode.prompt.row}: the score of a reply is {score}; the reward model "
+                    "is broken"
+                )
+        groups = range(0, len(episodes), count)
+        return {
+            "ids": [[episode.ids for episode in episodes[start : start + count]] for start in groups],
+            "scores": [scores[start : start + count] for start in groups],
+        }
+
+    replies = []
+    for chunk in this_run.chunks(len(prompts)):
+        columns = {"ids": SEVERAL_IDS, "scores": NUMBERS}
+        kept = this_run.keep(f"replies-{chunk.start}-{chunk.stop}", len(chunk), columns, partial(compute, chunk))
+        for ids, scores in zip(kept["ids"], kept["scores"], strict=True):
+            replies.append([reply_of(sampler, *both) for both in zip(ids, scores, strict=True)])
+        if this_run.processes.is_main:
+            means = [reply.score for group in replies[chunk.start :] for reply in group]
+            progress.update(chunk.stop, len(means), {"reward": sum(means) / len(means)})
+    return replies
+
+
+def reply_of(sampler: OwnSampler, ids: list[int], score: float) -> Reply:
+    return Reply(ids, sampler.decode(ids), ids[-1] == sampler.eos_id, score)
+
+
+def summary(stage: str, results: dict[str, float], settings: SamplePairs) -> str:
+    """A line that says what was made."""
+    what = "pairs" if settings.kind == "preference" else "rows for SFT"
+    return (
+        f"{stage}: {results['rows']:,} {what} of {results['prompts']:,} prompts; reward of the best reply "
+        f"{results['reward_best_mean']:.3f}, of any {results['reward_mean']:.3f}, of the worst "
+        f"{results['reward_worst_mean']:.3f}; {results['replies_distinct_share']:.1%} of the replies differ"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
