@@ -134,7 +134,7 @@ def main(out: PathOption, kind: KindOption = "preference", name: EntryOption = N
         )
         language_model = load_language_model(model, loading)
         module = frozen(TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens), runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, language_model)
         columns = {}
         for split, table in tables.items():
             check_table_fits(table, facts_of(language_model), paths[split])

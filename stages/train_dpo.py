@@ -129,7 +129,9 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        # A router's loss counts the tokens of both replies' prompts, so each is read with its own.
+        shares = language_model if settings.router_loss is None else None
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, shares)
         objective = PreferenceObjective(batching, settings.loss)
         routed = with_router_loss(objective, settings.router_loss, language_model, 2, f"train_dpo.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")

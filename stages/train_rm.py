@@ -86,7 +86,9 @@ def main(
                 require_margins(table, path, f"train_rm.{name}.loss.use_margin")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        # A router's loss counts the tokens of both replies' prompts, so each is read with its own.
+        shares = classifier if settings.router_loss is None else None
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, shares)
         objective = RewardObjective(batching, settings.loss)
         routed = with_router_loss(objective, settings.router_loss, classifier, 2, f"train_rm.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")

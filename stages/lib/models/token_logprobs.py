@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.lib.models.attention_masks import model_mask
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -82,7 +84,8 @@ class TokenLogProbs(nn.Module):
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding.
+            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding; or the
+                parts of rows, as `model_mask` takes them.
             position_ids: (b, t); several sequences may lie in one row, each counted from 0.
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
             temperature: above 0; logits are divided by it, as when sampling.
@@ -127,7 +130,7 @@ class TokenLogProbs(nn.Module):
         """What `of_chunk` returns for the masked tokens, chunk by chunk; 0 at all others. Shapes: (b, t)."""
         output = self.language_model.base_model(
             input_ids=input_ids,
-            attention_mask=None if attention_mask is None else attention_mask.long(),
+            attention_mask=model_mask(attention_mask, self.language_model.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
