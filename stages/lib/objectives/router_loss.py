@@ -27,7 +27,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.models.routing import Routing, recorded_routing, routers
 from stages.lib.models.token_logprobs import at_least_float32
-from stages.lib.objectives.objective import Mean, Objective, PassSums, KeepsState, Rows, summed
+from stages.lib.objectives.objective import KeepsState, Mean, Objective, PassSums, Rows, summed
 from stages.lib.settings.router_loss import RouterLoss
 
 if TYPE_CHECKING:
