@@ -49,8 +49,8 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-ppo train-grpo evaluate report \
-        ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
+.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
+        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
         pass-cost lint clean
 
 help: ## Show this list
@@ -74,11 +74,14 @@ train-rm: $(VENV) ## Up to the reward models
 sample-pairs: $(VENV) ## Up to the rows made of policies' own replies
 	$(call repro,sample_pairs)
 
-ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO needs
-	$(call repro,ref_logprobs)
+ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO and train-unpaired need
+	$(call repro,ref_logprobs ref_logprobs_unpaired)
 
 train-dpo: $(VENV) ## Up to the DPO policies
 	$(call repro,train_dpo)
+
+train-unpaired: $(VENV) ## Up to the policies trained on unpaired replies (KTO, BCO, APO)
+	$(call repro,train_unpaired)
 
 train-ppo: $(VENV) ## Up to the PPO policies
 	$(call repro,train_ppo)

@@ -206,7 +206,6 @@ class RoutedObjective:
         return self.objective.units(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the other objective keeps from step to step."""
         return self.objective.state_dict() if isinstance(self.objective, KeepsState) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
