@@ -37,6 +37,7 @@ if not asks_for_help():
     from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.runs.publish_kept import publish_kept
+    from stages.lib.runs.shown_replies import shown_replies
     from stages.lib.runs.training_run import TrainingRun
 
 METRICS = ("loss", "perplexity", "entropy", "token_accuracy")
@@ -99,6 +100,7 @@ def main(
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
+            after_evaluation=shown_replies(this_run, engine, language_model, validation, model),
         )
         results = {
             **{f"validation_{metric}": value for metric, value in best.results.items()},

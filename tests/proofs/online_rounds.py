@@ -28,7 +28,11 @@ PROFILE = "online-dpo"
 POLICIES = ("sft", "online1", "online2")
 # What a run that is there brings, for all seeds alike.
 GIVEN = ("data/tokens", "data/prepared", "models/base", "models/sft", "models/rm")
-ROUNDS = ("sample_pairs", "ref_logprobs", "train_dpo", "evaluate")  # what then is left to run
+ROUNDS = (
+    *("sample_pairs@first", "ref_logprobs@sft", "train_dpo@online1"),
+    *("sample_pairs@second", "ref_logprobs@online1", "train_dpo@online2"),
+    *(f"evaluate@{policy}" for policy in POLICIES),
+)
 HEAD = """# Two rounds of online DPO
 
 The profile `{profile}` at commit {commit}; `make prove` makes this table again. Gold is the mean grade of the replies
@@ -66,10 +70,11 @@ def run(folder: Path, seed: int, given: Path | None) -> Path:
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             (project / name).symlink_to((given / name).resolve())
     write_yaml(project / "params.yaml", settings)
-    stages = [stage for stage in all_instances(load_graph(), settings) if stage not in ("code_manifest", "report")]
-    for stage in stages:
+    stages = [*all_instances(load_graph(), settings)]
+    before = [] if given else stages[1 : stages.index(ROUNDS[0])]  # the first writes manifests
+    for stage in (*before, *ROUNDS):
         done = project / "done" / stage
-        if done.exists() or (given and not stage.startswith(ROUNDS)):
+        if done.exists():
             continue
         process = start(project, stage)
         told, errors = process.communicate()

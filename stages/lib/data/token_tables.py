@@ -142,7 +142,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     """Write a whole table: one sequence of equal length for each column of `schema`."""
     if set(columns) != set(schema.names):
         raise ValueError(f"columns {sorted(columns)} are not those of the schema: {schema.names}")
-    write_rows(
+    write_table_rows(
         path,
         (
             dict(zip(schema.names, values, strict=True))
@@ -152,7 +152,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     )
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+def write_table_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """The same of rows, each with a value for each column."""
     with TableWriter(path, schema) as writer:
         for row in rows:

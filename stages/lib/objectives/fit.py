@@ -14,7 +14,7 @@ from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
-from stages.lib.objectives.objective import Objective, RemembersSteps, Rows
+from stages.lib.objectives.objective import KeepsState, Objective, Rows
 from stages.lib.settings.epochs import BestBy, EpochSettings
 
 
@@ -46,7 +46,7 @@ class Run(Protocol):
         best: BestWeights,
         patience: Patience,
         budget: MemoryBudget,
-        **objective: RemembersSteps,
+        **objective: KeepsState,
     ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
 
@@ -69,6 +69,7 @@ def fit(
     weights: Callable[[], dict[str, torch.Tensor]],
     shown: tuple[str, ...],
     after_step: Callable[[int], None],
+    after_evaluation: Callable[[int], None] = lambda _: None,
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
@@ -82,6 +83,7 @@ def fit(
         shown: names of what a progress line shows.
         after_step: is told of each finished step (0-based) before its checkpoint, to keep its model; not of the last,
             unless it is the best that will be published.
+        after_evaluation: is told of the step (0-based) that was evaluated, within `engine.averaged()`.
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
@@ -91,10 +93,9 @@ def fit(
     require_metric(settings, objective, run.stage)
     best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
     patience = Patience(settings.early_stopping)
-    total = engine.total_steps
-    parts = {"engine": engine, "best": best, "patience": patience, "budget": objective.batching.budget}
-    remembered = {"objective": objective} if isinstance(objective, RemembersSteps) else {}
-    for step in run.steps(total, **parts, **remembered):
+    total, budget = engine.total_steps, objective.batching.budget
+    kept = {"objective": objective} if isinstance(objective, KeepsState) else {}
+    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=budget, **kept):
         if patience.is_over:
             continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
@@ -107,6 +108,7 @@ def fit(
                 results = global_means(objective, engine, held_out[:], train=False)
                 require_comparable(results, settings.best_by, step)
                 best.offer(results, step + 1, weights)
+                after_evaluation(step)
             patience.offer(cost_of(results, settings.best_by))
             of_held_out = {f"validation/{name}": value for name, value in results.items()}
             row |= {name: value for name, value in of_held_out.items() if name in run.columns}

@@ -60,8 +60,8 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class RemembersSteps(Protocol):
-    """An objective with a state that steps change, such as a running mean: then it is part of a checkpoint."""
+class KeepsState(Protocol):
+    """An objective that keeps something from step to step, such as a running mean, which is a part of a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -22,6 +22,7 @@ from stages.lib.settings.named_models import (
     require_models,
     settings_by_key,
 )
+from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.rounds import require_rounds
@@ -39,6 +40,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_kinds(params)
     require_like_reference(params)
     require_rounds(params)
+    require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
         with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
         if with_margin and not may_have_margins(params["sources"]):

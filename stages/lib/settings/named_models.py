@@ -92,7 +92,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
     for stage in NAMED:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
-                if hasattr(settings, key):
+                is_read = key != "reference" or getattr(settings, "reads_reference", True)
+                if hasattr(settings, key) and is_read:
                     own = OF_SECTIONS.get((stage, key), wanted)
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
     evaluate, score_samples = params["evaluate"], params["score_samples"]

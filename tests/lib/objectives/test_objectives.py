@@ -24,8 +24,14 @@ class Unigram(nn.Module):
         super().__init__()
         self.logps = nn.Parameter(torch.tensor(logps))
 
-    def forward(self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor) -> tuple:
-        return torch.where(mask, self.logps[ids], 0.0), None
+    def forward(
+        self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor, run: str = "log_probs"
+    ) -> tuple:
+        """As details 0.5 nats of entropy, logits of mean 2 and log-collisions of −1 for every token."""
+        logps = torch.where(mask, self.logps[ids], 0.0)
+        if run == "log_probs":
+            return logps, None
+        return logps, *(torch.where(mask, value, 0.0) for value in (0.5, 2.0, -1.0))
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -105,7 +111,7 @@ def test_smoothing_and_centring_of_rewards_by_hand(tokens: int) -> None:
 @CUTS
 def test_preference_by_hand(tokens: int) -> None:
     module = Unigram(0.0, -1.0, -2.0, -4.0)
-    settings = SigmoidLoss(type="sigmoid", beta=0.1, label_smoothing=0.0)
+    settings = SigmoidLoss(**block(SigmoidLoss))
     found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
     # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
     assert found == pytest.approx(
@@ -117,6 +123,9 @@ def test_preference_by_hand(tokens: int) -> None:
             "rewards/accuracies": 0.5,
             "logps/chosen": -2.0,
             "logps/rejected": -7.0,
+            "logits/chosen": 2.0,
+            "logits/rejected": 2.0,
+            "entropy": 0.5,
         },
         abs=1e-6,
     )
@@ -126,7 +135,7 @@ def test_preference_by_hand(tokens: int) -> None:
 
 
 def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
-    settings = IpoLoss(type="ipo", beta=0.5)
+    settings = IpoLoss(**block(IpoLoss, beta=0.5))
     found = global_means(
         PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
     )
@@ -136,7 +145,7 @@ def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [RewardObjective(batching(100), PAIRWISE), PreferenceObjective(batching(100), IpoLoss(type="ipo", beta=0.5))],
+    [RewardObjective(batching(100), PAIRWISE), PreferenceObjective(batching(100), IpoLoss(**block(IpoLoss)))],
 )
 def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
     assert objective.units(PAIRS) == 2 * 3 + 3 + 4
