@@ -49,7 +49,14 @@ from stages.lib.settings.train_sft import TrainSft
 
 SEED = 0
 LORA = LoraSettings(
-    rank=LORA_RANK, alpha=2 * LORA_RANK, targets=ALL_LINEAR, rslora=False, base_quantization=None, save_adapter=False
+    rank=LORA_RANK,
+    alpha=2 * LORA_RANK,
+    targets=ALL_LINEAR,
+    experts=False,
+    routers=False,
+    rslora=False,
+    base_quantization=None,
+    save_adapter=False,
 )
 
 

@@ -296,6 +296,7 @@ def named_in_params() -> Named:
         "train_sft": read_params("train_sft", dict[str, Any]),
         "train_rm": read_params("train_rm", dict[str, Any]),
         "train_dpo": read_params("train_dpo", dict[str, Any]),
+        "train_unpaired": read_params("train_unpaired", dict[str, Any]),
         "train_ppo": read_params("train_ppo", dict[str, Any]),
         "train_grpo": read_params("train_grpo", dict[str, Any]),
     }

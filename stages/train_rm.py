@@ -96,7 +96,9 @@ def main(
             require_what_is_read(table, path, loss, f"train_rm.{name}.loss")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        # A router's loss counts the tokens of both replies' prompts, so each is read with its own.
+        shares = classifier if settings.router_loss is None else None
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, shares)
         regression = isinstance(loss, RegressionLoss)
         objective = ScoreObjective(batching) if isinstance(loss, RegressionLoss) else RewardObjective(batching, loss)
         each, rows = (1, "replies") if regression else (2, "pairs")

@@ -192,7 +192,7 @@ def test_dpo_from_a_model_that_follows_instructions(tmp_path: Path) -> None:
     assert not (project / "models/sft").exists()
     dpo = metrics(project, "training/dpo")
     assert dpo["validation_rewards_margins"] != 0
-    assert metrics(project, "evaluate/dpo")["kl_to_reference_mean"] > 0
+    assert metrics(project, "evaluate/dpo")["kl_to_reference_mean"] != 0
     assert (project / "metrics/report.html").is_file()
 
 

@@ -61,8 +61,8 @@ class Alone(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

@@ -17,10 +17,11 @@ from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import encode_text, special_tokens
 from stages.lib.data.reward_texts import RewardTexts, as_message
 from stages.lib.models.model_facts import read_config
+from stages.lib.models.model_traits import longest_shared
 from stages.lib.models.pretrained import Loading
 from stages.lib.models.reward_head import HeadReading, RewardHead, ScoreScale, find_reward_head, score_scale
 from stages.lib.models.reward_models import load_scores
-from stages.lib.models.scalar_scores import ClassifierScores
+from stages.lib.models.scalar_scores import ClassifierScores, SequenceScores
 from stages.lib.models.tokenizer_files import has_same_tokenizer
 from stages.lib.rl.episodes import Episode
 
@@ -167,6 +168,8 @@ def load_reward_model(
     facts = facts_of_reward(path, head, module, texts)
     if facts.own_tokenizer or facts.own_rule:
         batching = own_batching(module, batching, one_by_one=facts.own_rule)
+    if loading.runtime.share_prompts and isinstance(module, SequenceScores):
+        batching = replace(batching, longest_shared=longest_shared(module.classifier))
     return RewardModel(frozen(module, loading.runtime, processes), batching, texts, path, facts, scale)
 
 
