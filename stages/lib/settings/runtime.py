@@ -111,7 +111,9 @@ class Runtime(Settings):
     log_seconds: NotNegative = key(
         5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
     )
-    shown_samples: WholeNumber = key(1, "that train_ppo and train_grpo print after a phase", unit="rollouts")
+    shown_samples: WholeNumber = key(
+        1, "that train_ppo and train_grpo print after a phase, and sample_pairs of its prompts", unit="rollouts"
+    )
     kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")
     resume_across_code_change: bool = key(
         False, "let a killed run go on from its checkpoint although the code has changed since"
