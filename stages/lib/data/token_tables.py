@@ -73,6 +73,9 @@ PROMPT_SCHEMA = pa.schema(
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
 )
+UNPAIRED_REFERENCE_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("reference_logps", pa.float32()), ("reference_mismatched_logps", pa.float32())]
+)
 _TOKEN_LOGPS = pa.list_(pa.float32())
 TOKEN_REFERENCE_SCHEMA = pa.schema(
     [
@@ -297,7 +300,8 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(
         ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
     ),
-    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps", "reference_logps"), LOGP_CHECKS),
+    "reference_mismatched_logps": LOGP_CHECKS[1:],
     **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
     "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,

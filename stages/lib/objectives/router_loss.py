@@ -27,7 +27,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.models.routing import Routing, recorded_routing, routers
 from stages.lib.models.token_logprobs import at_least_float32
-from stages.lib.objectives.objective import Mean, Objective, PassSums, Rows, summed
+from stages.lib.objectives.objective import KeepsState, Mean, Objective, PassSums, Rows, summed
 from stages.lib.settings.router_loss import RouterLoss
 
 if TYPE_CHECKING:
@@ -204,3 +204,10 @@ class RoutedObjective:
 
     def units(self, rows: Rows) -> int:
         return self.objective.units(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.objective.state_dict() if isinstance(self.objective, KeepsState) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.objective, KeepsState):
+            self.objective.load_state_dict(state)

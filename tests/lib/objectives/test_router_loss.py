@@ -19,7 +19,9 @@ from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.router_loss import expert_loads, largest_shares, load_balancing_losses, with_router_loss
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import SigmoidLoss
+from stages.lib.settings.reward_loss import PairwiseLoss
 from stages.lib.settings.router_loss import RouterLoss
 from tests.tiny_experts import (
     CHOSEN,
@@ -59,8 +61,8 @@ class Alone(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -73,7 +75,12 @@ def routed(
     cut = batching(tokens, packing)
     if kind == "rm":
         model: Any = tiny_mixtral_classifier()
-        objective, module, rows, each = RewardObjective(cut, use_margin=False), SequenceScores(model), PAIRS, 2
+        objective, module, rows, each = (
+            RewardObjective(cut, PairwiseLoss(**block(PairwiseLoss))),
+            SequenceScores(model),
+            PAIRS,
+            2,
+        )
     elif kind == "dpo":
         model = tiny_mixtral()
         loss = SigmoidLoss(type="sigmoid", beta=0.2, label_smoothing=0.0)
