@@ -139,7 +139,7 @@ def rm(setup: Setup) -> dict[str, Part]:
     classifier = new_classifier(path, setup.loading(), SEED)
     Lora(classifier, setup.lora, SEED, path)
     engine = setup.engine(SequenceScores(classifier), settings)
-    return pair_step(setup, engine, RewardObjective(setup.batching(), use_margin=False), needs_logits=False)
+    return pair_step(setup, engine, RewardObjective(setup.batching(), settings.loss), needs_logits=False)
 
 
 def dpo(setup: Setup) -> dict[str, Part]:

@@ -2,16 +2,18 @@
 
     L = − Σ_i log σ(r(x, y_c) − r(x, y_r) − m_i) / n
 
-over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155; the optional margin m as in
-Llama 2, arXiv 2307.09288).
+over the n pairs of the optimizer step (Bradley–Terry; InstructGPT, arXiv 2203.02155); margins m, label smoothing and
+centring by the block `loss`.
 
-The language model that it starts from is named in params.yaml.
+It starts from the model that params.yaml names: a language model, whose body gets a new head, or another reward model,
+which keeps its head. Mean and standard deviation of its scores of validation replies are left in its config.json.
 
     python -m stages.train_rm --out models --metrics metrics/training --curve metrics/curves --name rm
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.evaluation.intervals import wilson_interval
+from stages.lib.models.reward_head import ScoreScale
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.runtime import read_runtime
@@ -32,7 +35,8 @@ if not asks_for_help():
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
     from stages.lib.models.lora import Lora
-    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, new_classifier
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of
+    from stages.lib.models.reward_models import load_reward_start
     from stages.lib.models.scalar_scores import SequenceScores
     from stages.lib.objectives.fit import fit
     from stages.lib.objectives.reward import RewardObjective
@@ -74,20 +78,22 @@ def main(
         loading = Loading(
             settings.precision, runtime, processes.device, quantization, trust_remote_code=trust_remote_code
         )
-        classifier = new_classifier(model, loading, seed)
+        classifier = load_reward_start(model, loading, seed)
         lora = Lora(classifier, settings.lora, seed, model)
         for table, path in ((train, train_tokens), (validation, validation_tokens)):
             check_table_fits(table, facts_of(classifier), path)
-            if settings.use_margin:
-                require_margins(table, path, f"train_rm.{name}.use_margin")
+            if settings.loss.use_margin:
+                require_margins(table, path, f"train_rm.{name}.loss.use_margin")
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         engine = new_engine(SequenceScores(classifier), settings.optimizer, total, runtime, processes)
-        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
-        objective = RewardObjective(batching, settings.use_margin)
+        # A router's loss counts the tokens of both replies' prompts, so each is read with its own.
+        shares = classifier if settings.router_loss is None else None
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, shares)
+        objective = RewardObjective(batching, settings.loss)
         routed = with_router_loss(objective, settings.router_loss, classifier, 2, f"train_rm.{name}")
         this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps")
-        if not settings.use_margin and train.data.column("margin").null_count < len(train):
-            this_run.say(f"{this_run.stage}: the pairs' margins are not read (use_margin: false)")
+        if not settings.loss.use_margin and train.data.column("margin").null_count < len(train):
+            this_run.say(f"{this_run.stage}: the pairs' margins are not read (loss.use_margin: false)")
         best = fit(
             this_run,
             engine,
@@ -101,6 +107,8 @@ def main(
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
         )
         results = summarise(best.results, len(validation)) | {"train_rows": len(train)}
+        scale = ScoreScale(results["validation_reward_mean"], results["validation_reward_std"])
+        classifier.config.update(scale._asdict())
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()
 
@@ -115,6 +123,7 @@ def require_margins(table: Any, path: Path, key: str) -> None:
 def summarise(means: dict[str, float], pairs: int) -> dict[str, float]:
     """The stage's metrics, of the weights it publishes: accuracy with its 95 % Wilson interval, loss, rewards."""
     low, high = wilson_interval(means["accuracy"] * pairs, pairs)
+    mean = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
     return {
         "validation_accuracy": means["accuracy"],
         "validation_accuracy_ci_low": low,
@@ -123,8 +132,15 @@ def summarise(means: dict[str, float], pairs: int) -> dict[str, float]:
         "validation_reward_margin": means["rewards/margins"],
         "validation_reward_chosen": means["rewards/chosen"],
         "validation_reward_rejected": means["rewards/rejected"],
+        "validation_reward_mean": mean,
+        "validation_reward_std": sample_deviation(means["rewards/squares"], mean, 2 * pairs),
         "validation_rows": pairs,
     }
+
+
+def sample_deviation(mean_of_squares: float, mean: float, count: int) -> float:
+    """The standard deviation of a sample of `count`, which is divided by count - 1."""
+    return math.sqrt(max(mean_of_squares - mean**2, 0.0) * count / (count - 1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Supervised fine-tuning: cross-entropy on completion tokens.
+"""Supervised fine-tuning: cross-entropy on completion tokens, or dynamic fine-tuning.
 
-    L = − Σ_t m_t log π(y_t | x, y_<t) / Σ_t m_t
+    cross_entropy  L = − Σ_t m_t log π_t / Σ_t m_t
+    dft            L = − Σ_t m_t sg(π_t) log π_t / Σ_t m_t   (arXiv 2508.05629, Eq. 9; sg stops the gradient)
 
-with m the loss mask and both sums over the whole optimizer step: all its rows, micro-batches and processes.
+with π_t = π(y_t | x, y_<t), m the loss mask and both sums over the whole optimizer step: all its rows, micro-batches
+and processes. With `neftune_alpha` the embeddings of training rows get noise (arXiv 2310.05914).
 
 The model that it starts from is named in params.yaml.
 
@@ -30,14 +32,17 @@ if not asks_for_help():
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.objectives.embedding_noise import EmbeddingNoise
     from stages.lib.objectives.fit import fit, global_means
     from stages.lib.objectives.router_loss import router_columns, with_router_loss
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.runs.publish_kept import publish_kept
+    from stages.lib.runs.shown_replies import shown_replies
     from stages.lib.runs.training_run import TrainingRun
 
-COLUMNS = ("loss", "grad_norm", "learning_rate", "validation/loss")
-SHOWN = ("loss", "grad_norm", "validation/loss")
+METRICS = ("loss", "perplexity", "entropy", "token_accuracy")
+COLUMNS = (*METRICS, "grad_norm", "learning_rate", *(f"validation/{name}" for name in METRICS))
+SHOWN = ("loss", "token_accuracy", "grad_norm", "validation/loss")
 
 
 def main(
@@ -75,7 +80,10 @@ def main(
         total = steps_in(len(train), settings.batch_size, settings.epochs)
         module = TokenLogProbs(language_model, chunk_tokens=runtime.logits_chunk_tokens)
         engine = new_engine(module, settings.optimizer, total, runtime, processes)
-        objective = SftObjective(micro_batching(runtime, end_and_pad_ids(model)[1], processes))
+        alpha, embeddings = settings.neftune_alpha, language_model.get_input_embeddings()
+        noise = None if alpha is None else EmbeddingNoise(embeddings, alpha, seed)
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes)
+        objective = SftObjective(batching, settings.loss.type, noise)
         routed = with_router_loss(objective, settings.router_loss, language_model, 1, f"train_sft.{name}")
         base_loss = global_means(objective, engine, validation[:], train=False)["loss"]
         this_run.say(
@@ -92,9 +100,10 @@ def main(
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
+            after_evaluation=shown_replies(this_run, engine, language_model, validation, model),
         )
         results = {
-            "validation_loss": best.results["loss"],
+            **{f"validation_{metric}": value for metric, value in best.results.items()},
             "validation_loss_before": base_loss,
             "train_rows": len(train),
         }

@@ -18,6 +18,21 @@ def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def tensorboard_texts(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """(step, text) of each tag, without the end that is common to all."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag.removesuffix("/text_summary"): [
+            (event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+        if tag.startswith("replies/")
+    }
+
+
 def tensorboard_hyperparameters(folder: Path) -> dict[str, object]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData

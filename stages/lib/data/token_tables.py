@@ -73,6 +73,9 @@ PROMPT_SCHEMA = pa.schema(
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
 )
+UNPAIRED_REFERENCE_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("reference_logps", pa.float32()), ("reference_mismatched_logps", pa.float32())]
+)
 _TOKEN_LOGPS = pa.list_(pa.float32())
 TOKEN_REFERENCE_SCHEMA = pa.schema(
     [
@@ -139,7 +142,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     """Write a whole table: one sequence of equal length for each column of `schema`."""
     if set(columns) != set(schema.names):
         raise ValueError(f"columns {sorted(columns)} are not those of the schema: {schema.names}")
-    write_rows(
+    write_table_rows(
         path,
         (
             dict(zip(schema.names, values, strict=True))
@@ -149,7 +152,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sch
     )
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+def write_table_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """The same of rows, each with a value for each column."""
     with TableWriter(path, schema) as writer:
         for row in rows:
@@ -297,7 +300,8 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(
         ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
     ),
-    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps", "reference_logps"), LOGP_CHECKS),
+    "reference_mismatched_logps": LOGP_CHECKS[1:],
     **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
     "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,

@@ -9,10 +9,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.lib.models.attention_masks import model_mask
 from stages.lib.models.logit_head import widen_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PassName = Literal["log_probs", "predictions", "details", "next_logits"]
 
 
 class TokenStatistics(NamedTuple):
@@ -31,14 +35,22 @@ class TokenDetails(NamedTuple):
     log_collisions: torch.Tensor  # log Σ_v π(v)²: of two draws, the log-probability that they are the same token
 
 
+class TokenPredictions(NamedTuple):
+    """As `TokenStatistics`, with gradient in `logps` alone. Shapes: (b, t)."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    hits: torch.Tensor  # 1 where no other token is likelier
+
+
 class TokenLogProbs(nn.Module):
     """log π(y_t | x, y_<t) for the tokens that a mask selects: what an engine wraps instead of the language model.
 
     Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
     over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are three passes, `log_probs`, `details` and `next_logits`. All go through `forward`, which an engine calls
-    and into which DeepSpeed hooks; it takes the pass by its name.
+    There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
+    engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.
@@ -58,7 +70,7 @@ class TokenLogProbs(nn.Module):
         self.with_entropies = with_entropies
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
-    def forward(self, *inputs: Any, run: Literal["log_probs", "details", "next_logits"] = "log_probs") -> Any:
+    def forward(self, *inputs: Any, run: PassName = "log_probs") -> Any:
         """What the pass named `run` returns for these inputs."""
         return getattr(self, run)(*inputs)
 
@@ -74,7 +86,8 @@ class TokenLogProbs(nn.Module):
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding.
+            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding; or the
+                parts of rows, as `model_mask` takes them.
             position_ids: (b, t); several sequences may lie in one row, each counted from 0.
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
             temperature: above 0; logits are divided by it, as when sampling.
@@ -83,6 +96,17 @@ class TokenLogProbs(nn.Module):
             self._logps_and_entropies, input_ids, attention_mask, position_ids, target_mask, temperature
         )
         return TokenStatistics(*found)
+
+    def predictions(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+    ) -> TokenPredictions:
+        """As `log_probs` at temperature 1, and what was foreseen, also where a gradient is recorded."""
+        inputs = (input_ids, attention_mask, position_ids, target_mask)
+        return TokenPredictions(*self._of_targets(self._logps_and_predictions, *inputs, 1.0))
 
     def details(
         self,
@@ -108,7 +132,7 @@ class TokenLogProbs(nn.Module):
         """What `of_chunk` returns for the masked tokens, chunk by chunk; 0 at all others. Shapes: (b, t)."""
         output = self.language_model.base_model(
             input_ids=input_ids,
-            attention_mask=None if attention_mask is None else attention_mask.long(),
+            attention_mask=model_mask(attention_mask, self.language_model.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -179,6 +203,16 @@ class TokenLogProbs(nn.Module):
         if not self.with_entropies or torch.is_grad_enabled():
             return logps, torch.zeros_like(logps)
         return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
+
+    def _logps_and_predictions(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(n, d), (n,) → (n,), three times: the fields of `TokenPredictions`."""
+        log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
+        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.no_grad():
+            entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+            return logps, entropies, (logps >= log_probs.amax(dim=-1)).to(logps.dtype)
 
     def _logps_and_details(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float

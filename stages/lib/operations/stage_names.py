@@ -10,6 +10,7 @@ STAGES = (
     "sample_pairs",
     "ref_logprobs",
     "train_dpo",
+    "train_unpaired",
     "train_ppo",
     "train_grpo",
     "evaluate",

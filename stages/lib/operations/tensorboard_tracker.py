@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.tracker import TrackedRow
 
 
@@ -44,6 +45,13 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()  # and raise what its thread met
         self.last_step = step
+
+    def log_replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """As quoted text: TensorBoard reads Markdown, and these are no one's markup."""
+        for place, (prompt, reply) in enumerate(replies, start=1):
+            quoted = "\n".join(f"    {line}" for line in f"{prompt}\n---\n{reply}".splitlines())
+            self.writer.add_text(f"replies/{place}", quoted, step)
+        self.writer.flush()
 
     def finish(self, results: Mapping[str, float], _exit_code: int) -> None:
         self.log(self.last_step, results)

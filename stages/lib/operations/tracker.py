@@ -1,7 +1,9 @@
 """What a tracker is, and what it is told of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
+
+from stages.lib.operations.greedy_replies import ShownReply
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
 TrackerName = Literal["tensorboard", "wandb"]
@@ -29,5 +31,7 @@ class Tracker(Protocol):
     """One tracking backend, opened for a run when it is made. Its methods may raise anything."""
 
     def log(self, step: int, values: Mapping[str, float], /) -> None: ...
+
+    def log_replies(self, step: int, replies: Sequence[ShownReply], /) -> None: ...
 
     def finish(self, results: Mapping[str, float], exit_code: int, /) -> None: ...

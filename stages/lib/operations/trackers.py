@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StoppedError
+from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.scratch_root import in_project
 from stages.lib.operations.stop_watch import STOP_WATCH
 from stages.lib.operations.tensorboard_tracker import TensorBoardTracker
@@ -53,6 +54,12 @@ class Trackers:
         for label, tracker in list(self.open.items()):
             with self._or_without(label):
                 tracker.log(step, values)
+
+    def log_replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """Track what the model answers after `step` (1-based), whose row comes next."""
+        for label, tracker in list(self.open.items()):
+            with self._or_without(label):
+                tracker.log_replies(step, replies)
 
     def add_results(self, results: Mapping[str, float]) -> None:
         """The final metrics of a run that has done all its steps, in this process or in an earlier one."""

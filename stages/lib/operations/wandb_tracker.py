@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.tracker import SECONDS_TO_UPLOAD, TrackedRow, TrackerSettings
 
 SECONDS_TO_CONNECT = 30.0
@@ -74,6 +75,14 @@ class WandbTracker:
             raise FileNotFoundError(f"{self.folder} is gone")
         if step >= self.next_step:  # wandb takes no step twice
             self.run.log(dict(values), step=step, commit=True)
+
+    def log_replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """As a table, which goes into the row of its step."""
+        import wandb
+
+        if step >= self.next_step:
+            table = wandb.Table(columns=list(ShownReply._fields), data=[list(reply) for reply in replies])
+            self.run.log({"replies": table}, step=step, commit=False)
 
     def finish(self, results: Mapping[str, float], exit_code: int) -> None:
         self.run.summary.update(dict(results))

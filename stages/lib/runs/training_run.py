@@ -15,7 +15,7 @@ The loop itself stands in the script, or in `objectives.fit`:
 import collections
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -29,6 +29,7 @@ from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import save_model
+from stages.lib.operations.greedy_replies import ShownReply, lines_of
 from stages.lib.operations.progress import Progress
 from stages.lib.operations.stop_signal import StopSignal
 from stages.lib.operations.trackers import Trackers
@@ -226,6 +227,13 @@ class TrainingRun(StageRun):
             self.curve.append(step + 1, metrics)
             self.trackers.log(step + 1, {**metrics, **self._performance(units)})
             self.progress.update(step + 1, units, {name: metrics[name] for name in shown if name in metrics})
+
+    def show_replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """Print what the model answers after a step (0-based), before the step is recorded, and send it to trackers."""
+        for line in lines_of(replies):
+            self.say(line)
+        if self.trackers:
+            self.trackers.log_replies(step + 1, replies)
 
     def _performance(self, units: int) -> dict[str, float]:
         """Of the step just done, for trackers: tokens per second since the step before, and this process's peak memory.

@@ -22,6 +22,7 @@ from stages.lib.settings.named_models import (
     require_models,
     settings_by_key,
 )
+from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.rounds import require_rounds
@@ -39,16 +40,24 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_kinds(params)
     require_like_reference(params)
     require_rounds(params)
+    require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
-        if settings.use_margin and reads_prepared_rows(settings) and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
+        with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
+        if with_margin and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
-        for settings in settings_by_key(stage, params).values():
+        for settings in settings_started_as(stage, params):
             require_kernel(runtime, settings.precision, where)
             if stage in TRAINED:
                 require_engine(runtime, settings.precision, where)
             require_unsharded_quantization(stage, settings, runtime, where)
+
+
+def settings_started_as(stage: str, params: Mapping[str, Any]) -> list[Any]:
+    """The settings that a section of runtime.yaml is for: two sections of params.yaml may have one script."""
+    sections = ("ref_logprobs", "ref_logprobs_unpaired") if stage == "ref_logprobs" else (stage,)
+    return [settings for section in sections for settings in settings_by_key(section, params).values()]
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:

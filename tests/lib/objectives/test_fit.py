@@ -156,6 +156,7 @@ def fitted(
     train: dict = TRAIN,
     held_out: dict = HELD_OUT,
     after_step: Callable[[int], None] = lambda _: None,
+    after_evaluation: Callable[[int], None] = lambda _: None,
 ) -> tuple[BestWeights, Point]:
     module = Point()
     total = steps_in(5, settings.batch_size, settings.epochs)
@@ -163,6 +164,7 @@ def fitted(
     tables = (Table(train), Table(held_out))
     weights = engine.master_weights
     words = {"weights": lambda: weights(module), "shown": ("loss",), "after_step": after_step}
+    words |= {"after_evaluation": after_evaluation}
     best = fit(run, engine, Quadratic(), *tables, settings, SEED, **words)
     run.publish(lambda _: None)
     return best, module
@@ -235,7 +237,9 @@ def test_it_stops_once_the_held_out_rows_lose_whatever_the_train_rows_do(
     told: list[int] = []
     with new_run(tmp_path / "stopped") as run:
         best, module = fitted(run, impatient(keep), held_out=AWAY, after_step=told.append)
-    assert "train_sft: stops at step 3 of 6: in 2 evaluations no better validation/loss" in capsys.readouterr().out
+    assert (
+        "train_sft: stops at step 3 of 6: validation/loss has not improved in 2 evaluations" in capsys.readouterr().out
+    )
     # The first evaluation is the best, and two that are worse come after it. The rates are those of six steps.
     found = curve_of(tmp_path / "stopped")
     assert found == curve_of(tmp_path / "whole")[:3]
@@ -301,6 +305,13 @@ def test_a_loss_that_is_no_number_ends_it_before_its_step(tmp_path: Path) -> Non
     broken = {**TRAIN, "x": [math.nan] * 5}
     with new_run(tmp_path) as run, pytest.raises(StageError, match=r"^loss is nan at optimizer step 1: "):
         fitted(run, train=broken)
+
+
+def test_it_tells_of_each_evaluation(tmp_path: Path) -> None:
+    told: list[int] = []
+    with new_run(tmp_path) as run:
+        fitted(run, after_evaluation=told.append)
+    assert told == [3, 5]
 
 
 def test_with_last_nothing_is_copied(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The three objectives on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
+"""The objectives of pairs on hand-made modules: sums, denominators and metrics by hand, however rows are cut."""
 
 import math
 from typing import Any
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lib.compute.batching import SequenceBatch
 from stages.lib.objectives.fit import global_means
-from stages.lib.objectives.objective import Mean, Objective, PassSums, Rows, summed
+from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
-from stages.lib.objectives.sft import SftObjective
+from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
+from stages.lib.settings.reward_loss import PairwiseLoss
 from tests.tiny_models import batching
 
 
@@ -24,8 +24,14 @@ class Unigram(nn.Module):
         super().__init__()
         self.logps = nn.Parameter(torch.tensor(logps))
 
-    def forward(self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor) -> tuple:
-        return torch.where(mask, self.logps[ids], 0.0), None
+    def forward(
+        self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor, run: str = "log_probs"
+    ) -> tuple:
+        """As details 0.5 nats of entropy, logits of mean 2 and log-collisions of −1 for every token."""
+        logps = torch.where(mask, self.logps[ids], 0.0)
+        if run == "log_probs":
+            return logps, None
+        return logps, *(torch.where(mask, value, 0.0) for value in (0.5, 2.0, -1.0))
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -45,10 +51,6 @@ class LastToken(nn.Module):
         loss.backward()
 
 
-SFT_ROWS = {
-    "input_ids": [[0, 1, 2, 2], [0, 1], [0, 3, 3]],
-    "loss_mask": [[False, True, True, True], [False, True], [False, False, True]],
-}
 PAIRS = {
     "prompt_ids": [[0], [0, 0]],
     "chosen_ids": [[1, 1], [2]],
@@ -60,49 +62,14 @@ PAIRS = {
 CUTS = pytest.mark.parametrize("tokens", [1, 7, 100])  # a row a pass, two passes, one
 
 
-@CUTS
-def test_sft_is_a_mean_over_tokens(tokens: int) -> None:
-    module = Unigram(0.0, -1.0, -2.0, -4.0)
-    objective = SftObjective(batching(tokens, pad_id=0))
-    # (1 + 2 + 2) + 1 + 4 = 10 over 3 + 1 + 1 tokens; the mean of the rows' means would be (5/3 + 1 + 4) / 3 = 2.22.
-    assert global_means(objective, module, SFT_ROWS, train=True) == pytest.approx({"loss": 2.0})
-    assert module.logps.grad.tolist() == pytest.approx([0.0, -2 / 5, -2 / 5, -1 / 5])
-    assert objective.units(SFT_ROWS) == 9
-
-
-SEVERAL = {
-    "loss": Mean("tokens"),
-    "one": Mean("rows"),
-    "none": Mean("kept"),
-    "perplexity": Mean("tokens", math.exp),
-}
-
-
-class Kept(SftObjective):
-    """Beside the loss, a mean over rows, one over nothing, and one that is shown as its exponential."""
-
-    metrics = SEVERAL
-
-    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
-        loss, found = super().sums(module, batch, rows)
-        ones = torch.ones(len(batch.rows))
-        return PassSums(loss, torch.cat([found, summed(ones, 0 * ones), found]))
-
-    def denominators(self, rows: Rows) -> dict[str, int]:
-        return {**super().denominators(rows), "rows": len(rows["input_ids"]), "kept": 0}
-
-
-@CUTS
-def test_a_metric_has_a_denominator_of_its_own_and_none_without_one(tokens: int) -> None:
-    found = global_means(Kept(batching(tokens, pad_id=0)), Unigram(0.0, -1.0, -2.0, -4.0), SFT_ROWS, train=False)
-    assert found == pytest.approx({"loss": 2.0, "one": 1.0, "perplexity": math.exp(2)})
+PAIRWISE = PairwiseLoss(**block(PairwiseLoss))
 
 
 @CUTS
 def test_reward_by_hand(tokens: int) -> None:
     module = LastToken(0.0, 2.0, 2.0, 1.0)
     # Scores: 2 and 2, a tie; 2 and 1.
-    found = global_means(RewardObjective(batching(tokens), use_margin=False), module, PAIRS, train=True)
+    found = global_means(RewardObjective(batching(tokens), PAIRWISE), module, PAIRS, train=True)
     assert found == pytest.approx(
         {
             "loss": (math.log(2) + math.log1p(math.exp(-1))) / 2,
@@ -110,6 +77,7 @@ def test_reward_by_hand(tokens: int) -> None:
             "rewards/chosen": 2.0,
             "rewards/rejected": 1.5,
             "rewards/margins": 0.5,
+            "rewards/squares": (4 + 4 + 4 + 1) / 4,
         }
     )
     # d/dx of -log σ(x) is -σ(-x): -1/2 for the tie, -0.268941 for x = 1; over 2 pairs.
@@ -119,17 +87,31 @@ def test_reward_by_hand(tokens: int) -> None:
 def test_a_margin_moves_the_loss_alone() -> None:
     module = LastToken(0.0, 2.0, 2.0, 1.0)
     without, with_margin = (
-        global_means(RewardObjective(batching(100), use_margin), module, PAIRS, train=False)
-        for use_margin in (False, True)
+        global_means(RewardObjective(batching(100), loss), module, PAIRS, train=False)
+        for loss in (PAIRWISE, PAIRWISE.model_copy(update={"use_margin": True}))
     )
     expected = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(-0.75))) / 2
     assert with_margin == pytest.approx(without | {"loss": expected})
 
 
 @CUTS
+def test_smoothing_and_centring_of_rewards_by_hand(tokens: int) -> None:
+    module = LastToken(0.0, 2.0, 2.0, 1.0)
+    loss = PAIRWISE.model_copy(update={"label_smoothing": 0.1, "centering_coefficient": 0.5})
+    found = global_means(RewardObjective(batching(tokens), loss), module, PAIRS, train=True)
+    # Gaps 0 and 1: ln 2, and 0.9 ln(1 + e^-1) + 0.1 ln(1 + e); sums of scores 4 and 3, squared and halved.
+    smoothed = 0.9 * math.log1p(math.exp(-1)) + 0.1 * math.log1p(math.e)
+    assert found["loss"] == pytest.approx((math.log(2) + smoothed + 8 + 4.5) / 2)
+    # d/dg: -0.9 / 2 + 0.1 / 2 at 0, -0.9 · 0.268941 + 0.1 · 0.731059 at 1; d/dr of the centring: the sum itself.
+    first, second = -0.4, -0.9 * 0.268941 + 0.1 * 0.731059
+    expected = [0.0, (first + 4) / 2, (-first + 4 + second + 3) / 2, (-second + 3) / 2]
+    assert module.scores.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@CUTS
 def test_preference_by_hand(tokens: int) -> None:
     module = Unigram(0.0, -1.0, -2.0, -4.0)
-    settings = SigmoidLoss(type="sigmoid", beta=0.1, label_smoothing=0.0)
+    settings = SigmoidLoss(**block(SigmoidLoss))
     found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
     # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
     assert found == pytest.approx(
@@ -141,6 +123,9 @@ def test_preference_by_hand(tokens: int) -> None:
             "rewards/accuracies": 0.5,
             "logps/chosen": -2.0,
             "logps/rejected": -7.0,
+            "logits/chosen": 2.0,
+            "logits/rejected": 2.0,
+            "entropy": 0.5,
         },
         abs=1e-6,
     )
@@ -150,7 +135,7 @@ def test_preference_by_hand(tokens: int) -> None:
 
 
 def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
-    settings = IpoLoss(type="ipo", beta=0.5)
+    settings = IpoLoss(**block(IpoLoss, beta=0.5))
     found = global_means(
         PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
     )
@@ -160,7 +145,7 @@ def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [RewardObjective(batching(100), False), PreferenceObjective(batching(100), IpoLoss(type="ipo", beta=0.5))],
+    [RewardObjective(batching(100), PAIRWISE), PreferenceObjective(batching(100), IpoLoss(**block(IpoLoss)))],
 )
 def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
     assert objective.units(PAIRS) == 2 * 3 + 3 + 4

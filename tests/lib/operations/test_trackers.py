@@ -15,11 +15,12 @@ import pytest
 
 from stages.lib.command.errors import StoppedError
 from stages.lib.command.strict_yaml import load_yaml
+from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.tensorboard_tracker import flat_settings
 from stages.lib.operations.trackers import Trackers
 from stages.lib.settings.runtime import Runtime, read_runtime
 from tests.real_files import PROJECT
-from tests.tracked_values import tensorboard_scalars, wandb_rows
+from tests.tracked_values import tensorboard_scalars, tensorboard_texts, wandb_rows
 
 SETTINGS = {"train_sft": {"precision": "fp32"}, "seed": 0}
 
@@ -110,6 +111,40 @@ def test_final_metrics_of_a_run_with_no_steps_left_are_tracked(tmp_path: Path) -
     (run,) = (tmp_path / "runs/tensorboard").iterdir()
     assert tensorboard_scalars(run)["final/eval_loss"] == [(3, 0.25)]
     assert [step for step, _ in tensorboard_scalars(run)["loss"]] == [1, 2, 3]
+
+
+REPLIES = [ShownReply("a *prompt*\n", "and\n<b>its</b> reply"), ShownReply("another", "")]
+
+
+def test_replies_are_quoted_text_of_their_step(tmp_path: Path) -> None:
+    trackers = attempt(tmp_path, range(1, 4), trackers=["tensorboard"])
+    trackers.log_replies(4, REPLIES)
+    trackers.log(4, {"loss": 0.25})
+    trackers.close(0)
+    (run,) = (tmp_path / "runs/tensorboard").iterdir()
+    assert tensorboard_texts(run) == {
+        "replies/1": [(4, "    a *prompt*\n    \n    ---\n    and\n    <b>its</b> reply")],
+        "replies/2": [(4, "    another\n    ---")],
+    }
+
+
+@pytest.mark.slow
+def test_replies_are_a_table_in_the_row_of_their_step(tmp_path: Path) -> None:
+    code = f"""
+trackers = attempt(folder, range(1, 4), trackers=["wandb"])
+from stages.lib.operations.greedy_replies import ShownReply
+trackers.log_replies(4, {REPLIES})
+trackers.log(4, {{"loss": 0.25}})
+trackers.close(0)
+"""
+    done = in_own_process(tmp_path, code)
+    assert (done.returncode, done.stderr) == (0, "")
+    (file,) = (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")
+    rows = wandb_rows(file)
+    assert [step for step, _ in rows] == [1, 2, 3, 4]
+    assert rows[3][1]["loss"] == 0.25
+    (table,) = (file.parent / "files/media/table").glob("replies_4_*.table.json")
+    assert json.loads(table.read_text())["data"] == [list(reply) for reply in REPLIES]
 
 
 def test_none_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

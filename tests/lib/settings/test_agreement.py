@@ -13,7 +13,9 @@ from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
+from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
+from stages.lib.settings.reward_loss import PairwiseLoss
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
 from stages.lib.settings.sources import FileSource
@@ -79,9 +81,9 @@ def test_the_default_settings_agree() -> None:
             "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
         ),
         (
-            {"train_rm": {"use_margin": True}},
+            {"train_rm": {"loss": block(PairwiseLoss, use_margin=True)}},
             {},
-            "params.yaml: train_rm.rm.use_margin: the pairs of sources.tasks have no margin",
+            "params.yaml: train_rm.rm.loss.use_margin: the pairs of sources.tasks have no margin",
         ),
         (
             {"train_sft": {"precision": "bf16"}},
@@ -135,11 +137,11 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
         (
             "train_dpo",
             {"loss": {"type": "ipoo"}},
-            "train_dpo.dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+            "train_dpo.dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, robust",
         ),
         (
             "train_dpo",
-            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            {"loss": block(IpoLoss) | {"label_smoothing": 0.1}},
             "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
         ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),
