@@ -54,17 +54,11 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
             raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
-        for settings in settings_started_as(stage, params):
+        for settings in settings_by_key(stage, params).values():
             require_kernel(runtime, settings.precision, where)
             if stage in TRAINED:
                 require_engine(runtime, settings.precision, where)
             require_unsharded_quantization(stage, settings, runtime, where)
-
-
-def settings_started_as(stage: str, params: Mapping[str, Any]) -> list[Any]:
-    """The settings that a section of runtime.yaml is for: two sections of params.yaml may have one script."""
-    sections = ("ref_logprobs", "ref_logprobs_unpaired") if stage == "ref_logprobs" else (stage,)
-    return [settings for section in sections for settings in settings_by_key(section, params).values()]
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:
