@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n.
+# KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n, DATA=…, MODEL=….
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -7,10 +7,10 @@ VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
-USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -36,6 +36,9 @@ endif
 ifneq ($(and $(filter preview,$(MAKECMDGOALS)),$(if $(KIND),,missing)),)
 $(error say which rows, for instance: make preview KIND=sft ROW=3. There are: sft preference unpaired prompts)
 endif
+ifneq ($(and $(filter bench,$(MAKECMDGOALS)),$(if $(DATA),,missing)),)
+$(error say which pairs, for instance: make bench DATA='hh=…/test.jsonl.gz demo=…/dpo_en_demo.json')
+endif
 
 # Brings the stages $(1) up to date, then drops training state that dvc.lock has made redundant. All settings are
 # checked first: by the first stage of the graph, which `--single-item` would leave out. DVC runs stages that do not
@@ -46,9 +49,9 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-ppo train-grpo evaluate report \
-        ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak lint \
-        clean
+.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
+        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
+        pass-cost lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,11 +74,14 @@ train-rm: $(VENV) ## Up to the reward models
 sample-pairs: $(VENV) ## Up to the rows made of policies' own replies
 	$(call repro,sample_pairs)
 
-ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO needs
-	$(call repro,ref_logprobs)
+ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO and train-unpaired need
+	$(call repro,ref_logprobs ref_logprobs_unpaired)
 
 train-dpo: $(VENV) ## Up to the DPO policies
 	$(call repro,train_dpo)
+
+train-unpaired: $(VENV) ## Up to the policies trained on unpaired replies (KTO, BCO, APO)
+	$(call repro,train_unpaired)
 
 train-ppo: $(VENV) ## Up to the PPO policies
 	$(call repro,train_ppo)
@@ -170,6 +176,20 @@ EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
 
 soak: $(VENV) ## The same with one seed after the other: MINUTES=240
 	.venv/bin/python -m tests.proofs.kill_matrix --minutes "$$MINUTES" --kills 6 --seed 1000 --table tests/proofs/kill_soak.md
+
+# TRL in an environment of its own.
+TRL := .scratch/trl
+$(TRL)/.complete: benchmarks/requirements-trl.txt | $(VENV)
+	.venv/bin/python -m venv --clear $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements-trl.txt
+	@touch $@
+
+bench: $(VENV) $(TRL)/.complete ## Time training steps beside TRL's and write benchmarks/against_trl.md: DATA='NAME=PATH …' of pairs
+	@set -f; set -- $$DATA; for one do shift; set -- "$$@" --data "$$one"; done; \
+	  .venv/bin/python -m benchmarks.against_trl --trl $(TRL)/bin/python "$$@"
+
+pass-cost: $(VENV) ## Measure runtime.yaml: pass_cost on this machine: MODEL=models/base, and STAGE=… (else train_dpo)
+	.venv/bin/python -m benchmarks.pass_cost "$${MODEL:-models/base}" $(if $(STAGE),--stage "$$STAGE")
 
 lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff check benchmarks stages tests

@@ -49,7 +49,14 @@ from stages.lib.settings.train_sft import TrainSft
 
 SEED = 0
 LORA = LoraSettings(
-    rank=LORA_RANK, alpha=2 * LORA_RANK, targets=ALL_LINEAR, rslora=False, base_quantization=None, save_adapter=False
+    rank=LORA_RANK,
+    alpha=2 * LORA_RANK,
+    targets=ALL_LINEAR,
+    experts=False,
+    routers=False,
+    rslora=False,
+    base_quantization=None,
+    save_adapter=False,
 )
 
 
@@ -132,7 +139,7 @@ def rm(setup: Setup) -> dict[str, Part]:
     classifier = new_classifier(path, setup.loading(), SEED)
     Lora(classifier, setup.lora, SEED, path)
     engine = setup.engine(SequenceScores(classifier), settings)
-    return pair_step(setup, engine, RewardObjective(setup.batching(), use_margin=False), needs_logits=False)
+    return pair_step(setup, engine, RewardObjective(setup.batching(), settings.loss), needs_logits=False)
 
 
 def dpo(setup: Setup) -> dict[str, Part]:

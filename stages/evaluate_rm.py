@@ -1,4 +1,7 @@
-"""How good a reward model is on test pairs: accuracy with its 95 % interval, and calibration; also for each source.
+"""How good a reward model is on test pairs: accuracy with its 95 % interval, calibration and length bias.
+
+Each is also given for each source; the accuracy besides by the difference in length, by the data's margin, and by how
+sure the model is (the reliability curve). Beside it stands the accuracy of a judge that takes the longer reply.
 
 A reward model with the pipeline's tokenizer reads the ids of pairs, one with another tokenizer their text. params.yaml
 names the reward models.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
@@ -23,12 +27,18 @@ from stages.lib.models.tokenizer_files import require_tokens_of, tokenizer_input
 from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.runtime import read_runtime
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 if not asks_for_help():
+    import pyarrow.compute as pc
+
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.conversation_rows import Conversation, preference_conversation
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
-    from stages.lib.evaluation.metrics import reward_model_metrics, with_sources
+    from stages.lib.evaluation.metrics import with_sources
+    from stages.lib.evaluation.scored_pairs import ScoredPairs, metrics_of_parts, reward_model_metrics
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
     from stages.lib.runs.partial_results import NUMBER, PartialResults
@@ -72,12 +82,17 @@ def main(
             return found
 
         found = this_run.keep_all("pairs", len(pairs), dict.fromkeys(SIDES, NUMBER), compute)
-        results = with_sources(
-            lambda places: reward_model_metrics(*([found[side][place] for place in places] for side in SIDES)),
-            pairs["source"][:],
-        )
+        lengths = {f"{side}_lengths": lengths_of(pairs, side) for side in SIDES}
+        scored = ScoredPairs(**found, **lengths, margins=pairs["margin"][:])
+        results = with_sources(lambda places: reward_model_metrics(scored.of(places)), pairs["source"][:])
+        results |= metrics_of_parts(scored)
         this_run.publish(lambda staged: write_json(staged["metrics"], results))
     processes.leave()
+
+
+def lengths_of(pairs: Dataset, side: str) -> list[int]:
+    """The tokens of one reply of each pair."""
+    return pc.list_value_length(pairs.data.column(f"{side}_ids")).to_pylist()
 
 
 def texts_of_pairs(prepared: Path, rows: list[int]) -> list[Conversation]:

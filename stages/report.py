@@ -129,11 +129,44 @@ def reward_models_table(inputs: Inputs) -> dict[str, Any]:
     columns: dict[str, Callable[[Measured], Cell]] = {
         "test accuracy": lambda metrics: share(metrics, "accuracy"),
         "Bayes accuracy": lambda _: Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes)),
+        "longer reply": lambda metrics: share(metrics, "length_baseline_accuracy"),
+        "score and length": lambda metrics: rounded(metrics, "length_correlation", 2),
         "calibration error": lambda metrics: rounded(metrics, "calibration_error", 3),
         "validation accuracy": lambda metrics: share(metrics, "validation_accuracy"),
         "validation loss": lambda metrics: rounded(metrics, "validation_loss", 4),
+        "validation correlation": lambda metrics: rounded(metrics, "validation_correlation", 3),
     }
     return table_of(rows, columns)
+
+
+# Parts of the test pairs, by how the keys of their metrics begin: the title of a part, from the mean that it has.
+PARTS: dict[str, Callable[[float], str]] = {
+    "length_difference": lambda mean: (
+        f"chosen reply {'longer' if mean > 0 else 'shorter'} by {decimal(abs(mean), 1)} tokens"
+    ),
+    "data_margin": lambda mean: f"margin in the data {decimal(mean)}",
+    "reliability": lambda mean: f"sure of its pick to {percent(mean)}",
+}
+
+
+def reward_model_parts(name: str, metrics: Measured) -> dict[str, Any]:
+    """The accuracy of a reward model in parts of the pairs, and its reliability curve."""
+    parts = [
+        key.removesuffix("_accuracy") for key in metrics if key.startswith((*PARTS,)) and key.endswith("_accuracy")
+    ]
+    means = {part: metrics.get(f"{part}_mean", metrics.get(f"{part}_confidence", 0.0)) for part in parts}
+    rows = [
+        TableRow(
+            PARTS[part.rpartition("_")[0]](mean),
+            [share(metrics, f"{part}_accuracy"), Cell(number(metrics[f"{part}_pairs"]))],
+        )
+        for part, mean in means.items()
+    ]
+    curve = {mean: metrics[f"{part}_accuracy"] for part, mean in means.items() if part.startswith("reliability")}
+    lines = [Line("accuracy", [*curve], [*curve.values()]), Line("calibrated", [0.5, 1.0], [0.5, 1.0], style=1)]
+    svg = line_figure(lines, title=f"{name} reliability", id_prefix=f"{name}-reliability", over="confidence")
+    panel = {"title": "accuracy", "svg": svg, "note": ""}
+    return {"name": name, "head": ["", "accuracy", "pairs"], "rows": rows, "figures": [panel] if curve else []}
 
 
 def data_table(inputs: Inputs) -> dict[str, Any]:
@@ -243,6 +276,7 @@ def page_of(inputs: Inputs) -> str:
             "judge": named.judge,
             "policies": policies_table(measured, reference) if measured else None,
             "reward_models": reward_models_table(inputs),
+            "parts": [reward_model_parts(name, metrics) for name, metrics in inputs.reward_models.items()],
             "data": data_table(inputs),
             "dropped": dropped_table(inputs),
             "line_samples": [line_sample(0), line_sample(1)],
@@ -262,6 +296,7 @@ def named_in_params() -> Named:
         "train_sft": read_params("train_sft", dict[str, Any]),
         "train_rm": read_params("train_rm", dict[str, Any]),
         "train_dpo": read_params("train_dpo", dict[str, Any]),
+        "train_unpaired": read_params("train_unpaired", dict[str, Any]),
         "train_ppo": read_params("train_ppo", dict[str, Any]),
         "train_grpo": read_params("train_grpo", dict[str, Any]),
     }

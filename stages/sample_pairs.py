@@ -41,12 +41,12 @@ if not asks_for_help():
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion, load_tokenizer
     from stages.lib.data.prompts import prompts_of
-    from stages.lib.data.token_tables import TOKENIZER_NOTE, write_rows
+    from stages.lib.data.token_tables import TOKENIZER_NOTE, write_table_rows
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.operations.progress import Progress
     from stages.lib.rl.prompt_table import read_prompts, require_fit
-    from stages.lib.rl.ranked_replies import REASONS, Reply
+    from stages.lib.rl.ranked_replies import REASONS, ScoredReply
     from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
     from stages.lib.rl.rewards.scoring import scores_of
     from stages.lib.rl.sampled_rows import SCHEMAS, SampledRows, sample_metrics
@@ -90,13 +90,13 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()) if count)
             raise StageError(f"params.yaml: sample_pairs.{name}: no row is left of {len(prompts)} prompts ({reasons})")
         results = sample_metrics(replies, rows.rows, dropped)
-        this_run.say(summary(this_run.stage, results, settings))
+        this_run.say(sentence_on(this_run.stage, results, settings))
         for line in rows.shown(runtime.shown_samples):
             this_run.say(line)
 
         def build(staged: dict[str, Path]) -> None:
             schema = SCHEMAS[settings.kind].with_metadata({TOKENIZER_NOTE: tokenizer_hash(model)})
-            write_rows(staged["rows"] / settings.split / f"{settings.kind}.arrow", rows.rows, schema)
+            write_table_rows(staged["rows"] / settings.split / f"{settings.kind}.arrow", rows.rows, schema)
             write_jsonl(staged["rows"] / "samples.jsonl", rows.samples)
             write_json(staged["metrics"], results)
 
@@ -145,7 +145,7 @@ def sampler_of(model: Path, settings: SamplePairs, seed: int, loading: Loading, 
 
 def replies_to(
     prompts: list[Prompt], sampler: OwnSampler, reward: RewardModel, settings: SamplePairs, this_run: PartialResults
-) -> list[list[Reply]]:
+) -> list[list[ScoredReply]]:
     """The replies to each prompt with their scores, sampled and kept chunk by chunk."""
     count = settings.samples_per_prompt
     progress = Progress(this_run.stage, len(prompts), this_run.runtime.log_seconds, unit="replies")
@@ -170,18 +170,18 @@ def replies_to(
         columns = {"ids": SEVERAL_IDS, "scores": NUMBERS}
         kept = this_run.keep(f"replies-{chunk.start}-{chunk.stop}", len(chunk), columns, partial(compute, chunk))
         for ids, scores in zip(kept["ids"], kept["scores"], strict=True):
-            replies.append([reply_of(sampler, *both) for both in zip(ids, scores, strict=True)])
+            replies.append([scored_reply(sampler, *both) for both in zip(ids, scores, strict=True)])
         if this_run.processes.is_main:
             means = [reply.score for group in replies[chunk.start :] for reply in group]
             progress.update(chunk.stop, len(means), {"reward": sum(means) / len(means)})
     return replies
 
 
-def reply_of(sampler: OwnSampler, ids: list[int], score: float) -> Reply:
-    return Reply(ids, sampler.decode(ids), ids[-1] == sampler.eos_id, score)
+def scored_reply(sampler: OwnSampler, ids: list[int], score: float) -> ScoredReply:
+    return ScoredReply(ids, sampler.decode(ids), ids[-1] == sampler.eos_id, score)
 
 
-def summary(stage: str, results: dict[str, float], settings: SamplePairs) -> str:
+def sentence_on(stage: str, results: dict[str, float], settings: SamplePairs) -> str:
     """A line that says what was made."""
     what = "pairs" if settings.kind == "preference" else "rows for SFT"
     return (

@@ -59,7 +59,8 @@ def main(
         if this_run.already_complete():
             return
         batching = micro_batching(runtime, end_and_pad_ids(tokenizer)[1], processes)
-        reward = load_reward_model(reward_model, settings, loading, batching, processes, tokenizer)
+        of_rewards = (reward_model, settings, loading, batching, processes, tokenizer)
+        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
         if reward.facts and reward.facts.line():
             this_run.say(f"{this_run.stage}: {reward.facts.line()}")
         sides = {side: start for side, start in SIDES.items() if not start or f"{start}response" in rows[0]}

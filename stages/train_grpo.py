@@ -128,7 +128,8 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = load_reward_model(Path(settings.reward_model), settings, loading, batching, processes, model)
+        of_rewards = (Path(settings.reward_model), settings, loading, batching, processes, model)
+        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
         tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}

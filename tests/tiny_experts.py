@@ -1,5 +1,8 @@
 """Mixtures of experts small enough to be worked through by hand, with random weights from a seed."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,19 @@ SIZES: dict[str, Any] = {
     "num_labels": 1,
     "experts_implementation": "eager",  # the fused kernels do not compute in float64, and take longer at this size
 }
+
+
+def save_mixtral(base: Path, folder: Path) -> None:
+    """A model folder with the tokenizer and the vocabulary of `base`, and a mixture of experts in its place."""
+    shutil.copytree(base, folder)
+    config = json.loads((base / "config.json").read_text())
+    same = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    sizes = {name: value for name, value in SIZES.items() if name not in ("experts_implementation", "num_labels")}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes | {name: config[name] for name in same} | {"num_local_experts": EXPERTS})
+    )
+    model.save_pretrained(folder)
 
 
 def tiny_olmoe(seed: int = 0, **changed: Any) -> OlmoeForCausalLM:

@@ -17,6 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
 ASKED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS]]
 PROVIDERS = packages_distributions()
+BESIDE = "benchmarks/trl_steps.py"  # runs in an environment of its own
 FROM_CUDA = ("cuda-", "nvidia-", "triton")
 
 
@@ -46,9 +47,20 @@ def test_every_package_imported_is_asked_for(folder):
         (file, name)
         for path in (ROOT / folder).rglob("*.py")
         for file in [path.relative_to(ROOT).as_posix()]
+        if file != BESIDE
         for name in missing_requirements(parsed(path), asked)
     }
     assert missing == set()
+
+
+def test_what_runs_beside_the_project_has_requirements_of_its_own_with_the_same_torch_and_transformers():
+    own = pinned("benchmarks/requirements-trl.txt")
+    names = {requirement.name for requirement in own}
+    assert {name.split(".")[0] for name in imported_names(parsed(ROOT / BESIDE))} - set(
+        sys.stdlib_module_names
+    ) <= names
+    shared = {str(one) for one in own if one.name in ("torch", "transformers")}
+    assert shared == {str(one) for one in (*LOCKED, *TORCH) if one.name in ("torch", "transformers")}
 
 
 def test_an_import_that_nothing_asked_for_is_found():

@@ -1,9 +1,12 @@
 """Speed is not a result: every stage under every way to run it, compared with one process, plain torch and padding.
 
-Each training stage, with and without LoRA, takes 20 optimizer steps from the same weights. Measured are relative L2
-distances of the first step's gradient, of the weights' change in it, of the weights after all steps and of the
-published ones, and the largest difference of a loss or gradient norm on the way and of a metric at the end. PPO's
-rollouts are compared token for token, and those that differ are counted.
+The run that all are compared with shares no prompts; the others do where the default of `pass_cost` gains by it.
+
+Each training stage, with and without LoRA, and those that train on tables with a mixture of experts too, takes 20
+optimizer steps from the same weights. Measured are relative L2 distances of the first step's gradient, of the weights'
+change in it, of the weights after all steps and of the published ones, and the largest difference of a loss or gradient
+norm on the way and of a metric at the end. PPO's rollouts are compared token for token, and those that differ are
+counted.
 
     python -m tests.proofs.equivalence PROJECT                             # makes PROJECT first if it is not there
     torchrun --standalone --nproc_per_node=2 -m tests.proofs.equivalence PROJECT --table table.md
@@ -34,12 +37,13 @@ from tests.proofs.watched_stage import (
     ROLLOUTS,
     STEPS,
     TRAINING,
-    WITH_LORA,
+    VARIANTS,
     Probe,
     in_float64,
     make_bf16_project,
     make_project,
     run_stage,
+    stage_of,
 )
 from tests.stages.tiny_pipeline import ENTRIES, inside
 
@@ -54,10 +58,16 @@ MEASURING = ("ref_logprobs", "evaluate@dpo")  # no optimizer: their outs are com
 # Without it ZeRO 3 would not shard weights as small as these.
 SHARD_ALL = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 ZERO_3 = {"zero_stage": 3, "frozen_zero_stage": 3, **SHARD_ALL}
+PLAIN = {"engine": "torch", "share_prompts": False}
+# A step of eight rows then takes several passes, and every pair shares its prompt.
+DEAR_PADDING = {device: {"overhead": 3, "attention": 10**6} for device in ("cpu", "gpu")}
 ACTIVATIONS = {"activation_offload": True}
 ONE_PROCESS = {
     "micro-batch 1": {"micro_batch_tokens": 1},
     "packing": {"packing": True, "micro_batch_tokens": 300},
+    "passes by cost": {"pass_cost": DEAR_PADDING, "share_prompts": False},
+    "prompts shared": {"pass_cost": DEAR_PADDING},
+    "prompts shared, packing": {"pass_cost": DEAR_PADDING, "packing": True},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "eager attention": {"attention": "eager"},
     "logits in chunks of 7": {"logits_chunk_tokens": 7},
@@ -85,18 +95,22 @@ SEVERAL_PROCESSES = {
         "micro_batch_tokens": 200,
         "gradient_checkpointing": True,
     },
+    "ZeRO 2, prompts shared": {"zero_stage": 2, "pass_cost": DEAR_PADDING},
     "plain torch, micro-batch 1": {"engine": "torch", "micro_batch_tokens": 1, "generation_batch_size": 1},
 }
 
 
 HEAD = """# Every way to run a stage, against one process, plain torch and padding
 
-Relative L2 distances at commit {commit}; `make prove` makes this table anew. "Gradient" is what AdamW saw in its first
-step, before clipping. "Steep" leaves out the weights whose gradient is below 1e-5 but not 0 (their share is "flat
-weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding errors of the smallest g.
-"Their change" compares what training has made of the weights, last less first; a run that does not train is 1 away.
-"Published" is the model that is saved, here an average of the weights over the steps (`ema_decay`); "losses" are those
-of all steps and the norms of their gradients; "numbers" are the stage's metrics or, of ref_logprobs, its outs.
+Relative L2 distances at commit {commit}; `make prove` makes this table anew. The run that all are compared with shares
+no prompts; the others do where `pass_cost` gains by it, and those named so for every pair.
+
+"Gradient" is what AdamW saw in its first step, before clipping. "Steep" leaves out the weights whose gradient is below
+1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding
+errors of the smallest g. "Their change" compares what training has made of the weights, last less first; a run that
+does not train is 1 away. "Published" is the model that is saved, here an average of the weights over the steps
+(`ema_decay`); "losses" are those of all steps and the norms of their gradients; "numbers" are the stage's metrics or,
+of ref_logprobs, its outs.
 
 Held to: {limits}.
 In fp32 and fp64 no rollout may differ. In bf16, where a gradient is rounded by a hundredth, AdamW's first step is
@@ -113,7 +127,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str, float]:
     """Distances of a run from the reference run saved in `reference`."""
-    stage = WITH_LORA.get(kind, kind)
+    stage = stage_of(kind)
     drawn = {"differing rollouts": probe.differing_rollouts} if stage in SAMPLING else {}
     if stage in MEASURING:
         return {"numbers": numbers_apart(folder, reference, stage)} | drawn
@@ -136,7 +150,7 @@ def compare(probe: Probe, folder: Path, reference: Path, kind: str) -> dict[str,
     name = ENTRIES[stage]
     curve = f"metrics/curves/{name}.csv"
     ours, theirs = (pd.read_csv(side / curve) for side in (folder, reference))
-    columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "grad_norm")]
+    columns = [name for name in theirs.columns if name.rpartition("/")[2] in ("loss", "router_loss", "grad_norm")]
     columns = [name for name in columns if not name.startswith("validation")]
     scale = theirs[columns].abs().max()
     if "policy/loss" in columns:
@@ -189,7 +203,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
         if not reference.exists():
             if processes.is_main:
                 probe = Probe(is_main=True)
-                folder = run_stage(project, stage, {"engine": "torch"}, probe, alone)
+                folder = run_stage(project, stage, PLAIN, probe, alone)
                 save_file(probe.found, folder / "probe.safetensors")
                 (folder / ROLLOUTS).write_text(json.dumps(probe.rollouts))
                 shutil.move(folder, reference)
@@ -259,7 +273,7 @@ def possible(knobs: dict[str, Any], precision: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("project", type=Path)
-    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *WITH_LORA, *MEASURING])
+    parser.add_argument("--stages", nargs="+", default=[*TRAINING, *VARIANTS, *MEASURING])
     parser.add_argument("--without-lora", action="store_true", help="leave out the variants with LoRA")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp64"])
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
@@ -269,7 +283,7 @@ def main() -> None:
     project = options.project.resolve()
     if not project.exists() and os.environ.get("RANK", "0") == "0":
         make_project(project)
-    stages = [stage for stage in options.stages if not (options.without_lora and stage in WITH_LORA)]
+    stages = [stage for stage in options.stages if not (options.without_lora and "LoRA" in stage)]
     rows = []
     for precision in options.precision:
         with in_float64() if precision == "fp64" else contextlib.nullcontext():

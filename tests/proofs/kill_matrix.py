@@ -45,6 +45,8 @@ LORA = {
     "rank": 4,
     "alpha": 8,
     "targets": "all-linear",
+    "experts": False,
+    "routers": False,
     "rslora": False,
     "base_quantization": None,
     "save_adapter": True,

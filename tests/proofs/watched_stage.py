@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 
 from stages.lib.compute.engine import base as engine_module
 from stages.lib.compute.processes import Processes
@@ -33,6 +35,7 @@ from tests.stages.tiny_pipeline import (
     stage_options,
     write_yaml,
 )
+from tests.tiny_experts import save_mixtral
 
 STEPS = 20
 ROLLOUTS = "rollouts.json"
@@ -49,9 +52,26 @@ TWENTY_STEPS = {
     | {"max_new_tokens": 12, "optimizer": AVERAGED},
 }
 TRAINING = tuple(TWENTY_STEPS)
-LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "base_quantization": None}
+LORA = {
+    "rank": 4,
+    "alpha": 8,
+    "targets": "all-linear",
+    "experts": False,
+    "routers": False,
+    "rslora": False,
+    "base_quantization": None,
+}
 LORA["save_adapter"] = False
-WITH_LORA = {f"{stage}, LoRA": stage for stage in TRAINING}
+WITH_LORA = {f"{stage}, LoRA": {"lora": LORA} for stage in TRAINING}
+EXPERTS = "models/experts"
+MIXTURE = {"model": EXPERTS, "router_loss": {"coefficient": 0.1, "over": "batch"}}
+WITH_EXPERTS = {
+    "train_sft, experts": MIXTURE,
+    "train_rm, experts": MIXTURE | {"router_loss": {"coefficient": 0.1, "over": "sequence"}},
+    "train_dpo, experts": MIXTURE,
+    "train_sft, experts, LoRA": MIXTURE | {"lora": LORA | {"experts": True, "routers": True}},
+}
+VARIANTS = WITH_LORA | WITH_EXPERTS
 
 
 class Probe:
@@ -132,6 +152,7 @@ def make_project(folder: Path) -> None:
     stages = stage_names()
     for stage in stages[1 : stages.index("train_ppo@ppo")]:
         call(folder, stage)
+    save_mixtral(folder / "models/base", folder / EXPERTS)
     change_entries(folder, TWENTY_STEPS)
 
 
@@ -147,9 +168,14 @@ def make_bf16_project(project: Path, alone: Processes) -> None:
     shutil.rmtree(made)
 
 
+def stage_of(kind: str) -> str:
+    """The stage that a variant is of."""
+    return kind.partition(",")[0]
+
+
 def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, processes: Processes) -> Path:
     """One run of a stage's real `main`, which `probe` watches. Returns the folder with its outs."""
-    stage = WITH_LORA.get(kind, kind)
+    stage = stage_of(kind)
     folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="equivalence-") if processes.is_main else None))
     if processes.is_main:
         shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
@@ -157,8 +183,8 @@ def run_stage(project: Path, kind: str, knobs: dict[str, Any], probe: Probe, pro
         lay_over(runtime["default"], {key: value for key, value in knobs.items() if key != "deepspeed"})
         runtime["default"]["deepspeed"] = knobs.get("deepspeed", {})
         write_yaml(folder / "runtime.yaml", runtime)
-        if kind in WITH_LORA:
-            change_entries(folder, {stage: {"lora": LORA}})
+        if kind in VARIANTS:
+            change_entries(folder, {stage: VARIANTS[kind]})
     processes.broadcast(None)
     module = importlib.import_module(f"stages.{script(stage)}")
     options = stage_options(stage)
@@ -188,19 +214,34 @@ def one_launch(module: Any, processes: Processes) -> Iterator[None]:
 def in_float64() -> Iterator[None]:
     """Models load in float64 where the settings say fp32, and compute in it.
 
-    transformers' norms would round to float32, where two numbers that are 1e-16 apart now and then part.
+    transformers' norms and routers would round to float32, where two numbers that are 1e-16 apart now and then part,
+    and its kernels for experts compute in nothing wider.
     """
-    rounding = LlamaRMSNorm.forward
+    wider: list[tuple[Any, str, Any]] = [
+        (LlamaRMSNorm, "forward", norm_in_float64),
+        (MixtralRMSNorm, "forward", norm_in_float64),
+        (MixtralTopKRouter, "forward", route_in_float64),
+        (ExpertsInterface, "get_interface", lambda _self, _name, eager: eager),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in wider]
     pretrained.DTYPES["fp32"] = torch.float64
     torch.set_default_dtype(torch.float64)
-    LlamaRMSNorm.forward = norm_in_float64
+    for owner, name, function in wider:
+        setattr(owner, name, function)
     try:
         yield
     finally:
         pretrained.DTYPES["fp32"] = torch.float32
         torch.set_default_dtype(torch.float32)
-        LlamaRMSNorm.forward = rounding
+        for (owner, name, _), function in zip(wider, before, strict=True):
+            setattr(owner, name, function)
 
 
 def norm_in_float64(norm: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     return norm.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def route_in_float64(router: torch.nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.nn.functional.linear(states.reshape(-1, router.hidden_dim), router.weight)
+    top, chosen = logits.softmax(dim=-1).topk(router.top_k, dim=-1)
+    return logits, top / top.sum(dim=-1, keepdim=True), chosen

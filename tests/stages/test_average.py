@@ -115,7 +115,7 @@ def sft_loss(model: nn.Module, batching: MicroBatching) -> float:
 
 def rm_loss(model: nn.Module, batching: MicroBatching) -> float:
     pairs = read_table(Path("data/tokens/validation/preference.arrow"), PREFERENCE_SCHEMA)
-    objective = RewardObjective(batching, read_entry("train_rm", TrainRm, None)[1].use_margin)
+    objective = RewardObjective(batching, read_entry("train_rm", TrainRm, None)[1].loss)
     return global_means(objective, SequenceScores(model), pairs[:], train=False)["loss"]
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, idle, outside
-from tests.proofs.watched_stage import TRAINING, TWENTY_STEPS
+from tests.proofs.watched_stage import EXPERTS, TRAINING, TWENTY_STEPS
 from tests.stages.tiny_pipeline import PROJECT, change_entries
+from tests.tiny_experts import save_mixtral
 
+STAGES = (*TRAINING, *MEASURING, "train_sft, experts")
 CONFIGURATIONS = (
     "plain torch, micro-batch 1",
     "ZeRO 0",
@@ -27,10 +29,11 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     """All stages and configurations, in one launch of two processes."""
     folder = tmp_path_factory.mktemp("equivalence")
     shutil.copytree(tiny, folder / "project", symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
+    save_mixtral(folder / "project/models/base", folder / "project" / EXPERTS)
     change_entries(folder / "project", TWENTY_STEPS)
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", "tests.proofs.equivalence", folder / "project"]
-    command += ["--out", folder / "measured.json", "--without-lora", "--only", *CONFIGURATIONS]
+    command += ["--out", folder / "measured.json", "--stages", *STAGES, "--only", *CONFIGURATIONS]
     subprocess.run(command, cwd=PROJECT, check=False, timeout=900)  # it says 1 of a row outside: the tests name it
     return json.loads((folder / "measured.json").read_text())
 
@@ -40,7 +43,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     ("stage", "configuration"),
     [
         (stage, configuration)
-        for stage in (*TRAINING, *MEASURING)
+        for stage in STAGES
         for configuration in CONFIGURATIONS
         if not idle(SEVERAL_PROCESSES[configuration], stage)
     ],

@@ -25,7 +25,15 @@ from tests.stages.tiny_pipeline import call, change, change_entries, inside, sta
 
 Copy = Callable[..., Path]
 RANK = 2
-BLOCK = {"rank": RANK, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
+BLOCK = {
+    "rank": RANK,
+    "alpha": 4,
+    "targets": "all-linear",
+    "experts": False,
+    "routers": False,
+    "rslora": False,
+    "base_quantization": None,
+}
 BLOCK |= {"save_adapter": True}
 # The model that each stage starts from, in the pipeline that the fixture copies.
 BASES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft", "grpo": "sft"}

@@ -27,6 +27,8 @@ WITH_ROLLOUTS = [stage for stage in STAGES if any(out.startswith("data/rollouts/
 FITS, SIZE = 700, 512
 FITS_OF_ROLLOUTS, SIZE_OF_ROLLOUTS = 260, 256  # their sequences are shorter
 ROWS_FIT = 3  # of which a token is sampled
+# A step is then cut into as few passes as the memory allows, the first of which does not fit.
+DEAR_PASSES = {"pass_cost": {device: {"overhead": 10**6, "attention": 10**6} for device in ("cpu", "gpu")}}
 
 
 class Hungry:
@@ -84,9 +86,9 @@ def test_with_retry_it_ends_as_with_the_smaller_size_from_the_start(
     copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stage: str
 ) -> None:
     folder, small = copy_of_tiny(), copy_of_tiny("small")
-    change(folder / "runtime.yaml", {"default": {"on_out_of_memory": "retry"}})
+    change(folder / "runtime.yaml", {"default": DEAR_PASSES | {"on_out_of_memory": "retry"}})
     size = SIZE_OF_ROLLOUTS if stage in WITH_ROLLOUTS else SIZE
-    change(small / "runtime.yaml", {"default": {"micro_batch_tokens": size, "generation_batch_size": 2}})
+    change(small / "runtime.yaml", {"default": DEAR_PASSES | {"micro_batch_tokens": size, "generation_batch_size": 2}})
     hungry = Hungry(monkeypatch, fits_of(stage))
     call(folder, stage)
     warnings = capsys.readouterr().err.splitlines()
@@ -113,7 +115,7 @@ def test_a_run_that_was_killed_goes_on_with_what_has_fitted(
 ) -> None:
     folder, undisturbed = copy_of_tiny(), copy_of_tiny("undisturbed")
     for project in (folder, undisturbed):
-        values = {"on_out_of_memory": "retry", "checkpoint_seconds": 0.0}
+        values = DEAR_PASSES | {"on_out_of_memory": "retry", "checkpoint_seconds": 0.0}
         change(project / "runtime.yaml", {"default": values})
     hungry = Hungry(monkeypatch, fits_of(stage))
     call(undisturbed, stage)

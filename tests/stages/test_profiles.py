@@ -21,12 +21,13 @@ from tests.stages.tiny_pipeline import call, inside, new_project, start, use_bas
 from tests.stages.tiny_qwen import save_qwen
 
 pytestmark = pytest.mark.slow
+ROWS, PROMPTS = 120, 8
 RL = {"iterations": 2, "critic_warmup_iterations": 1, "minibatch_size": 4, "max_new_tokens": 16}
 # What makes a run short, wherever a section has the key.
-SHORT = {"max_rows": 240, "validation_fraction": 0.1, "test_fraction": 0.1, "epochs": 1, "batch_size": 16} | {
+SHORT = {"max_rows": ROWS, "validation_fraction": 0.1, "test_fraction": 0.1, "epochs": 1, "batch_size": 16} | {
     "eval_every": 100,
-    "max_prompts": 16,
-    "bootstrap_resamples": 200,
+    "max_prompts": PROMPTS,
+    "bootstrap_resamples": 100,
 }
 
 
@@ -128,7 +129,7 @@ def transcripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_is_kept_or_counted(transcripts: Path) -> None:
     read, counts = metrics(transcripts, "read_source/hh"), metrics(transcripts, "prepare_data")
     dropped = sum(value for name, value in read.items() if name.startswith("dropped/"))
-    assert read["rows_kept"] + dropped == read["rows_read"] == 240
+    assert read["rows_kept"] + dropped == read["rows_read"] == ROWS
     assert read["rows_kept"] == read["preference/rows"] == read["sft/rows"]
     kept = sum(counts[f"preference/{split}_rows"] for split in ("train", "validation", "test"))
     left_out = sum(value for name, value in counts.items() if name.startswith("hh/preference/dropped/"))
@@ -191,7 +192,7 @@ def test_dpo_from_a_model_that_follows_instructions(tmp_path: Path) -> None:
     assert not (project / "models/sft").exists()
     dpo = metrics(project, "training/dpo")
     assert dpo["validation_rewards_margins"] != 0
-    assert metrics(project, "evaluate/dpo")["kl_to_reference_mean"] > 0
+    assert metrics(project, "evaluate/dpo")["kl_to_reference_mean"] != 0
     assert (project / "metrics/report.html").is_file()
 
 
@@ -199,7 +200,7 @@ def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.
     def files(project: Path) -> None:
         instruct(project)
         reward_model(project)
-        questions = rows(real_file("data/gsm8k") / "test.jsonl")[:240]
+        questions = rows(real_file("data/gsm8k") / "test.jsonl")[:ROWS]
         lines = [json.dumps({"prompt": question["question"]}) + "\n" for question in questions]
         (project / "data/raw/prompts").mkdir()
         (project / "data/raw/prompts/questions.jsonl").write_text("".join(lines))
@@ -209,7 +210,7 @@ def test_rl_with_a_reward_model_that_was_brought(tmp_path: Path, capsys: pytest.
     assert "text is encoded with its own tokenizer, as plain text, since it has no chat template" in said.out + said.err
     for policy in ("ppo", "grpo"):
         assert metrics(project, f"training/{policy}")["iterations"] == 2
-        assert metrics(project, f"score_samples/{policy}")["prompts"] == 16
+        assert metrics(project, f"score_samples/{policy}")["prompts"] == PROMPTS
     card = (project / "models/ppo/README.md").read_text()
     assert "models/reward" in card
     with inside(project):

@@ -98,11 +98,25 @@ def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
         if reward:
             write(folder, f"metrics/score_samples/{policy}.json", scores(policy))
             write_scores(folder, policy, [score(policy, row) for row in range(ROWS)])
-    of_pairs = interval("accuracy", 0.78, 0.74, 0.82) | {"calibration_error": 0.0312, "margin_mean": 0.5, "pairs": 400}
     if reward:
-        write(folder, "metrics/evaluate_rm/rm.json", of_pairs)
+        write(folder, "metrics/evaluate_rm/rm.json", of_pairs())
     write_params(folder, policies, reward=reward)
     return folder
+
+
+def of_pairs():
+    found = interval("accuracy", 0.78, 0.74, 0.82) | {"calibration_error": 0.0312, "margin_mean": 0.5, "pairs": 400}
+    found |= interval("length_baseline_accuracy", 0.55, 0.5, 0.6) | {"length_correlation": -0.125}
+    parts = {
+        "reliability_60": (0.5, {"confidence": 0.55, "pairs": 300}),
+        "reliability_70": (0.75, {"confidence": 0.65, "pairs": 100}),
+        "length_difference_1": (0.6, {"mean": -12.5, "pairs": 200}),
+        "length_difference_2": (0.9, {"mean": 3.0, "pairs": 200}),
+    }
+    for name, (accuracy, others) in parts.items():
+        found |= interval(f"{name}_accuracy", accuracy, 0.4, 0.95)
+        found |= {f"{name}_{key}": value for key, value in others.items()}
+    return found
 
 
 def write_params(folder, policies, *, reward):
@@ -226,13 +240,23 @@ def test_table_of_policies(parsed):
 
 
 def test_tables_of_reward_model_and_data(parsed):
-    assert parsed.tables[1][1] == [
-        *(["rm"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["0.031"], ["77.0 %", "73.0 % to 81.0 %"], ["0.6000"]),
+    head, row = parsed.tables[1]
+    assert [cell[0] for cell in head[3:6]] == ["longer reply", "score and length", "calibration error"]
+    assert row == [
+        *(["rm"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["55.0 %", "50.0 % to 60.0 %"], ["−0.12"], ["0.031"]),
+        *(["77.0 %", "73.0 % to 81.0 %"], ["0.6000"]),
     ]
-    assert parsed.tables[2][1] == [
+    assert parsed.tables[2] == [
+        [[], ["accuracy"], ["pairs"]],
+        [["sure of its pick to 55.0 %"], ["50.0 %", "40.0 % to 95.0 %"], ["300"]],
+        [["sure of its pick to 65.0 %"], ["75.0 %", "40.0 % to 95.0 %"], ["100"]],
+        [["chosen reply shorter by 12.5 tokens"], ["60.0 %", "40.0 % to 95.0 %"], ["200"]],
+        [["chosen reply longer by 3.0 tokens"], ["90.0 %", "40.0 % to 95.0 %"], ["200"]],
+    ]
+    assert parsed.tables[3][1] == [
         *(["sft"], ["400"], ["400"], ["400"], ["1,388"], ["199"], ["399"], ["412,345"], ["20,111"], ["41,234"])
     ]
-    assert parsed.tables[3][1:] == [[["tokenize_data sft: too long"], ["12"]]]
+    assert parsed.tables[4][1:] == [[["tokenize_data sft: too long"], ["12"]]]
 
 
 def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
@@ -247,7 +271,9 @@ def test_every_model_has_its_curves_with_the_line_of_validation(parsed):
         both = "training from 0.9 at step 1 to 0.5 at step 2; validation from 0.6 at step 2 to 0.6 at step 2"
         assert f"{name} loss: {both}" in labels
         assert f"{name} grad_norm: training from 2 at step 1 to 1 at step 2" in labels
-    assert len(labels) == 8
+    curve = "accuracy from 0.5 at confidence 0.55 to 0.75 at confidence 0.65"
+    assert any(label.startswith(f"rm reliability: {curve}") for label in labels)
+    assert len(labels) == 9
 
 
 def test_what_models_and_data_say_is_text_and_nothing_else(page, parsed):
@@ -297,7 +323,7 @@ def test_real_data_without_gold_and_with_one_policy(tmp_path):
     assert [cell[0] for cell in head[1:5]] == ["perplexity", "reward", "win rate by reward", "KL from models/sft, nats"]
     assert row[0] == ["DPO"]
     assert "Bayes accuracy" not in [cell[0] for cell in parsed.tables[1][0] if cell]
-    assert parsed.tables[3][1:] == [[["prepare_data: empty reply"], ["4"]], [["tokenize_data sft: too long"], ["12"]]]
+    assert parsed.tables[4][1:] == [[["prepare_data: empty reply"], ["4"]], [["tokenize_data sft: too long"], ["12"]]]
     assert "no gold utility to check it against" in parsed.texts["outcome"][0]
     # The reference's answer to the same prompt comes with the policy's own.
     assert "own answer of sft to 0" in parsed.texts["response"][0]
@@ -349,9 +375,9 @@ def test_each_source_is_a_row_below_the_whole(tmp_path):
     tables = Page(page_in(tmp_path)).tables
     assert [row[0][0] for row in tables[0][1:]] == ["SFT", "DPO", "DPO, hh", "DPO, my_rows", "PPO"]
     assert tables[0][3][1] == ["12.50"]
-    names = [row[0][0] for row in tables[2][1:]]
+    names = [row[0][0] for row in tables[3][1:]]
     assert names[:3] == ["sft", "sft, hh", "sft, my_rows"]
-    assert tables[2][2][1:4] == [["7"], ["7"], ["7"]]
+    assert tables[3][2][1:4] == [["7"], ["7"], ["7"]]
 
 
 @pytest.mark.parametrize(

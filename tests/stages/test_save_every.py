@@ -142,7 +142,15 @@ def test_with_adapters_and_an_average_it_is_what_would_be_published(saved: Path,
     from peft import PeftModel
 
     folder = without_state(saved, tmp_path / "lora")
-    lora = {"rank": 2, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
+    lora = {
+        "rank": 2,
+        "alpha": 4,
+        "targets": "all-linear",
+        "experts": False,
+        "routers": False,
+        "rslora": False,
+        "base_quantization": None,
+    }
     change(
         folder / "params.yaml",
         {"train_sft": {"sft": {"lora": lora | {"save_adapter": True}, "optimizer": {"ema_decay": 0.5}}}},

@@ -171,7 +171,15 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, 
 
 def test_a_policy_with_adapters_is_measured_against_its_base(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
-    lora = {"rank": 2, "alpha": 4, "targets": "all-linear", "rslora": False, "base_quantization": None}
+    lora = {
+        "rank": 2,
+        "alpha": 4,
+        "targets": "all-linear",
+        "experts": False,
+        "routers": False,
+        "rslora": False,
+        "base_quantization": None,
+    }
     change(folder / "params.yaml", {"train_grpo": {"grpo": {"lora": lora | {"save_adapter": True}}}})
     call(folder, "train_grpo")
     rows = curve(folder, "train_grpo")

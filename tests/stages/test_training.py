@@ -22,6 +22,8 @@ from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
 from stages.lib.models.scalar_scores import TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
+from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import IpoLoss
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
 from tests.tables import rewrite
 from tests.tiny_models import batching
@@ -196,12 +198,12 @@ def refused(folder: Path, stage: str, **changed: str) -> str:
         ({"kep": "best"}, "params.yaml: train_dpo.dpo.kep is not a known key; did you mean 'keep'?"),
         ({"beta": 0.1}, "params.yaml: train_dpo.dpo.beta is not a known key; did you mean 'loss.beta'?"),
         (
-            {"loss": {"type": "ipo", "beta": "high"}},
+            {"loss": block(IpoLoss, beta="high")},
             "params.yaml: train_dpo.dpo.loss.beta: expected a number, found 'high' (str)",
         ),
         ({"loss": {"type": "sigmoyd", "beta": 0.1}}, "did you mean 'sigmoid'?"),
         (
-            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            {"loss": block(IpoLoss) | {"label_smoothing": 0.1}},
             "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
     ],
@@ -372,8 +374,8 @@ def test_only_the_critic_learns_while_it_warms_up(copy_of_tiny: Copy) -> None:
 
 def test_margins_are_wanted_where_they_are_used(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
-    assert "data/tokens/train/preference.arrow, row 0 has no margin: set train_rm.rm.use_margin: false" in refused(
+    change(folder / "params.yaml", {"train_rm": {"rm": {"loss": {"use_margin": True}}}})
+    assert "data/tokens/train/preference.arrow, row 0 has no margin: set train_rm.rm.loss.use_margin: false" in refused(
         folder, "train_rm"
     )
 
@@ -383,7 +385,7 @@ def test_margins_change_the_loss_by_what_they_are(copy_of_tiny: Copy) -> None:
     for split in ("train", "validation"):
         path = folder / f"data/tokens/{split}/preference.arrow"
         rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": [1.5] * len(columns["row"])})
-    change(folder / "params.yaml", {"train_rm": {"rm": {"use_margin": True}}})
+    change(folder / "params.yaml", {"train_rm": {"rm": {"loss": {"use_margin": True}}}})
     call(folder, "train_rm")
     # A new head scores all alike: -ln sigmoid(0 - 1.5) = 1.7014.
     assert curve(folder, "train_rm")["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=0.1)

@@ -5,18 +5,23 @@ of processes nor the micro-batch size changes what a step sees.
 """
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from stages.lib.compute.memory_budget import MemoryBudget
+from stages.lib.compute.pass_cost import FEWEST_PASSES, Cut, PairSize, cheapest_cut, packed_cut, row_cost
 from stages.lib.compute.processes import Processes
-from stages.lib.settings.runtime import Runtime
+from stages.lib.compute.row_layouts import Laid, Row, end_to_end, padded, sequence_row, shared_row
+from stages.lib.models.model_traits import longest_shared
+from stages.lib.settings.runtime import PassCost, Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @lru_cache(maxsize=2)  # a step asks for one or two epochs, the next one for the same
@@ -36,23 +41,6 @@ def rows_of_step(step: int, rows: int, batch_size: int, epochs: float, seed: int
     positions = range(step * batch_size, min((step + 1) * batch_size, last))
     orders = {epoch: epoch_order(rows, seed, epoch) for epoch in {position // rows for position in positions}}
     return [int(orders[position // rows][position % rows]) for position in positions]
-
-
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut items into groups of at most `token_budget` padded tokens (or one item), longest first to pad little.
-
-    Args:
-        lengths: tokens of each item.
-    Returns:
-        Indices into `lengths`, every index once.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
 
 
 def pad_left(
@@ -76,17 +64,20 @@ class SequenceBatch(NamedTuple):
     """One forward pass over n sequences, one a row and padded on the right, or all in one row (packed).
 
     `rows` are indices into what was cut up; pairs have their chosen completions first, then the rejected ones in the
-    same order. A filler, which a process runs so that all processes make as many passes, has no rows and n = 0: its
-    masks are False everywhere.
+    same order, also where both lie behind one prompt in a row (`row_layouts`). A filler, which a process runs so that
+    all processes make as many passes, has no rows and n = 0: its masks are False everywhere.
     """
 
     rows: list[int]
     input_ids: torch.Tensor  # (b, t)
-    attention_mask: torch.Tensor | None  # (b, t), True on real tokens; None where there is no padding
+    attention_mask: torch.Tensor | None  # (b, t), as `model_mask` takes it; None where there is no padding
     position_ids: torch.Tensor  # (b, t), counted from each sequence's own start
     completion_mask: torch.Tensor  # (b, t), True on completion tokens
-    end_mask: torch.Tensor  # (b, t), True on the last token of each sequence
+    end_mask: (
+        torch.Tensor
+    )  # (b, t), True on the last token of each sequence, or its number, as `SequenceScores` takes it
     completion_lengths: list[int]  # of each of the n sequences
+    reading_order: list[int] | None = None  # the n sequences as they come row after row; None: in their own order
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -100,10 +91,12 @@ class SequenceBatch(NamedTuple):
             width: at least the longest completion, which is the default.
         """
         width = max(self.completion_lengths, default=0) if width is None else width
-        lengths = torch.tensor(self.completion_lengths, dtype=torch.long, device=values.device)
+        order = self.reading_order or range(len(self.completion_lengths))
+        lengths = torch.tensor([self.completion_lengths[place] for place in order], device=values.device).long()
         mask = torch.arange(width, device=values.device) < lengths[:, None]
         empty = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-        return empty.masked_scatter(mask, values[self.completion_mask])
+        read = empty.masked_scatter(mask, values[self.completion_mask])
+        return read if self.reading_order is None else read[np.argsort(self.reading_order).tolist()]
 
 
 @dataclass(frozen=True)
@@ -116,16 +109,22 @@ class MicroBatching:
     Args:
         budget: tokens of one pass on one process, padding included.
         packing: lay sequences end to end in one row instead of padding them to one length.
+        cost: by which the rows are cut, within the budget.
+        longest_shared: pairs of at most so many tokens, in the prompt and its longer reply, may lie behind one prompt,
+            which they do where it costs less; 0: none.
     """
 
     budget: MemoryBudget
     packing: bool
     pad_id: int
     processes: Processes
+    cost: PassCost = FEWEST_PASSES
+    longest_shared: int = 0
 
     def masked(self, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
         """This process's forward passes over whole sequences, of which `masks` marks the completion tokens with 1."""
-        for rows in self._own_groups([len(sequence) for sequence in sequences]):
+        lengths = [len(sequence) for sequence in sequences]
+        for rows in self._own(self._cut(lengths).groups, lengths):
             yield self._batch(rows, [sequences[row] for row in rows], [masks[row] for row in rows], sequences[0])
 
     def sequences(
@@ -133,27 +132,78 @@ class MicroBatching:
     ) -> Iterator[SequenceBatch]:
         """This process's forward passes over (prompt, completion) sequences."""
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        for rows in self._own_groups(lengths):
+        for rows in self._own(self._cut(lengths).groups, lengths):
             yield self._joined(rows, [prompts[row] for row in rows], [completions[row] for row in rows], prompts[0])
 
     def pairs(
         self, prompts: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]
     ) -> Iterator[SequenceBatch]:
         """As `sequences` for pairs: n pairs give 2n sequences, the n chosen ones first, then the n rejected ones."""
-        triples = zip(prompts, chosen, rejected, strict=True)
-        if self.packing:
-            lengths = [2 * len(prompt) + len(good) + len(bad) for prompt, good, bad in triples]
-        else:
-            lengths = [2 * (len(prompt) + max(len(good), len(bad))) for prompt, good, bad in triples]
-        for rows in self._own_groups(lengths):
-            completions = [chosen[row] for row in rows] + [rejected[row] for row in rows]
-            yield self._joined(rows, [prompts[row] for row in rows] * 2, completions, prompts[0])
+        sizes = [PairSize(*map(len, pair)) for pair in zip(prompts, chosen, rejected, strict=True)]
+        groups, shared = self._cheaper_plan(sizes)
+        tokens = [size.shared if row in shared else size.apart for row, size in enumerate(sizes)]
+        for rows in self._own(groups, tokens):
+            some, good, bad = ([column[row] for row in rows] for column in (prompts, chosen, rejected))
+            if shared.isdisjoint(rows):
+                yield self._joined(rows, some * 2, good + bad, prompts[0])
+            else:
+                yield self._behind_prompts(rows, some, good, bad)
 
-    def _own_groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        groups = (packed_groups if self.packing else micro_batches)(lengths, self.budget.size)
-        for rows in balanced_shares(groups, lengths, self.processes.world_size)[self.processes.rank]:
+    def _cheaper_plan(self, sizes: list[PairSize]) -> tuple[list[list[int]], set[int]]:
+        """Passes over pairs, and which of these share prompts. No pass has pairs of both kinds."""
+        apart = self._plan(sizes, [])
+        sharing = [row for row, size in enumerate(sizes) if self._gains(size)]
+        together = self._plan(sizes, sharing)
+        if sharing and together.cost < apart.cost:
+            return together.groups, {*sharing}
+        return apart.groups, set()
+
+    def _plan(self, sizes: list[PairSize], shared: list[int]) -> Cut:
+        apart = sorted({*range(len(sizes))}.difference(shared))
+        widths = [sizes[row].apart if self.packing else sizes[row].longer for row in apart]
+        groups, cost = [], 0.0
+        for rows, cut in (
+            (apart, self._cut(widths, rows=1 if self.packing else 2)),
+            (shared, self._cut([sizes[row].shared for row in shared])),
+        ):
+            groups += [[rows[place] for place in group] for group in cut.groups]
+            cost += cut.cost
+        return Cut(groups, cost)
+
+    def _gains(self, size: PairSize) -> bool:
+        """Whether a pair costs less with both replies behind one prompt than apart."""
+        if size.longer > self.longest_shared:
+            return False
+        lengths = [size.longer, size.prompt + min(size.chosen, size.rejected) if self.packing else size.longer]
+        return row_cost(size.shared, self.cost) < sum(row_cost(length, self.cost) for length in lengths)
+
+    def _cut(self, widths: Sequence[int], rows: int = 1) -> Cut:
+        if self.packing:
+            return packed_cut(widths, self.budget.size, self.cost)
+        return cheapest_cut(widths, self.budget.size, self.cost, rows)
+
+    def _own(self, groups: list[list[int]], tokens: Sequence[int]) -> Iterator[list[int]]:
+        """This process's groups. `tokens`: of each row."""
+        for rows in balanced_shares(groups, tokens, self.processes.world_size)[self.processes.rank]:
             self.budget.rows = len(rows)
             yield rows
+
+    def _behind_prompts(
+        self,
+        rows: list[int],
+        prompts: list[Sequence[int]],
+        chosen: list[Sequence[int]],
+        rejected: list[Sequence[int]],
+    ) -> SequenceBatch:
+        numbers = [(row, row + len(rows)) for row in range(len(rows))]
+        pairs = zip(prompts, zip(chosen, rejected, strict=True), numbers, strict=True)
+        laid = [shared_row(prompt, replies, [one + 1 for one in places]) for prompt, replies, places in pairs]
+        tensors = self._tensors(laid)
+        lengths = [len(reply) for reply in chosen + rejected]
+        order = [place for pair in numbers for place in pair]
+        return SequenceBatch(
+            rows, tensors.ids, tensors.parts, tensors.positions, tensors.completions, tensors.ends, lengths, order
+        )
 
     def _joined(
         self,
@@ -174,68 +224,23 @@ class MicroBatching:
         masks: Sequence[Sequence[int]],
         stand_in: Sequence[int],
     ) -> SequenceBatch:
-        lay_out = _packed if self.packing else _padded
-        arrays = lay_out(sequences or [stand_in], masks or [[0] * len(stand_in)], self.pad_id)
-        tensors = [torch.from_numpy(array).to(self.processes.device) for array in arrays]
-        input_ids, attention_mask, position_ids, completion_mask, end_mask = tensors
+        pairs = zip(sequences, masks, strict=True)
+        laid = [sequence_row(ids, mask, number) for number, (ids, mask) in enumerate(pairs, start=1)]
+        tensors = self._tensors(laid or [sequence_row(stand_in, [0] * len(stand_in), 0)])
+        is_padded = not self.packing and len({len(row.ids) for row in laid}) > 1
         return SequenceBatch(
             rows,
-            input_ids,
-            None if arrays[1].all() else attention_mask,
-            position_ids,
-            completion_mask,
-            end_mask if rows else torch.zeros_like(end_mask),
+            tensors.ids,
+            tensors.parts > 0 if is_padded else None,
+            tensors.positions,
+            tensors.completions,
+            tensors.ends > 0,
             [sum(mask) for mask in masks],
         )
 
-
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _padded(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int) -> Arrays:
-    """(ids, attention mask, positions, completion mask, end mask), each (n, longest)."""
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
-    ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    attention, completion, end = (np.zeros(shape, dtype=bool) for _ in range(3))
-    for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
-        length = len(sequence)
-        ids[row, :length] = sequence
-        attention[row, :length] = True
-        positions[row] = np.minimum(np.arange(shape[1]), length - 1)
-        completion[row, :length] = mask
-        end[row, length - 1] = True
-    return ids, attention, positions, completion, end
-
-
-def _packed(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], _pad_id: int) -> Arrays:
-    """As `_padded`, all in one row: each (1, sum of lengths)."""
-    lengths = [len(sequence) for sequence in sequences]
-    ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    completion = np.concatenate([np.asarray(mask, dtype=bool) for mask in masks])
-    end = np.zeros(len(ids), dtype=bool)
-    end[np.cumsum(lengths) - 1] = True
-    return ids[None], np.ones((1, len(ids)), dtype=bool), positions[None], completion[None], end[None]
-
-
-def packed_groups(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut items into groups of at most `token_budget` tokens (or one item): best fit, longest first.
-
-    Returns:
-        Indices into `lengths`, every index once; groups in the order in which they were opened.
-    """
-    groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, group), sorted
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = bisect_left(room, (lengths[index], 0))
-        if place < len(room):
-            left, group = room.pop(place)
-            groups[group].append(index)
-        else:
-            left, group = token_budget, len(groups)
-            groups.append([index])
-        insort(room, (left - lengths[index], group))
-    return groups
+    def _tensors(self, rows: list[Row]) -> Laid[torch.Tensor]:
+        arrays = end_to_end(rows) if self.packing else padded(rows, self.pad_id)
+        return Laid(*(torch.from_numpy(array).to(self.processes.device) for array in arrays))
 
 
 def balanced_shares(groups: list[list[int]], lengths: Sequence[int], world_size: int) -> list[list[list[int]]]:
@@ -269,9 +274,19 @@ def balanced_shares(groups: list[list[int]], lengths: Sequence[int], world_size:
     return shares
 
 
-def micro_batching(runtime: Runtime, pad_id: int, processes: Processes) -> MicroBatching:
-    """The plan-maker that `runtime.yaml` asks for."""
-    return MicroBatching(_budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes)
+def micro_batching(
+    runtime: Runtime, pad_id: int, processes: Processes, model: "PreTrainedModel | None" = None
+) -> MicroBatching:
+    """The plan-maker that `runtime.yaml` asks for.
+
+    Args:
+        model: that reads the batches, where pairs of them may share prompts.
+    """
+    cost = runtime.pass_cost.gpu if processes.device.type == "cuda" else runtime.pass_cost.cpu
+    if runtime.attention == "flash_attention_2":  # it computes nothing for padding, nor between sequences of one row
+        cost = cost.model_copy(update={"attention": FEWEST_PASSES.attention})
+    shared = longest_shared(model) if model is not None and runtime.share_prompts else 0
+    return MicroBatching(_budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes, cost, shared)
 
 
 def sampling_budget(runtime: Runtime) -> MemoryBudget:

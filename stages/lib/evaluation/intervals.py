@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,16 +66,21 @@ def paired_bootstrap_interval(
     return float(low), float(high)
 
 
-def calibration_error(
+class ReliabilityBin(NamedTuple):
+    """Predictions with about the same probability."""
+
+    upper: float  # the bin's end; it starts 1 / bins below
+    count: int
+    probability: float  # their mean
+    outcome: float  # the mean of what happened
+
+
+def reliability_bins(
     probabilities: Sequence[float] | np.ndarray, outcomes: Sequence[float] | np.ndarray, bins: int = 10
-) -> float:
-    """Expected calibration error: sum over bins of |bin| / n * |mean outcome - mean probability|.
+) -> list[ReliabilityBin]:
+    """The reliability curve of predictions (arXiv 1706.04599, section 2): the bins in which there are any.
 
-    Source: arXiv 1706.04599, Eq 3. Bins are of equal width over [0, 1], closed above and open below (but for 0).
-
-    For pairs, the outcome "the chosen reply was preferred" is always 1 and says nothing of calibration: give the
-    probability of the model's own pick, max(p, 1 - p) with p = sigmoid(r_c - r_r), and whether that pick was the
-    chosen reply, p > 0.5.
+    Bins are of equal width over [0, 1], closed above and open below (but for 0).
 
     Args:
         probabilities: predicted, in [0, 1], (n,).
@@ -89,8 +95,23 @@ def calibration_error(
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError("a probability is outside [0, 1]")
     bin_of = np.clip(np.ceil(probabilities * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=outcomes - probabilities, minlength=bins)
-    return float(np.abs(gaps).sum() / probabilities.size)
+    found = []
+    for number in np.unique(bin_of).tolist():
+        inside = bin_of == number
+        means = float(probabilities[inside].mean()), float(outcomes[inside].mean())
+        found.append(ReliabilityBin((number + 1) / bins, int(inside.sum()), *means))
+    return found
+
+
+def calibration_error(
+    probabilities: Sequence[float] | np.ndarray, outcomes: Sequence[float] | np.ndarray, bins: int = 10
+) -> float:
+    """Expected calibration error: sum over bins of |bin| / n * |mean outcome - mean probability|.
+
+    Source: arXiv 1706.04599, Eq 3. Arguments and errors as of `reliability_bins`.
+    """
+    parts = reliability_bins(probabilities, outcomes, bins)
+    return sum(part.count * abs(part.outcome - part.probability) for part in parts) / len(probabilities)
 
 
 def distinct_n(token_sequences: Iterable[Sequence[Hashable]], n: int) -> float:

@@ -1,4 +1,4 @@
-"""What is measured on test rows: of a policy's responses, of texts and pairs under it, and of a reward model.
+"""What is measured on test rows: of a policy's responses, and of texts and pairs under it.
 
 Everything is a mean over prompts, tokens or pairs. A metric of a policy's responses alone is an entry in
 `OF_RESPONSES`; comparisons with a reference, and metrics of texts and pairs, are functions. Each takes rows, so that it
@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from stages.lib.data.prompts import Prompt
-from stages.lib.evaluation.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
+from stages.lib.evaluation.intervals import distinct_n, paired_bootstrap_interval, wilson_interval
 
 IMPLICIT_TIE = 1e-3  # nats of an implicit margin that rounding alone explains
 Places = Sequence[int]  # places of rows in a table
@@ -120,23 +118,6 @@ def preference_metrics(implicit: Sequence[float]) -> dict[str, float]:
         implicit: log π/π_ref of the chosen reply minus that of the rejected one, in nats.
     """
     return {**above_zero("preference_accuracy", implicit, tie=IMPLICIT_TIE), "preference_pairs": len(implicit)}
-
-
-def reward_model_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
-    """A reward model's accuracy on pairs, and how far its probabilities are from what happens.
-
-    Args:
-        chosen, rejected: its scores of the two replies of each pair.
-    """
-    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
-    probabilities = torch.sigmoid(torch.tensor(margins, dtype=torch.float64))
-    confidence = torch.maximum(probabilities, 1 - probabilities).tolist()
-    return {
-        **above_zero("accuracy", margins),
-        "calibration_error": calibration_error(confidence, [float(margin > 0) for margin in margins]),
-        "margin_mean": mean(margins),
-        "pairs": len(margins),
-    }
 
 
 def implicit_margins(

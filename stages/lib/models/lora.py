@@ -1,25 +1,26 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): W x becomes W x + s B A x, with W frozen and A, B trained.
 
 A (r, in) starts uniform in ± 1/√in and B (out, r) at 0, so training starts at the base model exactly. s = α/r (Section
-4.1), or α/√r with rank stabilisation (rsLoRA, arXiv 2312.03732). PEFT's layers are put into the transformers model,
-which keeps its class, so all that reads its parts goes on working.
+4.1), or α/√r with rank stabilisation (rsLoRA, arXiv 2312.03732). Each expert of a mixture has an A and a B of its own.
+PEFT's layers are put into the transformers model, which keeps its class, so all that reads its parts goes on working.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from stages.lib.command.errors import StageError
-from stages.lib.command.quoted import nearest
+from stages.lib.models.adapter_targets import adapter_targets
 from stages.lib.models.pretrained import DTYPES
 from stages.lib.models.quantization import dequantized, quantized_layers
-from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
+from stages.lib.settings.lora import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ class Lora:
         seed: of A, together with the layer's name: the same on every process, whatever else has an adapter.
         source: the folder of the base model, named in messages and in the saved adapter.
     Raises:
-        StageError: a target is no linear layer of the model's body.
+        StageError: a target is no linear layer of the model's body, or it has no experts or routers to be adapted.
     """
 
     def __init__(self, model: "PreTrainedModel", settings: LoraSettings | None, seed: int, source: Path) -> None:
@@ -50,11 +51,13 @@ class Lora:
         from peft import inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        self.targets = find_targets(model, settings.targets, source)
+        self.targets = adapter_targets(model, settings, source)
+        if self.targets.left_out and not (dist.is_initialized() and dist.get_rank()):
+            print(f"note: params.yaml: lora: in {source} {self.targets.left_out}", file=sys.stderr)
         inject_adapter_in_model(self._config(settings), model, ADAPTER)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         for name, layer in self.layers.items():
-            start_adapter(layer, seed, name, model.dtype)
+            start_adapter(layer, seed, adapted_weight(name, layer).removesuffix(".weight"), model.dtype)
         if hasattr(model, "score"):
             model.get_submodule("score").requires_grad_(True)
         self.trained_names = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -72,7 +75,8 @@ class Lora:
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=0.0,
-            target_modules=self.targets,
+            target_modules=self.targets.modules,
+            target_parameters=self.targets.parameters or None,
             use_rslora=settings.rslora,
             fan_in_fan_out=has_transposed_layers(self.model),
             **changed,
@@ -101,16 +105,23 @@ class Lora:
         plain |= {f"{name}.weight": dequantized(layer) for name, layer in quantized.items()}
         plain = {without_base_layer(name): weight for name, weight in plain.items()}
         for name, layer in self.layers.items():
-            weight = plain[f"{name}.weight"]
+            adapted = adapted_weight(name, layer)
+            weight = plain[adapted]
             change = self._change(name, layer, weights).to(weight.device)
-            plain[f"{name}.weight"] = (weight.float() + change).cpu()
+            plain[adapted] = (weight.float() + change).cpu()
         return plain
 
     def _change(self, name: str, layer: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """s B A in the layout of the layer's weight."""
+        """s B A in the layout of the weight. Of E experts, A holds (E, r, in) in (E r, in), B (out, r, E)."""
         a, b = (weights[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "AB")
-        change = layer.scaling[ADAPTER] * (b @ a)
-        return change.t() if layer.fan_in_fan_out else change
+        experts = getattr(layer, "num_experts", 1)
+        if experts == 1:
+            change = b @ a
+            transposed = layer.fan_in_fan_out
+        else:
+            change = torch.einsum("ore,eri->eoi", b.view(len(b), -1, experts), a.view(experts, -1, a.shape[1]))
+            transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+        return layer.scaling[ADAPTER] * (change.mT if transposed else change)
 
     def counts(self) -> dict[str, int]:
         """Metrics: how many parameters are trained, and how many there are with them."""
@@ -155,35 +166,6 @@ class Lora:
                 layer.enable_adapters(True)
 
 
-def find_targets(model: "PreTrainedModel", targets: str | tuple[str, ...], source: Path) -> list[str]:
-    """The names by which PEFT finds the layers that get an adapter.
-
-    Only linear layers of the body can have one: not the LM head, which may be tied to the embeddings, nor a scalar
-    head, which is trained whole.
-
-    Raises:
-        StageError: a target fits no such layer; the message lists what there is.
-    """
-    body = {id(module) for module in model.base_model.modules() if is_linear(module)}
-    names = [name for name, module in model.named_modules() if id(module) in body]
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    if targets == ALL_LINEAR:
-        return kinds
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise StageError(
-                f"params.yaml: lora.targets: {source} has no linear layer '{target}' in its body"
-                f"{nearest(target, kinds)}; there are {', '.join(kinds)}, or {ALL_LINEAR} for all of them"
-            )
-    return sorted(targets)
-
-
-def is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def has_transposed_layers(model: nn.Module) -> bool:
     """Whether the linear layers are GPT-2's, whose weight is (in, out)."""
     from transformers.pytorch_utils import Conv1D
@@ -203,5 +185,10 @@ def start_adapter(layer: Any, seed: int, name: str, dtype: torch.dtype) -> None:
 
 
 def without_base_layer(name: str) -> str:
-    """The name that a weight had before its layer got an adapter."""
-    return name.replace(".base_layer.", ".")
+    """The name that a weight had before its layer got an adapter, or one for each of its parameters."""
+    return name.replace("base_layer.", "")
+
+
+def adapted_weight(name: str, layer: Any) -> str:
+    """The name that the weight had which a layer of PEFT adapts; several around one another share their base layer."""
+    return without_base_layer(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")

@@ -1,6 +1,13 @@
 """What of an architecture must be known, or changed, before a model of it is trained."""
 
+import sys
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CAN_BE_PACKED = "can_be_packed"  # key of config.json; prepare_base writes it where the answer is no
 
@@ -17,3 +24,34 @@ def switch_off_dropout(model: nn.Module) -> None:
             is_number = isinstance(value, float | int) and not isinstance(value, bool)
             if is_number and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
+
+
+NO_LIMIT = 2**31
+# Layer by layer, what a model that reads masks attends to; a window counts in places of a row, not in positions.
+WITHOUT_WINDOW, WITH_WINDOW = "full_attention", "sliding_attention"
+
+
+def longest_shared(model: "PreTrainedModel") -> int:
+    """How many tokens a prompt and the longer of two replies may have to lie in one row (`compute/row_layouts.py`).
+
+    The model must be a decoder of transformers that takes a mask for each pair of tokens and counts positions by
+    `position_ids`: no state space, no linear attention, no distances between places (ALiBi). A window of attention
+    does no harm while both sequences are within it. Returns 0 where it cannot be, or is not known to be.
+    """
+    config: Any = model.config.get_text_config()
+    body = model.base_model
+    source = sys.modules[type(body).__module__]
+    takes_masks = model.config._attn_implementation in ("sdpa", "eager") and hasattr(source, "create_causal_mask")
+    if not takes_masks or not type(body).__module__.startswith("transformers.models."):
+        return 0
+    if "position_ids" not in signature(type(body).forward).parameters or getattr(config, "alibi", False):
+        return 0
+    if {getattr(module, "is_causal", True) for module in body.modules()} != {True}:  # of an encoder
+        return 0
+    layers = {*(getattr(config, "layer_types", None) or [])}
+    window = getattr(config, "sliding_window", None)
+    if not layers and window and getattr(config, "use_sliding_window", True):
+        layers = {WITH_WINDOW}
+    if not layers <= {WITHOUT_WINDOW, WITH_WINDOW}:
+        return 0
+    return (window or 0) if WITH_WINDOW in layers else NO_LIMIT

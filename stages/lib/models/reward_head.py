@@ -6,6 +6,8 @@ v_head.summary   TRL's language model with a value head
 value_head …     OpenRLHF, whose config.json names the layer in `value_head_prefix`
 """
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +46,37 @@ class RewardHead(NamedTuple):
     label_name: str | None = None
     shift: float = 0.0
     scale: float = 1.0
+
+
+class ScoreScale(NamedTuple):
+    """Mean and standard deviation of a reward model's scores of held-out replies.
+
+    They stand in its config.json under the names that OpenRLHF has for them, where from_pretrained passes them over.
+    """
+
+    mean: float
+    std: float
+
+    def standardised(self, scores: Iterable[float]) -> list[float]:
+        """(score − mean) / std of each."""
+        return [(score - self.mean) / self.std for score in scores]
+
+
+def score_scale(path: Path, head: RewardHead) -> ScoreScale | None:
+    """What train_rm has written; None where the head standardises scores by itself, as its model's folder says.
+
+    Raises StageError if a model's folder has none, or if all scores were alike.
+    """
+    if (head.shift, head.scale) != (0.0, 1.0):
+        return None
+    config = read_config(path)
+    found: list[Any] = [config.get(name) for name in ScoreScale._fields]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in found) or not found[1] > 0:
+        raise StageError(
+            f"{path}/config.json has no 'mean' and 'std' of scores on held-out rows, as train_rm writes them (found "
+            f"{found!r:.60}): set standardise_reward: false"
+        )
+    return ScoreScale(*map(float, found))
 
 
 def find_reward_head(path: Path, reading: HeadReading) -> RewardHead:

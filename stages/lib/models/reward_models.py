@@ -12,7 +12,15 @@ from torch import nn
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.models.model_facts import read_config
 from stages.lib.models.pretrained import Loading, load_as, load_classifier, new_classifier
-from stages.lib.models.reward_head import HeadReading, RewardHead, find_any_head, labels, linear_layers
+from stages.lib.models.reward_head import (
+    KNOWN_HEADS,
+    HeadReading,
+    RewardHead,
+    ScoreScale,
+    find_any_head,
+    labels,
+    linear_layers,
+)
 from stages.lib.models.scalar_scores import ClassifierScores, HeadOnBody, SequenceScores
 from stages.lib.models.tokenizer_files import has_same_tokenizer
 from stages.lib.models.weights_files import read_tensor
@@ -62,6 +70,31 @@ def load_with_head(path: Path, head: RewardHead, loading: Loading) -> HeadOnBody
         bias = ((torch.zeros(1) if bias is None else bias) - head.shift) / head.scale
     body = load_as(AutoModel, path, loading, unread=lambda _names, _path: None)  # heads, this one among them
     return HeadOnBody(body, weight, bias)
+
+
+def load_reward_start(path: Path, loading: Loading, seed: int) -> "PreTrainedModel":
+    """What a reward model starts from: another one's body and head, or a language model's body with a new head.
+
+    Args:
+        seed: of the new head, N(0, 1/(d+1)²).
+    Raises:
+        StageError: it has a head of another kind, which would be lost, or cannot be loaded.
+    """
+    is_classifier = "SequenceClassification" in str(read_config(path).get("architectures"))
+    others = [name for name in KNOWN_HEADS if name != "score" and linear_layers(path).get(name) == 1]
+    if others or (is_classifier and not has_scalar_score(path)):
+        head = f"its layer {others[0]}" if others else "a classifier with another head than that"
+        raise StageError(
+            f"{path}: a reward model starts from a language model, or from one whose head is a layer named score with "
+            f"one output and no bias, and this is {head}: such a head cannot be trained on"
+        )
+    if not is_classifier:
+        return new_classifier(path, loading, seed)
+    classifier = load_classifier(path, loading)
+    for name in ScoreScale._fields:  # which are those of other weights
+        if hasattr(classifier.config, name):
+            delattr(classifier.config, name)
+    return classifier
 
 
 def load_critic_start(path: Path, reading: HeadReading, loading: Loading, seed: int, policy: Path) -> nn.Module:

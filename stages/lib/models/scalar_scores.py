@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from stages.lib.models.attention_masks import model_mask
 from stages.lib.models.token_logprobs import at_least_float32
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class Scores(nn.Module):
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """What the head reads: (b, t), (b, t) or None where there is no padding, (b, t) → (b, t, d)."""
+        """What the head reads: (b, t), (b, t) or None as in `model_mask`, (b, t) → (b, t, d)."""
         output = self.classifier.base_model(
             input_ids=input_ids,
-            attention_mask=None if attention_mask is None else attention_mask.long(),
+            attention_mask=model_mask(attention_mask, self.classifier.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -79,9 +80,13 @@ class SequenceScores(Scores):
         position_ids: torch.Tensor,
         end_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores at the True places of `end_mask` (b, t), row after row. Returns (n,), float32 or wider."""
-        hidden = self.hidden(input_ids, attention_mask, position_ids)
-        return self.head(hidden[end_mask])
+        """Scores at the last tokens of n sequences. Returns (n,), float32 or wider.
+
+        Args:
+            end_mask: (b, t), True there, for scores row after row; or the numbers of the sequences, from 1 on, else 0.
+        """
+        scores = self.head(self.hidden(input_ids, attention_mask, position_ids)[end_mask > 0])
+        return scores if end_mask.dtype == torch.bool else scores[end_mask[end_mask > 0].argsort()]
 
 
 class HeadOnBody(nn.Module):

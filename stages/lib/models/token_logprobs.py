@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.lib.models.attention_masks import model_mask
+from stages.lib.models.logit_head import widen_logits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,8 +46,8 @@ class TokenPredictions(NamedTuple):
 class TokenLogProbs(nn.Module):
     """log π(y_t | x, y_<t) for the tokens that a mask selects: what an engine wraps instead of the language model.
 
-    Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
-    backward pass recomputes, so no (b, t, vocabulary) tensor exists.
+    Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
+    over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
     There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
     engine calls and into which DeepSpeed hooks; it takes the pass by its name.
@@ -61,6 +64,7 @@ class TokenLogProbs(nn.Module):
         self, language_model: "PreTrainedModel", *, chunk_tokens: int = 4096, with_entropies: bool = False
     ) -> None:
         super().__init__()
+        widen_logits(language_model)
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
         self.with_entropies = with_entropies
@@ -82,7 +86,8 @@ class TokenLogProbs(nn.Module):
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding.
+            attention_mask: (b, t), True on real tokens, padding on either side; None where there is no padding; or the
+                parts of rows, as `model_mask` takes them.
             position_ids: (b, t); several sequences may lie in one row, each counted from 0.
             target_mask: (b, t), True on tokens whose log-prob is wanted; never at a sequence's first token.
             temperature: above 0; logits are divided by it, as when sampling.
@@ -127,7 +132,7 @@ class TokenLogProbs(nn.Module):
         """What `of_chunk` returns for the masked tokens, chunk by chunk; 0 at all others. Shapes: (b, t)."""
         output = self.language_model.base_model(
             input_ids=input_ids,
-            attention_mask=None if attention_mask is None else attention_mask.long(),
+            attention_mask=model_mask(attention_mask, self.language_model.dtype),
             position_ids=position_ids,
             use_cache=False,
         )

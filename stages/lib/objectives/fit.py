@@ -14,7 +14,7 @@ from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
-from stages.lib.objectives.objective import Objective, Rows
+from stages.lib.objectives.objective import KeepsState, Objective, Rows
 from stages.lib.settings.epochs import BestBy, EpochSettings
 
 
@@ -39,7 +39,14 @@ class Run(Protocol):
         """Of the curve."""
 
     def steps(
-        self, total: int, *, engine: Engine, best: BestWeights, patience: Patience, budget: MemoryBudget
+        self,
+        total: int,
+        *,
+        engine: Engine,
+        best: BestWeights,
+        patience: Patience,
+        budget: MemoryBudget,
+        **objective: KeepsState,
     ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
 
@@ -66,8 +73,9 @@ def fit(
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
-    The curve gets each metric of the step, and of the held-out rows those with a column validation/<metric>. Once an
-    evaluation has exhausted the patience of `settings.early_stopping`, no further step is taken.
+    The curve gets each metric of the step with a column, and of the held-out rows those with a column
+    validation/<metric>. Once an evaluation has exhausted the patience of `settings.early_stopping`, no further step is
+    taken.
 
     Args:
         seed: of the order of rows.
@@ -85,12 +93,14 @@ def fit(
     require_metric(settings, objective, run.stage)
     best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
     patience = Patience(settings.early_stopping)
-    total = engine.total_steps
-    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=objective.batching.budget):
+    total, budget = engine.total_steps, objective.batching.budget
+    kept = {"objective": objective} if isinstance(objective, KeepsState) else {}
+    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=budget, **kept):
         if patience.is_over:
             continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]
-        row = {"learning_rate": engine.learning_rate, **global_means(objective, engine, rows, train=True)}
+        means = global_means(objective, engine, rows, train=True)
+        row = {"learning_rate": engine.learning_rate} | {name: means[name] for name in means if name in run.columns}
         require_finite(row["loss"], "loss", step)
         row["grad_norm"] = engine.step()
         if is_due(step + 1, settings.eval_every, total):

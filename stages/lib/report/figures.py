@@ -41,8 +41,8 @@ class Line(NamedTuple):
     style: int = 0
 
 
-def line_figure(lines: Sequence[Line], *, title: str, id_prefix: str) -> str:
-    """One figure of lines over optimizer steps, as an `<svg>` element to put into an HTML page.
+def line_figure(lines: Sequence[Line], *, title: str, id_prefix: str, over: str = "step") -> str:
+    """One figure of lines over optimizer steps, or what `over` names, as an `<svg>` element to put into an HTML page.
 
     Values that are no finite number are left out. A line of more than MOST_POINTS points is drawn as the means of
     equal runs of them. The title is not drawn: with first and last values, it is what a screen reader says.
@@ -63,11 +63,11 @@ def line_figure(lines: Sequence[Line], *, title: str, id_prefix: str) -> str:
         axes.patch.set_visible(False)
         for line in lines:
             draw(axes, line)
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         drawn = io.StringIO()
         unmarked = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(drawn, format="svg", metadata=unmarked)
-    return inline_svg(drawn.getvalue(), description(title, lines), id_prefix)
+    return inline_svg(drawn.getvalue(), description(title, lines, over), id_prefix)
 
 
 def drawing_settings() -> dict[str, object]:
@@ -125,10 +125,10 @@ def mean_of_runs(numbers: Sequence[float], starts: Sequence[int], length: int) -
     return [math.fsum(run) / len(run) for run in runs]
 
 
-def description(title: str, lines: Sequence[Line]) -> str:
+def description(title: str, lines: Sequence[Line], over: str = "step") -> str:
     """What the figure shows, in words."""
     parts = [
-        f"{line.label} from {line.values[0]:.4g} at step {line.steps[0]:g} to {line.values[-1]:.4g} at step "
+        f"{line.label} from {line.values[0]:.4g} at {over} {line.steps[0]:g} to {line.values[-1]:.4g} at {over} "
         f"{line.steps[-1]:g}"
         for line in lines
         if line.values

@@ -19,7 +19,7 @@ SHOWN_SAMPLES = 8
 STEPS = ("steps", "iterations")  # the key of a training stage's metrics that says how far it went
 # Keys of metrics whose names end so are shares or counts; every other one is any number.
 SHARES = ("accuracy", "accuracies", "_win_rate_vs_reference", "eos_rate", "distinct_1", "distinct_2")
-SHARES += ("calibration_error",)
+SHARES += ("calibration_error", "confidence")
 COUNTS = ("rows", "tokens", "prompts", "pairs", "rollouts", "iterations", "steps", "_step")
 ENDS = ("_ci_low", "_ci_high")
 # The metric that is the mean of a key over all samples, whose numbers are rounded to six decimals.

@@ -13,7 +13,7 @@ PROMPTS_WITHOUT = "prompts_without_a_row"
 REASONS = (REPLIES_ALIKE, REPLIES_UNFINISHED, PAIRS_EQUAL, PAIRS_CLOSE, PROMPTS_WITHOUT)
 
 
-class Reply(NamedTuple):
+class ScoredReply(NamedTuple):
     """One of the replies to a prompt."""
 
     ids: list[int]
@@ -29,13 +29,13 @@ class Pair(NamedTuple):
     rejected: int
 
 
-def best_reply(replies: Sequence[Reply], dropped: Counter[str]) -> int | None:
+def best_reply(replies: Sequence[ScoredReply], dropped: Counter[str]) -> int | None:
     """The place of the finished reply with the highest score, the first of equals; None if none is finished."""
     places = finished(replies, different(replies, dropped), dropped)
     return max(places, key=lambda place: replies[place].score, default=None)
 
 
-def pairs_of(replies: Sequence[Reply], rule: BestAndWorst | AllPairs, dropped: Counter[str]) -> list[Pair]:
+def pairs_of(replies: Sequence[ScoredReply], rule: BestAndWorst | AllPairs, dropped: Counter[str]) -> list[Pair]:
     """The pairs of a prompt, in the order of their places; what is left out is added to `dropped` by reason."""
     places = different(replies, dropped)
     if rule.unfinished == "drop":
@@ -44,21 +44,21 @@ def pairs_of(replies: Sequence[Reply], rule: BestAndWorst | AllPairs, dropped: C
     return [pair for pair in candidates if is_apart(replies, pair, rule, dropped)]
 
 
-def different(replies: Sequence[Reply], dropped: Counter[str]) -> list[int]:
+def different(replies: Sequence[ScoredReply], dropped: Counter[str]) -> list[int]:
     """The places of the replies that say something no earlier one says."""
     first = {(reply.text, reply.ended): place for place, reply in reversed([*enumerate(replies)])}
     dropped[REPLIES_ALIKE] += len(replies) - len(first)
     return sorted(first.values())
 
 
-def finished(replies: Sequence[Reply], places: Sequence[int], dropped: Counter[str]) -> list[int]:
+def finished(replies: Sequence[ScoredReply], places: Sequence[int], dropped: Counter[str]) -> list[int]:
     """Those of some places whose replies ended."""
     ended = [place for place in places if replies[place].ended]
     dropped[REPLIES_UNFINISHED] += len(places) - len(ended)
     return ended
 
 
-def best_and_worst(replies: Sequence[Reply], places: Sequence[int]) -> Iterator[Pair]:
+def best_and_worst(replies: Sequence[ScoredReply], places: Sequence[int]) -> Iterator[Pair]:
     """The finished reply with the highest score against the lowest of the others, the first of equals each."""
     best = max((place for place in places if replies[place].ended), key=lambda at: replies[at].score, default=None)
     others = [place for place in places if place != best]
@@ -66,7 +66,7 @@ def best_and_worst(replies: Sequence[Reply], places: Sequence[int]) -> Iterator[
         yield Pair(best, min(others, key=lambda place: replies[place].score))
 
 
-def all_pairs(replies: Sequence[Reply], places: Sequence[int]) -> Iterator[Pair]:
+def all_pairs(replies: Sequence[ScoredReply], places: Sequence[int]) -> Iterator[Pair]:
     """Every two replies whose better one is finished; of equals the first is called the better one."""
     for one, other in combinations(places, 2):
         pair = Pair(one, other) if replies[one].score >= replies[other].score else Pair(other, one)
@@ -74,7 +74,7 @@ def all_pairs(replies: Sequence[Reply], places: Sequence[int]) -> Iterator[Pair]
             yield pair
 
 
-def is_apart(replies: Sequence[Reply], pair: Pair, rule: PairRule, dropped: Counter[str]) -> bool:
+def is_apart(replies: Sequence[ScoredReply], pair: Pair, rule: PairRule, dropped: Counter[str]) -> bool:
     """Whether the scores of a pair are far enough apart; if not, its reason is counted."""
     gap = gap_of(replies, pair)
     if gap > 0 and gap >= rule.least_gap:
@@ -83,6 +83,6 @@ def is_apart(replies: Sequence[Reply], pair: Pair, rule: PairRule, dropped: Coun
     return False
 
 
-def gap_of(replies: Sequence[Reply], pair: Pair) -> float:
+def gap_of(replies: Sequence[ScoredReply], pair: Pair) -> float:
     """By how much the chosen reply's score is above that of the rejected one."""
     return replies[pair.chosen].score - replies[pair.rejected].score

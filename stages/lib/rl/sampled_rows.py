@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from stages.lib.data.prompts import Prompt, json_text
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA
-from stages.lib.rl.ranked_replies import PROMPTS_WITHOUT, Pair, Reply, best_reply, gap_of, pairs_of
+from stages.lib.rl.ranked_replies import PROMPTS_WITHOUT, Pair, ScoredReply, best_reply, gap_of, pairs_of
 from stages.lib.settings.sample_pairs import BestOfN, MadeRows
 
 SCHEMAS = {"preference": PREFERENCE_SCHEMA, "sft": SFT_SCHEMA}
@@ -19,7 +20,7 @@ class SampledRows:
         self.rows: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
 
-    def add(self, prompt: Prompt, replies: Sequence[Reply], makes: MadeRows, dropped: Counter[str]) -> None:
+    def add(self, prompt: Prompt, replies: Sequence[ScoredReply], makes: MadeRows, dropped: Counter[str]) -> None:
         """Add what is made of the replies to a prompt; what is left out is added to `dropped` by reason."""
         made: list[dict[str, int]] = []
         if isinstance(makes, BestOfN):
@@ -45,7 +46,7 @@ class SampledRows:
         return lines
 
 
-def pair_row(row: int, prompt: Prompt, replies: Sequence[Reply], pair: Pair) -> dict[str, Any]:
+def pair_row(row: int, prompt: Prompt, replies: Sequence[ScoredReply], pair: Pair) -> dict[str, Any]:
     """A row of `PREFERENCE_SCHEMA`; the margin is the difference of the scores."""
     return {
         "row": row,
@@ -57,7 +58,7 @@ def pair_row(row: int, prompt: Prompt, replies: Sequence[Reply], pair: Pair) -> 
     }
 
 
-def sft_row(row: int, prompt: Prompt, reply: Reply) -> dict[str, Any]:
+def sft_row(row: int, prompt: Prompt, reply: ScoredReply) -> dict[str, Any]:
     """A row of `SFT_SCHEMA`, of which the reply is trained."""
     return {
         "row": row,
@@ -69,7 +70,7 @@ def sft_row(row: int, prompt: Prompt, reply: Reply) -> dict[str, Any]:
     }
 
 
-def sample_record(prompt: Prompt, replies: Sequence[Reply], made: list[dict[str, int]]) -> dict[str, Any]:
+def sample_record(prompt: Prompt, replies: Sequence[ScoredReply], made: list[dict[str, int]]) -> dict[str, Any]:
     """A prompt with all replies to it; `made`: the rows made of them, with the places of the replies in them."""
     return {
         "prompt_row": prompt.row,
@@ -84,7 +85,7 @@ def sample_record(prompt: Prompt, replies: Sequence[Reply], made: list[dict[str,
 
 
 def sample_metrics(
-    replies: Sequence[Sequence[Reply]], rows: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
+    replies: Sequence[Sequence[ScoredReply]], rows: Sequence[Mapping[str, Any]], dropped: Mapping[str, int]
 ) -> dict[str, float]:
     """What was sampled and what became of it.
 
@@ -97,21 +98,17 @@ def sample_metrics(
     every = [reply for group in replies for reply in group]
     results: dict[str, float] = {"prompts": len(replies), "replies": len(every), "rows": len(rows)}
     results |= {
-        "reward_mean": mean([reply.score for reply in every]),
-        "reward_best_mean": mean([max(group) for group in scores]),
-        "reward_worst_mean": mean([min(group) for group in scores]),
-        "replies_distinct_share": mean([len({reply.text for reply in group}) / len(group) for group in replies]),
-        "prompts_of_equal_scores_share": mean([float(min(group) == max(group)) for group in scores]),
-        "eos_rate": mean([float(reply.ended) for reply in every]),
-        "length_mean": mean([len(reply.ids) for reply in every]),
+        "reward_mean": fmean([reply.score for reply in every]),
+        "reward_best_mean": fmean([max(group) for group in scores]),
+        "reward_worst_mean": fmean([min(group) for group in scores]),
+        "replies_distinct_share": fmean([len({reply.text for reply in group}) / len(group) for group in replies]),
+        "prompts_of_equal_scores_share": fmean([float(min(group) == max(group)) for group in scores]),
+        "eos_rate": fmean([float(reply.ended) for reply in every]),
+        "length_mean": fmean([len(reply.ids) for reply in every]),
     }
     for name in ("chosen", "rejected"):
         lengths = [len(row[f"{name}_ids"]) for row in rows if f"{name}_ids" in row]
-        results |= {f"{name}_length_mean": mean(lengths)} if lengths else {}
+        results |= {f"{name}_length_mean": fmean(lengths)} if lengths else {}
     gaps = [row["margin"] for row in rows if "margin" in row]
-    results |= {"margin_mean": mean(gaps)} if gaps else {}
+    results |= {"margin_mean": fmean(gaps)} if gaps else {}
     return results | {f"dropped/{reason}": count for reason, count in sorted(dropped.items())}
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -10,14 +10,14 @@ from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import Loading
-from stages.lib.models.reward_head import HeadReading, find_any_head, find_reward_head, linear_layers
+from stages.lib.models.reward_head import HeadReading, find_any_head, find_reward_head, linear_layers, score_scale
 from stages.lib.models.reward_models import load_critic_start, reads_last_token
 from stages.lib.models.scalar_scores import SequenceScores, TokenScores
 from stages.lib.rl.rewards.reward_model import RewardModel, facts_of_reward, load_reward_model
 from stages.lib.rl.shared_base import FirstHead, WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardReading, RewardSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def load_critic(
     critic: Path,
     reward_model: Path,
     policy: Path,
-    reading: HeadReading,
+    reading: RewardSettings,
     lora_settings: LoraSettings | None,
     optimizer: OptimizerSettings,
     updates: int,
@@ -49,7 +49,8 @@ def load_critic(
     its first head, else a model of its own.
 
     Args:
-        reading: how the reward model is read, and so the critic that starts from the same folder.
+        reading: how the reward model is read, and so the critic that starts from the same folder. Its scores may be
+            standardised, the critic's values are not: it learns by itself what returns are like.
         batching: of passes over the policy's ids.
     Raises:
         StageError: one of them cannot be loaded, or the critic's head or label would have to be named.
@@ -63,10 +64,12 @@ def load_critic(
     first_head = FirstHead(classifier) if shared and reads_last_token(reward_model, head) else None
     engine = new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes)
     if first_head is None:
-        return TrainedCritic(engine, load_reward_model(reward_model, reading, loading, batching, processes, policy))
+        of_rewards = (reward_model, reading, loading, batching, processes, policy)
+        return TrainedCritic(engine, load_reward_model(*of_rewards, standardise=reading.standardise_reward))
     scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
     facts = facts_of_reward(reward_model, head, scores, None)
-    return TrainedCritic(engine, RewardModel(WithoutAdapters(scores, lora), batching, None, reward_model, facts))
+    scale = score_scale(reward_model, head) if reading.standardise_reward else None
+    return TrainedCritic(engine, RewardModel(WithoutAdapters(scores, lora), batching, None, reward_model, facts, scale))
 
 
 def reading_of_other(critic: Path, reward_model: Path) -> HeadReading:

@@ -22,11 +22,13 @@ from stages.lib.settings.named_models import (
     require_models,
     settings_by_key,
 )
+from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.reward_loss import RegressionLoss
 from stages.lib.settings.rounds import require_rounds
 from stages.lib.settings.runtime import Runtime
-from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.source_agreement import may_have_margins, may_have_scores
 from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
@@ -39,9 +41,17 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_kinds(params)
     require_like_reference(params)
     require_rounds(params)
+    require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
-        if settings.use_margin and reads_prepared_rows(settings) and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.use_margin: the pairs of sources.tasks have no margin")
+        if not reads_prepared_rows(settings):
+            continue
+        if isinstance(settings.loss, RegressionLoss) and not may_have_scores(params["sources"]):
+            raise StageError(
+                f"params.yaml: train_rm.{name}.loss: regression needs scores, which no source of kind unpaired has; "
+                "name their column in the threshold of a source"
+            )
+        if getattr(settings.loss, "use_margin", False) and not may_have_margins(params["sources"]):
+            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for settings in settings_by_key(stage, params).values():

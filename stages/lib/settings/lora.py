@@ -38,6 +38,10 @@ class LoraSettings(Settings):
         "all-linear: every linear layer of the body; or names of layers, such as [q_proj, v_proj]; heads and "
         "embeddings get no adapter",
     )
+    experts: bool = key(
+        False, "adapt the experts of a mixture too, each with matrices of its own; no name in targets means them"
+    )
+    routers: bool = key(False, "adapt the routers of a mixture of experts too")
     rslora: bool = key(
         False, "s = alpha / √rank, which keeps the update's size at high ranks", source="arXiv 2312.03732"
     )

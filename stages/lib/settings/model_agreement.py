@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
-from stages.lib.models.reward_head import find_reward_head
+from stages.lib.models.reward_head import find_reward_head, score_scale
 from stages.lib.settings.named_models import MODELS, TRAINED, made_by_stages, named_paths, settings_by_key
 
 SCORED = (
@@ -35,6 +35,12 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
         for key, settings in settings_by_key(stage, params).items():
             path = Path(os.path.normpath(settings.reward_model))
             maker = next((made[folder][0] for folder in (path, *path.parents) if folder in made), None)
+            standardise = getattr(settings, "standardise_reward", False)
+            if standardise and maker is not None and path not in made:
+                raise StageError(
+                    f"params.yaml: {key}.standardise_reward: {path} is a model on the way, of which {maker} leaves no "
+                    "mean and standard deviation of scores; set false"
+                )
             for name in ("reward_head", "reward_label"):
                 if maker is not None and getattr(settings, name) is not None:
                     raise StageError(
@@ -42,7 +48,9 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
                     )
             if maker is None and path.is_dir():
                 try:
-                    find_reward_head(path, settings)
+                    head = find_reward_head(path, settings)
+                    if standardise:
+                        score_scale(path, head)
                 except StageError as error:
                     raise StageError(f"params.yaml: {key}: {error}") from None
 

@@ -15,3 +15,13 @@ class RewardReading(Settings):
     reward_label: Text | WholeNumber | None = key(
         None, "of a reward model with several labels: the one whose logit is the reward, by name or number; else null"
     )
+
+
+class RewardSettings(RewardReading):
+    """What each section says besides in which the scores are rewards, or compare policies."""
+
+    standardise_reward: bool = key(
+        False,
+        "the reward is (score − mean) / standard deviation, of the scores of validation rows that train_rm has left in "
+        "the reward model's config.json",
+    )

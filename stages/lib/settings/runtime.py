@@ -15,7 +15,7 @@ from stages.lib.operations.own_folders import require_folder_of_its_own, require
 from stages.lib.operations.stage_names import DATA_STAGES, STAGES
 from stages.lib.operations.tracker import TrackerName
 from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.declaration import Settings, block, key
 
 RUNTIME_FILE = Path("runtime.yaml")
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
@@ -46,6 +46,22 @@ OUR_DEEPSPEED_KEYS = {
 TRACKER_NAME = re.compile(r"\w[\w .-]{0,99}")  # becomes a folder's name, and wandb refuses / \ # ? % :
 
 
+class PassCost(Settings):
+    """What a forward and backward pass costs, in the time of one token of many short sequences."""
+
+    overhead: Count = key(100, "what a pass takes beyond its tokens", unit="tokens")
+    attention: Count = key(1600, "length of a sequence whose attention takes as long as all else", unit="tokens")
+
+
+class PassCosts(Settings):
+    """The same for each kind of device."""
+
+    cpu: PassCost = key(block(PassCost), "of a CPU: measured with 4 million parameters on two threads")
+    gpu: PassCost = key(
+        block(PassCost, overhead=1000, attention=8000), "of a GPU: not measured; by its launches of kernels"
+    )
+
+
 class Runtime(Settings):
     """How one stage runs on this machine, never what it computes."""
 
@@ -64,7 +80,15 @@ class Runtime(Settings):
         False,
         "lay sequences end to end in one row instead of padding them; pays with flash_attention_2",
     )
-    micro_batch_tokens: Count = key(8192, "in one forward and backward pass of one process", unit="padded tokens")
+    micro_batch_tokens: Count = key(
+        8192, "at most in one forward and backward pass of one process", unit="padded tokens"
+    )
+    pass_cost: PassCosts = key(
+        block(PassCosts), "by which rows of a step are cut into passes: padding, or one pass more (make pass-cost)"
+    )
+    share_prompts: bool = key(
+        True, "a pair's prompt is computed once for both replies, where the model allows it and pass_cost gains by it"
+    )
     logits_chunk_tokens: Count = key(4096, "whose whole-vocabulary logits exist at a time", unit="completion tokens")
     generation_batch_size: Count = key(128, "sampled at a time by one process", unit="sequences")
     on_out_of_memory: Literal["stop", "retry"] = key(
@@ -113,8 +137,8 @@ class Runtime(Settings):
     )
     shown_samples: WholeNumber = key(
         1,
-        "that train_ppo and train_grpo print after a phase; train_sft and train_dpo show as many replies to held-out "
-        "prompts at each evaluation",
+        "that train_ppo and train_grpo print after a phase; sample_pairs shows the rows of as many prompts, "
+        "train_sft, train_dpo and train_unpaired as many replies to held-out prompts at each evaluation",
         unit="rollouts",
     )
     kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")

@@ -6,10 +6,10 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Name, Precision, Several, Text
 from stages.lib.settings.declaration import key
 from stages.lib.settings.evaluate import Resamples
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardSettings
 
 
-class ScoreSamples(RewardReading):
+class ScoreSamples(RewardSettings):
     """Scores of the replies of policies, beside those of the reference to the same prompts."""
 
     policies: Several[Name] = key(["sft", "dpo", "ppo", "grpo"], "of evaluate.policies; none: [], nothing is scored")

@@ -10,11 +10,11 @@ from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, 
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainGrpo(RewardReading):
+class TrainGrpo(RewardSettings):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")

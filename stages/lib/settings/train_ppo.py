@@ -21,11 +21,11 @@ from stages.lib.settings.declaration import block, key
 from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainPpo(RewardReading):
+class TrainPpo(RewardSettings):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")

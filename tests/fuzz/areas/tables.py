@@ -124,7 +124,7 @@ MASK_CASES = tuple(
 )
 MARGIN_CASES = tuple(
     case(f"margin: {what}", "train_rm@rm", "preference", split, setting("margin", 1, value), "either")._replace(
-        settings={"train_rm": {"rm": {"use_margin": use}}}
+        settings={"train_rm": {"rm": {"loss": {"use_margin": use}}}}
     )
     for what, value in MARGIN_FAULTS
     for split in ("train", "validation")

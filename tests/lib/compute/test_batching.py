@@ -9,8 +9,6 @@ from stages.lib.compute.batching import (
     balanced_shares,
     epoch_order,
     is_due,
-    micro_batches,
-    packed_groups,
     pad_left,
     rows_of_step,
     steps_in,
@@ -49,15 +47,6 @@ def test_every_row_is_seen_once_an_epoch_though_a_batch_spans_two() -> None:
 
 def test_a_fraction_of_an_epoch_ends_in_a_smaller_batch() -> None:
     assert [len(rows_of_step(step, 10, 4, 0.7, seed=1)) for step in range(steps_in(10, 4, 0.7))] == [4, 3]
-
-
-def test_micro_batches_hold_every_item_once_within_the_budget() -> None:
-    lengths = [5, 1, 9, 3, 3, 12, 2]
-    groups = micro_batches(lengths, 10)
-    assert sorted(index for group in groups for index in group) == list(range(7))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[index] for index in group) <= 10
-    assert groups == [[5], [2], [0, 3], [4, 6, 1]]
 
 
 def test_padding_on_the_left_comes_from_lengths() -> None:
@@ -110,12 +99,6 @@ def test_pairs_put_the_chosen_before_the_rejected(packing: bool) -> None:
     chosen, rejected = found[:2], found[2:]
     assert [pair[0] for pair in chosen] == [pair[0] for pair in rejected]
     assert {pair[-1] for pair in chosen} == {4, 5}
-
-
-def test_packed_groups_fill_the_fullest_that_has_room() -> None:
-    groups = packed_groups([6, 5, 4, 3, 2, 9], 10)
-    assert groups == [[5], [0, 2], [1, 3, 4]]
-    assert packed_groups([12, 1], 10) == [[0], [1]]  # a sequence beyond the budget goes alone
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

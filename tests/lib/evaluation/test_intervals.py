@@ -3,7 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from stages.lib.evaluation.intervals import calibration_error, distinct_n, paired_bootstrap_interval, wilson_interval
+from stages.lib.evaluation.intervals import (
+    calibration_error,
+    distinct_n,
+    paired_bootstrap_interval,
+    reliability_bins,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,15 @@ def test_calibration_error_by_hand():
     assert calibration_error([0.15, 0.15, 0.85, 0.85], [0, 1, 1, 1]) == pytest.approx(0.25)
     # unequal bins weigh by their size: 3/4 * |0.15 - 1/3| + 1/4 * |0.85 - 1| = 0.1375 + 0.0375
     assert calibration_error([0.15, 0.15, 0.15, 0.85], [0, 0, 1, 1]) == pytest.approx(0.175)
+
+
+def test_reliability_bins_by_hand():
+    # (0.1, 0.2] holds 0.15, 0.2 and 0.15, of which one happened; (0.8, 0.9] holds 0.85 and 0.9, of which one and a half
+    # did.
+    low, high = reliability_bins([0.85, 0.15, 0.2, 0.15, 0.9], [1, 0, 1, 0, 0.5])
+    assert low == pytest.approx((0.2, 3, 0.5 / 3, 1 / 3))
+    assert high == pytest.approx((0.9, 2, 0.875, 0.75))
+    assert calibration_error([0.85, 0.15, 0.2, 0.15, 0.9], [1, 0, 1, 0, 0.5]) == pytest.approx((0.5 + 0.25) / 5)
 
 
 def test_calibration_errors_of_different_bins_do_not_cancel():

@@ -13,7 +13,6 @@ from stages.lib.evaluation.metrics import (
     implicit_margins,
     preference_metrics,
     response_metrics,
-    reward_model_metrics,
     sample_records,
     score_metrics,
     text_metrics,
@@ -177,22 +176,6 @@ def test_implicit_rewards_of_pairs():
         **interval("preference_accuracy", wilson_interval(2.5, 4)),
         "preference_pairs": 4,
     }
-
-
-def test_a_reward_model_on_pairs():
-    results = reward_model_metrics([2.0, 1.0, 0.0, 3.0], [0.0, 1.0, 1.0, 2.0])
-    # Margins 2, 0, -1, 1: two right, a tie. Confidence of the own pick: p, 0.5, p', p' with p' = sigmoid(1).
-    sure, less = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
-    gaps = [abs(1 - sure), abs(0 - 0.5), abs(1 - 2 * less)]  # in three bins; the last holds a right and a wrong pick
-    assert results == pytest.approx(
-        {
-            "accuracy": 2.5 / 4,
-            **interval("accuracy", wilson_interval(2.5, 4)),
-            "calibration_error": sum(gaps) / 4,
-            "margin_mean": 0.5,
-            "pairs": 4,
-        }
-    )
 
 
 def test_implicit_margins_are_differences_of_differences():

@@ -12,9 +12,25 @@ from torch import nn
 from stages.lib.command.errors import StageError
 from stages.lib.models.lora import Lora
 from stages.lib.settings.lora import LoraSettings
+from tests.tiny_experts import (
+    EXPERTS,
+    tiny_mixtral,
+    tiny_mixtral_classifier,
+    tiny_olmoe,
+    tiny_qwen2_moe,
+    tiny_qwen3_moe,
+)
 from tests.tiny_models import tiny_classifier, tiny_gpt2, tiny_llama
 
-SETTINGS = {"rank": 2, "alpha": 6, "targets": "all-linear", "rslora": False, "base_quantization": None}
+SETTINGS = {
+    "rank": 2,
+    "alpha": 6,
+    "targets": "all-linear",
+    "experts": False,
+    "routers": False,
+    "rslora": False,
+    "base_quantization": None,
+}
 SOURCE = Path("models/sft")
 IDS = torch.randint(3, 23, (3, 8), generator=torch.Generator().manual_seed(2))
 MODELS = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_classifier])
@@ -178,3 +194,77 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
     whole, recomputed = gradients(False), gradients(True)
     assert all(float(gradient.norm()) > 0 for gradient in whole.values())
     assert all(torch.allclose(whole[name], recomputed[name], atol=1e-6) for name in whole)
+
+
+MIXTURES = pytest.mark.parametrize(
+    "make", [tiny_olmoe, tiny_mixtral, tiny_mixtral_classifier, tiny_qwen2_moe, tiny_qwen3_moe]
+)
+ALL_OF_IT = {"experts": True, "routers": True}
+
+
+@MIXTURES
+def test_experts_and_routers_are_adapted_merged_and_loaded_by_peft(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    base = logits(make())
+    model = make()
+    Lora(model, settings(**ALL_OF_IT), 5, SOURCE)
+    assert torch.equal(logits(model), base)
+    model, lora = with_adapters(make, **ALL_OF_IT)
+    trained = logits(model)
+    assert not torch.allclose(trained, base, atol=1e-2)
+    plain = make()
+    plain.load_state_dict(lora.merged(model.state_dict()))
+    assert torch.allclose(logits(plain), trained, rtol=1e-4, atol=1e-4)
+    lora.save_adapter(model.state_dict(), tmp_path, "float32")
+    theirs = PeftModel.from_pretrained(make(), tmp_path / "adapter")
+    assert torch.allclose(logits(theirs), trained, rtol=1e-5, atol=1e-5)
+    if not hasattr(model, "score"):
+        with lora.off():
+            assert torch.equal(logits(model), base)
+
+
+def test_an_expert_has_matrices_of_its_own() -> None:
+    """The update of one expert by hand; its A has rank 2, scaled by 6 / 2."""
+    model = tiny_mixtral()
+    name = "model.layers.1.mlp.experts"
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    lora = Lora(model, settings(experts=True), 0, SOURCE)
+    weights = dict(model.state_dict())
+    for part in ("A", "B"):  # down_proj's is the outer layer: A (4 · 2, 24), B (16, 2 · 4) with the experts innermost
+        weights[f"{name}.lora_{part}.default.weight"] = torch.zeros_like(weights[f"{name}.lora_{part}.default.weight"])
+    weights[f"{name}.lora_A.default.weight"][2 * 3 + 1, 5] = 2.0  # of the last expert
+    weights[f"{name}.lora_B.default.weight"][7, EXPERTS * 1 + 3] = 7.0
+    merged = lora.merged(weights)
+    changed = merged[f"{name}.down_proj"] - before[f"{name}.down_proj"]
+    assert changed.nonzero().tolist() == [[3, 7, 5]]
+    assert changed[3, 7, 5].item() == pytest.approx(3 * 14)
+    assert torch.equal(merged[f"{name}.gate_up_proj"], before[f"{name}.gate_up_proj"])
+
+
+def test_all_linear_means_the_layers_that_are_linear(capsys: pytest.CaptureFixture) -> None:
+    """PEFT would take a shared expert's layers for those of the experts."""
+    lora = with_adapters(tiny_qwen2_moe)[1]
+    assert {name.removeprefix("model.layers.0.") for name in lora.layers if ".0." in name} == {
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+        "mlp.shared_expert_gate",
+    }
+    # Per layer 4 experts of 48 x 16 and 16 x 24, and a router of 4 x 16.
+    assert capsys.readouterr().err == (
+        "note: params.yaml: lora: in models/sft the experts (9,216 weights) stay frozen, as lora.experts is false; "
+        "the routers (128 weights) stay frozen, as lora.routers is false\n"
+    )
+    _, both = with_adapters(tiny_qwen2_moe, **ALL_OF_IT)
+    # Rank 2 for each of 4 experts: (16 + 48) and (24 + 16); for the router 16 + 4; in two layers.
+    more = both.counts()["trained_parameters"] - lora.counts()["trained_parameters"]
+    assert more == 2 * 2 * (4 * (64 + 40) + 20)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["experts", "routers"])
+def test_a_dense_model_has_neither(option: str) -> None:
+    with pytest.raises(StageError, match=f"params.yaml: lora.{option}: models/sft has no {option} of a mixture"):
+        Lora(tiny_llama(), settings(**{option: True}), 5, SOURCE)

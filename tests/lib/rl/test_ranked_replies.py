@@ -4,18 +4,20 @@ from collections import Counter
 
 import pytest
 
-from stages.lib.rl.ranked_replies import Pair, Reply, best_reply, pairs_of
+from stages.lib.rl.ranked_replies import Pair, ScoredReply, best_reply, pairs_of
 from stages.lib.settings.sample_pairs import AllPairs, BestAndWorst
 
 UNFINISHED = "replies_unfinished"
 
 
-def replies(*scores: float, unfinished: tuple[int, ...] = (), texts: str = "abcdefgh") -> list[Reply]:
+def replies(*scores: float, unfinished: tuple[int, ...] = (), texts: str = "abcdefgh") -> list[ScoredReply]:
     """One for each score, with a text of its own unless `texts` says otherwise."""
-    return [Reply([place + 1], texts[place], place not in unfinished, score) for place, score in enumerate(scores)]
+    return [
+        ScoredReply([place + 1], texts[place], place not in unfinished, score) for place, score in enumerate(scores)
+    ]
 
 
-def made(rule: BestAndWorst | AllPairs, given: list[Reply]) -> tuple[list[Pair], dict[str, int]]:
+def made(rule: BestAndWorst | AllPairs, given: list[ScoredReply]) -> tuple[list[Pair], dict[str, int]]:
     dropped: Counter[str] = Counter()
     return pairs_of(given, rule, dropped), {reason: count for reason, count in dropped.items() if count}
 
@@ -43,6 +45,7 @@ def every(least_gap: float = 0.0, unfinished: str = "drop") -> AllPairs:
         (best(unfinished="rejected"), replies(5.0, 1.0, 0.0, -5.0, unfinished=(0, 3)), [(1, 3)], {}),
         (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(0,)), [], {"pairs_below_least_gap": 1}),
         (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(0, 1)), [], {}),
+        (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(1,), texts="aa"), [(0, 1)], {}),
         (every(), replies(1.0, 3.0, 2.0), [(1, 0), (2, 0), (1, 2)], {}),
         (every(1.5), replies(1.0, 3.0, 2.0), [(1, 0)], {"pairs_below_least_gap": 2}),
         (every(), replies(1.0, 1.0, 2.0), [(2, 0), (2, 1)], {"pairs_of_equal_scores": 1}),
@@ -51,7 +54,7 @@ def every(least_gap: float = 0.0, unfinished: str = "drop") -> AllPairs:
     ],
 )
 def test_pairs_by_hand(
-    rule: BestAndWorst | AllPairs, given: list[Reply], pairs: list[tuple[int, int]], dropped: dict[str, int]
+    rule: BestAndWorst | AllPairs, given: list[ScoredReply], pairs: list[tuple[int, int]], dropped: dict[str, int]
 ) -> None:
     assert made(rule, given) == (pairs, dropped)
 
@@ -66,7 +69,7 @@ def test_pairs_by_hand(
         (replies(0.5, 0.6, texts="aa"), 0, {"replies_identical": 1}),
     ],
 )
-def test_the_best_by_hand(given: list[Reply], place: int | None, dropped: dict[str, int]) -> None:
+def test_the_best_by_hand(given: list[ScoredReply], place: int | None, dropped: dict[str, int]) -> None:
     counts: Counter[str] = Counter()
     assert best_reply(given, counts) == place
     assert {reason: count for reason, count in counts.items() if count} == dropped

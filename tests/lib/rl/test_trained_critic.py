@@ -13,7 +13,7 @@ from stages.lib.rl.trained_critic import TrainedCritic, load_critic
 from stages.lib.settings.declaration import block
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.runtime import read_runtime
 from tests.given_reward_models import logits_of, save_classifier, save_tokenizer, save_value_head, value_of
 from tests.real_files import PROJECT
@@ -27,9 +27,15 @@ IDS = [5, 6, 7, 8, 9]
 
 
 def started(
-    critic: Path, reward_model: Path, policy: Path, label: str | None = None, lora: LoraSettings | None = None
+    critic: Path,
+    reward_model: Path,
+    policy: Path,
+    label: str | None = None,
+    lora: LoraSettings | None = None,
+    *,
+    standardise: bool = False,
 ) -> TrainedCritic:
-    reading = RewardReading(reward_head=None, reward_label=label)
+    reading = RewardSettings(reward_head=None, reward_label=label, standardise_reward=standardise)
     training = (lora, OPTIMIZER, 10, 3, LOADING)
     return load_critic(critic, reward_model, policy, reading, *training, batching(1000), batching(1).processes)
 
@@ -103,6 +109,18 @@ def test_with_adapters_the_reward_model_keeps_its_scores_while_the_critic_learns
         critic.engine.step()
     assert values(critic)[-1] < before[-1] - 1e-4
     assert critic.reward_model.score_ids([IDS[:2]], [IDS[2:]]) == first
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_rewards_are_standardised_and_values_are_not(tmp_path: Path, lora: LoraSettings | None) -> None:
+    """Also where the reward model is the critic's frozen base."""
+    folder = tmp_path / "rm"
+    save_classifier(folder, "llama", mean=-0.25, std=0.5)
+    save_tokenizer(folder)
+    plain, scaled = (started(folder, folder, folder, None, lora, standardise=asked) for asked in (False, True))
+    (score,) = plain.reward_model.score_ids([IDS[:2]], [IDS[2:]])
+    assert scaled.reward_model.score_ids([IDS[:2]], [IDS[2:]]) == pytest.approx([(score + 0.25) / 0.5])
+    assert values(scaled) == values(plain)
 
 
 def test_the_label_is_the_reward_models_alone(tmp_path: Path) -> None:

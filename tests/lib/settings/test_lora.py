@@ -12,6 +12,8 @@ BLOCK = {
     "rank": 4,
     "alpha": 8,
     "targets": "all-linear",
+    "experts": False,
+    "routers": False,
     "rslora": False,
     "base_quantization": None,
     "save_adapter": False,

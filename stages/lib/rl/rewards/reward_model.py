@@ -17,10 +17,11 @@ from stages.lib.data.conversations import Message
 from stages.lib.data.encoding import encode_text, special_tokens
 from stages.lib.data.reward_texts import RewardTexts, as_message
 from stages.lib.models.model_facts import read_config
+from stages.lib.models.model_traits import longest_shared
 from stages.lib.models.pretrained import Loading
-from stages.lib.models.reward_head import HeadReading, RewardHead, find_reward_head
+from stages.lib.models.reward_head import HeadReading, RewardHead, ScoreScale, find_reward_head, score_scale
 from stages.lib.models.reward_models import load_scores
-from stages.lib.models.scalar_scores import ClassifierScores
+from stages.lib.models.scalar_scores import ClassifierScores, SequenceScores
 from stages.lib.models.tokenizer_files import has_same_tokenizer
 from stages.lib.rl.episodes import Episode
 
@@ -61,6 +62,7 @@ class RewardModel:
         scores: a `SequenceScores` or `ClassifierScores` module, or what stands for one.
         texts: of a model that has another tokenizer than the policy; None: it reads the policy's ids.
         folder: of the tokenizer that it shares with the policy, for texts that come without ids.
+        scale: by which scores are standardised; None: they are as the model gives them.
     """
 
     scores: Callable
@@ -68,6 +70,7 @@ class RewardModel:
     texts: RewardTexts | None = None
     folder: Path | None = None
     facts: RewardModelFacts | None = None
+    scale: ScoreScale | None = None
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float | None]:
         """As `Reward` says."""
@@ -81,12 +84,15 @@ class RewardModel:
     def score_ids(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         """The score of each completion, in the order given, of a model that shares the policy's tokenizer."""
         assert self.texts is None, "ids of the policy say nothing to a model with another tokenizer"
-        return all_scores(self.scores, prompts, completions, self.batching)
+        return self._scaled(all_scores(self.scores, prompts, completions, self.batching))
+
+    def _scaled(self, scores: list[float]) -> list[float]:
+        return scores if self.scale is None else self.scale.standardised(scores)
 
     def score_id_pairs(self, pairs: dict[str, list]) -> PairScores:
         """The scores of both completions of the pairs of a token table; as `score_ids`."""
         assert self.texts is None, "ids of the policy say nothing to a model with another tokenizer"
-        return all_pair_scores(self.scores, pairs, self.batching)
+        return PairScores(*map(self._scaled, all_pair_scores(self.scores, pairs, self.batching)))
 
     def score_texts(
         self,
@@ -108,7 +114,7 @@ class RewardModel:
         """
         if self.texts is not None:
             ids = self.texts.encode(prompts, replies, contexts)
-            return all_scores(self.scores, [[]] * len(ids), ids, self.batching)
+            return self._scaled(all_scores(self.scores, [[]] * len(ids), ids, self.batching))
         assert self.folder is not None, "texts are encoded with a tokenizer"
         tokenizer = load_tokenizer(self.folder)
         rows = zip(prompts, replies, [True] * len(replies) if ended is None else ended, strict=True)
@@ -134,7 +140,14 @@ def context_of(context: Mapping[str, Any]) -> Context:
 
 
 def load_reward_model(
-    path: Path, reading: HeadReading, loading: Loading, batching: MicroBatching, processes: Processes, policy: Path
+    path: Path,
+    reading: HeadReading,
+    loading: Loading,
+    batching: MicroBatching,
+    processes: Processes,
+    policy: Path,
+    *,
+    standardise: bool = False,
 ) -> RewardModel:
     """A reward model that nothing trains.
 
@@ -142,17 +155,22 @@ def load_reward_model(
         reading: the section of params.yaml, or any `RewardReading`.
         batching: of passes over the policy's ids, with the pad id that its models share.
         policy: a model folder with the tokenizer of the ids to be scored.
+        standardise: scores are standardised by the mean and deviation that stand in the folder's config.json.
     Raises:
-        StageError: it is no reward model, its label or head is not clear, or it cannot be loaded.
+        StageError: it is no reward model, its label or head is not clear, or it cannot be loaded; there is no mean and
+            deviation to standardise by.
     """
     head, shares_tokens = find_reward_head(path, reading), has_same_tokenizer(path, policy)
+    scale = score_scale(path, head) if standardise else None
     loading = replace(loading, frozen=True)
     module = load_scores(path, head, loading, shares_tokens=shares_tokens)
     texts = None if shares_tokens else RewardTexts(path, trust_remote_code=loading.trust_remote_code)
     facts = facts_of_reward(path, head, module, texts)
     if facts.own_tokenizer or facts.own_rule:
         batching = own_batching(module, batching, one_by_one=facts.own_rule)
-    return RewardModel(frozen(module, loading.runtime, processes), batching, texts, path, facts)
+    if loading.runtime.share_prompts and isinstance(module, SequenceScores):
+        batching = replace(batching, longest_shared=longest_shared(module.classifier))
+    return RewardModel(frozen(module, loading.runtime, processes), batching, texts, path, facts, scale)
 
 
 def facts_of_reward(path: Path, head: RewardHead, module: nn.Module, texts: RewardTexts | None) -> RewardModelFacts:

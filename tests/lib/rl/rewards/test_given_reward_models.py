@@ -49,10 +49,16 @@ def policy(tmp_path: Path) -> Path:
 
 
 def loaded(
-    folder: Path, policy: Path, head: str | None = None, label: str | int | None = None, tokens: int = 1000
+    folder: Path,
+    policy: Path,
+    head: str | None = None,
+    label: str | int | None = None,
+    tokens: int = 1000,
+    *,
+    standardise: bool = False,
 ) -> RewardModel:
-    reading = RewardReading(reward_head=head, reward_label=label)
-    return load_reward_model(folder, reading, LOADING, batching(tokens), batching(1).processes, policy)
+    reading, processes = RewardReading(reward_head=head, reward_label=label), batching(1).processes
+    return load_reward_model(folder, reading, LOADING, batching(tokens), processes, policy, standardise=standardise)
 
 
 def rendered(folder: Path) -> list[list[int]]:
@@ -143,7 +149,34 @@ def test_openrlhfs_normalisation(tmp_path: Path, policy: Path) -> None:
     save_value_head(folder, "value_head", bias=False, value_head_prefix="value_head", **normal)
     save_tokenizer(folder)
     wanted = [(value_of(folder, "value_head", ids) - 0.5) / 2.0 for ids in rendered(folder)]
-    assert loaded(folder, policy).score_texts(PROMPTS, REPLIES) == pytest.approx(wanted, abs=1e-5)
+    for standardise in (False, True):  # it is not done twice
+        model = loaded(folder, policy, standardise=standardise)
+        assert model.score_texts(PROMPTS, REPLIES) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("shares_tokens", [False, True])
+def test_standardised_scores(tmp_path: Path, policy: Path, shares_tokens: bool) -> None:
+    folder = tmp_path / "given"
+    save_classifier(folder, "llama", mean=-0.25, std=0.5)
+    save_tokenizer(folder)
+    of_policy = folder if shares_tokens else policy
+    plain, scaled = (loaded(folder, of_policy, standardise=standardise) for standardise in (False, True))
+    wanted = [(score + 0.25) / 0.5 for score in plain.score_texts(PROMPTS, REPLIES)]
+    assert scaled.score_texts(PROMPTS, REPLIES) == pytest.approx(wanted)
+    if shares_tokens:
+        pairs = {"prompt_ids": [[5, 6]], "chosen_ids": [[7]], "rejected_ids": [[8, 9]]}
+        of_pairs = [*plain.score_id_pairs(pairs).chosen, *plain.score_id_pairs(pairs).rejected]
+        found = scaled.score_id_pairs(pairs)
+        assert [*found.chosen, *found.rejected] == pytest.approx([(score + 0.25) / 0.5 for score in of_pairs])
+
+
+@pytest.mark.parametrize("kept", [{}, {"mean": 1.0}, {"mean": 0.0, "std": 0.0}, {"mean": 0.0, "std": "1"}])
+def test_scores_that_cannot_be_standardised_are_refused(tmp_path: Path, policy: Path, kept: dict[str, Any]) -> None:
+    folder = tmp_path / "given"
+    save_classifier(folder, "llama", **kept)
+    save_tokenizer(folder)
+    with pytest.raises(StageError, match=r"given/config.json has no 'mean' and 'std' of scores .*reward: false$"):
+        loaded(folder, policy, standardise=True)
 
 
 def test_without_a_chat_template_the_text_is_plain(tmp_path: Path, policy: Path) -> None:
