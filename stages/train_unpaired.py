@@ -45,6 +45,7 @@ if not asks_for_help():
     from stages.lib.objectives.unpaired_start import mean_log_ratio, require_unpaired_start
     from stages.lib.runs.model_card import shareable_path
     from stages.lib.runs.publish_kept import publish_kept
+    from stages.lib.runs.shown_replies import shown_replies
     from stages.lib.runs.training_run import TrainingRun
 
 SHOWN = ("loss", "rewards/margins", "kl", "delta", "validation/loss")
@@ -155,6 +156,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
+            after_evaluation=shown_replies(this_run, engine, language_model, validation, model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
         results |= {"train_rows": len(train), "validation_rows": len(validation)}
