@@ -104,6 +104,7 @@ def test_a_table_is_memory_mapped(tmp_path):
     write_table(tmp_path / "t.arrow", prompts(5), PROMPT_SCHEMA)
     before = pa.total_allocated_bytes()
     table = read_table(tmp_path / "t.arrow", PROMPT_SCHEMA)
+    assert len(table) == 5
     assert pa.total_allocated_bytes() == before
 
 
