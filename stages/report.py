@@ -134,6 +134,7 @@ def reward_models_table(inputs: Inputs) -> dict[str, Any]:
         "calibration error": lambda metrics: rounded(metrics, "calibration_error", 3),
         "validation accuracy": lambda metrics: share(metrics, "validation_accuracy"),
         "validation loss": lambda metrics: rounded(metrics, "validation_loss", 4),
+        "validation correlation": lambda metrics: rounded(metrics, "validation_correlation", 3),
     }
     return table_of(rows, columns)
 

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from stages.lib.command.jsonl import read_jsonl
-from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
+from stages.lib.data.token_tables import (
+    PREFERENCE_SCHEMA,
+    TOKENIZER_NOTE,
+    UNPAIRED_SCHEMA,
+    read_note,
+    read_table,
+    write_table,
+)
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
 from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal, write_yaml
 from tests.tables import rewrite
@@ -151,6 +158,49 @@ def test_the_loss_of_params_yaml_is_the_one_that_is_computed(copy_of_tiny: Copy,
     logs = (1 - e) * torch.sigmoid(chosen - rejected).log() + e * torch.sigmoid(rejected - chosen).log()
     wanted = (c * (chosen + rejected) ** 2 - logs).mean()
     assert results_of(folder, "rm")["validation_loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def with_scores(folder: Path, split: str, score: Callable[[int], float | None]) -> None:
+    """A table of unpaired rows made of the chosen replies of pairs."""
+    path = folder / f"data/tokens/{split}/preference.arrow"
+    pairs = read_table(path, PREFERENCE_SCHEMA)
+    note = {TOKENIZER_NOTE: read_note(path, TOKENIZER_NOTE)}
+    rows = {name: pairs[name][:] for name in ("row", "prompt_ids", "source")}
+    rows |= {"completion_ids": pairs["chosen_ids"][:], "label": [True] * len(pairs)}
+    rows |= {"mismatched_ids": [None] * len(pairs), "score": [score(number) for number in range(len(pairs))]}
+    write_table(folder / f"data/tokens/{split}/unpaired.arrow", rows, UNPAIRED_SCHEMA.with_metadata(note))
+
+
+REGRESSION = {"kind": "unpaired", "loss": {"type": "regression"}}
+
+
+def test_a_regression_on_scores(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    for split in ("train", "validation"):
+        with_scores(folder, split, lambda number: number % 3 - 1.0)
+    change_entries(folder, {"train_rm": REGRESSION | {"keep": "last"}})
+    call(folder, "train_rm@rm")
+    results, config = results_of(folder, "rm"), config_of(folder, "rm")
+    rewards = scores_of_replies(folder, "models/rm", "validation")[:12]
+    scores = [number % 3 - 1.0 for number in range(12)]
+    errors = [(reward - score) ** 2 for reward, score in zip(rewards, scores, strict=True)]
+    assert results["validation_loss"] == pytest.approx(mean(errors), rel=1e-5)
+    assert results["validation_reward_mean"] == pytest.approx(mean(rewards), abs=1e-6)
+    assert results["validation_reward_std"] == config["std"] == pytest.approx(stdev(rewards), rel=1e-4)
+    assert results["validation_score_std"] == pytest.approx(stdev(scores))
+    assert results["validation_correlation"] == pytest.approx(correlation(rewards, scores), abs=1e-4)
+
+
+def test_rows_without_a_score_are_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
+    folder = copy_of_tiny()
+    with_scores(folder, "train", float)
+    with_scores(folder, "validation", lambda number: None if number == 3 else 1.0)
+    change_entries(folder, {"train_rm": REGRESSION})
+    said = "data/tokens/validation/unpaired.arrow, row 3 has no score: name the column of the scores in the threshold"
+    assert said in refusal(folder, "train_rm@rm", capsys)
+    change_entries(folder, {"train_rm": {"kind": "preference"}})
+    said = "train_rm.rm: kind must be unpaired with a loss of type regression, found preference"
+    assert said in refusal(folder, "train_rm@rm", capsys)
 
 
 def test_on_a_body_in_bf16_head_and_loss_are_float32(copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ UNPAIRED_SCHEMA = pa.schema(
         ("prompt_ids", _IDS),
         ("completion_ids", _IDS),
         ("label", pa.bool_()),
+        ("score", pa.float32()),  # null where the label was made of none
         ("mismatched_ids", _IDS),  # a reply to another prompt, or null (`mismatched_replies`)
         _SOURCE,
     ]
@@ -295,6 +296,9 @@ MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
         lambda margins: pc.fill_null(pc.or_(pc.invert(pc.is_finite(margins)), pc.less(margins, 0)), False),
     ),
 )
+SCORE_CHECKS: tuple[tuple[str, Check], ...] = (
+    ("the score is not a finite number", lambda scores: pc.fill_null(pc.invert(pc.is_finite(scores)), False)),
+)
 # What is wrong with a value of a column → for each row whether it is. A check may take for granted what comes before.
 COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(
@@ -306,6 +310,7 @@ COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,
     "label": (("the label is null", pc.is_null),),
+    "score": SCORE_CHECKS,
     **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),
 }
 # Columns of text → what reads a cell, or raises a StageError that begins with the place it is given.

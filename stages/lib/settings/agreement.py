@@ -25,9 +25,10 @@ from stages.lib.settings.named_models import (
 from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.reward_loss import RegressionLoss
 from stages.lib.settings.rounds import require_rounds
 from stages.lib.settings.runtime import Runtime
-from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.source_agreement import may_have_margins, may_have_scores
 from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
@@ -42,8 +43,14 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_rounds(params)
     require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
-        with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
-        if with_margin and not may_have_margins(params["sources"]):
+        if not reads_prepared_rows(settings):
+            continue
+        if isinstance(settings.loss, RegressionLoss) and not may_have_scores(params["sources"]):
+            raise StageError(
+                f"params.yaml: train_rm.{name}.loss: regression needs scores, which no source of kind unpaired has; "
+                "name their column in the threshold of a source"
+            )
+        if getattr(settings.loss, "use_margin", False) and not may_have_margins(params["sources"]):
             raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"

@@ -15,7 +15,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
-from stages.lib.settings.reward_loss import PairwiseLoss
+from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
 from stages.lib.settings.sources import FileSource
@@ -26,6 +26,7 @@ LORA |= {"experts": False, "routers": False}
 NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
+UNPAIRED = {"kinds": ["sft", "preference", "prompts", "unpaired"]}
 OUTS = (
     "data/prepared/train",
     "data/prepared/test",
@@ -79,6 +80,16 @@ def test_the_default_settings_agree() -> None:
             {"train_dpo": {"lora": NF4}},
             {},
             "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
+        ),
+        (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}, "prepare_data": UNPAIRED},
+            {},
+            "params.yaml: train_rm.rm.loss: regression needs scores, which no source of kind unpaired has",
+        ),
+        (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}},
+            {},
+            "params.yaml: train_rm.rm needs rows of kind unpaired, which prepare_data.kinds lacks",
         ),
         (
             {"train_rm": {"loss": block(PairwiseLoss, use_margin=True)}},
