@@ -116,6 +116,24 @@ def values_digest(*columns: Sequence[float] | np.ndarray) -> str:
     return hashlib.sha256(b"".join(values)).hexdigest()
 
 
+def require_computed_alike(path: Path, precision: str, base_quantization: str | None, where: str) -> None:
+    """Raise StageError if a table's numbers are not those of the policy before its first step.
+
+    Args:
+        precision, base_quantization: of the policy, which stands in params.yaml at `where`.
+    """
+    for reason, note, own in (
+        ("precision is", "precision", precision),
+        ("lora trains on base_quantization", "base_quantization", str(base_quantization)),
+    ):
+        reference = read_note(path, note)
+        if reference != own:
+            raise StageError(
+                f"params.yaml: {where}: {reason} {own}, but {path.parent} was computed with {note} {reference}: the "
+                "first step's margin would not be 0; give both the same"
+            )
+
+
 def require_made_from(path: Path, **inputs: tuple[Path, str]) -> None:
     """Raise StageError if a table notes another hash of `tokens` or `model` than (where that lies, its hash now)."""
     for note, (source, digest) in inputs.items():
