@@ -92,7 +92,7 @@ def params_of(entry: str, name: str, seed: int | None, source: dict[str, Any]) -
     if usual is None:
         raise StageError("params.yaml: train_dpo has no entry, whose epochs and learning rate all losses would have")
     changed = {"model": "models/sft", "loss": loss, "reference": "data/ref_logprobs/sft", "save_every": None}
-    changed |= {"tokens": "data/tokens", "validation_tokens": "data/tokens"}
+    changed |= {"tokens": "data/tokens", "validation_tokens": "data/tokens", "reference_sync": None}
     own = usual | changed | ({} if seed is None else {"seed": seed})
     reference = block(RefLogprobs, model="models/sft", per_token=True, precision=own["precision"])
     evaluate = source["evaluate"] | {"policies": {entry: f"models/{entry}"}, "reference": "models/sft"}
