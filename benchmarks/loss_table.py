@@ -161,7 +161,7 @@ def cells(name: str, found: dict[str, Any]) -> list[str]:
         "–" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
         f"{100 * test['preference_accuracy']:.1f} %",
         f"{test['kl_to_reference_mean']:.2f}",
-        f"{training['validation_logps_chosen_change']:+.2f}",
+        f"{training['validation_logps_chosen'] - training['validation_logps_chosen_before']:+.2f}",
     ]
 
 
