@@ -13,8 +13,8 @@ class OptimizerSettings(Settings):
 
     moments: Literal["float32", "8bit", "paged", "paged_8bit"] = key(
         "float32",
-        "how they are held; 8bit: in a quarter of the memory (arXiv 2110.02861) | paged: moved to the CPU's memory where "
-        "a GPU's is full; all but float32 by bitsandbytes, on plain torch",
+        "how they are held; 8bit: in a quarter of the memory (arXiv 2110.02861) | paged: moved to the CPU's memory "
+        "where a GPU's is full; all but float32 by bitsandbytes, on plain torch",
     )
     learning_rate: Positive = key(1.5e-3, "at its peak")
     schedule: Literal["cosine", "linear", "constant"] = key(
