@@ -87,16 +87,16 @@ class Replies(NamedTuple):
         return [name for name in self.schema.names if name != "row"]
 
 
-def pairs(per_token: bool) -> Replies:
+def paired_replies(per_token: bool) -> Replies:
     """The chosen and the rejected replies."""
     if per_token:
         return Replies("preference", PREFERENCE_SCHEMA, TOKEN_REFERENCE_SCHEMA, pair_token_columns)
     return Replies("preference", PREFERENCE_SCHEMA, REFERENCE_SCHEMA, pair_columns)
 
 
-def unpaired(mismatched: bool) -> Replies:
+def unpaired_replies(mismatched: bool) -> Replies:
     """The replies, and those to other prompts."""
-    columns = partial(unpaired_columns, mismatched)
+    columns = partial(reply_columns, mismatched)
     return Replies("unpaired", UNPAIRED_SCHEMA, UNPAIRED_REFERENCE_SCHEMA, columns)
 
 
@@ -107,13 +107,13 @@ def main(out: PathOption, kind: KindOption = "preference", name: EntryOption = N
             "ref_logprobs_unpaired",
             read_entry("ref_logprobs_unpaired", RefLogprobsUnpaired, name),
         )
-        replies = unpaired(settings.mismatched)
+        replies = unpaired_replies(settings.mismatched)
     else:
         section, (name, settings) = "ref_logprobs", read_entry("ref_logprobs", RefLogprobs, name)
-        replies = pairs(settings.per_token)
+        replies = paired_replies(settings.per_token)
     model = Path(settings.model)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
-    runtime = read_runtime("ref_logprobs")
+    runtime = read_runtime(section)
     processes = join_processes(runtime)
     paths = dict(zip(("train", "validation"), settings.tables(replies.kind), strict=True))
     tables = {split: read_table(path, replies.tokens) for split, path in paths.items()}
@@ -201,7 +201,7 @@ def pair_token_columns(module: Callable, rows: dict[str, list], batching: MicroB
     return columns | dict(zip(TOKEN_LOG_PROBS, tokens, strict=True))
 
 
-def unpaired_columns(
+def reply_columns(
     mismatched: bool, module: Callable, rows: dict[str, list], batching: MicroBatching
 ) -> dict[str, list]:
     own, others = UNPAIRED_LOG_PROBS

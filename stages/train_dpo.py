@@ -15,9 +15,10 @@ without a reference has the model itself in its place.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.errors import StageError
@@ -30,6 +31,9 @@ from stages.lib.settings.preference_loss import needs_reference, needs_tokens_of
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 if not asks_for_help():
     import numpy as np
 
@@ -37,12 +41,19 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import Engine
     from stages.lib.compute.engine.choice import new_engine
     from stages.lib.compute.processes import join_processes
-    from stages.lib.data.reference_tables import LOG_PROBS, MODEL_PATH, read_reference, require_made_from
+    from stages.lib.data.reference_tables import (
+        LOG_PROBS,
+        MODEL_PATH,
+        read_reference,
+        require_computed_alike,
+        require_made_from,
+    )
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.objectives.fit import fit
+    from stages.lib.objectives.live_reference import LivePairs, LiveReference
     from stages.lib.objectives.preference import PreferenceObjective, first_values, metrics_of_loss
     from stages.lib.objectives.reference_start import mean_chosen_logp, mean_margin, require_start
     from stages.lib.objectives.router_loss import router_columns, with_router_loss
@@ -76,7 +87,7 @@ class Pairs:
         model = Path(settings.model)
         require_tokens_of(self.tokens_path, model)
         if self.path is not None and self.starts_as_reference(model):
-            require_reference_like(self.path, settings, where)
+            require_computed_alike(self.path, settings.precision, quantization_of_base(settings.lora), where)
 
     def require_made_from_inputs(self, model: Path, this_run: TrainingRun) -> None:
         """Raise StageError if the reference is of other tokens, or of other weights of the model of the start."""
@@ -91,20 +102,6 @@ class Pairs:
 
     def __getitem__(self, rows: Any) -> dict[str, list]:
         return {**self.tokens[rows], **(self.reference[rows] if self.reference else {})}
-
-
-def require_reference_like(path: Path, settings: TrainDpo, where: str) -> None:
-    """Raise StageError if the numbers of a reference at `path` are not those of the policy before its first step."""
-    for reason, note, own in (
-        ("precision is", "precision", settings.precision),
-        ("lora trains on base_quantization", "base_quantization", str(quantization_of_base(settings.lora))),
-    ):
-        reference = read_note(path, note)
-        if reference != own:
-            raise StageError(
-                f"params.yaml: {where}: {reason} {own}, but {path.parent} was computed with {note} "
-                f"{reference}: the first step's margin would not be 0; give ref_logprobs and train_dpo the same"
-            )
 
 
 def tell_start(
@@ -140,6 +137,46 @@ def told_displacement(nats: float) -> str:
     return (
         f"warning: the log-prob of a chosen validation reply fell by {-nats:.4g} nats on average (displacement); a "
         "mixture with sft holds it up"
+    )
+
+
+def live_reference(
+    this_run: TrainingRun,
+    settings: TrainDpo,
+    loading: Loading,
+    policy: Engine,
+    policy_model: PreTrainedModel,
+    batching: MicroBatching,
+    pairs: Pairs,
+    steps: int,
+) -> LiveReference | None:
+    """A reference that follows the policy, if settings ask for it.
+
+    Raises:
+        StageError: the policy does not start as its reference, or that is to be sharded.
+    """
+    sync, model = settings.reference_sync, Path(settings.model)
+    if sync is None:
+        return None
+    where = f"params.yaml: {this_run.stage.replace('@', '.')}.reference_sync"
+    if not pairs.starts_as_reference(model):
+        raise StageError(
+            f"{where}: the reference of {pairs.path} is not {model}, so it cannot move from there; set null"
+        )
+    if this_run.runtime.frozen_zero_stage:
+        raise StageError(f"{where} needs runtime.yaml: train_dpo: frozen_zero_stage: 0, as the reference changes")
+    if sync.every < steps:
+        this_run.say(f"{this_run.stage}: the cached log-probs are the reference's up to step {sync.every} of {steps}")
+    else:
+        this_run.say(f"{this_run.stage}: warning: reference_sync.every is {sync.every} and there are {steps} steps")
+    return LiveReference(
+        sync,
+        lambda: load_language_model(model, replace(loading, frozen=True)),
+        policy,
+        policy_model,
+        batching,
+        per_token=needs_tokens_of_reference(settings.loss),
+        say=lambda text: this_run.say(f"{this_run.stage}: {text}"),
     )
 
 
@@ -198,18 +235,26 @@ def main(
         for pairs, rows in ((train, first_rows), (validation, slice(settings.batch_size))):
             tell_start(this_run, engine, pairs, rows, batching, settings)
         chosen_before = chosen_at_start(engine, validation, batching, model)
+        live = live_reference(this_run, settings, loading, engine, language_model, batching, train, total)
+
+        def after_step(step: int) -> None:
+            if live:
+                live.after_step(step)
+            this_run.keep_model(step, engine, lora, settings, tokenizer_from=model)
+
         best = fit(
             this_run,
             engine,
             routed,
-            train,
-            validation,
+            LivePairs(train, live) if live else train,
+            LivePairs(validation, live) if live else validation,
             settings,
             seed,
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
-            after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
+            after_step=after_step,
             after_evaluation=shown_replies(this_run, engine, language_model, validation, model),
+            parts={"reference": live} if live else {},
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
         change = best.results["logps/chosen"] - chosen_before

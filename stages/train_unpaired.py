@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.entries import EntryOption, read_entry
-from stages.lib.command.errors import StageError
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
@@ -34,7 +33,12 @@ if not asks_for_help():
     from stages.lib.compute.batching import micro_batching, rows_of_step, steps_in
     from stages.lib.compute.engine.choice import new_engine
     from stages.lib.compute.processes import join_processes
-    from stages.lib.data.reference_tables import MODEL_PATH, read_unpaired_reference, require_made_from
+    from stages.lib.data.reference_tables import (
+        MODEL_PATH,
+        read_unpaired_reference,
+        require_computed_alike,
+        require_made_from,
+    )
     from stages.lib.data.token_tables import UNPAIRED_SCHEMA, check_table_fits, read_note, read_table
     from stages.lib.models.lora import Lora
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of, load_language_model
@@ -45,6 +49,7 @@ if not asks_for_help():
     from stages.lib.objectives.unpaired_start import mean_log_ratio, require_unpaired_start
     from stages.lib.runs.model_card import shareable_path
     from stages.lib.runs.publish_kept import publish_kept
+    from stages.lib.runs.shown_replies import shown_replies
     from stages.lib.runs.training_run import TrainingRun
 
 SHOWN = ("loss", "rewards/margins", "kl", "delta", "validation/loss")
@@ -63,19 +68,12 @@ class UnpairedReplies:
         """Whether the reference is, by its path, the model that the policy starts from."""
         return read_note(self.path, MODEL_PATH) == shareable_path(str(model))
 
-    def require_reference_like(self, settings: TrainUnpaired, where: str) -> None:
-        """Raise StageError if the reference's numbers are not those of the policy before its first step."""
-        for reason, note, own in (
-            ("precision is", "precision", settings.precision),
-            ("lora trains on base_quantization", "base_quantization", str(quantization_of_base(settings.lora))),
-        ):
-            reference = read_note(self.path, note)
-            if reference != own:
-                raise StageError(
-                    f"params.yaml: {where}: {reason} {own}, but {self.path.parent} was computed with {note} "
-                    f"{reference}: the first step's rewards would not be 0; give ref_logprobs_unpaired and "
-                    "train_unpaired the same"
-                )
+    def require_agreement(self, settings: TrainUnpaired, where: str) -> None:
+        """Raise StageError if tokens or reference are not of the model of the start, before its first step."""
+        model = Path(settings.model)
+        require_tokens_of(self.tokens_path, model)
+        if self.starts_as_reference(model):
+            require_computed_alike(self.path, settings.precision, quantization_of_base(settings.lora), where)
 
     def require_made_from_inputs(self, model: Path, this_run: TrainingRun) -> None:
         """Raise StageError if the reference is of other tokens, or of other weights of the model of the start."""
@@ -102,9 +100,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
     train = UnpairedReplies(train_tokens, reference / "train.arrow", settings.loss.type)
     validation = UnpairedReplies(validation_tokens, reference / "validation.arrow", settings.loss.type)
     for replies in (train, validation):
-        require_tokens_of(replies.tokens_path, model)
-        if replies.starts_as_reference(model):
-            replies.require_reference_like(settings, f"train_unpaired.{name}")
+        replies.require_agreement(settings, f"train_unpaired.{name}")
     outs = {"model": out / name, "metrics": metrics / f"{name}.json", "curve": curve / f"{name}.csv"}
     inputs = [train_tokens, validation_tokens, reference, model]
     declared = {f"train_unpaired.{name}": settings, "seed": seed}
@@ -155,6 +151,7 @@ def main(out: PathOption, metrics: PathOption, curve: PathOption, name: EntryOpt
             weights=lambda: lora.trained(engine.master_weights(language_model)),
             shown=SHOWN,
             after_step=lambda step: this_run.keep_model(step, engine, lora, settings, tokenizer_from=model),
+            after_evaluation=shown_replies(this_run, engine, language_model, validation, model),
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
         results |= {"train_rows": len(train), "validation_rows": len(validation)}

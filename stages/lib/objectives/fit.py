@@ -70,6 +70,7 @@ def fit(
     shown: tuple[str, ...],
     after_step: Callable[[int], None],
     after_evaluation: Callable[[int], None] = lambda _: None,
+    parts: Mapping[str, Any] | None = None,
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
@@ -84,6 +85,7 @@ def fit(
         after_step: is told of each finished step (0-based) before its checkpoint, to keep its model; not of the last,
             unless it is the best that will be published.
         after_evaluation: is told of the step (0-based) that was evaluated, within `engine.averaged()`.
+        parts: what else goes on from a checkpoint, and into the next ones, by name.
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
@@ -95,6 +97,7 @@ def fit(
     patience = Patience(settings.early_stopping)
     total, budget = engine.total_steps, objective.batching.budget
     kept = {"objective": objective} if isinstance(objective, KeepsState) else {}
+    kept |= parts or {}
     for step in run.steps(total, engine=engine, best=best, patience=patience, budget=budget, **kept):
         if patience.is_over:
             continue

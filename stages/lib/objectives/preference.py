@@ -22,7 +22,8 @@ from stages.lib.objectives.preference_losses import (
     implicit_rewards,
     mean_logps,
 )
-from stages.lib.objectives.step_ties import TIED, RunningMean, ties_of_step
+from stages.lib.objectives.running_mean import RunningMean
+from stages.lib.objectives.step_ties import TIED, ties_of_step
 from stages.lib.settings.preference_loss import (
     BcoPairLoss,
     MixtureLoss,

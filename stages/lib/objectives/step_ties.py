@@ -4,33 +4,13 @@ A first pass over the step gives the log-probs of all its pairs, so that what a 
 the micro-batch or the process it is in.
 """
 
-from typing import Any
-
 import torch
 
 from stages.lib.objectives.preference_losses import PairBatch, StepTies, implicit_rewards
+from stages.lib.objectives.running_mean import RunningMean
 from stages.lib.settings.preference_loss import AotLoss, AotUnpairedLoss, BcoPairLoss, PairLoss
 
 TIED = (AotLoss, AotUnpairedLoss, BcoPairLoss)  # the losses that need the first pass
-
-
-class RunningMean:
-    """The mean of all that was added so far, in float64; part of a checkpoint."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-
-    def add(self, values: torch.Tensor) -> None:
-        """Take in (n,) values, at least one."""
-        self.count += len(values)
-        self.mean += (float(values.double().mean()) - self.mean) * len(values) / self.count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.mean = state["count"], state["mean"]
 
 
 def ties_of_step(pairs: PairBatch, loss: PairLoss, shift: RunningMean | None, *, train: bool) -> StepTies:

@@ -172,8 +172,8 @@ def require_kinds(params: Mapping[str, Any]) -> None:
     """Raise StageError where a stage would read rows of a kind that prepare_data does not make."""
     kinds = params["prepare_data"].kinds
     needed = [
-        (key, kind)
-        for stage, kind in NEEDED_KIND.items()
+        (key, needed_kind(stage, settings))
+        for stage in NEEDED_KIND
         for key, settings in settings_by_key(stage, params).items()
         if reads_prepared_rows(settings)
     ]
@@ -185,6 +185,11 @@ def require_kinds(params: Mapping[str, Any]) -> None:
             )
     if params["score_samples"].policies and not {"prompts", "sft"} & set(kinds):
         raise StageError("params.yaml: score_samples.policies: no replies are sampled without kind prompts or sft")
+
+
+def needed_kind(stage: str, settings: Any) -> str:
+    """The kind of rows that a stage reads."""
+    return settings.kind if stage == "train_rm" else NEEDED_KIND[stage]
 
 
 def reads_prepared_rows(settings: Any) -> bool:

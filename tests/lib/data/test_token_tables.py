@@ -104,7 +104,7 @@ def test_a_table_is_memory_mapped(tmp_path):
     write_table(tmp_path / "t.arrow", prompts(5), PROMPT_SCHEMA)
     before = pa.total_allocated_bytes()
     table = read_table(tmp_path / "t.arrow", PROMPT_SCHEMA)
-    assert table.cache_files == [{"filename": str(tmp_path / "t.arrow")}]
+    assert len(table) == 5
     assert pa.total_allocated_bytes() == before
 
 
@@ -218,8 +218,7 @@ def test_notes_that_are_not_text(tmp_path):
         read_note(path, "tokenizer")
     assert read_note(path, "other") is None
     write_table(path, prompts(5), PROMPT_SCHEMA.with_metadata({"huggingface": "no JSON"}))
-    with pytest.raises(StageError, match=r"t\.arrow: its metadata holds a key of the library datasets"):
-        read_table(path, PROMPT_SCHEMA)
+    assert len(read_table(path, PROMPT_SCHEMA)) == 5  # what the library datasets would read is not read here
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -234,7 +233,8 @@ GOOD = {
     ),
     "unpaired": (
         UNPAIRED_SCHEMA,
-        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"},
+        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"}
+        | {"score": None},
     ),
     "prompts": (
         PROMPT_SCHEMA,
@@ -281,6 +281,8 @@ FAULTS = [
     ("prompts", "facts", "{", "not valid JSON"),
     ("prompts", "context", "[]", "expected an object, found list"),
     ("unpaired", "label", None, "the label is null"),
+    ("unpaired", "score", float("nan"), "the score is not a finite number"),
+    ("unpaired", "score", float("-inf"), "the score is not a finite number"),
     ("unpaired", "mismatched_ids", [], "the list is empty"),
     ("unpaired", "mismatched_ids", [None], "the list holds a null"),
     ("sft", "source", None, "the text is null"),

@@ -10,7 +10,7 @@ from torch import nn
 from stages.lib.objectives.fit import global_means
 from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
-from stages.lib.objectives.reward import RewardObjective
+from stages.lib.objectives.reward import RewardObjective, ScoreObjective
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 from stages.lib.settings.reward_loss import PairwiseLoss
@@ -106,6 +106,31 @@ def test_smoothing_and_centring_of_rewards_by_hand(tokens: int) -> None:
     first, second = -0.4, -0.9 * 0.268941 + 0.1 * 0.731059
     expected = [0.0, (first + 4) / 2, (-first + 4 + second + 3) / 2, (-second + 3) / 2]
     assert module.scores.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+REPLIES = {
+    "prompt_ids": [[0], [0, 0], [0]],
+    "completion_ids": [[1, 1], [2], [1, 3, 3]],
+    "score": [1.5, 2.0, -1.0],
+}
+
+
+@CUTS
+def test_a_regression_on_scores_by_hand(tokens: int) -> None:
+    module, objective = LastToken(0.0, 2.0, 3.0, 1.0), ScoreObjective(batching(tokens))
+    # Rewards 2, 3 and 1: errors 0.5, 1 and 2.
+    assert global_means(objective, module, REPLIES, train=True) == pytest.approx(
+        {
+            "loss": (0.25 + 1 + 4) / 3,
+            "rewards/mean": 2.0,
+            "rewards/squares": (4 + 9 + 1) / 3,
+            "scores/mean": 2.5 / 3,
+            "scores/squares": (2.25 + 4 + 1) / 3,
+            "scores/products": (3 + 6 - 1) / 3,
+        }
+    )
+    assert module.scores.grad.tolist() == pytest.approx([0.0, 2 * 0.5 / 3, 2 * 1 / 3, 2 * 2 / 3])
+    assert objective.units(REPLIES) == 4 + 6
 
 
 @CUTS

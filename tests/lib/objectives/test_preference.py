@@ -1,6 +1,8 @@
 """The objective of preference losses: mixtures, modifiers and metrics by hand, and the same step however it is cut."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,14 @@ from pydantic import TypeAdapter
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.objectives.fit import global_means
 from stages.lib.objectives.preference import PreferenceObjective, metrics_of_loss
+from stages.lib.objectives.step_ties import TIED
 from stages.lib.settings import preference_loss as of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.divergence import ForwardKl
 from tests.lib.objectives.test_objectives import CUTS, PAIRS, Unigram
 from tests.lib.objectives.test_preference_losses import SINGLE, settings_of
 from tests.tiny_models import batching, tiny_llama
+from tests.two_processes import run_on_two_processes
 
 
 def module() -> Unigram:
@@ -107,27 +111,27 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("kind", SINGLE, ids=lambda kind: block(kind)["type"])
-def test_micro_batches_and_packing_change_no_step(kind: type) -> None:
-    """Loss, metrics and gradient of a step of five pairs: in one pass, in two, a pair a pass, and packed."""
-    loss = settings_of(kind)
+CUT = (batching(1000), batching(40), batching(1), batching(40, packing=True), replace(batching(40), longest_shared=50))
+
+
+def test_no_cut_changes_a_step() -> None:
+    """A mixture of all losses over five pairs: in one pass, in some, a pair a pass, packed, and with shared prompts."""
+    # SPPO's loss is a million times the others'.
+    weights = {kind: 1e-6 if kind is of.SppoHardLoss else 1.0 for kind in SINGLE}
+    loss = mixture(**{block(kind)["type"]: (weight, settings_of(kind)) for kind, weight in weights.items()})
     results = []
-    for tokens, packing in ((1000, False), (40, False), (1, False), (40, True)):
-        torch.manual_seed(0)
+    for cut in CUT:
         model = TokenLogProbs(tiny_llama())
         model.backward = lambda loss: loss.backward()
-        objective = PreferenceObjective(batching(tokens, packing), loss)
+        objective = PreferenceObjective(cut, loss)
         found = global_means(objective, model, dict(ROWS), train=True)
         gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
-        results.append((found, gradient, objective.state_dict()))
-    (found, gradient, state), *others = results
-    for other, other_gradient, other_state in others:
+        results.append((found, gradient, objective.state_dict()["bco_pair"]["mean"]))
+    (found, gradient, mean), *others = results
+    for other, other_gradient, other_mean in others:
         assert other == pytest.approx(found, rel=1e-5, abs=1e-5)
         assert float((other_gradient - gradient).norm() / gradient.norm()) < 1e-5
-        assert {name: own["mean"] for name, own in other_state.items()} == pytest.approx(
-            {name: own["mean"] for name, own in state.items()}, rel=1e-5
-        )
-    assert state.keys() == ({"bco_pair"} if kind is of.BcoPairLoss else set())
+        assert other_mean == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_running_mean_takes_in_steps_but_no_evaluation_and_goes_on_after_a_checkpoint() -> None:
@@ -144,3 +148,39 @@ def test_the_running_mean_takes_in_steps_but_no_evaluation_and_goes_on_after_a_c
     rewards = [(0.03, -0.01), (-0.01, 0.01)]
     wanted = [math.log1p(math.exp(0.005 - c)) + math.log1p(math.exp(r - 0.005)) for c, r in rewards]
     assert one == other == pytest.approx(sum(wanted) / 2)
+
+
+ON_TWO = """
+import torch
+from pathlib import Path
+from stages.lib.compute.processes import Processes, join_processes
+from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.objectives.fit import global_means
+from stages.lib.objectives.preference import PreferenceObjective
+from stages.lib.settings.runtime import read_runtime
+from tests.lib.objectives.test_preference import ROWS, TIED_ALL
+from tests.tiny_models import CPU, batching, tiny_llama
+
+processes = join_processes(read_runtime("train_dpo"))
+results = []
+for own in (Processes(0, 1, CPU), processes):
+    model = TokenLogProbs(tiny_llama())
+    model.backward = lambda loss: loss.backward()
+    objective = PreferenceObjective(batching(40, processes=own), TIED_ALL)
+    found = global_means(objective, model, dict(ROWS), train=True)
+    gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    own.sum_tensor(gradient)
+    results.append((found, gradient, objective.state_dict()["bco_pair"]["mean"]))
+(alone, of_one, mean), (shared, of_two, other_mean) = results
+assert all(abs(alone[name] - shared[name]) < 1e-5 * max(1, abs(alone[name])) for name in alone)
+assert float((of_one - of_two).norm() / of_one.norm()) < 1e-5
+assert abs(mean - other_mean) < 1e-6
+Path(f"{processes.rank}.done").touch()
+processes.leave()
+"""
+TIED_ALL = mixture(**{block(kind)["type"]: (1.0, settings_of(kind)) for kind in (*TIED, of.SftLoss)})
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    run_on_two_processes(ON_TWO, tmp_path)

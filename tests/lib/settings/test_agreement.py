@@ -13,9 +13,10 @@ from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
+from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
-from stages.lib.settings.reward_loss import PairwiseLoss
+from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
 from stages.lib.settings.sources import FileSource
@@ -26,6 +27,7 @@ LORA |= {"experts": False, "routers": False}
 NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
+UNPAIRED = {"kinds": ["sft", "preference", "prompts", "unpaired"]}
 OUTS = (
     "data/prepared/train",
     "data/prepared/test",
@@ -81,6 +83,16 @@ def test_the_default_settings_agree() -> None:
             "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
         ),
         (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}, "prepare_data": UNPAIRED},
+            {},
+            "params.yaml: train_rm.rm.loss: regression needs scores, which no source of kind unpaired has",
+        ),
+        (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}},
+            {},
+            "params.yaml: train_rm.rm needs rows of kind unpaired, which prepare_data.kinds lacks",
+        ),
+        (
             {"train_rm": {"loss": block(PairwiseLoss, use_margin=True)}},
             {},
             "params.yaml: train_rm.rm.loss.use_margin: the pairs of sources.tasks have no margin",
@@ -114,6 +126,16 @@ def test_the_default_settings_agree() -> None:
             {"train_dpo": {"lora": NF4}, "ref_logprobs": {"base_quantization": "nf4"}},
             {"ref_logprobs": {"frozen_zero_stage": 3}},
             "runtime.yaml: ref_logprobs: frozen_zero_stage: 3 cannot shard a base",
+        ),
+        (
+            {"train_rm": {"optimizer": block(OptimizerSettings, type="adamw_8bit")}},
+            {"train_rm": {"zero_stage": 1}},
+            "runtime.yaml: train_rm: optimizer.type: adamw_8bit needs plain torch; set engine: torch, or type: adamw",
+        ),
+        (
+            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, type="paged_adamw")}},
+            {"train_ppo": {"device": "cpu"}},
+            "runtime.yaml: train_ppo: critic_optimizer.type: paged_adamw needs a GPU; set device: cuda, or type: adamw",
         ),
     ],
 )
