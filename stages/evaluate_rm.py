@@ -28,7 +28,7 @@ from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.runtime import read_runtime
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from stages.lib.data.mapped_table import MappedTable
 
 if not asks_for_help():
     import pyarrow.compute as pc
@@ -90,7 +90,7 @@ def main(
     processes.leave()
 
 
-def lengths_of(pairs: Dataset, side: str) -> list[int]:
+def lengths_of(pairs: MappedTable, side: str) -> list[int]:
     """The tokens of one reply of each pair."""
     return pc.list_value_length(pairs.data.column(f"{side}_ids")).to_pylist()
 

@@ -31,8 +31,7 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.sample_pairs import SamplePairs
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
+    from stages.lib.data.mapped_table import MappedTable
     from stages.lib.data.prompts import Prompt
 
 if not asks_for_help():
@@ -104,7 +103,7 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
     processes.leave()
 
 
-def prompts_of_round(table: Dataset, path: Path, settings: SamplePairs, seed: int, key: str) -> list[Prompt]:
+def prompts_of_round(table: MappedTable, path: Path, settings: SamplePairs, seed: int, key: str) -> list[Prompt]:
     """The prompts of a round, in the order of their rows: a prompt that stands in several rows is in one round alone.
 
     Raises:

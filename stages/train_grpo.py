@@ -27,12 +27,12 @@ from stages.lib.settings.train_grpo import TrainGrpo
 
 if not asks_for_help():
     import torch
-    from datasets import Dataset
 
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.chat import decode_completion
+    from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import group_relative, group_summary
     from stages.lib.rl.collector import Collector
@@ -55,7 +55,7 @@ COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm
 
 
 def grpo_phases(
-    settings: TrainGrpo, seed: int, prompts: Dataset, collector: Collector, this_run: TrainingRun, log: RolloutLog
+    settings: TrainGrpo, seed: int, prompts: MappedTable, collector: Collector, this_run: TrainingRun, log: RolloutLog
 ) -> None:
     """The phases that are left."""
     engine, batching = collector.policy.engine, collector.batching

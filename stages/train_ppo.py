@@ -31,12 +31,12 @@ from stages.lib.settings.train_ppo import TrainPpo
 
 if not asks_for_help():
     import torch
-    from datasets import Dataset
 
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
+    from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
@@ -120,7 +120,7 @@ def load_parts(
 
 
 def ppo_phases(
-    settings: TrainPpo, seed: int, prompts: Dataset, parts: Parts, this_run: TrainingRun, log: RolloutLog
+    settings: TrainPpo, seed: int, prompts: MappedTable, parts: Parts, this_run: TrainingRun, log: RolloutLog
 ) -> None:
     """The phases that are left."""
     for iteration in this_run.steps(settings.iterations, **parts.state):

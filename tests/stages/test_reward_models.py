@@ -22,7 +22,13 @@ from stages.lib.data.token_tables import (
     write_table,
 )
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
-from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal, write_yaml
+from stages.lib.settings.check import check_settings
+from stages.lib.settings.declaration import block
+from stages.lib.settings.lora import LoraSettings
+from stages.lib.settings.reading import Threshold
+from stages.lib.settings.sources import FileSource
+from tests.stages.data_stages import write_rows
+from tests.stages.tiny_pipeline import call, change, change_entries, inside, read_yaml, refusal, write_yaml
 from tests.tables import rewrite
 
 Copy = Callable[..., Path]
@@ -120,6 +126,23 @@ def test_a_reward_model_that_starts_from_another_keeps_its_head(copy_of_tiny: Co
     assert config_of(folder, "second")["mean"] == pytest.approx(config_of(tiny, "rm")["mean"])
 
 
+def test_an_adapter_on_a_reward_model_brings_the_whole_head(copy_of_tiny: Copy) -> None:
+    """PEFT puts adapter and head on the reward model that training started from."""
+    from peft import PeftModel
+
+    folder = copy_of_tiny()
+    with_second_model(folder, model="models/rm", lora=block(LoraSettings, rank=2, save_adapter=True))
+    call(folder, "train_rm@second")
+    head = load_file(folder / "models/second/model.safetensors")["score.weight"]
+    assert not torch.equal(head, load_file(folder / "models/rm/model.safetensors")["score.weight"])
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "models/rm")
+    adapted = PeftModel.from_pretrained(base, folder / "models/second/adapter").eval()
+    whole = AutoModelForSequenceClassification.from_pretrained(folder / "models/second").eval()
+    ids = torch.tensor([read_table(folder / "data/tokens/test/preference.arrow", PREFERENCE_SCHEMA)["prompt_ids"][0]])
+    with torch.no_grad():
+        assert float(adapted(ids).logits) == pytest.approx(float(whole(ids).logits), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layer", "said"), [("v_head.summary", "its layer v_head.summary"), ("value_head", "value_head")]
 )
@@ -189,6 +212,33 @@ def test_a_regression_on_scores(copy_of_tiny: Copy) -> None:
     assert results["validation_reward_std"] == config["std"] == pytest.approx(stdev(rewards), rel=1e-4)
     assert results["validation_score_std"] == pytest.approx(stdev(scores))
     assert results["validation_correlation"] == pytest.approx(correlation(rewards, scores), abs=1e-4)
+
+
+def test_ratings_of_raw_rows_are_what_is_learned(copy_of_tiny: Copy) -> None:
+    """From a file of replies with a rating each, by the stages, to a model."""
+    folder = copy_of_tiny()
+    raw = [
+        {"prompt": f"film {number}", "completion": "good " * (1 + number % 3), "helpfulness": number % 3}
+        for number in range(60)
+    ]
+    write_rows(folder / "data/raw/ratings.jsonl", raw)
+    threshold = block(Threshold, score="helpfulness", good_from=1.0, bad_below=1.0)
+    source = block(FileSource, path="data/raw/ratings.jsonl", kinds=["unpaired"], threshold=threshold)
+    params = read_yaml(folder / "params.yaml")
+    params["sources"]["files"]["ratings"] = source
+    params["prepare_data"] |= {"kinds": ["sft", "preference", "prompts", "unpaired"], "validation_fraction": 0.2}
+    params["train_rm"]["rm"] |= REGRESSION | {"epochs": 4.0}
+    write_yaml(folder / "params.yaml", params)
+    with inside(folder):
+        check_settings()
+    for stage in ("read_source@ratings", "prepare_data", "tokenize_data@unpaired", "train_rm@rm"):
+        call(folder, stage)
+    table = read_table(folder / "data/tokens/train/unpaired.arrow", UNPAIRED_SCHEMA)
+    assert sorted({*table["score"]}) == [0.0, 1.0, 2.0]
+    assert [score >= 1 for score in table["score"]] == table["label"][:]
+    results = results_of(folder, "rm")
+    assert results["validation_correlation"] > 0.5  # the rating is the number of words
+    assert results["validation_loss"] < results["validation_score_std"] ** 2
 
 
 def test_rows_without_a_score_are_refused(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.jsonl import read_jsonl
 from stages.lib.command.params import build
 from stages.lib.data.chat import decode_completion, load_tokenizer
+from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_table
 from stages.lib.runs.partial_results import PartialResults
 from stages.lib.settings.check import check_settings
@@ -235,10 +236,8 @@ def test_what_can_give_no_rows_is_told_in_one_line(
 
 def test_a_prompt_that_stands_in_several_rows_is_in_one_round_alone() -> None:
     ids = [[1, 2], [3], [1, 2], [4], [3], [5]]
-    table = Dataset.from_dict(
-        {"row": [2 * place for place in range(6)], "prompt_ids": ids, "messages": ["[]"] * 6, "facts": ["{}"] * 6}
-        | {"context": ["{}"] * 6, "source": [""] * 6}
-    )
+    columns = {"row": [2 * place for place in range(6)], "prompt_ids": ids, "messages": ["[]"] * 6, "facts": ["{}"] * 6}
+    table = MappedTable(pa.table(columns | {"context": ["{}"] * 6, "source": [""] * 6}))
 
     def rows(number: int) -> list[int]:
         settings = build(SamplePairs, block(SamplePairs, round=number, prompts=2), "x")

@@ -6,12 +6,12 @@ A table that does not belong to the tokens or the model beside it trains a polic
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow.compute as pc
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.token_tables import (
     REFERENCE_SCHEMA,
     TOKEN_REFERENCE_SCHEMA,
@@ -20,9 +20,6 @@ from stages.lib.data.token_tables import (
     read_note,
     read_table,
 )
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 VALUES = "values"  # the note of their digest
 MODEL_PATH = "model_path"  # the note of where the reference lay
@@ -35,7 +32,9 @@ OTHER = {"tokens": "other tokens", "model": "another model"}
 AGAIN = "run the stage ref_logprobs again"
 
 
-def read_reference(path: Path, tokens: "Dataset", tokens_path: Path, *, per_token_for: str | None = None) -> "Dataset":
+def read_reference(
+    path: Path, tokens: MappedTable, tokens_path: Path, *, per_token_for: str | None = None
+) -> MappedTable:
     """A table of reference log-probs, of the same rows as a table of preference tokens.
 
     Args:
@@ -56,12 +55,12 @@ def read_reference(path: Path, tokens: "Dataset", tokens_path: Path, *, per_toke
     require_same_rows(path, table, tokens, tokens_path)
     if per_token:
         require_as_many(path, table, tokens)
-    return table if per_token_for else cast("Dataset", table.select_columns(["row", *LOG_PROBS]))
+    return table if per_token_for else table.select_columns(["row", *LOG_PROBS])
 
 
 def read_unpaired_reference(
-    path: Path, tokens: "Dataset", tokens_path: Path, *, mismatched_for: str | None = None
-) -> "Dataset":
+    path: Path, tokens: MappedTable, tokens_path: Path, *, mismatched_for: str | None = None
+) -> MappedTable:
     """A table of reference log-probs, of the same rows as a table of unpaired tokens.
 
     Args:
@@ -87,12 +86,12 @@ def read_unpaired_reference(
     return table
 
 
-def require_same_rows(path: Path, table: "Dataset", tokens: "Dataset", tokens_path: Path) -> None:
+def require_same_rows(path: Path, table: MappedTable, tokens: MappedTable, tokens_path: Path) -> None:
     if tokens["row"][:] != table["row"][:]:
         raise StageError(f"{path} was made from other rows than {tokens_path}; {AGAIN}")
 
 
-def require_values_written(path: Path, table: "Dataset") -> None:
+def require_values_written(path: Path, table: MappedTable) -> None:
     """Raise StageError unless the values have the digest that their writer has noted."""
     columns = {name: table.data.column(name) for name in table.column_names if name != "row"}
     values = [pc.list_flatten(column) if name in TOKEN_LOG_PROBS else column for name, column in columns.items()]
@@ -100,7 +99,7 @@ def require_values_written(path: Path, table: "Dataset") -> None:
         raise StageError(f"{path} does not hold the values that were written to it: it was changed or damaged; {AGAIN}")
 
 
-def require_as_many(path: Path, table: "Dataset", tokens: "Dataset") -> None:
+def require_as_many(path: Path, table: MappedTable, tokens: MappedTable) -> None:
     """Raise StageError unless each token of each reply has a log-prob."""
     for name, ids in zip(TOKEN_LOG_PROBS, ("chosen_ids", "rejected_ids"), strict=True):
         found, wanted = (pc.list_value_length(of.data.column(column)) for of, column in ((table, name), (tokens, ids)))

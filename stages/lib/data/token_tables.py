@@ -17,16 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.prompts import facts_in, messages_in_cell
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from stages.lib.models.model_facts import ModelFacts
 
 BATCH_ROWS = 1000
 TOKENIZER_NOTE = "tokenizer"  # of the schema's metadata: the hash of the tokenizer that made the ids
-OF_DATASETS = b"huggingface"  # of the schema's metadata: what the library datasets would take columns to be
 RUN_AGAIN = "run the stage that writes it again"
 _IDS = pa.list_(pa.int32())
 _SOURCE = ("source", pa.string())
@@ -160,30 +158,25 @@ def write_table_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.S
             writer.append(row)
 
 
-def read_table(path: Path, schema: pa.Schema) -> "Dataset":
+def read_table(path: Path, schema: pa.Schema) -> MappedTable:
     """Open a table memory mapped.
 
     Returns:
-        A `datasets.Dataset`: `table[i]` is a dict of Python values, `table["prompt_ids"][i]` a list of ints,
-        `table[[3, 1]]` a dict of lists, `len(table)` the number of rows.
+        `table[i]` is a dict of Python values, `table["prompt_ids"][i]` a list of ints, `table[[3, 1]]` a dict of lists.
     Raises:
         StageError: the file is missing, empty, cut short or not an Arrow stream, its columns are not those of
             `schema`, or a row holds what no stage writes (row and column are named).
     """
-    from datasets import Dataset
-
     stream = _schema_of(path)
     found = stream.remove_metadata()
     if not found.equals(schema):
         raise StageError(f"{path}: expected columns {_described(schema)}, found {_described(found)}; {RUN_AGAIN}")
-    if OF_DATASETS in (stream.metadata or {}):
-        raise StageError(f"{path}: its metadata holds a key of the library datasets; {RUN_AGAIN}")
     with _as_arrow(path):
-        table = Dataset.from_file(str(path))
-        table.data.table.validate(full=True)
+        table = MappedTable.open(path)
+        table.data.validate(full=True)
     if len(table) == 0:
         raise StageError(f"{path} holds no rows")
-    _check_rows(table.data.table, path)
+    _check_rows(table.data, path)
     return table
 
 
@@ -333,12 +326,12 @@ def _described(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-def check_table_fits(table: "Dataset", facts: "ModelFacts", path: Path) -> None:
+def check_table_fits(table: MappedTable, facts: "ModelFacts", path: Path) -> None:
     """Raise a StageError that names `path` and row unless a model has every token id of a table, and room for its rows.
 
     A row takes the positions of its prompt and its longest reply.
     """
-    for batch in table.data.table.to_batches():
+    for batch in table.data.to_batches():
         check_batch_fits(batch, facts, path)
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import (
     PREFERENCE_SCHEMA,
@@ -16,9 +17,6 @@ from stages.lib.data.token_tables import (
 from stages.lib.models.model_facts import read_model_facts
 from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.rl.sampling import require_room
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SCHEMAS = {"sft": SFT_SCHEMA, "preference": PREFERENCE_SCHEMA, "prompts": PROMPT_SCHEMA}
 
@@ -67,7 +65,7 @@ class EvaluationRows:
             require_room([prompt.ids for prompt in self.prompts], config, max_new_tokens, where)
 
 
-def prompts_of_texts(table: "Dataset", max_prompts: int | None) -> list[Prompt]:
+def prompts_of_texts(table: MappedTable, max_prompts: int | None) -> list[Prompt]:
     """What comes before the first trained token of each row; rows that are trained from the start have none."""
     prompts: list[Prompt] = []
     for place in range(len(table)):

@@ -17,6 +17,7 @@ from stages.lib.models.loading_errors import not_loaded
 from stages.lib.models.model_facts import MODEL_JSON, ModelFacts, read_config, read_model_facts, require_json_objects
 from stages.lib.models.model_traits import CAN_BE_PACKED, switch_off_dropout
 from stages.lib.models.quantization import is_quantized, nf4_options, settle_quantized_layers, whole_twin
+from stages.lib.models.spared_imports import spared
 from stages.lib.models.weights_files import require_safetensors
 from stages.lib.settings.lora import BaseQuantization
 from stages.lib.settings.runtime import Runtime
@@ -265,7 +266,8 @@ def save_model(
         model = whole_twin(model)
     # Tied weights are one tensor under two names, and must stay one to be saved once.
     cast = {tensor.data_ptr(): tensor.detach().to("cpu", dtype) for tensor in weights.values()}
-    model.save_pretrained(out, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})
+    with spared("deepspeed"):
+        model.save_pretrained(out, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})
     config_file = out / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = save_dtype

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from stages.lib.compute.batching import rows_of_step
+from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
 from stages.lib.models.pretrained import facts_of
@@ -12,7 +13,6 @@ from stages.lib.models.tokenizer_files import require_tokens_of
 from stages.lib.rl.sampling import require_room
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -26,20 +26,20 @@ class Phases(Protocol):
     def rollout_batch_size(self) -> int: ...
 
 
-def read_prompts(path: Path, *models: Path) -> "Dataset":
+def read_prompts(path: Path, *models: Path) -> MappedTable:
     """The prompts' token table. Raises StageError if it is of another tokenizer than policy and reference."""
     for model in models:
         require_tokens_of(path, model)
     return read_table(path, PROMPT_SCHEMA)
 
 
-def require_fit(table: "Dataset", path: Path, model: "PreTrainedModel", max_new_tokens: int, stage: str) -> None:
+def require_fit(table: MappedTable, path: Path, model: "PreTrainedModel", max_new_tokens: int, stage: str) -> None:
     """Raise StageError if the model has no such token, or no room for a prompt with its response."""
     check_table_fits(table, facts_of(model), path)
     require_room(table["prompt_ids"], model.config, max_new_tokens, f"{path} with {stage}.max_new_tokens")
 
 
-def prompts_of_phase(table: "Dataset", phase: int, settings: Phases, seed: int) -> list[Prompt]:
+def prompts_of_phase(table: MappedTable, phase: int, settings: Phases, seed: int) -> list[Prompt]:
     """The prompts of a phase (0-based); as many passes are made over the table as all phases take."""
     passes = math.ceil(settings.iterations * settings.rollout_batch_size / len(table))
     return prompts_of(table[rows_of_step(phase, len(table), settings.rollout_batch_size, passes, seed)])

@@ -58,6 +58,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
             require_kernel(runtime, settings.precision, where)
             if stage in TRAINED:
                 require_engine(runtime, settings.precision, where)
+                require_optimizers(settings, runtime, where)
             require_unsharded_quantization(stage, settings, runtime, where)
 
 
@@ -79,6 +80,16 @@ def require_engine(runtime: Runtime, precision: str, where: str) -> None:
         raise StageError(f"{where}: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3")
     if runtime.deepspeed and runtime.frozen_zero_stage != 3:
         raise StageError(f"{where}: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3")
+
+
+def require_optimizers(settings: Any, runtime: Runtime, where: str) -> None:
+    """bitsandbytes needs plain torch, and a GPU to page memory."""
+    for key in ("optimizer", "policy_optimizer", "critic_optimizer"):
+        kind = getattr(settings, key).type if hasattr(settings, key) else "adamw"
+        if kind != "adamw" and runtime.uses_deepspeed(1):
+            raise StageError(f"{where}: {key}.type: {kind} needs plain torch; set engine: torch, or type: adamw")
+        if kind.startswith("paged") and runtime.device == "cpu":
+            raise StageError(f"{where}: {key}.type: {kind} needs a GPU; set device: cuda, or type: adamw_8bit")
 
 
 def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, where: str) -> None:

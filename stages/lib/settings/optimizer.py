@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from stages.lib.settings.bounds import BetweenZeroAndOne, Decay, NotNegative, Positive, Share
 from stages.lib.settings.declaration import Settings, key
 
@@ -9,6 +11,12 @@ from stages.lib.settings.declaration import Settings, key
 class OptimizerSettings(Settings):
     """AdamW with a linear warm-up, a schedule, gradient clipping and, if wanted, an average of the weights."""
 
+    type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = key(
+        "adamw",
+        "8bit: moments in 8 bits, a quarter of their memory | paged: they move to the CPU's memory where a GPU's is "
+        "full; both by bitsandbytes, on plain torch",
+        source="arXiv 2110.02861",
+    )
     learning_rate: Positive = key(1.5e-3, "at its peak")
     schedule: Literal["cosine", "linear", "constant"] = key(
         "cosine", "course of the learning rate after the linear warm-up", source="cosine: arXiv 1608.03983, Eq 5"
@@ -27,3 +35,9 @@ class OptimizerSettings(Settings):
         "evaluated and published; null: none",
         source="arXiv 1806.04498",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerSettings":
+        if self.ema_decay is not None and self.type != "adamw":
+            raise ValueError(f"ema_decay needs type: adamw, found {self.type}; set ema_decay: null")
+        return self

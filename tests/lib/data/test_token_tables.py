@@ -104,7 +104,7 @@ def test_a_table_is_memory_mapped(tmp_path):
     write_table(tmp_path / "t.arrow", prompts(5), PROMPT_SCHEMA)
     before = pa.total_allocated_bytes()
     table = read_table(tmp_path / "t.arrow", PROMPT_SCHEMA)
-    assert table.cache_files == [{"filename": str(tmp_path / "t.arrow")}]
+    assert len(table) == 5
     assert pa.total_allocated_bytes() == before
 
 
@@ -218,8 +218,7 @@ def test_notes_that_are_not_text(tmp_path):
         read_note(path, "tokenizer")
     assert read_note(path, "other") is None
     write_table(path, prompts(5), PROMPT_SCHEMA.with_metadata({"huggingface": "no JSON"}))
-    with pytest.raises(StageError, match=r"t\.arrow: its metadata holds a key of the library datasets"):
-        read_table(path, PROMPT_SCHEMA)
+    assert len(read_table(path, PROMPT_SCHEMA)) == 5  # what the library datasets would read is not read here
 
 
 NAN, INFINITE = float("nan"), float("inf")

@@ -13,6 +13,7 @@ from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
+from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
 from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
@@ -125,6 +126,16 @@ def test_the_default_settings_agree() -> None:
             {"train_dpo": {"lora": NF4}, "ref_logprobs": {"base_quantization": "nf4"}},
             {"ref_logprobs": {"frozen_zero_stage": 3}},
             "runtime.yaml: ref_logprobs: frozen_zero_stage: 3 cannot shard a base",
+        ),
+        (
+            {"train_rm": {"optimizer": block(OptimizerSettings, type="adamw_8bit")}},
+            {"train_rm": {"zero_stage": 1}},
+            "runtime.yaml: train_rm: optimizer.type: adamw_8bit needs plain torch; set engine: torch, or type: adamw",
+        ),
+        (
+            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, type="paged_adamw")}},
+            {"train_ppo": {"device": "cpu"}},
+            "runtime.yaml: train_ppo: critic_optimizer.type: paged_adamw needs a GPU; set device: cuda, or type: adamw",
         ),
     ],
 )
