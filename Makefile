@@ -49,9 +49,9 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-ppo train-grpo evaluate report \
-        ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
-        pass-cost lint clean
+.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
+        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
+        pass-cost losses lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,11 +74,14 @@ train-rm: $(VENV) ## Up to the reward models
 sample-pairs: $(VENV) ## Up to the rows made of policies' own replies
 	$(call repro,sample_pairs)
 
-ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO needs
-	$(call repro,ref_logprobs)
+ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO and train-unpaired need
+	$(call repro,ref_logprobs ref_logprobs_unpaired)
 
 train-dpo: $(VENV) ## Up to the DPO policies
 	$(call repro,train_dpo)
+
+train-unpaired: $(VENV) ## Up to the policies trained on unpaired replies (KTO, BCO, APO)
+	$(call repro,train_unpaired)
 
 train-ppo: $(VENV) ## Up to the PPO policies
 	$(call repro,train_ppo)
@@ -167,6 +170,8 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 	.venv/bin/python -m tests.proofs.world_sizes .scratch/world-sizes --table tests/proofs/world_sizes.md
 	rm -rf .scratch/same-bytes
 	.venv/bin/python -m tests.proofs.same_bytes .scratch/same-bytes --table tests/proofs/same_bytes.md
+	rm -rf .scratch/online-rounds
+	.venv/bin/python -m tests.proofs.online_rounds .scratch/online-rounds --table tests/proofs/online_rounds.md
 
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md
@@ -187,6 +192,9 @@ bench: $(VENV) $(TRL)/.complete ## Time training steps beside TRL's and write be
 
 pass-cost: $(VENV) ## Measure runtime.yaml: pass_cost on this machine: MODEL=models/base, and STAGE=… (else train_dpo)
 	.venv/bin/python -m benchmarks.pass_cost "$${MODEL:-models/base}" $(if $(STAGE),--stage "$$STAGE")
+
+losses: $(VENV) ## Train with every preference loss on the pairs here, and write benchmarks/loss_table.md
+	.venv/bin/python -m benchmarks.loss_table --seeds 18 --seeds 19
 
 lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff check benchmarks stages tests

@@ -66,25 +66,35 @@ def found_at(key: str, top: Declared) -> list[Declared]:
     return places
 
 
-def explained(name: str, declared: Declared) -> Iterator[str]:
-    """The lines on a key, and on every key below it."""
+def explained(name: str, declared: Declared, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The lines on a key, and on every key below it.
+
+    Args:
+        above: the types of a block around it. One that may hold blocks of its own types, as a mixture of losses holds
+            losses, says so without listing them again.
+    """
     yield from wrapped_lines(f"{name}: {in_words(declared)}{default_of(declared)}", 0)
     yield from wrapped_lines(declared.node.get("description", ""), 2)
     if declared.entry:
-        yield from (INDENT + line for line in explained(NAME, declared.entry))
+        yield from (INDENT + line for line in explained(NAME, declared.entry, above))
+    types = frozenset(declared.types)
+    if types and types <= above:
+        return
     for kind, block in (declared.types or {"": declared}).items():
         if kind:
             yield from wrapped_lines(f"{KIND}: {kind}", 1)
             yield from wrapped_lines(block.below(KIND).node["description"], 3)
         for key in block.keys:
             if key != KIND:
-                yield from (INDENT * (2 if kind else 1) + line for line in explained(key, block.below(key)))
+                yield from (
+                    INDENT * (2 if kind else 1) + line for line in explained(key, block.below(key), types or above)
+                )
 
 
 def wrapped_lines(text: str, level: int) -> list[str]:
-    """Lines of a text at a level, with room for five levels more on the left."""
+    """Lines of a text at a level, with room for six levels more on the left."""
     margin = INDENT * level
-    return textwrap.wrap(text, WIDTH - 5 * len(INDENT), initial_indent=margin, subsequent_indent=margin)
+    return textwrap.wrap(text, WIDTH - 6 * len(INDENT), initial_indent=margin, subsequent_indent=margin)
 
 
 def in_words(declared: Declared) -> str:

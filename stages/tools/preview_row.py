@@ -132,7 +132,7 @@ def main(
     loaded = load_tokenizer(tokenizer)
     count = sum(len(ids) for _, ids in token_runs(values))
     print(f"{path}, row {row} (source {values['source'] or 'without a name'}): {count:,} tokens")
-    for name in ("label", "margin", "messages", "facts", "context"):
+    for name in ("label", "score", "margin", "messages", "facts", "context"):
         if values.get(name) is not None and values[name] not in ("{}", "[]"):
             print(one_line(f"{name}: {values[name]}"))
     for line in preview_lines(loaded, values, coloured=sys.stdout.isatty()):

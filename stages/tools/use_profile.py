@@ -12,6 +12,7 @@ params.yaml itself, and so stand in no profile, are not overwritten unless asked
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +61,8 @@ def merged(default: Any, values: Any, declared: Declared) -> Any:
         return values
     if of_any_name(declared.node):
         usual = declared.entry.defaults if declared.entry else None
-        return {name: merged(default.get(name, usual), value, declared.below(name)) for name, value in values.items()}
+        own = {name: deepcopy(default.get(name, usual)) for name in values}  # or two names would share their blocks
+        return {name: merged(own[name], value, declared.below(name)) for name, value in values.items()}
     if values.get(KIND, default.get(KIND)) != default.get(KIND):
         default = declared.narrowed(values).defaults
     declared = declared.narrowed(default | values)

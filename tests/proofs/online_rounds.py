@@ -58,8 +58,7 @@ class Difference(NamedTuple):
 def run(folder: Path, seed: int, given: Path | None) -> Path:
     """All stages of the profile with a seed but those of `given`; what an earlier start has finished stays."""
     project = folder / f"seed-{seed}"
-    chosen = settings_of(PROJECT / f"profiles/{PROFILE}.yaml") | {"seed": seed}
-    settings = json.loads(json.dumps(chosen))  # YAML would write an alias where two entries share a default
+    settings = settings_of(PROJECT / f"profiles/{PROFILE}.yaml") | {"seed": seed}
     settings["evaluate"]["max_prompts"] = None
     if not project.exists():
         project.mkdir(parents=True)

@@ -10,7 +10,7 @@ import pytest
 
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.operations.code_closure import MANIFESTS, script_name
-from stages.lib.settings.check import outs_of_graph
+from stages.lib.settings.check import check_settings, outs_of_graph
 from stages.lib.settings.sections import default_params
 from stages.prepare_base import check_settings_again
 from stages.tools.use_profile import settings_of
@@ -73,6 +73,13 @@ def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: 
     write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
     done = check(project, HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("profile", ["online-dpo", "rejection-sampling"])
+def test_a_profile_of_the_generated_task_passes(project: Path, profile: str) -> None:
+    write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
+    with inside(project):
+        assert check_settings() == []
 
 
 def test_the_outs_of_the_graph_are_all_known() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from stages.lib.command.errors import StageError
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.ref_logprobs import RefLogprobs
 from tests.stages.test_resume import Cut
 from tests.stages.tiny_pipeline import call, change, contents, inside, read_yaml, refusal, write_yaml
@@ -58,7 +59,7 @@ def run_stages(folder: Path, *stages: str) -> str:
 
 def with_second_policy(folder: Path) -> None:
     settings = read_yaml(folder / "params.yaml")
-    settings["train_dpo"]["ipo-2"] = deepcopy(settings["train_dpo"]["dpo"]) | {"loss": {"type": "ipo", "beta": 0.1}}
+    settings["train_dpo"]["ipo-2"] = deepcopy(settings["train_dpo"]["dpo"]) | {"loss": block(IpoLoss)}
     settings["evaluate"]["policies"] = {"sft": "models/sft", "dpo": "models/dpo", "ipo-2": "models/ipo-2"}
     settings["score_samples"]["policies"] = ["ipo-2"]
     write_yaml(folder / "params.yaml", settings)

@@ -17,6 +17,7 @@ from stages.tools.use_profile import settings_of
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.pipeline.graph import all_instances, load_graph
 from tests.real_files import PROJECT, real_file
+from tests.stages.tiny_llama3 import save_llama3
 from tests.stages.tiny_pipeline import call, inside, new_project, start, use_base, write_yaml
 from tests.stages.tiny_qwen import save_qwen
 
@@ -225,6 +226,8 @@ QWEN = {
     "Qwen/Qwen2-1.5B": "8a16abf2848eda07cc5253dec660bf1ce007ad7a",
     "Qwen/Qwen2.5-1.5B-Instruct": "989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
 }
+LLAMA = ("meta-llama/Llama-3.1-8B-Instruct", "0e9e39f249a16976918f6564b8830bc894c89659")
+ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
 OPT = ("facebook/opt-350m", "08ab08cc4b72ff5593870b5d527cf4230323703c")
 
 
@@ -239,6 +242,12 @@ def conversation(number: int) -> dict[str, Any]:
     return {name: [asked, {"role": "assistant", "content": reply}] for name, reply in replies.items()}
 
 
+def feedback(number: int) -> dict[str, Any]:
+    """As UltraFeedback's rows, some of which have the same score twice."""
+    pair, scores = conversation(number), {"score_chosen": 8.0, "score_rejected": 8.0 - number % 3}
+    return {"prompt": f"question {number}?", "prompt_id": f"{number}", **pair, "messages": pair["chosen"], **scores}
+
+
 def instruction(number: int) -> dict[str, Any]:
     return {"instruction": f"question {number}?", "input": "", "output": f"good {number}"}
 
@@ -251,8 +260,9 @@ def json_lines(row: Callable[[int], dict[str, Any]], *numbers: int) -> bytes:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     from transformers import OPTConfig, OPTForCausalLM
 
-    qwen, instruct, opt = (tmp_path_factory.mktemp(name) for name in ("qwen", "instruct", "opt"))
+    qwen, instruct, opt, llama = (tmp_path_factory.mktemp(name) for name in ("qwen", "instruct", "opt", "llama"))
     save_qwen(qwen, positions=512)
+    save_llama3(llama, positions=512)
     for folder in (instruct, opt):
         shutil.copytree(qwen, folder, dirs_exist_ok=True)
     tokenizer = json.loads((qwen / "tokenizer_config.json").read_text())
@@ -263,7 +273,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     OPTForCausalLM(config).save_pretrained(opt)
     folder = "harmless-base"
     hh = {f"{folder}/train.jsonl": json_lines(transcript, 40), f"{folder}/test.jsonl": json_lines(transcript, 40, 60)}
+    splits = {"train_prefs": (0, 60), "test_prefs": (60, 80), "train_sft": (80, 90)}
+    pairs = {f"data/{name}-00000-of-00001.jsonl": json_lines(feedback, *rows) for name, rows in splits.items()}
     data = [
+        HubRepository("datasets", *ULTRAFEEDBACK, pairs),
         HubRepository("datasets", *HH, hh),
         HubRepository("datasets", "QingyiSi/Alpaca-CoT", "0" * 40, {"firefly/a.jsonl": json_lines(instruction, 60)}),
         HubRepository(
@@ -277,7 +290,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         repository_of_folder("models", name, commit, instruct if name.endswith("Instruct") else qwen)
         for name, commit in QWEN.items()
     ]
-    with HubServer([*data, *models, repository_of_folder("models", *OPT, opt)]) as server:
+    with HubServer(
+        [*data, *models, repository_of_folder("models", *OPT, opt), repository_of_folder("models", *LLAMA, llama)]
+    ) as server:
         yield server
 
 
@@ -288,6 +303,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         ("qwen2-1.5b-firefly-sft", {"sft"}, torch.bfloat16),
         ("qwen2.5-1.5b-rm", {"rm"}, torch.bfloat16),
         ("opt-350m-hh-rm", {"rm"}, torch.float32),
+        ("llama-3.1-8b-ultrafeedback-dpo", {"dpo"}, torch.bfloat16),
     ],
 )
 def test_a_profile_goes_from_the_hub_to_the_report(
@@ -302,6 +318,9 @@ def test_a_profile_goes_from_the_hub_to_the_report(
     if "dpo" in trained:
         first = pd.read_csv(project / "metrics/curves/dpo.csv").iloc[0]
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if profile == "llama-3.1-8b-ultrafeedback-dpo":
+        assert metrics(project, "prepare_data")["ultrafeedback_test/preference/test_rows"] == 20
+        assert (project / "models/dpo/adapter/adapter_config.json").is_file()
     if profile == "opt-350m-hh-rm":
         counts = metrics(project, "prepare_data")
         assert (counts["hh/preference/train_rows"], counts["hh_test/preference/test_rows"]) == (36, 20)

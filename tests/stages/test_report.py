@@ -259,6 +259,18 @@ def test_tables_of_reward_model_and_data(parsed):
     assert parsed.tables[4][1:] == [[["tokenize_data sft: too long"], ["12"]]]
 
 
+def test_a_reward_model_without_parts_has_no_table_of_them(tmp_path):
+    write_run(tmp_path)
+    whole = {key: value for key, value in of_pairs().items() if not key.startswith(("reliability", "length_diff"))}
+    write(tmp_path, "metrics/evaluate_rm/rm.json", whole)
+    assert "in parts of the test pairs" not in page_in(tmp_path)
+    write(
+        tmp_path, "metrics/evaluate_rm/rm.json", whole | {"reliability_60_accuracy": 0.5, "reliability_accuracy": 0.5}
+    )
+    with pytest.raises(StageError, match=r"rm\.json: 'reliability_60_confidence' is missing; run evaluate_rm@rm again"):
+        page_in(tmp_path)
+
+
 def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
     assert parsed.texts["outcome"][0].count("On 16 test prompts, DPO beats SFT in mean gold utility (+0.42") == 1
     after = next(index for index, (_, found) in enumerate(parsed.elements) if found.get("class") == "outcome")

@@ -22,6 +22,8 @@ from stages.lib.data.token_tables import PREFERENCE_SCHEMA, read_table
 from stages.lib.models.scalar_scores import TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
+from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import IpoLoss
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
 from tests.tables import rewrite
 from tests.tiny_models import batching
@@ -196,12 +198,12 @@ def refused(folder: Path, stage: str, **changed: str) -> str:
         ({"kep": "best"}, "params.yaml: train_dpo.dpo.kep is not a known key; did you mean 'keep'?"),
         ({"beta": 0.1}, "params.yaml: train_dpo.dpo.beta is not a known key; did you mean 'loss.beta'?"),
         (
-            {"loss": {"type": "ipo", "beta": "high"}},
+            {"loss": block(IpoLoss, beta="high")},
             "params.yaml: train_dpo.dpo.loss.beta: expected a number, found 'high' (str)",
         ),
         ({"loss": {"type": "sigmoyd", "beta": 0.1}}, "did you mean 'sigmoid'?"),
         (
-            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            {"loss": block(IpoLoss) | {"label_smoothing": 0.1}},
             "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
     ],

@@ -76,8 +76,15 @@ def test_a_key_is_told_in_a_line(key: str, line: str) -> None:
 
 
 def test_a_key_of_several_types_is_told_for_each() -> None:
-    assert len(found_at("train_dpo.dpo.loss.beta", files())) == 2
-    assert len(found_at("train_dpo.dpo.loss.label_smoothing", files())) == 1
+    assert len(found_at("train_dpo.dpo.loss.beta", files())) == 16
+    assert len(found_at("train_dpo.dpo.loss.label_smoothing", files())) == 4
+
+
+def test_a_block_within_a_block_of_the_same_types_is_not_told_twice() -> None:
+    lines = explain("train_dpo.dpo.loss").stdout.splitlines()
+    assert sum(line.strip() == "type: hinge" for line in lines) == 1
+    assert lines[-1].strip() == "the loss of a pair, and what it needs"
+    assert len(found_at("train_dpo.dpo.loss.parts.any.loss.beta", files())) == 16
 
 
 def leaves(declared: Declared, above: str) -> set[str]:

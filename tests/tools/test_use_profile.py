@@ -9,6 +9,8 @@ from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 from ruamel.yaml import YAML
 
+from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 from stages.lib.settings.sections import default_params
 from stages.tools.params_text import params_text
 from stages.tools.use_profile import declared_params, merged, settings_of
@@ -75,7 +77,7 @@ def test_a_profile_changes_its_keys_alone(project: Path) -> None:
     expected["train_rm"] = {}
     expected["sources"]["tasks"] = {}
     assert found["train_dpo"].keys() == {"dpo", "other"}
-    assert found["train_dpo"]["dpo"] == expected["train_dpo"]["dpo"] | {"loss": {"type": "ipo", "beta": 0.1}}
+    assert found["train_dpo"]["dpo"] == expected["train_dpo"]["dpo"] | {"loss": block(IpoLoss)}
     other = found["train_dpo"]["other"]  # a name that the default run lacks has the defaults of its keys
     assert (other["epochs"], other["optimizer"]["beta2"], other["loss"]["type"]) == (2.0, 0.95, "sigmoid")
     mine = found["sources"]["files"]["mine"]
@@ -215,9 +217,9 @@ def test_a_block_takes_the_profiles_type_or_single_keys_of_its_own() -> None:
     def loss(changes: dict) -> dict:
         return laid_over({"train_dpo": {"dpo": {"loss": changes}}})["train_dpo"]["dpo"]["loss"]
 
-    assert loss({"beta": 0.1}) == {"type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
-    assert loss({"type": "sigmoid", "beta": 0.1}) == {"type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
-    assert loss({"type": "ipo", "beta": 0.1}) == {"type": "ipo", "beta": 0.1}
+    assert loss({"beta": 0.1}) == block(SigmoidLoss)
+    assert loss({"type": "sigmoid", "beta": 0.1}) == block(SigmoidLoss)
+    assert loss({"type": "ipo", "beta": 0.3}) == block(IpoLoss, beta=0.3)
 
 
 def test_a_mapping_of_names_is_what_the_profile_says() -> None:
@@ -255,5 +257,6 @@ def test_an_experiment_changes_one_line_of_params(override: str, line: str, tmp_
 
 def test_the_profiles_of_the_documentation_are_there() -> None:
     named = {"hh-local", "qwen2.5-0.5b-hh", "sft-only", "dpo-from-instruct", "own-reward-model"}
-    large = {"qwen2-1.5b-firefly-sft", "qwen2.5-1.5b-rm", "opt-350m-hh-rm"}
-    assert {"default", *named, *large} <= {path.stem for path in PROFILES}
+    large = {"qwen2-1.5b-firefly-sft", "qwen2.5-1.5b-rm", "opt-350m-hh-rm", "llama-3.1-8b-ultrafeedback-dpo"}
+    rounds = {"online-dpo", "rejection-sampling"}
+    assert {"default", *named, *large, *rounds} <= {path.stem for path in PROFILES}

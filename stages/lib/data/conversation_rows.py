@@ -6,6 +6,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.chat import NO_CONTEXT, Context
 from stages.lib.data.conversations import Message, has_content, margin_from, messages_from
 from stages.lib.data.prompts import facts_from
+from stages.lib.data.readers.comparisons import require_float32, score_from
 from stages.lib.data.tool_calls import refuse_arguments_of_the_renderer
 
 PLAIN_ROLES = ("system", "user", "assistant")
@@ -20,6 +21,7 @@ class Conversation(NamedTuple):
     context: Context = NO_CONTEXT
     margin: float | None = None
     label: bool | None = None
+    score: float | None = None
     weights: list[int] | None = None  # of the prompt's messages and the reply, where one of them has a weight
     facts: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     text: str | None = None  # in place of prompt and reply
@@ -49,7 +51,12 @@ def unpaired_conversation(row: dict[str, Any], where: str) -> Conversation:
     reply, label = _reply(row, "completion", where), row.get("label")
     if not isinstance(label, bool):
         raise StageError(f"{where}: 'label' must be true or false, found {label!r}"[:300])
-    return Conversation(_source(row, where), _prompt(row, where), [reply], _context(row, where), label=label)
+    score = score_from(row.get("score"), f"{where}, 'score'")
+    if score is not None:
+        require_float32(score, f"{where}, 'score'")
+    return Conversation(
+        _source(row, where), _prompt(row, where), [reply], _context(row, where), label=label, score=score
+    )
 
 
 def prompt_conversation(row: dict[str, Any], where: str) -> Conversation:

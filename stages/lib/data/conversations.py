@@ -168,6 +168,7 @@ class Example:
     rejected: Message | None = None  # the reply to which `reply` was preferred
     margin: float | None = None  # of a pair
     label: bool | None = None  # of unpaired data: whether `reply` is a good one
+    score: float | None = None  # of unpaired data: what the label was made of, where that is a score
     text: str | None = None  # for whole-text training or as a raw prompt; all of the above is unset then
     facts: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None

@@ -238,7 +238,8 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     if example.rejected is not None and "margin" in read and is_given(row.get("margin")):
         example = replace(example, margin=margin_from(row["margin"], place.where))
     if name in REPLIES:
-        example = replace(example, label=label_from(row, place))
+        score = score_of(row, place)
+        example = replace(example, label=label_from(row, place, score), score=score)
     if tools := tools_of(row, place):
         example = replace(example, tools=tools)
     arguments = object_from(row.get("chat_template_kwargs"), place.column("chat_template_kwargs"))
@@ -246,17 +247,27 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
 
 
-def label_from(row: RawRow, place: RowPlace) -> bool | None:
-    """Whether a single reply is a good one, by its label or by its score; None where nothing says so."""
+def score_of(row: RawRow, place: RowPlace) -> float | None:
+    """The score of a single reply, from the column that the threshold names; None without one."""
     threshold = place.options.threshold
-    if threshold is not None and threshold.score is not None:
-        if threshold.score not in row:
-            raise MalformedRowError(f"{place.where}: no column '{threshold.score}' with its score", "missing_column")
-        value = row[threshold.score]
-        score = comparisons.score_from(value, place.column(threshold.score))
-        label = None if score is None else comparisons.label_by(score, threshold)
+    if threshold is None or threshold.score is None:
+        return None
+    if threshold.score not in row:
+        raise MalformedRowError(f"{place.where}: no column '{threshold.score}' with its score", "missing_column")
+    score = comparisons.score_from(row[threshold.score], place.column(threshold.score))
+    if score is None:
+        raise UnusableRowError("no_score")
+    comparisons.require_float32(score, place.column(threshold.score))
+    return score
+
+
+def label_from(row: RawRow, place: RowPlace, score: float | None) -> bool | None:
+    """Whether a single reply is a good one, by its score or by its label; None where nothing says so."""
+    threshold = place.options.threshold
+    if threshold is not None and score is not None:
+        label = comparisons.label_by(score, threshold)
         if label is None:
-            raise UnusableRowError("no_score" if score is None else "between_thresholds")
+            raise UnusableRowError("between_thresholds")
         return label
     if "label" not in row:
         return None

@@ -2,7 +2,7 @@
 
 sft         {"messages": [...]}                     a prompt and its reply; or {"text"}, trained on as a whole
 preference  {"prompt", "chosen", "rejected"}        one reply each, and "margin" where there is one
-unpaired    {"prompt", "completion", "label"}       one reply, and whether it is a good one
+unpaired    {"prompt", "completion", "label"}       one reply, whether it is a good one, and "score" where there is one
 prompts     {"prompt"}                              or {"text"}, which no template is laid around
 
 Each has "source", the name of its source, and where there are any "facts", an object of what is known of the row;
@@ -19,7 +19,9 @@ Kind = Literal["sft", "preference", "unpaired", "prompts"]
 Split = Literal["train", "validation", "test"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
-MAY_BE_EMPTY: tuple[tuple[Kind, Split], ...] = (("prompts", "validation"),)  # which no stage reads
+MAY_BE_EMPTY: tuple[tuple[Kind, Split], ...] = (
+    ("prompts", "validation"),
+)  # which sample_pairs alone reads, if asked to
 
 
 class PreparedRow(NamedTuple):

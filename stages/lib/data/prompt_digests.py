@@ -48,7 +48,7 @@ def digests_of_row(values: dict[str, Any], seed: int) -> list[bytes]:
 def content_digest(values: dict[str, Any], kind: Kind, prompt: bytes) -> bytes:
     """A digest of all that a row trains on, by which exact duplicates are known; prompts are known as prompts are.
 
-    Margins and facts are not in it: two rows that differ in these alone are duplicates.
+    Margins, scores and facts are not in it: two rows that differ in these alone are duplicates.
     """
     said: dict[str, Any] = {name: values[name] for name in OF_A_ROW if name in values}
     if kind == "prompts":

@@ -15,6 +15,7 @@ from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.token_tables import (
     REFERENCE_SCHEMA,
     TOKEN_REFERENCE_SCHEMA,
+    UNPAIRED_REFERENCE_SCHEMA,
     has_column,
     read_note,
     read_table,
@@ -25,6 +26,8 @@ MODEL_PATH = "model_path"  # the note of where the reference lay
 LOG_PROBS = ("reference_chosen_logps", "reference_rejected_logps")
 # Where the table has them: of each token of `chosen_ids` and `rejected_ids`.
 TOKEN_LOG_PROBS = ("reference_chosen_token_logps", "reference_rejected_token_logps")
+# Of unpaired rows: of the reply, and of the reply to another prompt, null where a row has none.
+UNPAIRED_LOG_PROBS = ("reference_logps", "reference_mismatched_logps")
 OTHER = {"tokens": "other tokens", "model": "another model"}
 AGAIN = "run the stage ref_logprobs again"
 
@@ -49,18 +52,50 @@ def read_reference(
         )
     table = read_table(path, TOKEN_REFERENCE_SCHEMA if per_token else REFERENCE_SCHEMA)
     require_values_written(path, table)
-    if tokens["row"][:] != table["row"][:]:
-        raise StageError(f"{path} was made from other rows than {tokens_path}; {AGAIN}")
+    require_same_rows(path, table, tokens, tokens_path)
     if per_token:
         require_as_many(path, table, tokens)
     return table if per_token_for else table.select_columns(["row", *LOG_PROBS])
+
+
+def read_unpaired_reference(
+    path: Path, tokens: MappedTable, tokens_path: Path, *, mismatched_for: str | None = None
+) -> MappedTable:
+    """A table of reference log-probs, of the same rows as a table of unpaired tokens.
+
+    Args:
+        mismatched_for: what needs the log-probs of the mismatched replies, in the words of a message.
+    Raises:
+        StageError: as `read_reference`; a row lacks the log-prob of its mismatched reply, or no row has such a reply.
+    """
+    table = read_table(path, UNPAIRED_REFERENCE_SCHEMA)
+    require_values_written(path, table)
+    require_same_rows(path, table, tokens, tokens_path)
+    if mismatched_for:
+        replies, logps = tokens.data.column("mismatched_ids"), table.data.column("reference_mismatched_logps")
+        if replies.null_count == len(replies):
+            raise StageError(
+                f"{tokens_path}: all rows have one prompt, so none stands beside a reply to another one, which "
+                f"{mismatched_for} needs"
+            )
+        if logps.null_count != replies.null_count:
+            raise StageError(
+                f"{path} has no log-probs of mismatched replies, which {mismatched_for} needs: set params.yaml: "
+                f"ref_logprobs_unpaired.{path.parent.name}.mismatched: true, and {AGAIN}"
+            )
+    return table
+
+
+def require_same_rows(path: Path, table: MappedTable, tokens: MappedTable, tokens_path: Path) -> None:
+    if tokens["row"][:] != table["row"][:]:
+        raise StageError(f"{path} was made from other rows than {tokens_path}; {AGAIN}")
 
 
 def require_values_written(path: Path, table: MappedTable) -> None:
     """Raise StageError unless the values have the digest that their writer has noted."""
     columns = {name: table.data.column(name) for name in table.column_names if name != "row"}
     values = [pc.list_flatten(column) if name in TOKEN_LOG_PROBS else column for name, column in columns.items()]
-    if read_note(path, VALUES) != values_digest(*(column.to_numpy() for column in values)):
+    if read_note(path, VALUES) != values_digest(*(column.to_numpy() for column in values)):  # a null is NaN here
         raise StageError(f"{path} does not hold the values that were written to it: it was changed or damaged; {AGAIN}")
 
 
@@ -79,6 +114,24 @@ def values_digest(*columns: Sequence[float] | np.ndarray) -> str:
     """SHA-256 of the log-probs of a table, in float32, column by column; of those of tokens, all in one sequence."""
     values = [np.asarray(column, dtype="<f4").tobytes() for column in columns]
     return hashlib.sha256(b"".join(values)).hexdigest()
+
+
+def require_computed_alike(path: Path, precision: str, base_quantization: str | None, where: str) -> None:
+    """Raise StageError if a table's numbers are not those of the policy before its first step.
+
+    Args:
+        precision, base_quantization: of the policy, which stands in params.yaml at `where`.
+    """
+    for reason, note, own in (
+        ("precision is", "precision", precision),
+        ("lora trains on base_quantization", "base_quantization", str(base_quantization)),
+    ):
+        reference = read_note(path, note)
+        if reference != own:
+            raise StageError(
+                f"params.yaml: {where}: {reason} {own}, but {path.parent} was computed with {note} {reference}: the "
+                "first step's margin would not be 0; give both the same"
+            )
 
 
 def require_made_from(path: Path, **inputs: tuple[Path, str]) -> None:

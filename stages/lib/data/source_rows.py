@@ -52,7 +52,8 @@ def rows_of_kind(example: Example, kind: Kind, where: str) -> Iterator[dict[str,
         yield {"prompt": prompt, "completion": [reply], "label": True}
         yield {"prompt": prompt, "completion": [rejected], "label": False}
     elif example.label is not None:
-        yield {"prompt": prompt, "completion": [reply], "label": example.label}
+        score = {} if example.score is None else {"score": example.score}
+        yield {"prompt": prompt, "completion": [reply], "label": example.label, **score}
     else:
         raise StageError(f"{where}: nothing says whether the reply is a good one, as unpaired needs it; {LEAVE_OUT}")
 

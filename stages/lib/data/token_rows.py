@@ -244,7 +244,8 @@ def preference_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]
 def unpaired_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:
     (reply,) = encoded.replies
     # Which reply stands beside another prompt is known once all rows are.
-    return {"prompt_ids": encoded.prompt, "completion_ids": reply.ids, "label": row.label, "mismatched_ids": None}
+    judged = {"label": row.label, "score": row.score, "mismatched_ids": None}
+    return {"prompt_ids": encoded.prompt, "completion_ids": reply.ids, **judged}
 
 
 def prompt_columns(encoded: EncodedRow, row: Conversation) -> dict[str, Any]:

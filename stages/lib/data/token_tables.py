@@ -54,6 +54,7 @@ UNPAIRED_SCHEMA = pa.schema(
         ("prompt_ids", _IDS),
         ("completion_ids", _IDS),
         ("label", pa.bool_()),
+        ("score", pa.float32()),  # null where the label was made of none
         ("mismatched_ids", _IDS),  # a reply to another prompt, or null (`mismatched_replies`)
         _SOURCE,
     ]
@@ -70,6 +71,9 @@ PROMPT_SCHEMA = pa.schema(
 )
 REFERENCE_SCHEMA = pa.schema(
     [("row", pa.int32()), ("reference_chosen_logps", pa.float32()), ("reference_rejected_logps", pa.float32())]
+)
+UNPAIRED_REFERENCE_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("reference_logps", pa.float32()), ("reference_mismatched_logps", pa.float32())]
 )
 _TOKEN_LOGPS = pa.list_(pa.float32())
 TOKEN_REFERENCE_SCHEMA = pa.schema(
@@ -285,16 +289,21 @@ MARGIN_CHECKS: tuple[tuple[str, Check], ...] = (
         lambda margins: pc.fill_null(pc.or_(pc.invert(pc.is_finite(margins)), pc.less(margins, 0)), False),
     ),
 )
+SCORE_CHECKS: tuple[tuple[str, Check], ...] = (
+    ("the score is not a finite number", lambda scores: pc.fill_null(pc.invert(pc.is_finite(scores)), False)),
+)
 # What is wrong with a value of a column → for each row whether it is. A check may take for granted what comes before.
 COLUMN_CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     **dict.fromkeys(
         ("input_ids", "loss_mask", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"), LIST_CHECKS
     ),
-    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps"), LOGP_CHECKS),
+    **dict.fromkeys(("reference_chosen_logps", "reference_rejected_logps", "reference_logps"), LOGP_CHECKS),
+    "reference_mismatched_logps": LOGP_CHECKS[1:],
     **dict.fromkeys(("reference_chosen_token_logps", "reference_rejected_token_logps"), TOKEN_LOGP_CHECKS),
     "mismatched_ids": LIST_CHECKS[1:],
     "margin": MARGIN_CHECKS,
     "label": (("the label is null", pc.is_null),),
+    "score": SCORE_CHECKS,
     **dict.fromkeys(("messages", "facts", "context", "source"), (("the text is null", pc.is_null),)),
 }
 # Columns of text → what reads a cell, or raises a StageError that begins with the place it is given.

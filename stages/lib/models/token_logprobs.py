@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.lib.models.attention_masks import model_mask
+from stages.lib.models.logit_head import widen_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +46,8 @@ class TokenPredictions(NamedTuple):
 class TokenLogProbs(nn.Module):
     """log π(y_t | x, y_<t) for the tokens that a mask selects: what an engine wraps instead of the language model.
 
-    Hidden states are selected before the LM head, and the log-softmax runs in float32 over chunks of tokens that the
-    backward pass recomputes, so no (b, t, vocabulary) tensor exists.
+    Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
+    over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
     There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
     engine calls and into which DeepSpeed hooks; it takes the pass by its name.
@@ -63,6 +64,7 @@ class TokenLogProbs(nn.Module):
         self, language_model: "PreTrainedModel", *, chunk_tokens: int = 4096, with_entropies: bool = False
     ) -> None:
         super().__init__()
+        widen_logits(language_model)
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
         self.with_entropies = with_entropies

@@ -14,7 +14,7 @@ from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
-from stages.lib.objectives.objective import Objective, Rows
+from stages.lib.objectives.objective import KeepsState, Objective, Rows
 from stages.lib.settings.epochs import BestBy, EpochSettings
 
 
@@ -39,7 +39,14 @@ class Run(Protocol):
         """Of the curve."""
 
     def steps(
-        self, total: int, *, engine: Engine, best: BestWeights, patience: Patience, budget: MemoryBudget
+        self,
+        total: int,
+        *,
+        engine: Engine,
+        best: BestWeights,
+        patience: Patience,
+        budget: MemoryBudget,
+        **objective: KeepsState,
     ) -> Iterator[int]:
         """The steps that are left, 0-based. The parts go on from a checkpoint, and into the next ones."""
 
@@ -63,6 +70,7 @@ def fit(
     shown: tuple[str, ...],
     after_step: Callable[[int], None],
     after_evaluation: Callable[[int], None] = lambda _: None,
+    parts: Mapping[str, Any] | None = None,
 ) -> BestWeights:
     """Take the engine's steps on `train`; every `settings.eval_every` of them, and after the last, evaluate.
 
@@ -77,6 +85,7 @@ def fit(
         after_step: is told of each finished step (0-based) before its checkpoint, to keep its model; not of the last,
             unless it is the best that will be published.
         after_evaluation: is told of the step (0-based) that was evaluated, within `engine.averaged()`.
+        parts: what else goes on from a checkpoint, and into the next ones, by name.
     Returns:
         The weights to publish, if they are not the last ones, and what the evaluation of those published has found.
     Raises:
@@ -86,8 +95,10 @@ def fit(
     require_metric(settings, objective, run.stage)
     best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
     patience = Patience(settings.early_stopping)
-    total = engine.total_steps
-    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=objective.batching.budget):
+    total, budget = engine.total_steps, objective.batching.budget
+    kept = {"objective": objective} if isinstance(objective, KeepsState) else {}
+    kept |= parts or {}
+    for step in run.steps(total, engine=engine, best=best, patience=patience, budget=budget, **kept):
         if patience.is_over:
             continue
         rows = train[rows_of_step(step, len(train), settings.batch_size, settings.epochs, seed)]

@@ -1,7 +1,7 @@
 """What is trained on a fixed table: its batches, its sums, and what the sums are divided by."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -57,6 +57,15 @@ class Objective(Protocol):
 
     def units(self, rows: Rows) -> int:
         """The tokens that a model reads of these rows, by which a step's speed is told."""
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """An objective that keeps something from step to step, such as a running mean, which is a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def summed(*values: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,11 @@ def mean_margin(policy: Callable, pairs: dict[str, list[Any]], batching: MicroBa
     return float((chosen - rejected).abs().mean())
 
 
+def mean_chosen_logp(policy: Callable, pairs: dict[str, list[Any]], batching: MicroBatching) -> float:
+    """The mean log-prob of the chosen replies of some pairs, in nats a reply. Arguments as for `require_start`."""
+    return float(all_pair_logps(policy, pairs, batching).chosen.double().mean())
+
+
 def log_ratios(
     policy: Callable, pairs: dict[str, list[Any]], batching: MicroBatching
 ) -> tuple[torch.Tensor, torch.Tensor]:

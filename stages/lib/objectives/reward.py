@@ -1,6 +1,7 @@
-"""The objective of a reward model: the pairwise logistic loss of its scores of chosen and rejected replies.
+"""The objectives of a reward model, each a mean over pairs or replies.
 
-L = Σ_i l(r(x, y_c), r(x, y_r), m_i) / n,   l as in `pairwise_loss`
+pairs      L = Σ_i l(r(x, y_c), r(x, y_r), m_i) / n,   l as in `pairwise_loss`
+replies    L = Σ_i (r(x, y) − s_i)² / n
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,14 @@ import torch
 from stages.lib.compute.batching import MicroBatching, SequenceBatch, tokens_in_pairs
 from stages.lib.objectives.objective import PassSums, Rows, means_over, summed
 from stages.lib.objectives.pairwise_loss import pairwise_logistic_losses
+from stages.lib.objectives.regression_loss import squared_errors
 from stages.lib.settings.reward_loss import PairwiseLoss
 
-METRICS = means_over(
+OF_PAIRS = means_over(
     "pairs", "loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/squares"
+)
+OF_REPLIES = means_over(
+    "replies", "loss", "rewards/mean", "rewards/squares", "scores/mean", "scores/squares", "scores/products"
 )
 
 
@@ -28,7 +33,7 @@ class RewardObjective:
 
     batching: MicroBatching
     loss: PairwiseLoss
-    metrics = METRICS
+    metrics = OF_PAIRS
 
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
@@ -52,3 +57,27 @@ class RewardObjective:
 
     def units(self, rows: Rows) -> int:
         return tokens_in_pairs(rows)
+
+
+@dataclass(frozen=True)
+class ScoreObjective:
+    """Rows of `UNPAIRED_SCHEMA` with a score each; the module gives one a sequence; n counts the step's replies."""
+
+    batching: MicroBatching
+    metrics = OF_REPLIES
+
+    def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
+        return self.batching.sequences(rows["prompt_ids"], rows["completion_ids"])
+
+    def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
+        rewards = module(*batch.inputs, batch.end_mask)
+        scores = torch.tensor([rows["score"][row] for row in batch.rows], device=rewards.device)
+        losses = squared_errors(rewards, scores)
+        ours, theirs = rewards.double(), scores.double()
+        return PassSums(losses.sum(), summed(losses, ours, ours.square(), theirs, theirs.square(), ours * theirs))
+
+    def denominators(self, rows: Rows) -> Mapping[str, int]:
+        return {"replies": len(rows["prompt_ids"])}
+
+    def units(self, rows: Rows) -> int:
+        return sum(len(ids) for name in ("prompt_ids", "completion_ids") for ids in rows[name])

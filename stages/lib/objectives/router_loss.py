@@ -25,9 +25,10 @@ from torch.nn import functional
 
 from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
+from stages.lib.models.attention_masks import PARTS, PROMPT
 from stages.lib.models.routing import Routing, recorded_routing, routers
 from stages.lib.models.token_logprobs import at_least_float32
-from stages.lib.objectives.objective import Mean, Objective, PassSums, Rows, summed
+from stages.lib.objectives.objective import KeepsState, Mean, Objective, PassSums, Rows, summed
 from stages.lib.settings.router_loss import RouterLoss
 
 if TYPE_CHECKING:
@@ -85,12 +86,23 @@ def expert_loads(routings: list[Routing], members: torch.Tensor) -> ExpertLoads:
 
 
 def members_of_sequences(batch: SequenceBatch) -> torch.Tensor:
-    """Which of the flattened ids are tokens of each sequence, and no padding. Shape: (n, tokens), of truth values."""
+    """Which of the flattened ids are tokens of each sequence, and no padding. Shape: (n, tokens), of truth values.
+
+    A prompt that two replies share is part of both sequences (`compute/row_layouts.py`).
+    """
     ends = batch.end_mask.flatten()
-    sequences = ends.cumsum(dim=0) - ends.long()
-    numbers = torch.arange(len(batch.completion_lengths), device=ends.device)
-    members = sequences == numbers[:, None]
-    return members if batch.attention_mask is None else members & batch.attention_mask.flatten()
+    if ends.dtype == torch.bool:
+        sequences = ends.cumsum(dim=0) - ends.long()
+        numbers = torch.arange(len(batch.completion_lengths), device=ends.device)
+        members = sequences == numbers[:, None]
+        return members if batch.attention_mask is None else members & batch.attention_mask.flatten()
+    assert batch.attention_mask is not None, "rows with shared prompts have parts"
+    parts = batch.attention_mask.flatten()
+    rows = torch.arange(len(parts), device=parts.device) // batch.input_ids.shape[1]
+    last = (ends > 0).nonzero()[:, 0]
+    last = last[ends[last].argsort(), None]
+    of_prompt = (parts % PARTS == PROMPT) & (parts // PARTS == parts[last] // PARTS)
+    return (rows == rows[last]) & ((parts == parts[last]) | of_prompt)
 
 
 def router_columns(settings: RouterLoss | None) -> tuple[str, ...]:
@@ -190,7 +202,7 @@ class RoutedObjective:
         own: list[ExpertLoads] = []
         for batch in self.objective.batches(rows):
             watched = WatchedModule(module, self.model, batch)
-            watched(*batch.inputs, torch.zeros_like(batch.end_mask))  # an empty mask: nothing for the head to do
+            watched(*batch.inputs, torch.zeros_like(batch.completion_mask))  # an empty mask: nothing for the head to do
             own.append(watched.loads)
         counts = torch.cat([loads.counts for loads in own]).sum(dim=0, keepdim=True)
         tokens = torch.cat([loads.tokens for loads in own]).sum()
@@ -204,3 +216,10 @@ class RoutedObjective:
 
     def units(self, rows: Rows) -> int:
         return self.objective.units(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.objective.state_dict() if isinstance(self.objective, KeepsState) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.objective, KeepsState):
+            self.objective.load_state_dict(state)

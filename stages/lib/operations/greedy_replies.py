@@ -138,6 +138,6 @@ def distinct(prompts: list[list[int]]) -> list[list[int]]:
     return [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
 
 
-def lines_of(replies: Sequence[ShownReply]) -> list[str]:
+def console_lines(replies: Sequence[ShownReply]) -> list[str]:
     """A line for the console of each reply."""
     return [f"    {prompt[-PROMPT_END:]!r} -> {reply!r}" for prompt, reply in replies]

@@ -10,6 +10,8 @@ STAGES = (
     "sample_pairs",
     "ref_logprobs",
     "train_dpo",
+    "ref_logprobs_unpaired",
+    "train_unpaired",
     "train_ppo",
     "train_grpo",
     "evaluate",

@@ -28,10 +28,11 @@ Value = TypeVar("Value", bound=dict[str, list])
 
 
 # What a column of a chunk's value may hold for a row.
-NUMBER, NUMBERS = "a number", "numbers"
+NUMBER, NUMBER_OR_NULL, NUMBERS = "a number", "a number or null", "numbers"
 TOKEN_IDS, SEVERAL_IDS = "token ids", "several lists of token ids"
 HOLDS: dict[str, Callable[[Any], bool]] = {
     NUMBER: lambda item: type(item) in (int, float) and math.isfinite(item),
+    NUMBER_OR_NULL: lambda item: item is None or HOLDS[NUMBER](item),
     NUMBERS: lambda item: type(item) is list and len(item) > 0 and all(map(HOLDS[NUMBER], item)),
     TOKEN_IDS: lambda item: type(item) is list and len(item) > 0 and all(type(one) is int and one >= 0 for one in item),
     SEVERAL_IDS: lambda item: type(item) is list and all(map(HOLDS[TOKEN_IDS], item)),

@@ -29,7 +29,7 @@ from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import save_model
-from stages.lib.operations.greedy_replies import ShownReply, lines_of
+from stages.lib.operations.greedy_replies import ShownReply, console_lines
 from stages.lib.operations.progress import Progress
 from stages.lib.operations.stop_signal import StopSignal
 from stages.lib.operations.trackers import Trackers
@@ -230,7 +230,7 @@ class TrainingRun(StageRun):
 
     def show_replies(self, step: int, replies: Sequence[ShownReply]) -> None:
         """Print what the model answers after a step (0-based), before the step is recorded, and send it to trackers."""
-        for line in lines_of(replies):
+        for line in console_lines(replies):
             self.say(line)
         if self.trackers:
             self.trackers.log_replies(step + 1, replies)

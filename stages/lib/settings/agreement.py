@@ -22,11 +22,13 @@ from stages.lib.settings.named_models import (
     require_models,
     settings_by_key,
 )
+from stages.lib.settings.preference_agreement import require_what_losses_read
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.reward_loss import RegressionLoss
 from stages.lib.settings.rounds import require_rounds
 from stages.lib.settings.runtime import Runtime
-from stages.lib.settings.source_agreement import may_have_margins
+from stages.lib.settings.source_agreement import may_have_margins, may_have_scores
 from stages.lib.settings.sources import Sources
 
 PREPARED = Path("data/prepared")
@@ -39,9 +41,16 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
     require_kinds(params)
     require_like_reference(params)
     require_rounds(params)
+    require_what_losses_read(params)
     for name, settings in params["train_rm"].items():
-        with_margin = settings.loss.use_margin and reads_prepared_rows(settings)
-        if with_margin and not may_have_margins(params["sources"]):
+        if not reads_prepared_rows(settings):
+            continue
+        if isinstance(settings.loss, RegressionLoss) and not may_have_scores(params["sources"]):
+            raise StageError(
+                f"params.yaml: train_rm.{name}.loss: regression needs scores, which no source of kind unpaired has; "
+                "name their column in the threshold of a source"
+            )
+        if getattr(settings.loss, "use_margin", False) and not may_have_margins(params["sources"]):
             raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
@@ -49,6 +58,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
             require_kernel(runtime, settings.precision, where)
             if stage in TRAINED:
                 require_engine(runtime, settings.precision, where)
+                require_optimizers(settings, runtime, where)
             require_unsharded_quantization(stage, settings, runtime, where)
 
 
@@ -70,6 +80,18 @@ def require_engine(runtime: Runtime, precision: str, where: str) -> None:
         raise StageError(f"{where}: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3")
     if runtime.deepspeed and runtime.frozen_zero_stage != 3:
         raise StageError(f"{where}: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3")
+
+
+def require_optimizers(settings: Any, runtime: Runtime, where: str) -> None:
+    """bitsandbytes needs plain torch, and a GPU to page memory."""
+    for key in ("optimizer", "policy_optimizer", "critic_optimizer"):
+        held = getattr(settings, key).moments if hasattr(settings, key) else "float32"
+        if held != "float32" and runtime.uses_deepspeed(1):
+            raise StageError(
+                f"{where}: {key}.moments: {held} needs plain torch; set engine: torch, or moments: float32"
+            )
+        if held.startswith("paged") and runtime.device == "cpu":
+            raise StageError(f"{where}: {key}.moments: {held} needs a GPU; set device: cuda, or float32")
 
 
 def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, where: str) -> None:

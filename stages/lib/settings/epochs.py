@@ -26,7 +26,7 @@ class EarlyStopping(Settings):
 
 
 class EpochSettings(TrainingTokens):
-    """What the sections train_sft, train_rm and train_dpo of params.yaml share."""
+    """What the sections train_sft, train_rm, train_dpo and train_unpaired of params.yaml share."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     epochs: Positive = key(1.0, "passes over the rows, may be a fraction")

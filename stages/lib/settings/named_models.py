@@ -19,27 +19,47 @@ from stages.lib.settings.training_tokens import TrainingTokens
 TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
-MODELS, REFERENCES, TOKENS = Path("models"), Path("data/ref_logprobs"), Path("data/tokens")
-SAMPLED = Path("data/sampled")
+MODELS, TOKENS, SAMPLED = Path("models"), Path("data/tokens"), Path("data/sampled")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
     "sample_pairs": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
+    "ref_logprobs_unpaired": "unpaired",
+    "train_unpaired": "unpaired",
     "train_ppo": "prompts",
     "train_grpo": "prompts",
     "evaluate_rm": "preference",
 }
 
-LANGUAGE_MODEL, REWARD_MODEL, LOG_PROBS = "a language model", "a reward model", "log-probs of a reference"
-TABLES = "token tables"
-Wanted = Literal["a language model", "a reward model", "log-probs of a reference", "token tables"]
+LANGUAGE_MODEL, REWARD_MODEL, TABLES = "a language model", "a reward model", "token tables"
+LOG_PROBS, UNPAIRED_LOG_PROBS = "log-probs of a reference", "log-probs of a reference on unpaired rows"
+Wanted = Literal[
+    "a language model",
+    "a reward model",
+    "token tables",
+    "log-probs of a reference",
+    "log-probs of a reference on unpaired rows",
+]
 
 
+class ReferenceTables(NamedTuple):
+    """What a section of log-probs makes: the folder above its entries, what it holds, and the section that reads it."""
+
+    folder: Path
+    held: Wanted
+    reader: str
+
+
+REFERENCES = {
+    "ref_logprobs": ReferenceTables(Path("data/ref_logprobs"), LOG_PROBS, "train_dpo"),
+    "ref_logprobs_unpaired": ReferenceTables(Path("data/ref_logprobs_unpaired"), UNPAIRED_LOG_PROBS, "train_unpaired"),
+}
 # What may stand in a key of one section, where that is something else than in others.
 OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
     ("train_dpo", "reference"): (LOG_PROBS,),
+    ("train_unpaired", "reference"): (UNPAIRED_LOG_PROBS,),
     ("train_rm", "model"): (LANGUAGE_MODEL, REWARD_MODEL),
 }
 
@@ -72,7 +92,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
     for stage in NAMED:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
-                if hasattr(settings, key):
+                is_read = key != "reference" or getattr(settings, "reads_reference", True)
+                if hasattr(settings, key) and is_read:
                     own = OF_SECTIONS.get((stage, key), wanted)
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
     evaluate, score_samples = params["evaluate"], params["score_samples"]
@@ -95,7 +116,10 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
     made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
-    return made | {REFERENCES / name: (f"ref_logprobs.{name}", LOG_PROBS) for name in params["ref_logprobs"]}
+    for section, tables in REFERENCES.items():
+        for name in params[section]:
+            made[tables.folder / name] = (f"{section}.{name}", tables.held)
+    return made
 
 
 def require_distinct_names(params: Mapping[str, Any]) -> None:
@@ -148,8 +172,8 @@ def require_kinds(params: Mapping[str, Any]) -> None:
     """Raise StageError where a stage would read rows of a kind that prepare_data does not make."""
     kinds = params["prepare_data"].kinds
     needed = [
-        (key, kind)
-        for stage, kind in NEEDED_KIND.items()
+        (key, needed_kind(stage, settings))
+        for stage in NEEDED_KIND
         for key, settings in settings_by_key(stage, params).items()
         if reads_prepared_rows(settings)
     ]
@@ -163,6 +187,11 @@ def require_kinds(params: Mapping[str, Any]) -> None:
         raise StageError("params.yaml: score_samples.policies: no replies are sampled without kind prompts or sft")
 
 
+def needed_kind(stage: str, settings: Any) -> str:
+    """The kind of rows that a stage reads."""
+    return settings.kind if stage == "train_rm" else NEEDED_KIND[stage]
+
+
 def reads_prepared_rows(settings: Any) -> bool:
     """Whether a stage reads tables of data/tokens, rather than others alone."""
     if not isinstance(settings, TrainingTokens):
@@ -171,31 +200,41 @@ def reads_prepared_rows(settings: Any) -> bool:
 
 
 def require_like_reference(params: Mapping[str, Any]) -> None:
-    """Raise StageError if a policy has log-probs of other tokens, or is to be computed unlike the reference it is."""
-    for name, dpo in params["train_dpo"].items():
-        where = Path(os.path.normpath(dpo.reference))
-        reference = params["ref_logprobs"].get(where.name) if where.parent == REFERENCES else None
-        if reference is None:
-            continue
-        for key in ("tokens", "validation_tokens"):
-            theirs, own = getattr(reference, key), getattr(dpo, key)
-            if os.path.normpath(theirs) != os.path.normpath(own):
-                raise StageError(
-                    f"params.yaml: ref_logprobs.{where.name}.{key} is {theirs} and train_dpo.{name}.{key} {own}: the "
-                    "log-probs must be of the same tokens; give both the same"
-                )
-        if os.path.normpath(reference.model) != os.path.normpath(dpo.model):
-            continue
-        for key, theirs, own in (
-            ("precision", "precision", dpo.precision),
-            ("base_quantization", "lora.base_quantization", quantization_of_base(dpo.lora)),
-        ):
-            if getattr(reference, key) != own:
-                raise StageError(
-                    f"params.yaml: ref_logprobs.{where.name}.{key} is {or_null(getattr(reference, key))} and "
-                    f"train_dpo.{name}.{theirs} {or_null(own)}, of one model: the first step's margin would not be 0; "
-                    "give both the same"
-                )
+    """Raise StageError if a policy has log-probs of other tokens, or is to be computed unlike the reference it is.
+
+    And if its log-probs lack some that its loss needs.
+    """
+    for section, tables in REFERENCES.items():
+        for name, settings in params[tables.reader].items():
+            where = Path(os.path.normpath(settings.reference))
+            reference = params[section].get(where.name) if where.parent == tables.folder else None
+            if reference is not None:
+                its_key, own_key = f"params.yaml: {section}.{where.name}", f"{tables.reader}.{name}"
+                require_alike(reference, settings, its_key, own_key)
+                if settings.loss.type == "kto" and not reference.mismatched:
+                    raise StageError(f"{its_key}.mismatched is false, and the loss kto of {own_key} needs it: set true")
+
+
+def require_alike(reference: Any, settings: Any, its_key: str, own_key: str) -> None:
+    """The same of the settings of a reference and of a policy, and of their keys."""
+    for key in ("tokens", "validation_tokens"):
+        theirs, own = getattr(reference, key), getattr(settings, key)
+        if os.path.normpath(theirs) != os.path.normpath(own):
+            raise StageError(
+                f"{its_key}.{key} is {theirs} and {own_key}.{key} {own}: the log-probs must be of the same tokens; "
+                "give both the same"
+            )
+    if os.path.normpath(reference.model) != os.path.normpath(settings.model):
+        return
+    for key, theirs, own in (
+        ("precision", "precision", settings.precision),
+        ("base_quantization", "lora.base_quantization", quantization_of_base(settings.lora)),
+    ):
+        if getattr(reference, key) != own:
+            raise StageError(
+                f"{its_key}.{key} is {or_null(getattr(reference, key))} and {own_key}.{theirs} {or_null(own)}, of one "
+                "model: the first step's margin would not be 0; give both the same"
+            )
 
 
 def or_null(value: str | None) -> str:

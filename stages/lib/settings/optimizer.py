@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from stages.lib.settings.bounds import BetweenZeroAndOne, Decay, NotNegative, Positive, Share
 from stages.lib.settings.declaration import Settings, key
 
@@ -9,6 +11,11 @@ from stages.lib.settings.declaration import Settings, key
 class OptimizerSettings(Settings):
     """AdamW with a linear warm-up, a schedule, gradient clipping and, if wanted, an average of the weights."""
 
+    moments: Literal["float32", "8bit", "paged", "paged_8bit"] = key(
+        "float32",
+        "how they are held; 8bit: in a quarter of the memory (arXiv 2110.02861) | paged: moved to the CPU's memory "
+        "where a GPU's is full; all but float32 by bitsandbytes, on plain torch",
+    )
     learning_rate: Positive = key(1.5e-3, "at its peak")
     schedule: Literal["cosine", "linear", "constant"] = key(
         "cosine", "course of the learning rate after the linear warm-up", source="cosine: arXiv 1608.03983, Eq 5"
@@ -27,3 +34,9 @@ class OptimizerSettings(Settings):
         "evaluated and published; null: none",
         source="arXiv 1806.04498",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerSettings":
+        if self.ema_decay is not None and self.moments != "float32":
+            raise ValueError(f"ema_decay needs moments: float32, found {self.moments}; set ema_decay: null")
+        return self

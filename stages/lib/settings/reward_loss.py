@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
+from pydantic import Field
 
 from stages.lib.settings.bounds import NotNegative
 from stages.lib.settings.declaration import Settings, key
@@ -24,3 +25,14 @@ class PairwiseLoss(Settings):
         "of the squared sum of a pair's scores, which holds scores around 0, such as 0.01",
         source="arXiv 2312.09244, Eq 2",
     )
+
+
+class RegressionLoss(Settings):
+    """The squared difference of a reply's score from the one that the data gives it."""
+
+    type: Literal["regression"] = key(
+        "regression", "of replies with a score (kind unpaired): the squared error", source="arXiv 2406.08673"
+    )
+
+
+RewardLoss = Annotated[PairwiseLoss | RegressionLoss, Field(discriminator="type")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
-from stages.lib.settings.named_models import MODELS, NEEDED_KIND, SAMPLED, TRAINED, settings_by_key
+from stages.lib.settings.named_models import MODELS, NEEDED_KIND, SAMPLED, TRAINED, needed_kind, settings_by_key
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.training_tokens import TrainingTokens
 
@@ -22,7 +22,7 @@ def require_rounds(params: Mapping[str, Any]) -> None:
 
 def require_sampled_rows(params: Mapping[str, Any]) -> None:
     """Raise StageError where a stage would read sampled rows of another kind or split than are made."""
-    for stage, kind in NEEDED_KIND.items():
+    for stage in NEEDED_KIND:
         for key, settings in settings_by_key(stage, params).items():
             if not isinstance(settings, TrainingTokens):
                 continue
@@ -30,7 +30,7 @@ def require_sampled_rows(params: Mapping[str, Any]) -> None:
                 maker = maker_of_rows(getattr(settings, name), params)
                 if maker is None:
                     continue
-                made = params["sample_pairs"][maker]
+                made, kind = params["sample_pairs"][maker], needed_kind(stage, settings)
                 if made.kind != kind or made.split != split:
                     raise StageError(
                         f"params.yaml: {key}.{name}: expected rows of kind {kind} and split {split}, and "

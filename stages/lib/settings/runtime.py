@@ -138,8 +138,8 @@ class Runtime(Settings):
     )
     shown_samples: WholeNumber = key(
         1,
-        "that train_ppo and train_grpo print after a phase; train_sft and train_dpo show as many replies to held-out "
-        "prompts at each evaluation",
+        "that train_ppo and train_grpo print after a phase; sample_pairs shows the rows of as many prompts, "
+        "train_sft, train_dpo and train_unpaired as many replies to held-out prompts at each evaluation",
         unit="rollouts",
     )
     kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")

@@ -17,7 +17,7 @@ from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
-from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.ref_logprobs import RefLogprobs, RefLogprobsUnpaired
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.score_samples import ScoreSamples
 from stages.lib.settings.sources import Sources
@@ -27,6 +27,7 @@ from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.train_ppo import TrainPpo
 from stages.lib.settings.train_rm import TrainRm
 from stages.lib.settings.train_sft import TrainSft
+from stages.lib.settings.train_unpaired import TrainUnpaired
 
 
 class Params(Settings):
@@ -57,6 +58,10 @@ class Params(Settings):
         {"sft": block(RefLogprobs)}, "log-probs of reference models, for DPO, by name"
     )
     train_dpo: dict[Name, TrainDpo] = key({"dpo": block(TrainDpo)}, "direct preference optimisation, by model's name")
+    ref_logprobs_unpaired: dict[Name, RefLogprobsUnpaired] = key(
+        {}, "log-probs of reference models, for train_unpaired, by name"
+    )
+    train_unpaired: dict[Name, TrainUnpaired] = key({}, "KTO, BCO or APO on single replies, by model's name")
     train_ppo: dict[Name, TrainPpo] = key({"ppo": block(TrainPpo)}, "proximal policy optimisation, by model's name")
     train_grpo: dict[Name, TrainGrpo] = key(
         {"grpo": block(TrainGrpo)}, "group-relative policy optimisation, by model's name"

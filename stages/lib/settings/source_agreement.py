@@ -28,6 +28,12 @@ def require_served(data: PrepareData, sources: Sources) -> None:
             )
 
 
+def may_have_scores(sources: Sources) -> bool:
+    """Whether a source of unpaired rows makes their labels of scores, which then stand beside them."""
+    of_replies = [source for source in sources.by_name.values() if "unpaired" in source.kinds]
+    return any(getattr(source, "threshold", None) is not None for source in of_replies)
+
+
 def may_have_margins(sources: Sources) -> bool:
     """False if every pair is made by a task, none of which gives margins."""
     of_pairs = [source for source in sources.by_name.values() if "preference" in source.kinds]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.settings.declaration import block
+from stages.lib.settings.epochs import EarlyStopping
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.prepare_base import ModelOfFolder
 from stages.lib.settings.prepare_data import Decontamination, NearDuplicates
@@ -35,6 +36,7 @@ Path_ = tuple[str, ...]
 # What is null or nothing by default: where it stands, and a sound value.
 BLOCKS: dict[Path_, dict[str, Any]] = {
     ("train_sft", "sft", "lora"): block(LoraSettings) | {"rank": 4, "alpha": 8},
+    ("train_sft", "sft", "early_stopping"): block(EarlyStopping),
     ("train_sft", "sft", "save_every"): block(SaveEvery) | {"steps": 3},
     ("train_ppo", "ppo", "save_every"): block(SaveEvery) | {"steps": 1, "keep_last_k": 1},
     ("prepare_data", "near_duplicates"): block(NearDuplicates),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ ALONE = Processes(0, 1, CPU)
 IDS = torch.randint(0, 23, (6, 9), generator=torch.Generator().manual_seed(1))
 
 
-def settings(**changed: float) -> OptimizerSettings:
+def settings(**changed: Any) -> OptimizerSettings:
     values = {
+        "moments": "float32",
         "learning_rate": 1e-2,
         "schedule": "constant",
         "warmup_ratio": 0.0,
@@ -36,7 +38,7 @@ def settings(**changed: float) -> OptimizerSettings:
     return OptimizerSettings(**{**values, **changed})
 
 
-def new(module: nn.Module, total_steps: int, **changed: float) -> TorchEngine:
+def new(module: nn.Module, total_steps: int, **changed: Any) -> TorchEngine:
     runtime = Runtime(**load_yaml(PROJECT / "runtime.yaml")["default"])
     return TorchEngine(module, settings(**changed), total_steps, runtime, ALONE)
 

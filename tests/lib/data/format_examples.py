@@ -47,8 +47,8 @@ def pair(prompt, chosen, rejected, **other):
     return {"prompt": [user(prompt)], "chosen": [bot(chosen)], "rejected": [bot(rejected)]} | other
 
 
-def labelled(prompt, reply, label):
-    return {"prompt": [user(prompt)], "completion": [bot(reply)], "label": label}
+def labelled(prompt, reply, label, **other):
+    return {"prompt": [user(prompt)], "completion": [bot(reply)], "label": label} | other
 
 
 WEATHER = {"name": "weather", "description": "Today's weather", "parameters": {"type": "object", "properties": {}}}
@@ -279,7 +279,7 @@ UNPAIRED = [
             {"prompt": "Tea?", "response": "Yes.", "helpfulness": 4},
             {"prompt": "Tea?", "response": "No!", "helpfulness": 1},
         ],
-        [labelled("Tea?", "Yes.", True), labelled("Tea?", "No!", False)],
+        [labelled("Tea?", "Yes.", True, score=4.0), labelled("Tea?", "No!", False, score=1.0)],
         options={"threshold": {"score": "helpfulness", "good_from": 4.0, "bad_below": 2.0}},
         columns={"response": "completion"},
     ),
@@ -555,7 +555,7 @@ SEVERAL_RESPONSES = [
         "responses with scores, each good or bad by a threshold",
         "comparison",
         [{"prompt": "Tea?", "responses": ["No!", "Yes.", "Maybe."], "scores": [1, 9, 5]}],
-        [labelled("Tea?", "No!", False), labelled("Tea?", "Yes.", True)],
+        [labelled("Tea?", "No!", False, score=1.0), labelled("Tea?", "Yes.", True, score=9.0)],
         options={
             "comparison": {"type": "scores"},
             "threshold": {"score": None, "good_from": 7.0, "bad_below": 3.0},

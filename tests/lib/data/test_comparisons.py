@@ -229,18 +229,24 @@ def test_scores_become_labels_by_a_threshold():
     counts = Counter()
     threshold = {"score": None, "good_from": 5.0, "bad_below": 3.0}
     examples = read(row, "comparison", comparison={"type": "scores"}, threshold=threshold, counts=counts)
-    assert [(said(example)[1], example.label) for example in examples] == [("a", False), ("b", True)]
+    assert [(said(example)[1], example.label, example.score) for example in examples] == [
+        ("a", False, 1),
+        ("b", True, 5),
+    ]
     assert all(example.rejected is None for example in examples)
     assert counts == {"responses_left_out/between_thresholds": 2}
     single = {"prompt": "tea", "completion": "yes", "stars": "2"}
     threshold["score"] = "stars"
-    assert read(single, "prompt_completion", threshold=threshold)[0].label is False
+    (example,) = read(single, "prompt_completion", threshold=threshold)
+    assert (example.label, example.score) == (False, 2.0)
     for stars, reason in ((4, "between_thresholds"), (None, "no_score")):
         with pytest.raises(UnusableRowError, match=rf"^{reason}$"):
             read(single | {"stars": stars}, "prompt_completion", threshold=threshold)
     for stars in ("many", True, float("nan")):
         with pytest.raises(MalformedRowError, match="here, 'stars': expected a finite number"):
             read(single | {"stars": stars}, "prompt_completion", threshold=threshold)
+    with pytest.raises(MalformedRowError, match=r"here, 'stars': float32 does not hold the score 1e\+39"):
+        read(single | {"stars": 1e39}, "prompt_completion", threshold=threshold)
 
 
 @given(st.floats(-9, 9), st.floats(-9, 9), st.floats(0, 9))

@@ -33,7 +33,7 @@ def prepared(example):
         replies |= {"completion": [example.reply], "label": example.label}
     elif example.reply is not None:
         replies = {"messages": [*example.prompt, example.reply]}
-    said = {name: getattr(example, name) for name in ("margin", "facts", "tools", "template_arguments")}
+    said = {name: getattr(example, name) for name in ("margin", "score", "facts", "tools", "template_arguments")}
     return replies | {name: value for name, value in said.items() if value is not None and value != {}}
 
 

@@ -53,7 +53,7 @@ def test_a_reply_that_does_not_fit_behind_the_prompt_is_cut_and_counted(tmp_path
     ]
     with TableWriter(path, UNPAIRED_SCHEMA.with_metadata({"rows": "abc"})) as writer:
         for row in rows:
-            writer.append(row | {"mismatched_ids": None, "source": "films"})
+            writer.append(row | {"score": None, "mismatched_ids": None, "source": "films"})
     assert add_mismatched(path, 17, 5) == (1, 0)
     table = read_table(path, UNPAIRED_SCHEMA)
     assert table["mismatched_ids"][:] == [[21], [11, 12]]
@@ -68,7 +68,7 @@ def test_batches_stay_as_they_are_and_one_prompt_alone_gives_nulls(tmp_path) -> 
     with TableWriter(path, UNPAIRED_SCHEMA) as writer:
         for row in range(1500):
             ids = {"prompt_ids": [7], "completion_ids": [row], "mismatched_ids": None}
-            writer.append({"row": row, **ids, "label": True, "source": "films"})
+            writer.append({"row": row, **ids, "label": True, "score": None, "source": "films"})
     assert add_mismatched(path, 17, 5) == (0, 1500)
     with pa.memory_map(str(path)) as source:
         assert [batch.num_rows for batch in pa.ipc.open_stream(source)] == [1000, 500]

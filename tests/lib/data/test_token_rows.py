@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from stages.lib.command.errors import StageError
 from stages.lib.data.chat import RefusedRowError
-from stages.lib.data.row_errors import UnusableRowError
+from stages.lib.data.row_errors import MalformedRowError, UnusableRowError
 from stages.lib.data.token_rows import ENCODINGS, OverBudgetError, encode_rows, first_tokens, within_budget
 from stages.lib.settings.declaration import block
 from stages.lib.settings.tokenize_data import Tokenize
@@ -158,7 +158,11 @@ def test_a_whole_text_is_trained_from_its_second_token_on():
 def test_a_rated_reply():
     row = {"prompt": TALK[:3], "completion": [assistant("ho")], "label": False}
     expected = {"prompt_ids": TALK_IDS[:8], "completion_ids": [HO, EOS], "label": False, "mismatched_ids": None}
-    assert columns("unpaired", row) == expected
+    assert columns("unpaired", row) == expected | {"score": None}
+    assert columns("unpaired", row | {"score": -2.5}) == expected | {"score": -2.5}
+    for score in ("much", True, 1e39):
+        with pytest.raises(MalformedRowError, match="here, 'score': "):
+            columns("unpaired", row | {"score": score})
     for label in (None, 1, "true"):
         with pytest.raises(StageError, match="here: 'label' must be true or false, found"):
             columns("unpaired", row | {"label": label})

@@ -233,7 +233,8 @@ GOOD = {
     ),
     "unpaired": (
         UNPAIRED_SCHEMA,
-        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"},
+        {"prompt_ids": [1], "completion_ids": [2], "label": False, "mismatched_ids": None, "source": "films"}
+        | {"score": None},
     ),
     "prompts": (
         PROMPT_SCHEMA,
@@ -280,6 +281,8 @@ FAULTS = [
     ("prompts", "facts", "{", "not valid JSON"),
     ("prompts", "context", "[]", "expected an object, found list"),
     ("unpaired", "label", None, "the label is null"),
+    ("unpaired", "score", float("nan"), "the score is not a finite number"),
+    ("unpaired", "score", float("-inf"), "the score is not a finite number"),
     ("unpaired", "mismatched_ids", [], "the list is empty"),
     ("unpaired", "mismatched_ids", [None], "the list holds a null"),
     ("sft", "source", None, "the text is null"),

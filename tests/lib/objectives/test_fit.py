@@ -37,6 +37,7 @@ HELD_OUT = {"x": [0.5, 0.8], "weight": [1, 3]}  # nearer to w after 4 steps than
 COLUMNS = ("loss", "distance", "grad_norm", "learning_rate", "validation/loss")
 SEED = 3
 OPTIMIZER = OptimizerSettings(
+    moments="float32",
     learning_rate=RATE,
     schedule="constant",
     warmup_ratio=0.0,

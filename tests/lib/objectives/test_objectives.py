@@ -10,7 +10,7 @@ from torch import nn
 from stages.lib.objectives.fit import global_means
 from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
-from stages.lib.objectives.reward import RewardObjective
+from stages.lib.objectives.reward import RewardObjective, ScoreObjective
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
 from stages.lib.settings.reward_loss import PairwiseLoss
@@ -24,8 +24,14 @@ class Unigram(nn.Module):
         super().__init__()
         self.logps = nn.Parameter(torch.tensor(logps))
 
-    def forward(self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor) -> tuple:
-        return torch.where(mask, self.logps[ids], 0.0), None
+    def forward(
+        self, ids: torch.Tensor, _attention: Any, _positions: Any, mask: torch.Tensor, run: str = "log_probs"
+    ) -> tuple:
+        """As details 0.5 nats of entropy, logits of mean 2 and log-collisions of −1 for every token."""
+        logps = torch.where(mask, self.logps[ids], 0.0)
+        if run == "log_probs":
+            return logps, None
+        return logps, *(torch.where(mask, value, 0.0) for value in (0.5, 2.0, -1.0))
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -102,10 +108,35 @@ def test_smoothing_and_centring_of_rewards_by_hand(tokens: int) -> None:
     assert module.scores.grad.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+REPLIES = {
+    "prompt_ids": [[0], [0, 0], [0]],
+    "completion_ids": [[1, 1], [2], [1, 3, 3]],
+    "score": [1.5, 2.0, -1.0],
+}
+
+
+@CUTS
+def test_a_regression_on_scores_by_hand(tokens: int) -> None:
+    module, objective = LastToken(0.0, 2.0, 3.0, 1.0), ScoreObjective(batching(tokens))
+    # Rewards 2, 3 and 1: errors 0.5, 1 and 2.
+    assert global_means(objective, module, REPLIES, train=True) == pytest.approx(
+        {
+            "loss": (0.25 + 1 + 4) / 3,
+            "rewards/mean": 2.0,
+            "rewards/squares": (4 + 9 + 1) / 3,
+            "scores/mean": 2.5 / 3,
+            "scores/squares": (2.25 + 4 + 1) / 3,
+            "scores/products": (3 + 6 - 1) / 3,
+        }
+    )
+    assert module.scores.grad.tolist() == pytest.approx([0.0, 2 * 0.5 / 3, 2 * 1 / 3, 2 * 2 / 3])
+    assert objective.units(REPLIES) == 4 + 6
+
+
 @CUTS
 def test_preference_by_hand(tokens: int) -> None:
     module = Unigram(0.0, -1.0, -2.0, -4.0)
-    settings = SigmoidLoss(type="sigmoid", beta=0.1, label_smoothing=0.0)
+    settings = SigmoidLoss(**block(SigmoidLoss))
     found = global_means(PreferenceObjective(batching(tokens), settings), module, PAIRS, train=True)
     # log π: -2 and -2; -2 and -12. Δ: 3 and -1; -1 and 1. β h: 0.4 and -0.2.
     assert found == pytest.approx(
@@ -117,6 +148,9 @@ def test_preference_by_hand(tokens: int) -> None:
             "rewards/accuracies": 0.5,
             "logps/chosen": -2.0,
             "logps/rejected": -7.0,
+            "logits/chosen": 2.0,
+            "logits/rejected": 2.0,
+            "entropy": 0.5,
         },
         abs=1e-6,
     )
@@ -126,7 +160,7 @@ def test_preference_by_hand(tokens: int) -> None:
 
 
 def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
-    settings = IpoLoss(type="ipo", beta=0.5)
+    settings = IpoLoss(**block(IpoLoss, beta=0.5))
     found = global_means(
         PreferenceObjective(batching(100), settings), Unigram(0.0, -1.0, -2.0, -4.0), PAIRS, train=False
     )
@@ -136,7 +170,7 @@ def test_ipo_is_given_the_lengths_of_its_own_replies() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [RewardObjective(batching(100), PAIRWISE), PreferenceObjective(batching(100), IpoLoss(type="ipo", beta=0.5))],
+    [RewardObjective(batching(100), PAIRWISE), PreferenceObjective(batching(100), IpoLoss(**block(IpoLoss)))],
 )
 def test_of_a_pair_the_prompt_is_read_twice(objective: Objective) -> None:
     assert objective.units(PAIRS) == 2 * 3 + 3 + 4

@@ -1,6 +1,7 @@
 """The load-balancing loss against NumPy, finite differences, and itself under other micro-batches and packing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import SigmoidLoss
 from stages.lib.settings.reward_loss import PairwiseLoss
 from stages.lib.settings.router_loss import RouterLoss
+from stages.lib.settings.runtime import PassCost
 from tests.tiny_experts import (
     CHOSEN,
     EXPERTS,
@@ -69,10 +71,12 @@ class Alone(nn.Module):
 
 
 def routed(
-    kind: str, over: str, tokens: int = 100, packing: bool = False, coefficient: float = 0.5
+    kind: str, over: str, tokens: int = 100, packing: bool = False, sharing: bool = False
 ) -> tuple[Objective, Alone, dict[str, list], nn.Module]:
     """An objective, its module, rows for it, and the model."""
     cut = batching(tokens, packing)
+    if sharing:
+        cut = replace(cut, cost=PassCost(overhead=3, attention=10**9), longest_shared=1000)
     if kind == "rm":
         model: Any = tiny_mixtral_classifier()
         objective, module, rows, each = (
@@ -83,12 +87,12 @@ def routed(
         )
     elif kind == "dpo":
         model = tiny_mixtral()
-        loss = SigmoidLoss(type="sigmoid", beta=0.2, label_smoothing=0.0)
+        loss = SigmoidLoss(**block(SigmoidLoss))
         objective, module, rows, each = PreferenceObjective(cut, loss), TokenLogProbs(model), PAIRS, 2
     else:
         model = tiny_olmoe()
         objective, module, rows, each = SftObjective(cut), TokenLogProbs(model), SFT_ROWS, 1
-    return with_router_loss(objective, settings(over, coefficient), model, each, "train.x"), Alone(module), rows, model
+    return with_router_loss(objective, settings(over), model, each, "train.x"), Alone(module), rows, model
 
 
 def in_numpy(logits: np.ndarray, chosen: int) -> tuple[float, float]:
@@ -185,7 +189,20 @@ def test_the_loss_is_that_of_numpy_and_its_gradient_that_of_differences() -> Non
 def test_metrics_and_gradients_do_not_depend_on_how_rows_are_cut(
     kind: str, over: str, tokens: int, packing: bool
 ) -> None:
-    objective, module, rows, model = routed(kind, over, tokens, packing)
+    require_whole(kind, over, *routed(kind, over, tokens, packing))
+
+
+@OVER
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["rm", "dpo"])
+def test_a_shared_prompt_counts_for_both_of_its_sequences(kind: str, over: str, packing: bool) -> None:
+    objective, module, rows, model = routed(kind, over, tokens=24, packing=packing, sharing=True)
+    assert any(batch.end_mask.dtype != torch.bool for batch in objective.batches(rows))
+    require_whole(kind, over, objective, module, rows, model)
+
+
+def require_whole(kind: str, over: str, objective: Objective, module: Alone, rows: dict, model: nn.Module) -> None:
+    """Metrics as of NumPy; they and the gradients as of one pass over padded sequences."""
     means = global_means(objective, module, rows, train=True)
     assert (means["router_loss"], means["most_loaded_expert"]) == pytest.approx(of_whole(kind, over), rel=1e-5)
     assert global_means(objective, module, rows, train=False) == pytest.approx(means, rel=1e-5)

@@ -202,3 +202,39 @@ def test_noise_is_the_same_on_two_processes(packing: bool) -> None:
         return sum(objective.sums(trainer, batch, ROWS).metrics for batch in objective.batches(ROWS))
 
     assert (sums(0, 2, 8) + sums(1, 2, 8)).tolist() == pytest.approx(sums(0, 1, 1000).tolist(), rel=1e-5)
+
+
+WHOLE_TEXTS = {
+    "input_ids": [[3, 4, 5, 9, 10, 1], [6, 7], [8, 11, 12, 13, 14, 15, 1]],
+    "loss_mask": [[False] + [True] * (length - 1) for length in (6, 2, 7)],
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_whole_texts_in_one_row_see_nothing_of_each_other(make: Callable[[], nn.Module], attention: str) -> None:
+    model = make().double()
+    model.set_attn_implementation(attention)
+    module = TokenLogProbs(model)
+    (batch,) = batching(1000, packing=True).masked(WHOLE_TEXTS["input_ids"], WHOLE_TEXTS["loss_mask"])
+    assert (batch.rows, batch.input_ids.shape) == ([2, 0, 1], (1, 15))
+    changed = batch.input_ids.clone()
+    changed[0, 7:13] = 20  # the text in the middle
+    logps, others = (
+        batch.on_completions(module(ids, *batch.inputs[1:], batch.completion_mask)[0])
+        for ids in (batch.input_ids, changed)
+    )
+    moved = (logps - others).abs().amax(dim=-1).tolist()
+    assert [moved[0], moved[2]] == [0, 0]
+    assert moved[1] > 0.1
+    # No token is predicted from the text before it: a text has one target fewer than tokens.
+    losses = []
+    for packing in (False, True):
+        model.zero_grad()
+        trainer = Trainer(module)
+        found = global_means(SftObjective(batching(1000, packing)), trainer, WHOLE_TEXTS, train=True)
+        losses.append((found["loss"], trainer.gradient()))
+    rounding = 1e-12 if attention == "sdpa" else 1e-6  # transformers' eager softmax is in float32
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=rounding)
+    assert float((losses[0][1] - losses[1][1]).norm() / losses[0][1].norm()) < 100 * rounding
+    assert SftObjective(batching(1)).denominators(WHOLE_TEXTS) == {"tokens": 15 - 3}

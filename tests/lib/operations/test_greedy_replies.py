@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.lib.compute.processes import Processes
 from stages.lib.models.token_logprobs import TokenLogProbs
-from stages.lib.operations.greedy_replies import GreedyReplies, ShownReply, lines_of, prompts_in
+from stages.lib.operations.greedy_replies import GreedyReplies, ShownReply, console_lines, prompts_in
 from tests.tiny_models import CPU, EOS, PAD, VOCABULARY, tiny_gpt2, tiny_llama
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
@@ -108,4 +108,4 @@ def test_a_prompt_ends_where_what_is_trained_begins() -> None:
 
 
 def test_a_line_shows_the_end_of_a_prompt() -> None:
-    assert lines_of([ShownReply("a" * 200 + "\n", "b\n")]) == [f"    {'a' * 159 + chr(10)!r} -> 'b\\n'"]
+    assert console_lines([ShownReply("a" * 200 + "\n", "b\n")]) == [f"    {'a' * 159 + chr(10)!r} -> 'b\\n'"]

@@ -45,6 +45,7 @@ def every(least_gap: float = 0.0, unfinished: str = "drop") -> AllPairs:
         (best(unfinished="rejected"), replies(5.0, 1.0, 0.0, -5.0, unfinished=(0, 3)), [(1, 3)], {}),
         (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(0,)), [], {"pairs_below_least_gap": 1}),
         (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(0, 1)), [], {}),
+        (best(unfinished="rejected"), replies(5.0, 1.0, unfinished=(1,), texts="aa"), [(0, 1)], {}),
         (every(), replies(1.0, 3.0, 2.0), [(1, 0), (2, 0), (1, 2)], {}),
         (every(1.5), replies(1.0, 3.0, 2.0), [(1, 0)], {"pairs_below_least_gap": 2}),
         (every(), replies(1.0, 1.0, 2.0), [(2, 0), (2, 1)], {"pairs_of_equal_scores": 1}),

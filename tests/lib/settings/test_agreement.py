@@ -13,8 +13,10 @@ from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
+from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
-from stages.lib.settings.reward_loss import PairwiseLoss
+from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
 from stages.lib.settings.sources import FileSource
@@ -25,6 +27,7 @@ LORA |= {"experts": False, "routers": False}
 NF4 = LORA | {"base_quantization": "nf4"}
 WHOLE = LORA | {"base_quantization": None}
 BF16 = {section: {"precision": "bf16"} for section in STAGES}
+UNPAIRED = {"kinds": ["sft", "preference", "prompts", "unpaired"]}
 OUTS = (
     "data/prepared/train",
     "data/prepared/test",
@@ -80,6 +83,16 @@ def test_the_default_settings_agree() -> None:
             "ref_logprobs.sft.base_quantization is null and train_dpo.dpo.lora.base_quantization nf4",
         ),
         (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}, "prepare_data": UNPAIRED},
+            {},
+            "params.yaml: train_rm.rm.loss: regression needs scores, which no source of kind unpaired has",
+        ),
+        (
+            {"train_rm": {"kind": "unpaired", "loss": block(RegressionLoss)}},
+            {},
+            "params.yaml: train_rm.rm needs rows of kind unpaired, which prepare_data.kinds lacks",
+        ),
+        (
             {"train_rm": {"loss": block(PairwiseLoss, use_margin=True)}},
             {},
             "params.yaml: train_rm.rm.loss.use_margin: the pairs of sources.tasks have no margin",
@@ -114,6 +127,16 @@ def test_the_default_settings_agree() -> None:
             {"ref_logprobs": {"frozen_zero_stage": 3}},
             "runtime.yaml: ref_logprobs: frozen_zero_stage: 3 cannot shard a base",
         ),
+        (
+            {"train_rm": {"optimizer": block(OptimizerSettings, moments="8bit")}},
+            {"train_rm": {"zero_stage": 1}},
+            "runtime.yaml: train_rm: optimizer.moments: 8bit needs plain torch; set engine: torch, or moments: float32",
+        ),
+        (
+            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, moments="paged")}},
+            {"train_ppo": {"device": "cpu"}},
+            "runtime.yaml: train_ppo: critic_optimizer.moments: paged needs a GPU; set device: cuda, or float32",
+        ),
     ],
 )
 def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, message: str) -> None:
@@ -136,11 +159,11 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
         (
             "train_dpo",
             {"loss": {"type": "ipoo"}},
-            "train_dpo.dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, ipo; did you mean",
+            "train_dpo.dpo.loss.type: 'ipoo' (str) is not one of: sigmoid, robust",
         ),
         (
             "train_dpo",
-            {"loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.1}},
+            {"loss": block(IpoLoss) | {"label_smoothing": 0.1}},
             "train_dpo.dpo.loss.label_smoothing is not a known key",
         ),
         ("evaluate", {"max_promts": 3}, "evaluate.max_promts is not a known key; did you mean 'max_prompts'?"),

@@ -22,6 +22,9 @@ PARAMS = {section: next(iter(load_yaml(PROJECT / "params.yaml")[section].values(
         ("epochs", 0.0, "epochs must be above 0, found 0.0"),
         ("batch_size", 0, "batch_size must be at least 1, found 0"),
         ("eval_every", -1, "eval_every must be at least 1, found -1"),
+        ("best_by", {"metric": "loss", "better": "less"}, "best_by.better: 'less' (str) is not one of: lower, higher"),
+        ("early_stopping", {"patience": 0, "min_delta": 0.0}, "patience must be at least 1, found 0"),
+        ("early_stopping", {"patience": 1, "min_delta": -0.1}, "min_delta must be at least 0, found -0.1"),
         ("keep", "worst", "'worst' (str) is not one of: best, last; did you mean 'best'?"),
     ],
 )

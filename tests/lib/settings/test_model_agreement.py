@@ -44,6 +44,28 @@ def test_a_reward_model_of_the_pipeline_has_no_labels() -> None:
         require_readable_reward_models(params({"train_ppo": {"ppo": {"reward_label": "good"}}}))
 
 
+@pytest.mark.parametrize("section", ["train_ppo", "train_grpo", "score_samples"])
+def test_what_scores_would_be_standardised_by_must_be_there(section: str, tmp_path: Path) -> None:
+    def asking_of(model: str) -> dict[str, Any]:
+        changes = {"reward_model": model, "standardise_reward": True}
+        names = {"train_ppo": "ppo", "train_grpo": "grpo"}
+        return params({section: {names[section]: changes} if section in names else changes})
+
+    require_readable_reward_models(asking_of("models/rm"))
+    message = (
+        rf"^params\.yaml: {section}[.a-z]*\.standardise_reward: models/rm/step_5 is .* of which train_rm\.rm leaves no"
+    )
+    with pytest.raises(StageError, match=message):
+        require_readable_reward_models(asking_of("models/rm/step_5"))
+    save_classifier(tmp_path / "given", "llama")
+    with pytest.raises(
+        StageError, match=rf"^params\.yaml: {section}[.a-z]*: .*given/config.json has no 'mean' and 'std'"
+    ):
+        require_readable_reward_models(asking_of(str(tmp_path / "given")))
+    save_classifier(tmp_path / "scaled", "llama", mean=0.5, std=2.0)
+    require_readable_reward_models(asking_of(str(tmp_path / "scaled")))
+
+
 @pytest.mark.parametrize(
     ("path", "saves", "refused"),
     [

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from stages.lib.command.strict_yaml import load_yaml
+from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import IpoLoss, MixtureLoss, SigmoidLoss
 from stages.lib.settings.schemas import params_schema, runtime_schema
 from stages.lib.settings.sections import default_params
 from stages.tools.use_profile import settings_of
@@ -43,8 +45,8 @@ def test_a_profile_keeps_to_the_schema(profile: Any) -> None:
 
 
 WRONG = {
-    "train_dpo.dpo.loss": {"type": "ipo", "beta": 0.1, "label_smoothing": 0.0},
-    "train_dpo.dpo.losss": {"type": "ipo", "beta": 0.1},
+    "train_dpo.dpo.loss": block(IpoLoss) | {"label_smoothing": 0.0},
+    "train_dpo.dpo.losss": block(IpoLoss),
     "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1},
     "train_sft.sft.optimizer.beta1": 1.0,
     "train_sft.sft.lora": {"rank": 4},
@@ -55,7 +57,7 @@ WRONG = {
     "seed": -1,
 }
 RIGHT = {
-    "train_dpo.dpo.loss": {"type": "ipo", "beta": 1},
+    "train_dpo.dpo.loss": block(MixtureLoss),
     "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1, "target": 6, "horizon": 1e4},
     "train_sft.sft.lora": {
         "rank": 4,
@@ -115,7 +117,7 @@ def test_a_stage_overrides_some_keys_of_a_whole_default(changes: dict[str, Any],
 
 def test_schemas_say_what_an_editor_shows() -> None:
     loss = params_schema()["$defs"]["TrainDpo"]["properties"]["loss"]
-    assert loss["default"] == {"type": "sigmoid", "beta": 0.2, "label_smoothing": 0.0}
+    assert loss["default"] == block(SigmoidLoss, beta=0.2)
     target = params_schema()["$defs"]["AdaptiveKl"]["properties"]["target"]
     assert target["description"] == "[nats per response] KL to hold"
     assert json.loads(schema_text(runtime_schema())) == runtime_schema()

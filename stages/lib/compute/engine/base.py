@@ -18,6 +18,7 @@ from torch import nn
 from stages.lib.command.errors import StageError
 from stages.lib.compute.activation_offload import offloaded_activations
 from stages.lib.compute.averaging_adamw import AVERAGE, AveragingAdamW
+from stages.lib.compute.low_memory_adamw import WHOLE, new_low_memory_adamw, states_made
 from stages.lib.compute.processes import Processes
 from stages.lib.compute.schedule import learning_rate
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -155,7 +156,7 @@ class Engine(ABC):
         """Masters and optimizer states by name, whole, one at a time, for any number of processes and ZeRO stage."""
         for name in self.trained:
             yield name, self.full_state(name).detach()
-            for key in self.kept_states if self.steps_taken else ():
+            for key in self.saved_states(name):
                 yield f"{name}/{key}", self.full_state(name, key).detach()
 
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
@@ -165,9 +166,8 @@ class Engine(ABC):
             StageError: a tensor has another shape than the weight it is of.
         """
         self.steps_taken = state["steps_taken"]
-        for name, weight in self.trained.items():
-            shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO 3's shards, that of the whole
-            for key in (None, *(self.kept_states if self.steps_taken else ())):
+        for name in self.trained:
+            for key, shape in {None: self.full_shape(name), **self.saved_states(name)}.items():
                 saved = f"{name}/{key}" if key else name
                 value = read(saved)
                 if value.shape != shape:
@@ -177,6 +177,15 @@ class Engine(ABC):
                     )
                 self.set_full_state(name, value, key)
         self.finish_loading()
+
+    def saved_states(self, name: str) -> dict[str, torch.Size]:
+        """The states of a trained parameter that a checkpoint holds, and their shapes; none before the first step."""
+        return dict.fromkeys(self.kept_states, self.full_shape(name)) if self.steps_taken else {}
+
+    def full_shape(self, name: str) -> torch.Size:
+        """The shape of a trained parameter."""
+        weight = self.trained[name]
+        return getattr(weight, "ds_shape", weight.shape)  # of ZeRO 3's shards, that of the whole
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -207,22 +216,39 @@ class Engine(ABC):
     def _optimized(self) -> tuple[torch.optim.Optimizer, Iterable[torch.Tensor]]:
         """The optimizer and the tensors of this process that it has states of: the masters or its parts of them."""
 
-    def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> AveragingAdamW:
+    def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> Any:
         """AdamW with weight decay on matrices only, not on norms and biases; it averages where `ema_decay` says so."""
+        settings = self.settings
         matrices = [weight for weight in weights.values() if weight.ndim >= 2]
         vectors = [weight for weight in weights.values() if weight.ndim < 2]
-        groups = [(matrices, self.settings.weight_decay), (vectors, 0.0)]
-        betas = (self.settings.beta1, self.settings.beta2)
-        return AveragingAdamW(
-            [{"params": group, "weight_decay": decay} for group, decay in groups if group],
-            self.settings.ema_decay,
-            lr=self.settings.learning_rate,
-            betas=betas,
-            fused=True,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+            if group
+        ]
+        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+        if settings.moments != "float32":
+            groups = self._embeddings_apart(groups, weights)
+            return new_low_memory_adamw(groups, settings.moments, self.processes.device, **options)
+        return AveragingAdamW(groups, settings.ema_decay, fused=True, **options)
+
+    def _embeddings_apart(
+        self, groups: list[dict[str, Any]], weights: dict[str, nn.Parameter | torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        """The groups cut in two, of which the second holds embeddings."""
+        embeddings = {f"{name}.weight" for name, part in self.module.named_modules() if isinstance(part, nn.Embedding)}
+        apart = {id(weights[name]) for name in embeddings & weights.keys()}
+        return [
+            {**group, "params": members, WHOLE: whole}
+            for group in groups
+            for whole in (False, True)
+            if (members := [weight for weight in group["params"] if (id(weight) in apart) == whole])
+        ]
 
     def states_of(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The optimizer's state of one of its tensors, made if there is none yet, at the count of steps taken."""
+        if not isinstance(optimizer, torch.optim.AdamW):
+            return states_made(optimizer, weight, self.steps_taken)
         state = optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)

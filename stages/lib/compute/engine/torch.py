@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from stages.lib.compute.engine.base import PIECE, Engine
+from stages.lib.compute.low_memory_adamw import STATES
 from stages.lib.compute.processes import Processes
 
 
@@ -61,6 +62,12 @@ class TorchEngine(Engine):
         master = self.masters[name]
         with torch.no_grad():
             (master if key is None else self.states_of(self.optimizer, master)[key]).copy_(value)
+
+    def saved_states(self, name: str) -> dict[str, torch.Size]:
+        if self.settings.moments == "float32" or not self.steps_taken:
+            return super().saved_states(name)
+        states = self.states_of(self.optimizer, self.masters[name])
+        return {key: states[key].shape for key in STATES if key in states}
 
     def finish_loading(self) -> None:
         with torch.no_grad():

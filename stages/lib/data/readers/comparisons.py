@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 from stages.lib.command.errors import StageError
 from stages.lib.data import hh_transcripts
 from stages.lib.data.cell_values import value_in_cell
-from stages.lib.data.conversations import Example, Message, margin_from, messages_from, number_from, pair_from, reply_of
+from stages.lib.data.conversations import (
+    LARGEST_FLOAT32,
+    Example,
+    Message,
+    margin_from,
+    messages_from,
+    number_from,
+    pair_from,
+    reply_of,
+)
 from stages.lib.data.raw_rows import RawRow
 from stages.lib.data.readers.prompt_and_reply import any_prompt, reply_in
 from stages.lib.data.readers.reply_trees import ranked_replies
@@ -203,6 +212,12 @@ def score_from(value: Any, where: str) -> float | None:
     return score
 
 
+def require_float32(score: float, where: str) -> None:
+    """Raise MalformedRowError for a score that no table of tokens can hold."""
+    if abs(score) > LARGEST_FLOAT32:
+        raise MalformedRowError(f"{where}: float32 does not hold the score {score:g}", "bad_score")
+
+
 def conversation_with(asked: list[Message] | None, response: Response, row: RawRow) -> list[Message] | str:
     """The whole conversation of a response, or why it has none; without a prompt the response is a whole one."""
     try:
@@ -270,7 +285,8 @@ def labelled_examples(
     for conversation, score in zip(conversations, scores, strict=True):
         label = label_by(score, threshold)
         if label is not None and not isinstance(conversation, str):
-            yield Example(conversation[:-1], conversation[-1], label=label)
+            require_float32(score, place.where)
+            yield Example(conversation[:-1], conversation[-1], label=label, score=score)
             continue
         reason = conversation if isinstance(conversation, str) else "between_thresholds"
         place.counts[f"responses_left_out/{reason}"] += 1

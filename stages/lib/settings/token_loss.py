@@ -19,4 +19,4 @@ class DftLoss(Settings):
     type: Literal["dft"] = key("dft", "each token's loss times its probability, a constant", source="2508.05629, Eq 9")
 
 
-SftLoss = Annotated[CrossEntropyLoss | DftLoss, Field(discriminator="type")]
+TokenLoss = Annotated[CrossEntropyLoss | DftLoss, Field(discriminator="type")]
