@@ -101,8 +101,8 @@ def test_a_run_broken_off_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return compute(*words)
 
-    compute = script.all_logps
-    monkeypatch.setattr(script, "all_logps", cut)
+    compute = script.checked_logps
+    monkeypatch.setattr(script, "checked_logps", cut)
     with pytest.raises(KeyboardInterrupt):
         call(folder, "ref_logprobs")
     call(folder, "ref_logprobs")

@@ -49,7 +49,9 @@ def sigma(x: float) -> float:
 @CUTS
 def test_kto_by_hand(tokens: int) -> None:
     module, z0 = unigram(), 0.75
-    found = global_means(UnpairedObjective(batching(tokens, pad_id=0), KTO), module, REPLIES, train=True)
+    objective = UnpairedObjective(batching(tokens, pad_id=0), KTO)
+    found = global_means(objective, module, REPLIES, train=True)
+    assert global_means(objective, module, REPLIES, train=False) == found
     losses = [1.5 * (1 - sigma(0.1 * (3 - z0))), 0.5 * (1 - sigma(0.1 * (z0 + 1))), 1.5 * (1 - sigma(0.1 * (0 - z0)))]
     assert found == pytest.approx(
         {
