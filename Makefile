@@ -51,7 +51,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
 
 .PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
         report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
-        pass-cost lint clean
+        pass-cost losses lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -170,6 +170,8 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 	.venv/bin/python -m tests.proofs.world_sizes .scratch/world-sizes --table tests/proofs/world_sizes.md
 	rm -rf .scratch/same-bytes
 	.venv/bin/python -m tests.proofs.same_bytes .scratch/same-bytes --table tests/proofs/same_bytes.md
+	rm -rf .scratch/online-rounds
+	.venv/bin/python -m tests.proofs.online_rounds .scratch/online-rounds --table tests/proofs/online_rounds.md
 
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md
@@ -190,6 +192,9 @@ bench: $(VENV) $(TRL)/.complete ## Time training steps beside TRL's and write be
 
 pass-cost: $(VENV) ## Measure runtime.yaml: pass_cost on this machine: MODEL=models/base, and STAGE=… (else train_dpo)
 	.venv/bin/python -m benchmarks.pass_cost "$${MODEL:-models/base}" $(if $(STAGE),--stage "$$STAGE")
+
+losses: $(VENV) ## Train with every preference loss on the pairs here, and write benchmarks/loss_table.md
+	.venv/bin/python -m benchmarks.loss_table --seeds 18 --seeds 19
 
 lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff check benchmarks stages tests

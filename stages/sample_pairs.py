@@ -78,7 +78,8 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
         sampler = sampler_of(model, settings, seed, loading, processes)
         require_fit(table, path, sampler.language_model, settings.max_new_tokens, f"sample_pairs.{name}")
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = load_reward_model(reward_model, settings, loading, batching, processes, model)
+        of_rewards = (reward_model, settings, loading, batching, processes, model)
+        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
         if reward.facts and reward.facts.line():
             this_run.say(f"{this_run.stage}: {reward.facts.line()}")
         replies = replies_to(prompts, sampler, reward, settings, this_run)

@@ -124,7 +124,7 @@ def chosen_at_start(policy: Engine, pairs: Pairs, batching: MicroBatching, model
     return mean_chosen_logp(policy, pairs[:], batching)
 
 
-def in_words(firsts: Mapping[str, float]) -> str:
+def told_first_losses(firsts: Mapping[str, float]) -> str:
     """What is known of the first loss of a policy that is its reference, or nothing."""
     told = ", ".join(f"{name} {value:.4f}" for name, value in firsts.items())
     return f"; the loss of a policy that is its reference is {told}" if told else ""
@@ -229,7 +229,7 @@ def main(
         objective = PreferenceObjective(batching, settings.loss)
         routed = with_router_loss(objective, settings.router_loss, language_model, 2, f"train_dpo.{name}")
         firsts = first_values(settings.loss) if train.starts_as_reference(model) else {}
-        this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps{in_words(firsts)}")
+        this_run.say(f"{this_run.stage}: {len(train)} pairs, {total} steps{told_first_losses(firsts)}")
         # Before `fit` goes on from a checkpoint: this is the policy as it starts.
         first_rows = rows_of_step(0, len(train), settings.batch_size, settings.epochs, seed)
         for pairs, rows in ((train, first_rows), (validation, slice(settings.batch_size))):
@@ -257,10 +257,10 @@ def main(
             parts={"reference": live} if live else {},
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
-        change = best.results["logps/chosen"] - chosen_before
-        results |= {"validation_logps_chosen_change": change}
+        # Both, and not their difference, in which float32's last place of a sum of hundreds of nats would show.
+        results |= {"validation_logps_chosen_before": chosen_before}
         results |= {"train_rows": len(train), "validation_rows": len(validation)}
-        if told := told_displacement(change):
+        if told := told_displacement(best.results["logps/chosen"] - chosen_before):
             this_run.say(f"{this_run.stage}: {told}")
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()

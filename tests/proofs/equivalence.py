@@ -175,10 +175,11 @@ def numbers_apart(folder: Path, reference: Path, stage: str) -> float:
 
 
 def metrics_apart(folder: Path, reference: Path, name: str) -> float:
-    """Largest difference of a metric, relative where it is above 1."""
+    """Largest difference of a metric, relative where it is above 1; of a change, to what has changed."""
     ours, theirs = (json.loads((side / name).read_text()) for side in (folder, reference))
     assert ours.keys() == theirs.keys()
-    return largest(abs(value - theirs[key]) / max(abs(theirs[key]), 1.0) for key, value in ours.items())
+    sizes = {key: abs(theirs[key.removesuffix("_change")]) for key in theirs}
+    return largest(abs(value - theirs[key]) / max(sizes[key], 1.0) for key, value in ours.items())
 
 
 def largest(differences: Iterable[float]) -> float:

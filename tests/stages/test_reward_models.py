@@ -114,7 +114,7 @@ def test_scores_are_standardised_where_that_is_asked_for(copy_of_tiny: Copy, tin
 
 def test_a_reward_model_that_starts_from_another_keeps_its_head(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
-    with_second_model(folder, model="models/rm", keep="last")
+    with_second_model(folder, model="models/rm", keep="last", save_every={"steps": 2, "keep_last_k": 1})
     change(
         folder / "params.yaml", {"train_rm": {"second": {"optimizer": {"learning_rate": 1e-12, "weight_decay": 0.0}}}}
     )
@@ -124,6 +124,7 @@ def test_a_reward_model_that_starts_from_another_keeps_its_head(copy_of_tiny: Co
     for name, weight in before.items():
         assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
     assert config_of(folder, "second")["mean"] == pytest.approx(config_of(tiny, "rm")["mean"])
+    assert not {"mean", "std"} & config_of(folder, "second/step_4").keys()  # they would be those of other weights
 
 
 def test_an_adapter_on_a_reward_model_brings_the_whole_head(copy_of_tiny: Copy) -> None:
@@ -167,6 +168,21 @@ def test_a_classifier_of_several_labels_is_refused(copy_of_tiny: Copy, capsys: p
     (folder / "models/rm/config.json").unlink()
     (folder / "models/rm/config.json").write_text(json.dumps(config))
     assert "a classifier with another head than that" in refusal(folder, "train_rm@second", capsys)
+
+
+@pytest.mark.parametrize("use_margin", [False, True])
+def test_margins_that_nothing_reads_are_told(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture, use_margin: bool
+) -> None:
+    folder = copy_of_tiny()
+    for split in ("train", "validation"):
+        path = folder / f"data/tokens/{split}/preference.arrow"
+        rewrite(path, PREFERENCE_SCHEMA, lambda columns: columns | {"margin": [1.5] * len(columns["row"])})
+    change_entries(folder, {"train_rm": {"loss": {"use_margin": use_margin}}})
+    capsys.readouterr()
+    call(folder, "train_rm@rm")
+    said = "train_rm@rm: the pairs' margins are not read (loss.use_margin: false)"
+    assert (said in capsys.readouterr().out.splitlines()) == (not use_margin)
 
 
 @pytest.mark.parametrize("loss", [{"label_smoothing": 0.3}, {"centering_coefficient": 0.5}])

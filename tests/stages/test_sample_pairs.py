@@ -31,7 +31,7 @@ from tests.stages.tiny_pipeline import call, change, contents, inside, read_yaml
 Copy = Callable[..., Path]
 TWO_HERE = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_per_node=2 -m"
 # Of so short a training: a reply in six or so ends, and so 60 tokens and pairs with others.
-SHORT = {"prompts": 12, "samples_per_prompt": 6, "max_new_tokens": 60}
+SHORT = {"prompts": 12, "samples_per_prompt": 6, "max_new_tokens": 60, "seed": 3}
 PAIRS = SHORT | {"makes": block(AllPairs, unfinished="rejected")}
 DPO = {"epochs": 1.0, "batch_size": 4, "eval_every": 1}
 
@@ -41,7 +41,8 @@ def with_rounds(folder: Path) -> None:
     settings = read_yaml(folder / "params.yaml")
     for name, start_from, number in (("first", "models/sft", 1), ("second", "models/dpo-first", 2)):
         rows = f"data/sampled/{name}"
-        settings["sample_pairs"][name] = block(SamplePairs, model=start_from, round=number, **PAIRS)
+        standard = {"standardise_reward": name == "second"}
+        settings["sample_pairs"][name] = block(SamplePairs, model=start_from, round=number, **PAIRS, **standard)
         settings["ref_logprobs"][name] = block(RefLogprobs, model=start_from, tokens=rows)
         reference = f"data/ref_logprobs/{name}"
         dpo = block(TrainDpo, model=start_from, tokens=rows, reference=reference, **DPO)
@@ -107,6 +108,14 @@ def test_pairs_hold_the_ids_that_were_sampled_and_the_better_one_is_chosen(round
     assert [pair["margin"] for pair in pairs] == pytest.approx(gaps, abs=1e-5)
     assert min(gaps) > 0
     assert all(sample["replies"][places["chosen"]]["ended"] for sample, places in made)
+
+
+def test_the_second_round_is_by_standardised_scores(rounds: Path) -> None:
+    config = json.loads((rounds / "models/rm/config.json").read_text())
+    pairs, samples = pairs_of(rounds, "second"), samples_of(rounds, "second")
+    told = [sample["replies"][made["chosen"]]["score"] for sample in samples for made in sample["made"]]
+    raw = rewards_of(rounds, [pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs])
+    assert told == pytest.approx([(score - config["mean"]) / config["std"] for score in raw], abs=1e-4)
 
 
 def test_counts_add_up(rounds: Path) -> None:

@@ -18,39 +18,39 @@ STATES = ("state1", "state2", "absmax1", "absmax2")
 WHOLE = "whole"  # key of a group of weights whose moments stay in float32
 
 
-def new_low_memory_adamw(groups: list[dict[str, Any]], kind: str, device: torch.device, **options: Any) -> Any:
+def new_low_memory_adamw(groups: list[dict[str, Any]], moments: str, device: torch.device, **options: Any) -> Any:
     """An optimizer of bitsandbytes.
 
     Args:
-        kind: as the key `type` of an optimizer's settings names it.
+        moments: how they are held, as an optimizer's settings say: "8bit", "paged" or "paged_8bit".
         groups: of weights, as torch's optimizers take them, each with the key `WHOLE`.
         options: those that torch's AdamW has, too.
     Raises:
         StageError: bitsandbytes is missing, or its kernels fail on this device.
     """
-    where = f"params.yaml: optimizer.type: {kind} cannot be used on {device.type}"
-    if kind.startswith("paged") and device.type != "cuda":
-        raise StageError(f"{where}, which pages memory by itself; set adamw_8bit, or adamw")
+    where = f"params.yaml: optimizer.moments: {moments} cannot be used on {device.type}"
+    if moments.startswith("paged") and device.type != "cuda":
+        raise StageError(f"{where}, which pages memory by itself; set float32")
     try:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
         weight.grad = torch.ones_like(weight)
-        _optimizer([{"params": [weight], WHOLE: False}], kind, lr=0.5).step()
+        _optimizer([{"params": [weight], WHOLE: False}], moments, lr=0.5).step()
         moved = weight.detach().cpu()
     except ImportError as error:
-        raise StageError(f"{where}: bitsandbytes cannot be imported ({error}); install it, or set adamw") from None
+        raise StageError(f"{where}: bitsandbytes cannot be imported ({error}); install it, or set float32") from None
     except Exception as error:  # a missing native library or kernel shows itself in many types
-        raise StageError(f"{where}: bitsandbytes fails there ({' '.join(str(error).split())}); set adamw") from None
+        raise StageError(f"{where}: bitsandbytes fails there ({' '.join(str(error).split())}); set float32") from None
     if not torch.allclose(moved, torch.full_like(moved, 0.5), atol=0.05):
-        raise StageError(f"{where}: bitsandbytes takes a wrong step there; set adamw")
-    return _optimizer(groups, kind, **options)
+        raise StageError(f"{where}: bitsandbytes takes a wrong step there; set float32")
+    return _optimizer(groups, moments, **options)
 
 
-def _optimizer(groups: list[dict[str, Any]], kind: str, **options: Any) -> Any:
+def _optimizer(groups: list[dict[str, Any]], moments: str, **options: Any) -> Any:
     from bitsandbytes.optim import AdamW, AdamW8bit
 
-    chosen = AdamW8bit if kind.endswith("8bit") else AdamW
-    optimizer = chosen(groups, weight_decay=0.0, is_paged=kind.startswith("paged"), **options)
+    chosen = AdamW8bit if moments.endswith("8bit") else AdamW
+    optimizer = chosen(groups, weight_decay=0.0, is_paged=moments.startswith("paged"), **options)
     config_of = optimizer.get_config
 
     def get_config(gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:

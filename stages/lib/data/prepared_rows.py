@@ -19,7 +19,9 @@ Kind = Literal["sft", "preference", "unpaired", "prompts"]
 Split = Literal["train", "validation", "test"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
-MAY_BE_EMPTY: tuple[tuple[Kind, Split], ...] = (("prompts", "validation"),)  # which no stage reads
+MAY_BE_EMPTY: tuple[tuple[Kind, Split], ...] = (
+    ("prompts", "validation"),
+)  # which sample_pairs alone reads, if asked to
 
 
 class PreparedRow(NamedTuple):

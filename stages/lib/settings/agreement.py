@@ -85,11 +85,13 @@ def require_engine(runtime: Runtime, precision: str, where: str) -> None:
 def require_optimizers(settings: Any, runtime: Runtime, where: str) -> None:
     """bitsandbytes needs plain torch, and a GPU to page memory."""
     for key in ("optimizer", "policy_optimizer", "critic_optimizer"):
-        kind = getattr(settings, key).type if hasattr(settings, key) else "adamw"
-        if kind != "adamw" and runtime.uses_deepspeed(1):
-            raise StageError(f"{where}: {key}.type: {kind} needs plain torch; set engine: torch, or type: adamw")
-        if kind.startswith("paged") and runtime.device == "cpu":
-            raise StageError(f"{where}: {key}.type: {kind} needs a GPU; set device: cuda, or type: adamw_8bit")
+        held = getattr(settings, key).moments if hasattr(settings, key) else "float32"
+        if held != "float32" and runtime.uses_deepspeed(1):
+            raise StageError(
+                f"{where}: {key}.moments: {held} needs plain torch; set engine: torch, or moments: float32"
+            )
+        if held.startswith("paged") and runtime.device == "cpu":
+            raise StageError(f"{where}: {key}.moments: {held} needs a GPU; set device: cuda, or float32")
 
 
 def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, where: str) -> None:

@@ -11,11 +11,10 @@ from stages.lib.settings.declaration import Settings, key
 class OptimizerSettings(Settings):
     """AdamW with a linear warm-up, a schedule, gradient clipping and, if wanted, an average of the weights."""
 
-    type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = key(
-        "adamw",
-        "8bit: moments in 8 bits, a quarter of their memory | paged: they move to the CPU's memory where a GPU's is "
-        "full; both by bitsandbytes, on plain torch",
-        source="arXiv 2110.02861",
+    moments: Literal["float32", "8bit", "paged", "paged_8bit"] = key(
+        "float32",
+        "how they are held; 8bit: in a quarter of the memory (arXiv 2110.02861) | paged: moved to the CPU's memory "
+        "where a GPU's is full; all but float32 by bitsandbytes, on plain torch",
     )
     learning_rate: Positive = key(1.5e-3, "at its peak")
     schedule: Literal["cosine", "linear", "constant"] = key(
@@ -38,6 +37,6 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerSettings":
-        if self.ema_decay is not None and self.type != "adamw":
-            raise ValueError(f"ema_decay needs type: adamw, found {self.type}; set ema_decay: null")
+        if self.ema_decay is not None and self.moments != "float32":
+            raise ValueError(f"ema_decay needs moments: float32, found {self.moments}; set ema_decay: null")
         return self

@@ -9,7 +9,7 @@ from stages.lib.command.params import Seed
 from stages.lib.data.prepared_rows import Kind
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision, Temperature, Text
 from stages.lib.settings.declaration import Settings, block, key
-from stages.lib.settings.reward_reading import RewardReading
+from stages.lib.settings.reward_reading import RewardSettings
 
 
 class PairRule(Settings):
@@ -55,7 +55,7 @@ class BestOfN(Settings):
 MadeRows = Annotated[BestAndWorst | AllPairs | BestOfN, Field(discriminator="type")]
 
 
-class SamplePairs(RewardReading):
+class SamplePairs(RewardSettings):
     """One round: replies of a policy to prompts that it was not trained on in an earlier round."""
 
     model: Text = key("models/sft", "folder of the language model that is sampled from")

@@ -24,7 +24,7 @@ IDS = torch.randint(0, 23, (6, 9), generator=torch.Generator().manual_seed(1))
 
 def settings(**changed: Any) -> OptimizerSettings:
     values = {
-        "type": "adamw",
+        "moments": "float32",
         "learning_rate": 1e-2,
         "schedule": "constant",
         "warmup_ratio": 0.0,

@@ -34,12 +34,12 @@ def test_small_weights_take_the_very_steps_of_adamw() -> None:
     """All weights of this model have fewer than 4,096 numbers, so their moments are in float32, decay included."""
     theirs, ours = tiny_llama(), tiny_llama()
     train(new(MeanLogProb(theirs), 5), 5)
-    train(new(MeanLogProb(ours), 5, type="adamw_8bit"), 5)
+    train(new(MeanLogProb(ours), 5, moments="8bit"), 5)
     assert torch.allclose(flat(ours.parameters()), flat(theirs.parameters()), atol=1e-5)
 
 
 def test_large_matrices_are_held_in_8_bits_and_embeddings_are_not() -> None:
-    engine = new(MeanLogProb(llama()), 1, type="adamw_8bit")
+    engine = new(MeanLogProb(llama()), 1, moments="8bit")
     train(engine, 1)
     states = states_of(engine)
     whole, eight = (
@@ -55,7 +55,7 @@ def test_large_matrices_are_held_in_8_bits_and_embeddings_are_not() -> None:
 def test_training_in_8_bits_stays_near_that_in_32() -> None:
     start, theirs, ours = (flat(llama().parameters()), llama(), llama())
     train(new(MeanLogProb(theirs), 20), 20)
-    train(new(MeanLogProb(ours), 20, type="adamw_8bit"), 20)
+    train(new(MeanLogProb(ours), 20, moments="8bit"), 20)
     moved = flat(theirs.parameters()) - start
     difference = flat(ours.parameters()) - flat(theirs.parameters())
     assert 1e-4 < float(difference.norm() / moved.norm()) < 0.15
@@ -66,7 +66,7 @@ def test_training_in_8_bits_stays_near_that_in_32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_is_the_same_as_going_on(dtype: torch.dtype, tmp_path: Path) -> None:
     def eight(model: nn.Module) -> TorchEngine:
-        return new(MeanLogProb(model.to(dtype)), 4, type="adamw_8bit")
+        return new(MeanLogProb(model.to(dtype)), 4, moments="8bit")
 
     through, first, second = eight(llama()), eight(llama()), eight(llama(seed=9))
     train(through, 4)
@@ -80,7 +80,7 @@ def test_saved_and_loaded_is_the_same_as_going_on(dtype: torch.dtype, tmp_path: 
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
-    engine, other = (new(MeanLogProb(llama()), 2, type="adamw_8bit") for _ in range(2))
+    engine, other = (new(MeanLogProb(llama()), 2, moments="8bit") for _ in range(2))
     train(engine, 1)
     tensors = dict(engine.tensors())
     wrong = next(name for name in tensors if name.endswith("absmax2"))
@@ -89,19 +89,17 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         other.load_state_dict(engine.state_dict(), tensors.__getitem__)
 
 
-@pytest.mark.parametrize("kind", ["paged_adamw", "paged_adamw_8bit"])
-def test_a_cpu_pages_its_memory_by_itself(kind: str) -> None:
-    with pytest.raises(StageError, match=f"optimizer.type: {kind} cannot be used on cpu, which pages"):
-        new(MeanLogProb(tiny_llama()), 1, type=kind)
+@pytest.mark.parametrize("moments", ["paged", "paged_8bit"])
+def test_a_cpu_pages_its_memory_by_itself(moments: str) -> None:
+    with pytest.raises(StageError, match=f"optimizer.moments: {moments} cannot be used on cpu, which pages"):
+        new(MeanLogProb(tiny_llama()), 1, moments=moments)
 
 
 def test_without_bitsandbytes_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    expected = (
-        "^params.yaml: optimizer.type: adamw_8bit cannot be used on cpu: bitsandbytes cannot be imported .*adamw$"
-    )
+    expected = "^params.yaml: optimizer.moments: 8bit cannot be used on cpu: bitsandbytes cannot be imported .*float32$"
     with pytest.raises(StageError, match=expected):
-        new(MeanLogProb(tiny_llama()), 1, type="adamw_8bit")
+        new(MeanLogProb(tiny_llama()), 1, moments="8bit")
 
 
 def test_kernels_that_fail_or_lie_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +110,11 @@ def test_kernels_that_fail_or_lie_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     for step, expected in ((broken, "bitsandbytes fails there .no kernel here."), (lambda *_: None, "a wrong step")):
         monkeypatch.setattr(Optimizer2State, "update_step", step)
-        with pytest.raises(StageError, match=f"optimizer.type: adamw_8bit cannot be used on cpu: .*{expected}"):
-            new(MeanLogProb(tiny_llama()), 1, type="adamw_8bit")
+        with pytest.raises(StageError, match=f"optimizer.moments: 8bit cannot be used on cpu: .*{expected}"):
+            new(MeanLogProb(tiny_llama()), 1, moments="8bit")
 
 
 def test_deepspeed_is_refused() -> None:
     runtime = new(MeanLogProb(tiny_llama()), 1).runtime.model_copy(update={"engine": "deepspeed"})
-    with pytest.raises(StageError, match=r"optimizer\.type: adamw_8bit needs plain torch, not DeepSpeed"):
-        new_engine(tiny_llama(), settings(type="adamw_8bit"), 1, runtime, ALONE)
+    with pytest.raises(StageError, match=r"optimizer\.moments: 8bit needs plain torch, not DeepSpeed"):
+        new_engine(tiny_llama(), settings(moments="8bit"), 1, runtime, ALONE)

@@ -20,7 +20,7 @@ from tests.tiny_models import CPU, EOS, PAD, tiny_llama
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10, 11, 12]]
 REPLIES = [[9, EOS], [10, 11, 12, EOS], [13, EOS], [14, 15, 16, EOS]]
 OPTIMIZER = OptimizerSettings(
-    type="adamw",
+    moments="float32",
     learning_rate=1e-3,
     schedule="constant",
     warmup_ratio=0.0,

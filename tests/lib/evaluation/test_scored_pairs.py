@@ -108,6 +108,7 @@ def test_groups_are_of_about_the_same_size_and_keep_equal_values_together():
     assert quantile_groups([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 8.0], 4) == [[1, 3], [2, 4], [0, 5], [6, 7]]
     assert quantile_groups([1.0, 1.0, 1.0, 1.0], 4) == [[0, 1, 2, 3]]
     assert quantile_groups([1.0, 2.0, 1.0, 2.0, 1.0, 2.0], 4) == [[0, 2, 4], [1, 3, 5]]
+    assert quantile_groups([1.0, 2.0, 3.0, 4.0, 5.0], 4) == [[0, 1], [2], [3], [4]]  # 2, 3 and 4 are the edges
     assert quantile_groups([], 4) == []
 
 

@@ -25,6 +25,7 @@ from stages.lib.settings import preference_loss as of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.divergence import AlphaDivergence, AnyDivergence, ForwardKl, JensenShannon, ReverseKl
 from tests.lib.objectives.losses_by_paper import BY_PAPER, Numbers, gradient, score
+from tests.real_files import PROJECT
 
 SINGLE = get_args(get_args(of.PairLoss)[0])
 GAPS = tuple(kind for kind in SINGLE if issubclass(kind, of.ScoreGapLoss))
@@ -271,6 +272,11 @@ def test_each_loss_of_the_settings_has_its_function_and_is_tested_here() -> None
     types = [settings_of(kind).type for kind in SINGLE]
     assert types == [*PREFERENCE_LOSSES] == [*BY_PAPER]
     assert {*FIRST_VALUES} == {*types} - {*of.WITHOUT_REFERENCE}
+    page = (PROJECT / "docs/preference_losses.md").read_text(encoding="utf-8")
+    named = {
+        name for line in page.splitlines() if line.startswith("| ") for name in line.split(" | ")[0][2:].split(", ")
+    }
+    assert named == {"type", "mixture", *types}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.lib.rl.test_rollouts import PROMPTS, RESPONSES, read
 from tests.tiny_models import CPU, batching, tiny_classifier
 
 OPTIMIZER = OptimizerSettings(
-    type="adamw",
+    moments="float32",
     learning_rate=0.1,
     schedule="linear",
     warmup_ratio=0.0,

@@ -128,14 +128,14 @@ def test_the_default_settings_agree() -> None:
             "runtime.yaml: ref_logprobs: frozen_zero_stage: 3 cannot shard a base",
         ),
         (
-            {"train_rm": {"optimizer": block(OptimizerSettings, type="adamw_8bit")}},
+            {"train_rm": {"optimizer": block(OptimizerSettings, moments="8bit")}},
             {"train_rm": {"zero_stage": 1}},
-            "runtime.yaml: train_rm: optimizer.type: adamw_8bit needs plain torch; set engine: torch, or type: adamw",
+            "runtime.yaml: train_rm: optimizer.moments: 8bit needs plain torch; set engine: torch, or moments: float32",
         ),
         (
-            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, type="paged_adamw")}},
+            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, moments="paged")}},
             {"train_ppo": {"device": "cpu"}},
-            "runtime.yaml: train_ppo: critic_optimizer.type: paged_adamw needs a GPU; set device: cuda, or type: adamw",
+            "runtime.yaml: train_ppo: critic_optimizer.moments: paged needs a GPU; set device: cuda, or float32",
         ),
     ],
 )

@@ -23,7 +23,7 @@ GOOD = default_params()["train_sft"]["sft"]["optimizer"]
         ("weight_decay", -0.1, "at least 0"),
         ("ema_decay", 1.0, "above 0 and below 1"),
         ("ema_decay", 0.0, "above 0 and below 1"),
-        ("type", "adamw_4bit", "not one of: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit"),
+        ("moments", "4bit", "not one of: float32, 8bit, paged, paged_8bit"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(key: str, value: Any, expected: str) -> None:
@@ -33,7 +33,7 @@ def test_a_value_that_makes_no_sense_is_refused(key: str, value: Any, expected: 
 
 
 def test_an_average_needs_the_moments_of_plain_adamw() -> None:
-    values = {**GOOD, "type": "adamw_8bit"}
+    values = {**GOOD, "moments": "8bit"}
     build(OptimizerSettings, values, "params.yaml: train_sft.optimizer")
-    with pytest.raises(StageError, match="ema_decay needs type: adamw, found adamw_8bit; set ema_decay: null"):
+    with pytest.raises(StageError, match="ema_decay needs moments: float32, found 8bit; set ema_decay: null"):
         build(OptimizerSettings, {**values, "ema_decay": 0.9}, "params.yaml: train_sft.optimizer")

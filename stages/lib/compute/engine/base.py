@@ -218,7 +218,7 @@ class Engine(ABC):
 
     def new_optimizer(self, weights: dict[str, nn.Parameter | torch.Tensor]) -> Any:
         """AdamW with weight decay on matrices only, not on norms and biases; it averages where `ema_decay` says so."""
-        settings, kind = self.settings, self.settings.type
+        settings = self.settings
         matrices = [weight for weight in weights.values() if weight.ndim >= 2]
         vectors = [weight for weight in weights.values() if weight.ndim < 2]
         groups: list[dict[str, Any]] = [
@@ -227,8 +227,9 @@ class Engine(ABC):
             if group
         ]
         options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
-        if kind != "adamw":
-            return new_low_memory_adamw(self._embeddings_apart(groups, weights), kind, self.processes.device, **options)
+        if settings.moments != "float32":
+            groups = self._embeddings_apart(groups, weights)
+            return new_low_memory_adamw(groups, settings.moments, self.processes.device, **options)
         return AveragingAdamW(groups, settings.ema_decay, fused=True, **options)
 
     def _embeddings_apart(

@@ -22,10 +22,10 @@ def new_engine(
         raise StageError("runtime.yaml: engine: deepspeed cannot train in bf16 with zero_stage: 0; set it to 1, 2 or 3")
     if lacking and runtime.deepspeed and runtime.frozen_zero_stage != 3:
         raise StageError("runtime.yaml: deepspeed: in bf16 these keys need zero_stage 1, 2 or 3")
-    if runtime.uses_deepspeed(processes.world_size) and settings.type != "adamw":
+    if runtime.uses_deepspeed(processes.world_size) and settings.moments != "float32":
         raise StageError(
-            f"params.yaml: optimizer.type: {settings.type} needs plain torch, not DeepSpeed: set runtime.yaml: "
-            "engine: torch, or optimizer.type: adamw"
+            f"params.yaml: optimizer.moments: {settings.moments} needs plain torch, not DeepSpeed: set runtime.yaml: "
+            "engine: torch, or moments: float32"
         )
     if runtime.uses_deepspeed(processes.world_size) and not lacking:
         from stages.lib.compute.engine.deepspeed import DeepSpeedEngine

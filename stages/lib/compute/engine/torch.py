@@ -64,7 +64,7 @@ class TorchEngine(Engine):
             (master if key is None else self.states_of(self.optimizer, master)[key]).copy_(value)
 
     def saved_states(self, name: str) -> dict[str, torch.Size]:
-        if self.settings.type == "adamw" or not self.steps_taken:
+        if self.settings.moments == "float32" or not self.steps_taken:
             return super().saved_states(name)
         states = self.states_of(self.optimizer, self.masters[name])
         return {key: states[key].shape for key in STATES if key in states}
