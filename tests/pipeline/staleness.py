@@ -126,6 +126,7 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
     params["sample_pairs"] = {"first": block(SamplePairs)}
+    params["prepare_data"]["kinds"].append("unpaired")
     params["ref_logprobs_unpaired"] = {"sft": block(RefLogprobsUnpaired)}
     params["train_unpaired"] = {"kto": block(TrainUnpaired)}
     return params
@@ -148,7 +149,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "sources.tasks": ("sources.tasks.*.sft_rows", 100),
     "sources.tasks.film_reviews.weight": ("sources.tasks.film_reviews.weight", 2.0),
     "prepare_data": ("prepare_data.test_fraction", 0.5),
-    "prepare_data.kinds": ("prepare_data.kinds", ["prompts", "preference", "sft"]),
+    "prepare_data.kinds": ("prepare_data.kinds", ["unpaired", "prompts", "preference", "sft"]),
     "prepare_base.scratch": ("prepare_base.scratch.*.layers", 4),
     "prepare_base.files": ("prepare_base.files.*.dtype", "bfloat16"),
     "prepare_base.hub": ("prepare_base.hub.*.dtype", "bfloat16"),
@@ -159,7 +160,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "sample_pairs": ("sample_pairs.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
-    "ref_logprobs_unpaired": ("ref_logprobs_unpaired.*.precision", "bf16"),
+    "ref_logprobs_unpaired": ("ref_logprobs_unpaired.*.mismatched", False),
     "train_unpaired": ("train_unpaired.*.epochs", 7.0),
     "train_ppo": ("train_ppo.*.epochs", 7),
     "train_grpo": ("train_grpo.*.epochs", 7),
