@@ -238,7 +238,7 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     if example.rejected is not None and "margin" in read and is_given(row.get("margin")):
         example = replace(example, margin=margin_from(row["margin"], place.where))
     if name in REPLIES:
-        score = score_of(row, place)
+        score = rating_of(row, place)
         example = replace(example, label=label_from(row, place, score), score=score)
     if tools := tools_of(row, place):
         example = replace(example, tools=tools)
@@ -247,7 +247,7 @@ def completed(example: Example, row: RawRow, name: Format, place: RowPlace) -> E
     return replace(example, prompt=with_system(example.prompt, row, place), template_arguments=arguments)
 
 
-def score_of(row: RawRow, place: RowPlace) -> float | None:
+def rating_of(row: RawRow, place: RowPlace) -> float | None:
     """The score of a single reply, from the column that the threshold names; None without one."""
     threshold = place.options.threshold
     if threshold is None or threshold.score is None:
