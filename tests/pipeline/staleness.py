@@ -26,9 +26,11 @@ from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
+from stages.lib.settings.ref_logprobs import RefLogprobsUnpaired
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import FileSource, HubSource
+from stages.lib.settings.train_unpaired import TrainUnpaired
 from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code, load_graph, outs_of, paths
 
 TABLE = ROOT / "tests/pipeline/staleness.md"
@@ -124,6 +126,8 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
     params["sample_pairs"] = {"first": block(SamplePairs)}
+    params["ref_logprobs_unpaired"] = {"sft": block(RefLogprobsUnpaired)}
+    params["train_unpaired"] = {"kto": block(TrainUnpaired)}
     return params
 
 
@@ -155,6 +159,8 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "sample_pairs": ("sample_pairs.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
+    "ref_logprobs_unpaired": ("ref_logprobs_unpaired.*.precision", "bf16"),
+    "train_unpaired": ("train_unpaired.*.epochs", 7.0),
     "train_ppo": ("train_ppo.*.epochs", 7),
     "train_grpo": ("train_grpo.*.epochs", 7),
     "evaluate": ("evaluate.temperature", 0.5),

@@ -62,6 +62,8 @@ STEPS = {
     "tokenize": "tokenize_data",
     **{name.replace("_", "-"): name for name in (key.partition("@")[0] for key in computing_stages())},
     "sample-pairs": "sample_pairs",  # without an entry in the default run
+    "ref-logprobs": "ref_logprobs ref_logprobs_unpaired",
+    "train-unpaired": "train_unpaired",  # likewise
     "evaluate": "evaluate score_samples evaluate_rm",
     "report": "report",
 }

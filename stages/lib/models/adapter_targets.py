@@ -17,8 +17,9 @@ from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# In a mixture of experts PEFT 0.21 takes layers of these names for experts and routers as they were before they were
-# held together, and adapts those instead. Given as parameters, layers of the shared experts are left what they are.
+# In a mixture of experts PEFT 0.21 takes these names of layers for those that experts and routers had before they were
+# held together, and adapts those instead. Given as parameters, the layers of a shared expert, or of one of the body's
+# layers without experts, are taken for what they are.
 NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 

@@ -245,7 +245,12 @@ def test_an_expert_has_matrices_of_its_own() -> None:
 
 
 def test_all_linear_means_the_layers_that_are_linear(capsys: pytest.CaptureFixture) -> None:
-    """PEFT would take a shared expert's layers for those of the experts."""
+    """PEFT would take the layers of a shared expert, or of a layer without experts, for those of the experts."""
+    dense = with_adapters(tiny_qwen3_moe)[1].layers
+    assert {name.removeprefix("model.layers.") for name in dense if ".mlp." in name} == {
+        f"0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    capsys.readouterr()
     lora = with_adapters(tiny_qwen2_moe)[1]
     assert {name.removeprefix("model.layers.0.") for name in lora.layers if ".0." in name} == {
         *(f"self_attn.{name}_proj" for name in "qkvo"),
