@@ -28,7 +28,9 @@ from stages.lib.objectives.fit import global_means
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.settings.declaration import block
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.reward_loss import PairwiseLoss
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.train_dpo import TrainDpo
@@ -82,7 +84,7 @@ class Timed:
         if self.order.task == "sft":
             return SftObjective(self.batching)
         if self.order.task == "rm":
-            return RewardObjective(self.batching, use_margin=False)
+            return RewardObjective(self.batching, PairwiseLoss(**block(PairwiseLoss, use_margin=False)))
         first = next(iter(default_params()["train_dpo"].values()))
         loss = build(TrainDpo, first, "").loss
         return PreferenceObjective(self.batching, loss.model_copy(update={"beta": self.order.beta}))
