@@ -92,7 +92,7 @@ def params_of(entry: str, name: str, seed: int | None, source: dict[str, Any]) -
     if usual is None:
         raise StageError("params.yaml: train_dpo has no entry, whose epochs and learning rate all losses would have")
     changed = {"model": "models/sft", "loss": loss, "reference": "data/ref_logprobs/sft", "save_every": None}
-    changed |= {"tokens": "data/tokens", "validation_tokens": "data/tokens"}
+    changed |= {"tokens": "data/tokens", "validation_tokens": "data/tokens", "reference_sync": None}
     own = usual | changed | ({} if seed is None else {"seed": seed})
     reference = block(RefLogprobs, model="models/sft", per_token=True, precision=own["precision"])
     evaluate = source["evaluate"] | {"policies": {entry: f"models/{entry}"}, "reference": "models/sft"}
@@ -161,7 +161,7 @@ def cells(name: str, found: dict[str, Any]) -> list[str]:
         "–" if low is None or high is None else f"{low:+.2f} to {high:+.2f}",
         f"{100 * test['preference_accuracy']:.1f} %",
         f"{test['kl_to_reference_mean']:.2f}",
-        f"{training['validation_logps_chosen_change']:+.2f}",
+        f"{training['validation_logps_chosen'] - training['validation_logps_chosen_before']:+.2f}",
     ]
 
 

@@ -257,10 +257,10 @@ def main(
             parts={"reference": live} if live else {},
         )
         results = {f"validation_{key.replace('/', '_')}": value for key, value in best.results.items()}
-        change = best.results["logps/chosen"] - chosen_before
-        results |= {"validation_logps_chosen_change": change}
+        # Both, and not their difference, in which float32's last place of a sum of hundreds of nats would show.
+        results |= {"validation_logps_chosen_before": chosen_before}
         results |= {"train_rows": len(train), "validation_rows": len(validation)}
-        if told := told_displacement(change):
+        if told := told_displacement(best.results["logps/chosen"] - chosen_before):
             this_run.say(f"{this_run.stage}: {told}")
         publish_kept(this_run, engine, lora, best, results, settings, tokenizer_from=model)
     processes.leave()

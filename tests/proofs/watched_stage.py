@@ -23,6 +23,16 @@ from stages.lib.compute.processes import Processes
 from stages.lib.models import pretrained
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.samplers.own import OwnSampler
+from stages.lib.settings.declaration import block
+from stages.lib.settings.preference_loss import (
+    AotLoss,
+    AotUnpairedLoss,
+    BcoPairLoss,
+    MixtureLoss,
+    SftLoss,
+    SigmoidLoss,
+    WeightedLoss,
+)
 from tests.pipeline.graph import stage_names
 from tests.stages.tiny_pipeline import (
     call,
@@ -71,7 +81,16 @@ WITH_EXPERTS = {
     "train_dpo, experts": MIXTURE,
     "train_sft, experts, LoRA": MIXTURE | {"lora": LORA | {"experts": True, "routers": True}},
 }
-VARIANTS = WITH_LORA | WITH_EXPERTS
+# Those that tie the pairs of a step together, and one that weighs them by whole distributions.
+LOSSES = {
+    "weighted": block(WeightedLoss, loss=block(SigmoidLoss, wpo=True)),
+    "sorted": block(WeightedLoss, loss=block(AotLoss)),
+    "sorted_apart": block(WeightedLoss, loss=block(AotUnpairedLoss)),
+    "shifted": block(WeightedLoss, loss=block(BcoPairLoss)),
+    "likely": block(WeightedLoss, loss=block(SftLoss)),
+}
+WITH_LOSSES = {"train_dpo, losses": {"loss": block(MixtureLoss, parts=LOSSES)}}
+VARIANTS = WITH_LORA | WITH_EXPERTS | WITH_LOSSES
 
 
 class Probe:

@@ -41,7 +41,7 @@ def pair_logps(module: Any, batch: SequenceBatch) -> PairLogProbs:
 
 @torch.no_grad()
 def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching) -> PairLogProbs:
-    """ℓ of every pair, in the order given, on the CPU in float32, in all processes.
+    """ℓ of every pair, in the order given, on the CPU in float64, in all processes.
 
     Args:
         pairs: columns of the preference token table, the same in all processes.
@@ -55,7 +55,7 @@ def all_pair_logps(module: Any, pairs: dict[str, list], batching: MicroBatching)
         return found
 
     everything = batching.processes.gather_rows(batching.budget.attempt(passes))
-    return PairLogProbs(*torch.tensor(everything, dtype=torch.float32).reshape(-1, 2).unbind(dim=1))
+    return PairLogProbs(*torch.tensor(everything, dtype=torch.float64).reshape(-1, 2).unbind(dim=1))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
-Places = slice | Iterable[int]
+PlacesOfRows = slice | Iterable[int]
 
 
 class MappedTable:
@@ -48,8 +48,8 @@ class MappedTable:
     @overload
     def __getitem__(self, key: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, key: Places) -> dict[str, list]: ...
-    def __getitem__(self, key: str | int | Places) -> Any:
+    def __getitem__(self, key: PlacesOfRows) -> dict[str, list]: ...
+    def __getitem__(self, key: str | int | PlacesOfRows) -> Any:
         if isinstance(key, str):
             return Column(self.select_columns([key]), key)
         if isinstance(key, slice):

@@ -81,10 +81,10 @@ def halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, rejected
 
 
-def ties_of(ties: StepTies, places: list[int], device: torch.device) -> StepTies:
-    """The ties of some of the pairs of a step."""
+def ties_of(ties: StepTies, places: list[int], like: torch.Tensor) -> StepTies:
+    """The ties of some of the pairs of a step, on the device of `like` and in its precision."""
 
     def some(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[places].to(device)
+        return None if values is None else values[places].to(like)
 
     return ties._replace(beside_chosen=some(ties.beside_chosen), beside_rejected=some(ties.beside_rejected))

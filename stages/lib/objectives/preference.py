@@ -84,7 +84,7 @@ class PreferenceObjective:
         losses, clamped = {}, []
         for name, (weight, loss) in ((name, (part.weight, part.loss)) for name, part in self.parts.items()):
             own = seen_by(loss, pairs, tokens, batch.rows, rows)
-            own = own._replace(ties=ties_of(ties[name], batch.rows, chosen.device))
+            own = own._replace(ties=ties_of(ties[name], batch.rows, chosen))
             of_part = PREFERENCE_LOSSES[loss.type](own, loss)
             losses[f"loss/{name}"] = of_part if weights is None or not is_weighted(loss) else weights * of_part
             losses["loss"] = losses.get("loss", 0.0) + weight * losses[f"loss/{name}"]

@@ -22,7 +22,7 @@ def require_what_losses_read(params: Mapping[str, Any]) -> None:
                 f"params.yaml: train_dpo.{name}.reference: loss {dpo.loss.type} reads no reference, and DVC would wait "
                 f"for {dpo.reference}; give it the value of model, {dpo.model}"
             )
-        made = params["ref_logprobs"].get(where.name) if where.parent == REFERENCES else None
+        made = params["ref_logprobs"].get(where.name) if where.parent == REFERENCES["ref_logprobs"].folder else None
         if made is not None and needs_tokens_of_reference(dpo.loss) and not made.per_token:
             raise StageError(
                 f"params.yaml: train_dpo.{name}.loss: ld_alpha below 1 needs the log-prob of each token under the "

@@ -78,7 +78,8 @@ class Runtime(Settings):
     activation_offload: bool = key(False, "keep activations in the CPU's memory until the backward pass (GPU only)")
     packing: bool = key(
         False,
-        "lay sequences end to end in one row instead of padding them; pays with flash_attention_2",
+        "lay sequences end to end in one row instead of padding them; pays with flash_attention_2, not with sdpa, "
+        "whose mask spans the whole row",
     )
     micro_batch_tokens: Count = key(
         8192, "at most in one forward and backward pass of one process", unit="padded tokens"

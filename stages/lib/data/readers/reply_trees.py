@@ -34,7 +34,7 @@ def ranked_replies(row: RawRow, settings: TreeComparison, place: RowPlace) -> It
         for number, reply in enumerate(replies, start=1):
             inner = f"{where}, reply {number}"
             message = tree_message(reply, settings, inner)
-            score = score_of(reply, message, settings, inner, place)
+            score = tree_score(reply, message, settings, inner, place)
             if score is not None:
                 group[0].append([*path, message])
                 group[1].append(score)
@@ -57,7 +57,7 @@ def tree_message(node: Any, settings: TreeComparison, where: str) -> Message:
     return {"role": role, "content": content_from(node[settings.text_key], f"{where}, '{settings.text_key}'")}
 
 
-def score_of(
+def tree_score(
     node: dict[str, Any], message: Message, settings: TreeComparison, where: str, place: RowPlace
 ) -> float | None:
     """The rank of a reply as a score; None for one that takes no part, which is counted unless it is the user's."""
