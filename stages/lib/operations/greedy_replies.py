@@ -7,22 +7,17 @@ the weights alone.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from stages.lib.operations.tracker import ShownReply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NEW_TOKENS = 64
 PROMPT_END = 160  # characters of a prompt that are shown, the last ones
-
-
-class ShownReply(NamedTuple):
-    """The end of a prompt, and a reply to it, with special tokens."""
-
-    prompt: str
-    reply: str
 
 
 class Launch(Protocol):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.lib.operations.greedy_replies import ShownReply
-from stages.lib.operations.tracker import TrackedRow
+from stages.lib.operations.tracker import ShownReply, TrackedRow
 
 
 class TensorBoardTracker:

@@ -1,13 +1,18 @@
 """What a tracker is, and what it is told of a run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
-
-from stages.lib.operations.greedy_replies import ShownReply
+from typing import Literal, NamedTuple, Protocol
 
 SECONDS_TO_UPLOAD = 60.0  # that a run which ended well waits for its trackers
 TrackerName = Literal["tensorboard", "wandb"]
 TrackedRow = tuple[int, Mapping[str, float]]  # step (1-based), values
+
+
+class ShownReply(NamedTuple):
+    """The end of a prompt, and a reply to it, with special tokens."""
+
+    prompt: str
+    reply: str
 
 
 class TrackerSettings(Protocol):

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StoppedError
-from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.scratch_root import in_project
 from stages.lib.operations.stop_watch import STOP_WATCH
 from stages.lib.operations.tensorboard_tracker import TensorBoardTracker
-from stages.lib.operations.tracker import SECONDS_TO_UPLOAD, TrackedRow, Tracker, TrackerSettings
+from stages.lib.operations.tracker import SECONDS_TO_UPLOAD, ShownReply, TrackedRow, Tracker, TrackerSettings
 from stages.lib.operations.wandb_tracker import WandbTracker, abandon_wandb
 
 SECONDS_TO_START = 40.0  # more than wandb takes to find that its server is out of reach

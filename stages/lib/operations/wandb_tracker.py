@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.lib.operations.greedy_replies import ShownReply
-from stages.lib.operations.tracker import SECONDS_TO_UPLOAD, TrackedRow, TrackerSettings
+from stages.lib.operations.tracker import SECONDS_TO_UPLOAD, ShownReply, TrackedRow, TrackerSettings
 
 SECONDS_TO_CONNECT = 30.0
 

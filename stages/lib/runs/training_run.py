@@ -29,9 +29,10 @@ from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.pretrained import save_model
-from stages.lib.operations.greedy_replies import ShownReply, console_lines
+from stages.lib.operations.greedy_replies import console_lines
 from stages.lib.operations.progress import Progress
 from stages.lib.operations.stop_signal import StopSignal
+from stages.lib.operations.tracker import ShownReply
 from stages.lib.operations.trackers import Trackers
 from stages.lib.runs.checkpoints import Checkpoint
 from stages.lib.runs.curve import Curve

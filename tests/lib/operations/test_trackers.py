@@ -15,8 +15,8 @@ import pytest
 
 from stages.lib.command.errors import StoppedError
 from stages.lib.command.strict_yaml import load_yaml
-from stages.lib.operations.greedy_replies import ShownReply
 from stages.lib.operations.tensorboard_tracker import flat_settings
+from stages.lib.operations.tracker import ShownReply
 from stages.lib.operations.trackers import Trackers
 from stages.lib.settings.runtime import Runtime, read_runtime
 from tests.real_files import PROJECT
@@ -132,7 +132,7 @@ def test_replies_are_quoted_text_of_their_step(tmp_path: Path) -> None:
 def test_replies_are_a_table_in_the_row_of_their_step(tmp_path: Path) -> None:
     code = f"""
 trackers = attempt(folder, range(1, 4), trackers=["wandb"])
-from stages.lib.operations.greedy_replies import ShownReply
+from stages.lib.operations.tracker import ShownReply
 trackers.log_replies(4, {REPLIES})
 trackers.log(4, {{"loss": 0.25}})
 trackers.close(0)
