@@ -22,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from itertools import cycle, islice
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
