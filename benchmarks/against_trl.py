@@ -23,6 +23,7 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -98,9 +99,10 @@ def timed(
     """Run a job with both programs in turn."""
     warm_up, many = 2, max(2, steps * 8 // job.rows)
     count = REFERENCE_PAIRS if job.task == "reference" else (warm_up + many) * job.rows
-    if len(pairs) < count:
-        raise StageError(f"{data}: {job.name} needs {count} pairs within the length, and there are {len(pairs)}")
-    rows, written, out = pairs[:count], folder / "pairs.jsonl", folder / "out.json"
+    if len(pairs) < job.rows:
+        raise StageError(f"{data}: {job.name} needs {job.rows} pairs within the length, and there are {len(pairs)}")
+    rows = list(islice(cycle(pairs), count))  # of few pairs the first come again
+    written, out = folder / "pairs.jsonl", folder / "out.json"
     written.write_text("".join(json.dumps(pair) + "\n" for pair in rows), encoding="utf-8")
     order = Order(job.task, job.rows, warm_up, many, threads, 1e-4, 0.1, str(folder), str(written), str(out))
     order.write(folder / "order.json")

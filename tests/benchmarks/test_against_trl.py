@@ -61,5 +61,5 @@ def test_a_job_must_be_known_and_have_its_rows(tmp_path: Path) -> None:
     assert against_trl.chosen(["rm-8"]) == [Job("rm", 8)]
     with pytest.raises(StageError, match="--only rm is not one of: sft-8, "):
         against_trl.chosen(["rm"])
-    with pytest.raises(StageError, match="rm-8 needs 40 pairs within the length, and there are 0"):
+    with pytest.raises(StageError, match="rm-8 needs 8 pairs within the length, and there are 0"):
         against_trl.timed(Job("rm", 8), "own", [], tmp_path, tmp_path, rounds=1, steps=3, threads=1)
