@@ -40,6 +40,12 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def with_smoothing(params: str) -> str:
+    """The text of params.yaml with another setting of train_dpo."""
+    before, dpo = params.split("\ntrain_dpo:")
+    return f"{before}\ntrain_dpo:{dpo.replace('label_smoothing: 0.0', 'label_smoothing: 0.1', 1)}"
+
+
 @pytest.mark.slow
 def test_the_whole_graph_runs_and_a_second_run_does_nothing(checkout: Path) -> None:
     first = make(checkout, "repro")
@@ -60,7 +66,7 @@ def test_the_whole_graph_runs_and_a_second_run_does_nothing(checkout: Path) -> N
 @pytest.mark.slow
 def test_a_setting_makes_stale_its_stage_and_what_follows_alone(checkout: Path) -> None:
     text = (checkout / "params.yaml").read_text()
-    (checkout / "params.yaml").write_text(text.replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    (checkout / "params.yaml").write_text(with_smoothing(text))
     runtime = (checkout / "runtime.yaml").read_text()
     (checkout / "runtime.yaml").write_text(runtime.replace("packing: false", "packing: true", 1))
     status = make(checkout, "status")
@@ -79,7 +85,7 @@ def test_old_settings_put_back_are_restored_without_training(checkout: Path) -> 
     before = {out: (checkout / out).read_bytes() for out in outs}
     count = len(runs.read_text().splitlines())
 
-    (checkout / "params.yaml").write_text(text.replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    (checkout / "params.yaml").write_text(with_smoothing(text))
     other = make(checkout, "train-dpo")
     assert other.returncode == 0, other.stdout + other.stderr
     assert {out for out in outs if (checkout / out).read_bytes() == before[out]} == set()

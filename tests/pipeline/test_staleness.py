@@ -43,18 +43,19 @@ STAGES = stage_names()
 # Code that a stage imports only on a way that it does not take with these settings, or never: the price of whole files.
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
+TOKEN_TABLES = ("stages/lib/data/token_tables.py", "stages/lib/data/mapped_table.py")
 NOT_RUN = {
     "prepare_base@base": dict.fromkeys(
         (
             *("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py"),
-            *("stages/lib/data/token_tables.py", "stages/lib/data/prompts.py"),
+            *(*TOKEN_TABLES, "stages/lib/data/prompts.py"),
         ),
         "for a model that was trained elsewhere; here a new one is made",
     ),
     **dict.fromkeys(training_stages(), DEEPSPEED),
     **{name: SHARDED for name in stage_names() if name.startswith(("ref_logprobs", "evaluate"))},
     **{
-        name: {**SHARDED, "stages/lib/data/token_tables.py": "tables of tokens, by who reads them"}
+        name: {**SHARDED, **dict.fromkeys(TOKEN_TABLES, "tables of tokens, by who reads them")}
         for name in stage_names()
         if name.startswith("score_samples")
     },

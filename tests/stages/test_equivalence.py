@@ -17,8 +17,6 @@ from tests.tiny_experts import save_mixtral
 STAGES = (*TRAINING, *MEASURING, "train_sft, experts")
 CONFIGURATIONS = (
     "plain torch, micro-batch 1",
-    "ZeRO 0",
-    "ZeRO 1",
     "ZeRO 2, packing, checkpointing",
     "ZeRO 3, all offloaded, logits in chunks",
 )

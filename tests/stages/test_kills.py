@@ -1,4 +1,4 @@
-"""One seeded schedule of kills for each stage; the whole matrix is `make prove`, the long one `make soak`."""
+"""One seeded schedule of kills for some stages; the whole matrix is `make prove`, the long one `make soak`."""
 
 import os
 import random
@@ -10,9 +10,9 @@ import pytest
 
 from tests.proofs.dvc_kills import killed_in_commit
 from tests.proofs.dvc_projects import dvc_project
-from tests.proofs.kill_matrix import SAVING, STAGES
 from tests.stages.tiny_pipeline import PROJECT
 
+STAGES = ("tokenize_data@preference", "train_rm@rm", "ref_logprobs@sft", "train_grpo@grpo")
 # With adapters, an adaptive KL coefficient, running moments of the scores and averaged weights.
 WITH_MORE_STATE = "train_ppo@ppo, more state"
 
@@ -35,8 +35,8 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
     assert {row[0].removeprefix("| ") for row in rows} == {*STAGES, WITH_MORE_STATE}
     resumed = {row[0].removeprefix("| ") for row in rows if "in a row" in row[2] and int(row[5])}
     # The kills of a stage without training may all be drawn before it has kept anything; test_resume has it resumed.
-    assert {stage for stage in (*SAVING, WITH_MORE_STATE) if stage.startswith("train_")} <= resumed
-    assert resumed <= {*SAVING, WITH_MORE_STATE}
+    assert {stage for stage in (*STAGES, WITH_MORE_STATE) if stage.startswith("train_")} <= resumed
+    assert resumed <= {*STAGES[1:], WITH_MORE_STATE}  # tokenize_data keeps nothing of so few rows
     # Three kills in a row, of which one may come after the end, and a signal.
     assert sum(int(row[4]) for row in rows) >= 2 * len(STAGES)
 

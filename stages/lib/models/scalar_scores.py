@@ -1,6 +1,6 @@
 """Scalar scores of sequences and of their tokens: the reward model and the critic."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -51,9 +51,10 @@ class Scores(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
         """What the head reads: (b, t), (b, t) or None as in `model_mask`, (b, t) → (b, t, d)."""
-        output = self.classifier.base_model(
+        body = cast("PreTrainedModel", self.classifier.base_model)
+        output = body(
             input_ids=input_ids,
-            attention_mask=model_mask(attention_mask, self.classifier.dtype),
+            attention_mask=model_mask(attention_mask, body.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -102,11 +103,6 @@ class HeadOnBody(nn.Module):
         self.base_model = body
         own = [nn.Parameter(tensor.to(body.device, body.dtype)) for tensor in (weight, bias) if tensor is not None]
         self.score = ScalarHead(*own)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the body."""
-        return self.base_model.dtype
 
 
 class ClassifierScores(nn.Module):
