@@ -10,7 +10,7 @@
    seed, source and content. More data of one source moves few of another's.
 
 Digests and places stand in a database in a file: memory holds a fixed number of its pages and of those it sorts, some
-64 MiB, however many rows there are. On disk a row with a prompt of its own takes some 130 bytes, and each beginning of
+16 MiB, however many rows there are. On disk a row with a prompt of its own takes some 130 bytes, and each beginning of
 a prompt some 90 more.
 """
 
