@@ -48,6 +48,7 @@ NOT_RUN = {
     "prepare_base@base": dict.fromkeys(
         (
             *("stages/lib/models/model_traits.py", "stages/lib/models/token_logprobs.py"),
+            *("stages/lib/models/attention_masks.py", "stages/lib/models/logit_head.py"),
             *(*TOKEN_TABLES, "stages/lib/data/prompts.py"),
         ),
         "for a model that was trained elsewhere; here a new one is made",

@@ -16,8 +16,10 @@ CONTENT = (PROJECT / "dvc.lock").read_bytes()
 NAMES = list(records(CONTENT))
 BUFFER = 8192  # what Python writes at a time, of text that it encodes
 SECOND, LAST = (CONTENT.index(b"\n  " + NAMES[place] + b"\n") + 1 for place in (1, -1))
-# After each buffer; at the beginning of a record, in and after its first line; near the end.
-ENDS = [*range(BUFFER, len(CONTENT), BUFFER), SECOND + 4, SECOND + 3 + len(NAMES[1]), LAST + 5]
+# After each buffer, unless that is where a line ends, which no one can tell from a whole file; at the beginning of a
+# record, in and after its first line; near the end.
+BUFFERS = [end for end in range(BUFFER, len(CONTENT), BUFFER) if not CONTENT[:end].endswith(b"\n")]
+ENDS = [*BUFFERS, SECOND + 4, SECOND + 3 + len(NAMES[1]), LAST + 5]
 ENDS += [len(CONTENT) - 1, len(CONTENT) - 40]
 
 

@@ -104,6 +104,11 @@ class HeadOnBody(nn.Module):
         own = [nn.Parameter(tensor.to(body.device, body.dtype)) for tensor in (weight, bias) if tensor is not None]
         self.score = ScalarHead(*own)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the body."""
+        return self.base_model.dtype
+
 
 class ClassifierScores(nn.Module):
     """A classifier of transformers read by its own forward pass, which decides what of a sequence it looks at.
