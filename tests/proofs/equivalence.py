@@ -102,8 +102,8 @@ SEVERAL_PROCESSES = {
 
 HEAD = """# Every way to run a stage, against one process, plain torch and padding
 
-Relative L2 distances at commit {commit}; `make prove` makes this table anew. The run that all are compared with shares
-no prompts; the others do where `pass_cost` gains by it, and those named so for every pair.
+Relative L2 distances at commit {commit}; `make prove` regenerates this table. The baseline run shares no prompts. The
+other runs share them where `pass_cost` says it pays, and those with "prompts shared" in their name share every pair's.
 
 "Gradient" is what AdamW saw in its first step, before clipping. "Steep" leaves out the weights whose gradient is below
 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding

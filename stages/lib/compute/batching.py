@@ -110,8 +110,8 @@ class MicroBatching:
         budget: tokens of one pass on one process, padding included.
         packing: lay sequences end to end in one row instead of padding them to one length.
         cost: by which the rows are cut, within the budget.
-        longest_shared: pairs of at most so many tokens, in the prompt and its longer reply, may lie behind one prompt,
-            which they do where it costs less; 0: none.
+        longest_shared: the most tokens that a prompt and its longer reply may have for both replies to share one copy
+            of the prompt, which they do where that costs less; 0: prompts are never shared.
     """
 
     budget: MemoryBudget
