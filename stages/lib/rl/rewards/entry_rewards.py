@@ -8,7 +8,7 @@ from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.processes import Processes
 from stages.lib.models.pretrained import Loading
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
-from stages.lib.rl.rewards.mixture import Mixture, Part
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
 from stages.lib.settings.rewards import (
     REWARD_MODEL,
@@ -53,13 +53,15 @@ def load_entry_rewards(
     if settings.has_reward_model:
         of_model = (Path(settings.reward_model), settings, loading, batching, processes, policy)
         scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
-        models[REWARD_MODEL] = Part(scores, settings.reward_model_weight)
-    return Mixture({**models, **parts_of(settings.rewards, max_new_tokens)})
+        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
+    return Mixture({**models, **reward_parts(settings.rewards, max_new_tokens)})
 
 
-def parts_of(rewards: Mapping[str, AnyReward], max_new_tokens: int) -> dict[str, Part]:
+def reward_parts(rewards: Mapping[str, AnyReward], max_new_tokens: int) -> dict[str, MixturePart]:
     """Rewards by name, as parts of a mixture."""
     return {
-        name: Part(MAKERS[type(settings)](settings, max_new_tokens), settings.weight, settings.where, settings.missing)
+        name: MixturePart(
+            MAKERS[type(settings)](settings, max_new_tokens), settings.weight, settings.where, settings.missing
+        )
         for name, settings in rewards.items()
     }
