@@ -31,13 +31,14 @@ if not asks_for_help():
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading
-    from stages.lib.rl.advantages import ADVANTAGES, group_summary
+    from stages.lib.rl.advantages import advantages_of, group_summary
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.kl_control import new_controller
     from stages.lib.rl.learner import Learner, mean_of_each, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import load_reward_model
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import summary
     from stages.lib.rl.score_normalisation import shape_scores
@@ -71,9 +72,9 @@ def grpo_phases(
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
         scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
-        advantages = ADVANTAGES[settings.advantages.type](rollouts, settings.advantages)
-        row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": engine.learning_rate}
-        row["objective/kl_coef"] = kl_coef
+        advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
+        row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
+        row |= {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy.
         counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
@@ -113,7 +114,8 @@ def main(
     inputs = [tokens, *map(Path, paths)]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = COLUMNS + reward_columns(part_names(settings), prompts["source"][:])
+    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
@@ -126,8 +128,7 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        of_rewards = (Path(settings.reward_model), settings, loading, batching, processes, model)
-        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
+        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
         tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}

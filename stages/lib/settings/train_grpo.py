@@ -20,16 +20,15 @@ from stages.lib.settings.kl_penalty import (
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainGrpo(RewardSettings):
+class TrainGrpo(MixedRewards):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    reward_model: Text = key("models/rm", "folder of the reward model")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
@@ -102,6 +101,11 @@ class TrainGrpo(RewardSettings):
                 f"samples_per_prompt ({self.responses_per_iteration})"
             )
         return self
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Of the parts of the reward, by name."""
+        return {REWARD_MODEL: self.reward_model_weight} | {name: part.weight for name, part in self.rewards.items()}
 
     @property
     def reads_reference(self) -> bool:
