@@ -8,7 +8,8 @@ whole minibatch (DAPO, arXiv 2503.14476, Eq 8), not over means of responses, in 
 params.yaml names the model that the policy starts from, the reference and the reward model; with LoRA a reference that
 is the policy's start is the policy without its adapters.
 
-    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow \\
+        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
         --metrics metrics/training --curve metrics/curves --name grpo
 """
 
@@ -36,6 +37,8 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import group_relative, group_summary
     from stages.lib.rl.collector import Collector
+    from stages.lib.rl.early_stop import EarlyStop
+    from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import kl_estimate
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
@@ -46,7 +49,13 @@ if not asks_for_help():
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import (
+        end_phase,
+        held_out_evaluation,
+        publish_policy,
+        record_phase,
+        tell_of_reward_model,
+    )
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
@@ -55,18 +64,26 @@ COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm
 
 
 def grpo_phases(
-    settings: TrainGrpo, seed: int, prompts: MappedTable, collector: Collector, this_run: TrainingRun, log: RolloutLog
-) -> None:
-    """The phases that are left."""
-    engine, batching = collector.policy.engine, collector.batching
+    settings: TrainGrpo,
+    seed: int,
+    prompts: MappedTable,
+    collector: Collector,
+    held_out: HeldOutEvaluation,
+    this_run: TrainingRun,
+    log: RolloutLog,
+) -> EarlyStop:
+    """The phases that are left. Returns whether training ended early."""
+    engine, batching, early_stop = collector.policy.engine, collector.batching, EarlyStop()
     state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget}
-    for iteration in this_run.steps(settings.iterations, **state):
+    for iteration in this_run.steps(settings.iterations, **state, early_stop=early_stop, **held_out.state):
+        if early_stop.stopped_after:
+            continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
         rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
-        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+        scores = shaped_scores(settings, rollouts)
         kl = rollouts.kl("k1")
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
         advantages, _ = group_relative(rollouts, settings)
@@ -76,8 +93,15 @@ def grpo_phases(
         learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
         batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
         row |= mean_of_each([learner.update(rows) for rows in batches])
-        keep_policy(this_run, collector.policy, iteration, settings)
+        # 4. What the policy now answers to validation prompts, and whether it goes on.
+        row |= end_phase(this_run, held_out, early_stop, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
+    return early_stop
+
+
+def shaped_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
+    """What each response is rewarded with, (b,)."""
+    return shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
 
 
 def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
@@ -93,6 +117,7 @@ def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts,
 
 def main(
     tokens: PathOption,
+    validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
@@ -113,10 +138,11 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *map(Path, paths)]
+    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, paths)]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = COLUMNS + held_out_columns(settings.held_out, f"train_grpo.{name}")
+    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
@@ -131,9 +157,11 @@ def main(
         of_rewards = (Path(settings.reward_model), settings, loading, batching, processes, model)
         reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
         tell_of_reward_model(this_run, reward)
-        grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
-        results = {"iterations": settings.iterations, **log.results()}
-        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        collector = Collector(sampler, reward, policy, None, batching)
+        held_out = held_out_evaluation(this_run, settings, validation, collector, partial(shaped_scores, settings))
+        stopped = grpo_phases(settings, seed, prompts, collector, held_out, this_run, log).stopped_after
+        results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
+        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

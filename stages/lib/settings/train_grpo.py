@@ -8,6 +8,7 @@ from pydantic import model_validator
 from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.reward_reading import RewardSettings
@@ -43,6 +44,7 @@ class TrainGrpo(RewardSettings):
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    held_out: HeldOutSettings | None = held_out()
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,
