@@ -10,7 +10,8 @@ models that policy and critic start from, the reference and the reward model. Wi
 start is the policy without its adapters, and a reward model that is the critic's start is the critic without its
 adapters and with its first head: two models in memory instead of four.
 
-    python -m stages.train_ppo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+    python -m stages.train_ppo --tokens data/tokens/train/prompts.arrow \\
+        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
         --metrics metrics/training --curve metrics/curves --name ppo
 """
 
@@ -42,6 +43,7 @@ if not asks_for_help():
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
+    from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import policy_terms
@@ -55,7 +57,13 @@ if not asks_for_help():
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import (
+        end_phase,
+        held_out_evaluation,
+        publish_policy,
+        record_phase,
+        tell_of_reward_model,
+    )
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -131,10 +139,16 @@ def load_parts(
 
 
 def ppo_phases(
-    settings: TrainPpo, seed: int, prompts: MappedTable, parts: Parts, this_run: TrainingRun, log: RolloutLog
+    settings: TrainPpo,
+    seed: int,
+    prompts: MappedTable,
+    parts: Parts,
+    held_out: HeldOutEvaluation,
+    this_run: TrainingRun,
+    log: RolloutLog,
 ) -> None:
     """The phases that are left."""
-    for iteration in this_run.steps(settings.iterations, **parts.state):
+    for iteration in this_run.steps(settings.iterations, **parts.state, **held_out.state):
         if parts.early_stop.stopped_after:
             continue
         # 1. A response to each prompt of the phase, from the policy as it is, and what all models say of it. Until that
@@ -163,7 +177,8 @@ def ppo_phases(
             row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
             # 5. The coefficient of the next phase's KL.
             parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
-            keep_policy(this_run, parts.collector.policy, iteration, settings)
+        # 6. What the policy now answers to validation prompts, and whether it goes on.
+        row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 
@@ -176,6 +191,11 @@ def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollout
         moments=moments if settings.normalise_scores else None,
         missing_eos_penalty=settings.missing_eos_penalty,
     )
+
+
+def unscaled_scores(settings: TrainPpo, rollouts: Rollouts) -> torch.Tensor:
+    """The same of validation rollouts, which are compared between phases: whatever the moments are by then, (b,)."""
+    return shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
 
 
 def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
@@ -233,6 +253,7 @@ def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, on
 
 def main(
     tokens: PathOption,
+    validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
@@ -253,10 +274,11 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *map(Path, paths)]
+    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, paths)]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = curve_columns(settings) + reward_columns(part_names(settings), prompts["source"][:])
+    columns += held_out_columns(settings.held_out, f"train_ppo.{name}")
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -268,10 +290,12 @@ def main(
         tell_of_reward_model(this_run, parts.collector.reward)
         policy = parts.collector.policy
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")
-        ppo_phases(settings, seed, prompts, parts, this_run, log)
+        rewards = partial(unscaled_scores, settings)
+        held_out = held_out_evaluation(this_run, settings, validation, parts.collector, rewards)
+        ppo_phases(settings, seed, prompts, parts, held_out, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

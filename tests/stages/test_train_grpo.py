@@ -213,7 +213,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     tensors["score.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     before = outs(folder, "train_grpo")
-    assert "reward is nan at optimizer step 1" in refusal(folder, "train_grpo", capsys)
+    assert "the reward reward_model fails: it gives nan" in refusal(folder, "train_grpo", capsys)
     assert outs(folder, "train_grpo") == before
 
 

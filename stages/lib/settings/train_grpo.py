@@ -9,6 +9,7 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import (
     KlInLoss,
@@ -65,6 +66,7 @@ class TrainGrpo(MixedRewards):
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    held_out: HeldOutSettings | None = held_out()
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,
@@ -77,15 +79,15 @@ class TrainGrpo(MixedRewards):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainGrpo":
-        if self.responses_per_iteration % self.minibatch_size:
-            raise ValueError(
-                f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
-                f"must be a multiple of minibatch_size ({self.minibatch_size})"
-            )
         if needs_groups(self.advantages) and self.samples_per_prompt < 2:
             raise ValueError(
                 f"advantages of type {self.advantages.type} compare a prompt's samples: samples_per_prompt must be at "
                 f"least 2, found {self.samples_per_prompt}"
+            )
+        if self.responses_per_iteration % self.minibatch_size:
+            raise ValueError(
+                f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
+                f"must be a multiple of minibatch_size ({self.minibatch_size})"
             )
         if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
