@@ -66,7 +66,7 @@ def grpo_phases(
         rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
-        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+        scores = shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
         kl = rollouts.kl("k1")
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
         advantages, _ = group_relative(rollouts, settings)
