@@ -65,7 +65,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise StageError(f"cannot listen at {host}:{port}: {error.strerror or error}; give another --port") from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise StageError(f"cannot listen at {host}:{port}: {reason}; give another --host or --port") from None
 
 
 def required_token(host: str) -> str | None:

@@ -28,11 +28,12 @@ class RewardServer(Settings):
     def _check(self) -> "RewardServer":
         try:
             parts = urlsplit(self.address)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            has_password = bool(parts.username or parts.password)
         except ValueError:
-            known = False
-        if not known:
-            raise ValueError(f"address must be such as http://127.0.0.1:5000/get_reward, found {self.address!r:.100}")
-        if parts.username or parts.password:
+            is_known = has_password = False
+        if has_password:
             raise ValueError("address must hold no password: name an environment variable in token_variable")
+        if not is_known:
+            raise ValueError(f"address must be such as http://127.0.0.1:5000/get_reward, found {self.address!r:.100}")
         return self

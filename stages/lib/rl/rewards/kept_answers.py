@@ -1,7 +1,8 @@
 """What servers have answered, kept in the scratch folder, so that nothing is asked twice.
 
-A killed run that is started again then sees the rewards that it saw, whatever the server would answer now. A question's
-identity is all that the answer depends on: what is asked, of which model or revision. Where the server is does not count.
+A killed run that is started again then sees the rewards that it saw, whatever the server would answer now. A key is a
+hash of all that an answer depends on: what is asked, and of which revision of what model. Where the server is does not
+count.
 """
 
 import json
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.hashing import value_hash
 from stages.lib.operations.scratch_root import scratch_root
 
 FILE = "answers.sqlite"
 WAIT_SECONDS = 60.0  # for another stage that writes
-LARGEST_QUERY = 500  # keys that one statement names
+KEYS_AT_A_TIME = 500
 
 
 class KeptAnswers:
-    """Answers by the identity of a question. All stages of a project share them; only main processes use them.
+    """Answers, JSON values, by a hash of what was asked. All stages share them; only main processes use them.
 
     Args:
         path: of the file, which is made with the first answer; None: the scratch folder's.
@@ -30,14 +30,14 @@ class KeptAnswers:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or scratch_root() / FILE
 
-    def find(self, questions: Sequence[Any]) -> dict[str, Any]:
-        """The answers that are there, by `value_hash` of the question, a JSON-like value."""
+    def find(self, keys: Sequence[str]) -> dict[str, Any]:
+        """The answers that are there, by their keys."""
         if not self.path.exists():
             return {}
-        keys, found = [value_hash(question) for question in questions], {}
+        found: dict[str, Any] = {}
         with self._opened() as database:
-            for start in range(0, len(keys), LARGEST_QUERY):
-                some = keys[start : start + LARGEST_QUERY]
+            for start in range(0, len(keys), KEYS_AT_A_TIME):
+                some = keys[start : start + KEYS_AT_A_TIME]
                 places = ", ".join("?" * len(some))
                 rows = database.execute(f"SELECT key, answer FROM answers WHERE key IN ({places})", some)
                 found |= {key: json.loads(answer) for key, answer in rows}
@@ -67,6 +67,6 @@ class KeptAnswers:
                 yield database
         except (sqlite3.Error, ValueError) as error:
             raise StageError(
-                f"the kept answers of reward servers in {self.path} cannot be used ({error}); remove the file, and what "
-                "is asked again is asked of the server"
+                f"{self.path}, which keeps the answers of reward servers, cannot be used ({error}); remove it, and the "
+                "servers are asked again"
             ) from None
