@@ -17,7 +17,7 @@ from stages.lib.settings.reward_servers import RewardServer
 BUSY = (408, 425, 429)
 LONGEST_WAIT = 60.0  # seconds between two attempts
 SHOWN = 200  # characters of an answer in a message
-Item = TypeVar("Item")
+ToAsk = TypeVar("ToAsk")
 Found = TypeVar("Found")
 
 
@@ -83,7 +83,7 @@ class ServerCalls:
         self.headers = authorization(name, server)
 
     def for_each(
-        self, items: Sequence[Item], ask: Callable[[Caller, Item], Awaitable[Found]], *, stop_at_failure: bool
+        self, items: Sequence[ToAsk], ask: Callable[[Caller, ToAsk], Awaitable[Found]], *, stop_at_failure: bool
     ) -> list[Found | Failure]:
         """What `ask` returns for each item, or why it raised NoAnswerError.
 
@@ -93,7 +93,7 @@ class ServerCalls:
         return asyncio.run(self._for_each(items, ask, stop_at_failure=stop_at_failure)) if items else []
 
     async def _for_each(
-        self, items: Sequence[Item], ask: Callable[[Caller, Item], Awaitable[Found]], *, stop_at_failure: bool
+        self, items: Sequence[ToAsk], ask: Callable[[Caller, ToAsk], Awaitable[Found]], *, stop_at_failure: bool
     ) -> list[Found | Failure]:
         at_a_time = self.server.parallel_requests
         room = asyncio.Semaphore(at_a_time)
@@ -101,7 +101,7 @@ class ServerCalls:
         async with httpx.AsyncClient(headers=self.headers, timeout=None, limits=limits) as client:
             caller = Caller(client, self.name, self.server)
 
-            async def one(item: Item) -> Found | Failure:
+            async def one(item: ToAsk) -> Found | Failure:
                 async with room:
                     try:
                         return await ask(caller, item)
