@@ -40,7 +40,8 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.reward_model import load_reward_model
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
@@ -70,7 +71,8 @@ def grpo_phases(
         kl = rollouts.kl("k1")
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
         advantages, _ = group_relative(rollouts, settings)
-        row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": engine.learning_rate}
+        row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
+        row |= {"learning_rate": engine.learning_rate}
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
         learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
@@ -116,7 +118,8 @@ def main(
     inputs = [tokens, *map(Path, paths)]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    columns = COLUMNS + reward_columns(part_names(settings), prompts["source"][:])
+    with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
@@ -128,8 +131,7 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        of_rewards = (Path(settings.reward_model), settings, loading, batching, processes, model)
-        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
+        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
         tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}

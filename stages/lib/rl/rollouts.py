@@ -1,6 +1,6 @@
 """Rollouts: the episodes of a phase, and what policy, reference, critic and reward say of them, as aligned tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ class Rollouts(NamedTuple):
     reference_logps: torch.Tensor  # (b, t), under the reference, at the same temperature
     entropies: torch.Tensor  # (b, t)
     values: torch.Tensor  # (b, t), of the critic before each token; 0 without one
+    # (b,), what each reward of a mixture said, by name; NaN where it does not apply, or failed
+    parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed)
+    failures: Mapping[str, Mapping[str, int]] = {}
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -97,7 +100,8 @@ def read_rollouts(
     scored = torch.tensor(scores, device=lengths.device)
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
     rewards = token_rewards(torch.zeros_like(found[0]), scored, mask, kl_coef=0.0)
-    return Rollouts(episodes, scored, rewards, mask, *found)
+    logps, reference_logps, entropies, values = found
+    return Rollouts(episodes, scored, rewards, mask, logps, reference_logps, entropies, values)
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:

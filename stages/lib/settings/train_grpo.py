@@ -10,16 +10,15 @@ from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, 
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainGrpo(RewardSettings):
+class TrainGrpo(MixedRewards):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    reward_model: Text = key("models/rm", "folder of the reward model")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
