@@ -15,7 +15,7 @@ class RowsWhere(Settings):
     """The rows that a reward applies to."""
 
     fact: Text = key("source", "of the row's facts; source: the name of the row's source, unless it is a fact")
-    value: Text | StrictBool | WholeNumber = key("", "that it has in those rows")
+    value: Text | StrictBool | WholeNumber = key("gsm8k", "that it has in those rows")
 
 
 class RewardPart(Settings):

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from stages.lib.command.errors import StageError
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.scoring import Failure, Reward, Score, ScoredEpisodes, told_episode
-from stages.lib.settings.rewards import RowsWhere
+from stages.lib.settings.reward_part import RowsWhere
 
 
 class JudgedReward(Protocol):

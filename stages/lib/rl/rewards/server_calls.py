@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar
 import httpx
 
 from stages.lib.command.errors import StageError, one_line
+from stages.lib.command.quoted import nearest
 from stages.lib.rl.rewards.scoring import Failure
 from stages.lib.settings.reward_servers import RewardServer
+from stages.lib.settings.runtime import Runtime
 
 BUSY = (408, 425, 429)
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -150,3 +152,13 @@ def authorization(name: str, server: RewardServer) -> dict[str, str]:
             f"environment variable {variable}, which {'holds others' if token else 'is not set'}"
         )
     return {"Authorization": f"Bearer {token}"}
+
+
+def server_calls(name: str, runtime: Runtime) -> ServerCalls:
+    """The server that a reward names. Raises StageError if runtime.yaml has none of the name, or as `ServerCalls`."""
+    if name not in runtime.reward_servers:
+        raise StageError(
+            f"runtime.yaml: reward_servers has no server '{name}', which a reward of params.yaml names"
+            f"{nearest(name, runtime.reward_servers)}"
+        )
+    return ServerCalls(name, runtime.reward_servers[name])
