@@ -110,7 +110,7 @@ class MixedRewards(RewardSettings):
     """Of a section whose reward is a sum: the score of a reward model, and what these rewards say."""
 
     reward_model: Text = key("models/rm", "folder of the reward model; that of model itself: none takes part")
-    reward_model_weight: Weight = key(1.0, "of the reward model's score in the sum")
+    reward_model_weight: NotNegative = key(1.0, "of the reward model's score in the sum")
     rewards: dict[Name, AnyReward] = key({}, "more of the reward, by name: functions, verifiers, rules")
 
     @model_validator(mode="after")

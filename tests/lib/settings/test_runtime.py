@@ -67,12 +67,12 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ),
         ("train_rm: {deepspeed: {zero_optimization: 3}}\n", "deepspeed.zero_optimization must hold keys, found 3"),
         (
-            "train_ppo: {reward_servers: {a: {address: 'ftp://a', token_variable: null, timeout_seconds: 1.0, "
+            "train_rm: {reward_servers: {a: {address: 'ftp://a', token_variable: null, timeout_seconds: 1.0, "
             "attempts: 1, backoff_seconds: 0.0, rows_per_request: 1, parallel_requests: 1}}}\n",
             "reward_servers.a: address must be such as http://127.0.0.1:5000/get_reward, found 'ftp://a'",
         ),
         (
-            "train_ppo: {reward_servers: {a: {address: 'http://me:secret@a', token_variable: null, timeout_seconds: "
+            "train_rm: {reward_servers: {a: {address: 'http://me:secret@a', token_variable: null, timeout_seconds: "
             "1.0, attempts: 1, backoff_seconds: 0.0, rows_per_request: 1, parallel_requests: 1}}}\n",
             "reward_servers.a: address must hold no password: name an environment variable in token_variable",
         ),

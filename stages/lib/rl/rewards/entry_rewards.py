@@ -13,7 +13,7 @@ from stages.lib.models.pretrained import Loading
 from stages.lib.rl.rewards.judge import JudgeScores
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
-from stages.lib.rl.rewards.mixture import Mixture, Part
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.remote import RemoteScores
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
 from stages.lib.rl.rewards.server_calls import server_calls
@@ -90,14 +90,14 @@ def load_entry_rewards(
     if settings.has_reward_model:
         of_model = (Path(settings.reward_model), settings, loading, batching, processes, policy)
         scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
-        models[REWARD_MODEL] = Part(scores, settings.reward_model_weight)
+        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
     around = RewardSurroundings(policy, max_new_tokens, loading.runtime, processes)
-    return Mixture({**models, **parts_of(settings.rewards, around)})
+    return Mixture({**models, **reward_parts(settings.rewards, around)})
 
 
-def parts_of(rewards: Mapping[str, AnyReward], around: RewardSurroundings) -> dict[str, Part]:
+def reward_parts(rewards: Mapping[str, AnyReward], around: RewardSurroundings) -> dict[str, MixturePart]:
     """Rewards by name, as parts of a mixture."""
     return {
-        name: Part(MAKERS[type(settings)](settings, around), settings.weight, settings.where, settings.missing)
+        name: MixturePart(MAKERS[type(settings)](settings, around), settings.weight, settings.where, settings.missing)
         for name, settings in rewards.items()
     }

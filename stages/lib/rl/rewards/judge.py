@@ -16,7 +16,7 @@ from stages.lib.data.prompts import json_text
 from stages.lib.data.reward_texts import said_in
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
-from stages.lib.rl.rewards.scoring import Failure, Score, told_episode
+from stages.lib.rl.rewards.scoring import Failure, RewardScore, told_episode
 from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls
 from stages.lib.settings.served_rewards import JudgeReward
 
@@ -34,11 +34,11 @@ class JudgeScores:
         self.processes = processes
         self.kept = kept
 
-    def __call__(self, episodes: Sequence[Episode]) -> list[Score]:
+    def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         """As `Reward` says. Raises StageError for a fact that the rubric names and a row lacks."""
         return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes)) or [])
 
-    def _scores(self, episodes: Sequence[Episode]) -> list[Score]:
+    def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         bodies = [self.body(episode) for episode in episodes]
         keys = [value_hash(["judge", self.settings.revision, body]) for body in bodies]
         known: dict[str, str | Failure] = {**self.kept.find(keys)}
@@ -61,7 +61,7 @@ class JudgeScores:
             "max_tokens": self.settings.max_tokens,
         }
 
-    def score(self, answer: str | Failure) -> Score:
+    def score(self, answer: str | Failure) -> RewardScore:
         """What an answer gives."""
         if isinstance(answer, Failure):
             return answer

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from stages.lib.rl.episodes import Episode
-from stages.lib.rl.rewards.scoring import Failure, Score
+from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.settings.rewards import CosineLengthReward, OverlongReward, RepetitionReward
 
 RIGHT_ABOVE = 0.5  # of the score of the reward that says what is right
@@ -23,10 +23,10 @@ class CosineLength:
         self.longest = settings.longest or max_new_tokens
         self.judged_by = settings.judged_by
 
-    def __call__(self, episodes: Sequence[Episode], scores: Sequence[Score]) -> list[float | None]:
+    def __call__(self, episodes: Sequence[Episode], scores: Sequence[RewardScore]) -> list[float | None]:
         return [self._of(len(episode.ids), score) for episode, score in zip(episodes, scores, strict=True)]
 
-    def _of(self, length: int, score: Score) -> float | None:
+    def _of(self, length: int, score: RewardScore) -> float | None:
         if score is None:
             return None
         if length >= self.longest:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from stages.lib.command.errors import StageError
 from stages.lib.rl.episodes import Episode
-from stages.lib.rl.rewards.scoring import Failure, Reward, Score, ScoredEpisodes, told_episode
+from stages.lib.rl.rewards.scoring import Failure, Reward, RewardScore, ScoredEpisodes, told_episode
 from stages.lib.settings.reward_part import RowsWhere
 
 
@@ -15,10 +15,10 @@ class JudgedReward(Protocol):
 
     judged_by: str
 
-    def __call__(self, episodes: Sequence[Episode], scores: Sequence[Score]) -> Sequence[Score]: ...
+    def __call__(self, episodes: Sequence[Episode], scores: Sequence[RewardScore]) -> Sequence[RewardScore]: ...
 
 
-class Part(NamedTuple):
+class MixturePart(NamedTuple):
     """One of the rewards of a mixture."""
 
     reward: Reward | JudgedReward
@@ -38,7 +38,7 @@ class Mixture(NamedTuple):
         by_name: the parts; one that reads another's scores may stand before it.
     """
 
-    by_name: Mapping[str, Part]
+    by_name: Mapping[str, MixturePart]
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float]:
         return self.scored(episodes).totals
@@ -49,7 +49,7 @@ class Mixture(NamedTuple):
         Raises:
             StageError: a part fails where it must not, or none applies to an episode.
         """
-        parts: dict[str, list[Score]] = {}
+        parts: dict[str, list[RewardScore]] = {}
         for name in self._in_order():
             parts[name] = self._scores_of_part(name, episodes, parts)
         parts = {name: parts[name] for name in self.by_name}
@@ -60,14 +60,16 @@ class Mixture(NamedTuple):
         yield from (name for name in self.by_name if name not in judged)
         yield from judged
 
-    def _scores_of_part(self, name: str, episodes: Sequence[Episode], before: Mapping[str, list[Score]]) -> list[Score]:
+    def _scores_of_part(
+        self, name: str, episodes: Sequence[Episode], before: Mapping[str, list[RewardScore]]
+    ) -> list[RewardScore]:
         part = self.by_name[name]
         rows = [row for row, episode in enumerate(episodes) if part.applies_to(episode)]
         asked: list[Any] = [[episodes[row] for row in rows]]
         judge = getattr(part.reward, "judged_by", None)
         if judge is not None:
             asked.append([before[judge][row] for row in rows])
-        scores: list[Score] = [None] * len(episodes)
+        scores: list[RewardScore] = [None] * len(episodes)
         for row, given in zip(rows, part.reward(*asked) if rows else (), strict=True):
             score = finite_score(given)
             if isinstance(score, Failure) and part.missing == "stop":
@@ -75,7 +77,7 @@ class Mixture(NamedTuple):
             scores[row] = score
         return scores
 
-    def _total(self, row: int, episodes: Sequence[Episode], parts: Mapping[str, list[Score]]) -> float:
+    def _total(self, row: int, episodes: Sequence[Episode], parts: Mapping[str, list[RewardScore]]) -> float:
         said = {name: scores[row] for name, scores in parts.items() if scores[row] is not None}
         if not any(self.by_name[name].weight for name in said):
             raise StageError(
@@ -87,7 +89,7 @@ class Mixture(NamedTuple):
         )
 
 
-def finite_score(score: Score) -> Score:
+def finite_score(score: RewardScore) -> RewardScore:
     """The same, or a failure for NaN and infinity."""
     if score is None or isinstance(score, Failure) or math.isfinite(score):
         return score

@@ -16,7 +16,7 @@ from stages.lib.command.hashing import value_hash
 from stages.lib.compute.processes import Processes
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
-from stages.lib.rl.rewards.scoring import Failure, Score
+from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls
 from stages.lib.settings.served_rewards import RemoteReward
 
@@ -45,20 +45,20 @@ class RemoteScores:
         self.processes = processes
         self.kept = kept
 
-    def __call__(self, episodes: Sequence[Episode]) -> list[Score]:
+    def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         """As `Reward` says. Raises StageError if the server is of another revision, or has an episode no label."""
         return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes)) or [])
 
-    def _scores(self, episodes: Sequence[Episode]) -> list[Score]:
+    def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         questions = [self.question(episode) for episode in episodes]
         keys = [value_hash([self.settings.revision, question]) for question in questions]
-        known: dict[str, Score] = {**self.kept.find(keys)}
+        known: dict[str, RewardScore] = {**self.kept.find(keys)}
         open_keys = list(dict.fromkeys(key for key in keys if key not in known))
         question_of = dict(zip(keys, questions, strict=True))
         size = self.calls.server.rows_per_request
         parts = [open_keys[start : start + size] for start in range(0, len(open_keys), size)]
 
-        async def ask(caller: Caller, part: list[str]) -> dict[str, Score]:
+        async def ask(caller: Caller, part: list[str]) -> dict[str, RewardScore]:
             rewards = await self.rewards(caller, [question_of[key] for key in part])
             given = dict(zip(part, rewards, strict=True))
             usable = {key: reward for key, reward in given.items() if not isinstance(reward, Failure)}
@@ -90,7 +90,7 @@ class RemoteScores:
         value = episode.prompt.facts[fact]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
-    async def rewards(self, caller: Caller, questions: Sequence[Question]) -> list[Score]:
+    async def rewards(self, caller: Caller, questions: Sequence[Question]) -> list[RewardScore]:
         """What the server answers to these. Raises NoAnswerError, or StageError if it is of another revision."""
         body = {
             "query": [question["query"] for question in questions],
@@ -111,7 +111,7 @@ class RemoteScores:
             )
         return [self._reward(caller, reward) for reward in rewards]
 
-    def _reward(self, caller: Caller, reward: Any) -> Score:
+    def _reward(self, caller: Caller, reward: Any) -> RewardScore:
         if type(reward) not in (int, float) or not math.isfinite(reward):
             return Failure("error", f"{caller.shown} gives {reward!r:.60}, which is no number to learn from")
         return float(reward)

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from stages.lib.rl.rewards.scoring import Failure, Score
+from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.rewards import REWARD_MODEL
 
 KINDS = ("error", "timeout")
 
 
-def with_parts(rollouts: Rollouts, parts: Mapping[str, Sequence[Score]]) -> Rollouts:
+def with_parts(rollouts: Rollouts, parts: Mapping[str, Sequence[RewardScore]]) -> Rollouts:
     """Rollouts that hold what each part of their reward said."""
     device = rollouts.logps.device
     tensors = {name: torch.tensor(numbers_of(scores), device=device) for name, scores in parts.items()}
@@ -24,7 +24,7 @@ def with_parts(rollouts: Rollouts, parts: Mapping[str, Sequence[Score]]) -> Roll
     return rollouts._replace(parts=tensors, failures=failures)
 
 
-def numbers_of(scores: Iterable[Score]) -> list[float]:
+def numbers_of(scores: Iterable[RewardScore]) -> list[float]:
     """NaN where there is no number."""
     return [math.nan if score is None or isinstance(score, Failure) else score for score in scores]
 

@@ -14,13 +14,13 @@ class Failure(NamedTuple):
     reason: str  # one line
 
 
-Score = float | Failure | None  # None: the reward does not apply
+RewardScore = float | Failure | None  # None: the reward does not apply
 
 
 class Reward(Protocol):
     """Scores all responses of a phase at once, so that a model can batch them, and a rule can ignore that."""
 
-    def __call__(self, episodes: Sequence[Episode]) -> Sequence[Score]:
+    def __call__(self, episodes: Sequence[Episode]) -> Sequence[RewardScore]:
         """A number for each episode, the higher the better, None where it has no say; the same in all processes."""
         ...
 
@@ -29,7 +29,7 @@ class ScoredEpisodes(NamedTuple):
     """The reward of each episode, and what each part of it said, by name."""
 
     totals: list[float]
-    parts: dict[str, list[Score]] = {}  # noqa: RUF012 (never changed)
+    parts: dict[str, list[RewardScore]] = {}  # noqa: RUF012 (never changed)
 
 
 def scores_of(reward: Reward, episodes: Sequence[Episode]) -> list[float]:

@@ -5,7 +5,7 @@ import pytest
 from stages.lib.data.prompts import Prompt
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
-from stages.lib.rl.rewards.mixture import Mixture, Part
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.scoring import Failure
 from stages.lib.settings.declaration import block
 from stages.lib.settings.rewards import CosineLengthReward, OverlongReward, RepetitionReward
@@ -43,7 +43,9 @@ def test_cosine(length: int, score: float | None, reward: float | None) -> None:
 
 def test_what_it_is_judged_by_may_stand_behind_it() -> None:
     settings = CosineLengthReward(**block(CosineLengthReward, longest=4))
-    mixture = Mixture({"length": Part(CosineLength(settings, 100)), "answer": Part(lambda _: [1.0, 0.0], weight=0.0)})
+    mixture = Mixture(
+        {"length": MixturePart(CosineLength(settings, 100)), "answer": MixturePart(lambda _: [1.0, 0.0], weight=0.0)}
+    )
     found = mixture.scored([of_length(2), of_length(2)])
     assert [*found.parts] == ["length", "answer"]
     assert found.totals == pytest.approx([1.5, -5.0])

@@ -10,9 +10,9 @@ import torch
 from stages.lib.command.errors import StageError
 from stages.lib.data.prompts import Prompt
 from stages.lib.rl.episodes import Episode
-from stages.lib.rl.rewards.mixture import Mixture, Part
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics, with_parts
-from stages.lib.rl.rewards.scoring import Failure, Score
+from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.reward_part import RowsWhere
 
@@ -24,7 +24,7 @@ EPISODES = [
 LATE = Failure("timeout", "it took more than 2 s")
 
 
-def saying(*scores: Score) -> Callable:
+def saying(*scores: RewardScore) -> Callable:
     """Gives each episode asked of the score of its row."""
     return lambda episodes: [scores[episode.prompt.row - 10] for episode in episodes]
 
@@ -36,9 +36,9 @@ def where(fact: str, value: Any) -> RowsWhere:
 def test_the_sum_is_over_those_that_apply() -> None:
     mixture = Mixture(
         {
-            "model": Part(saying(1.0, 2.0, 3.0), 0.5),
-            "sums": Part(saying(10.0, 20.0, None), 2.0, where("task", "sums")),
-            "seen": Part(saying(7.0, 7.0, 7.0), 0.0),
+            "model": MixturePart(saying(1.0, 2.0, 3.0), 0.5),
+            "sums": MixturePart(saying(10.0, 20.0, None), 2.0, where("task", "sums")),
+            "seen": MixturePart(saying(7.0, 7.0, 7.0), 0.0),
         }
     )
     found = mixture.scored(EPISODES)
@@ -54,8 +54,8 @@ def test_a_fact_chooses_the_rows(fact: str, value: Any, rows: list[int]) -> None
     asked = []
     mixture = Mixture(
         {
-            "all": Part(saying(0.0, 0.0, 0.0)),
-            "some": Part(
+            "all": MixturePart(saying(0.0, 0.0, 0.0)),
+            "some": MixturePart(
                 lambda episodes: [asked.append(one.prompt.row - 10) or 1.0 for one in episodes],
                 where=where(fact, value),
             ),
@@ -65,19 +65,25 @@ def test_a_fact_chooses_the_rows(fact: str, value: Any, rows: list[int]) -> None
 
 
 def test_a_failure_stops_or_counts_as_missing() -> None:
-    parts = {"model": Part(saying(1.0, 2.0, 3.0)), "late": Part(saying(1.0, LATE, math.nan), missing="skip")}
+    parts = {
+        "model": MixturePart(saying(1.0, 2.0, 3.0)),
+        "late": MixturePart(saying(1.0, LATE, math.nan), missing="skip"),
+    }
     found = Mixture(parts).scored(EPISODES)
     assert found.totals == [2.0, 2.0, 3.0]
     assert found.parts["late"][1] == LATE
     with pytest.raises(StageError, match=r"^row 11 of the prompts, response 'reply 1': the reward late fails: it took"):
         Mixture(parts | {"late": parts["late"]._replace(missing="stop")}).scored(EPISODES)
     with pytest.raises(StageError, match=r"row 12 .* the reward model fails: it gives inf, which is no number"):
-        Mixture({"model": Part(saying(1.0, 2.0, math.inf))}).scored(EPISODES)
+        Mixture({"model": MixturePart(saying(1.0, 2.0, math.inf))}).scored(EPISODES)
 
 
 def test_a_row_to_which_nothing_applies_stops_the_run() -> None:
     """A reward of weight 0 is measured, and says nothing to learn from."""
-    parts = {"sums": Part(saying(1.0, 1.0, 1.0), where=where("task", "sums")), "seen": Part(saying(1.0, 1.0, 1.0), 0.0)}
+    parts = {
+        "sums": MixturePart(saying(1.0, 1.0, 1.0), where=where("task", "sums")),
+        "seen": MixturePart(saying(1.0, 1.0, 1.0), 0.0),
+    }
     with pytest.raises(StageError, match=r"row 11 .* no reward applies to it \(sums, seen\)"):
         Mixture(parts).scored(EPISODES)
 
