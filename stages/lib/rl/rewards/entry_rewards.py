@@ -12,6 +12,7 @@ from stages.lib.data.encoding import decode
 from stages.lib.models.pretrained import Loading
 from stages.lib.rl.rewards.judge import JudgeScores
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
+from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
 from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.remote import RemoteScores
@@ -76,6 +77,7 @@ def load_entry_rewards(
     batching: MicroBatching,
     processes: Processes,
     loaded: RewardModel | None = None,
+    kept: KeptRewards | None = None,
 ) -> Mixture:
     """The reward of an entry.
 
@@ -83,6 +85,7 @@ def load_entry_rewards(
         policy: a model folder with the tokenizer of the ids to be scored.
         max_new_tokens: of a response.
         loaded: its reward model, if that has been loaded.
+        kept: what other rewards than a reward model said before in this run.
     Raises:
         StageError: as `load_reward_model`.
     """
@@ -92,7 +95,7 @@ def load_entry_rewards(
         scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
         models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
     around = RewardSurroundings(policy, max_new_tokens, loading.runtime, processes)
-    return Mixture({**models, **reward_parts(settings.rewards, around)})
+    return Mixture({**models, **reward_parts(settings.rewards, around)}, kept if settings.rewards else None)
 
 
 def reward_parts(rewards: Mapping[str, AnyReward], around: RewardSurroundings) -> dict[str, MixturePart]:
