@@ -45,7 +45,7 @@ if not asks_for_help():
     from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
@@ -128,7 +128,8 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
+        of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
+        reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}

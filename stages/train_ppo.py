@@ -60,7 +60,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -122,10 +122,10 @@ def load_parts(
     loading: Loading,
     processes: Processes,
     decode: Callable[[list[int]], str],
-    may_stop: Callable[[], None],
+    this_run: TrainingRun,
     supervised: MappedTable | None,
 ) -> Parts:
-    """`may_stop` is called between two batches of sampling; `supervised` are the rows of `ptx`."""
+    """`supervised` are the rows of `ptx`."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
     model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
@@ -138,9 +138,9 @@ def load_parts(
     folders = (Path(settings.critic), reward_model, model)
     of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
     critic = load_critic(*folders, settings, *of_training, batching, processes)
-    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
+    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
-    reward = load_entry_rewards(*of_rewards, critic.reward_model)
+    reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
     collector = Collector(sampler, reward, policy, critic.engine, batching)
     return Parts(
         policy.engine,
@@ -310,7 +310,7 @@ def main(
         several = settings.samples_per_prompt > 1
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=several)
         decode = partial(decode_completion, log.tokenizer)
-        parts = load_parts(settings, seed, loading, processes, decode, this_run.may_stop, supervised)
+        parts = load_parts(settings, seed, loading, processes, decode, this_run, supervised)
         tell_of_reward_model(this_run, parts.collector.reward)
         policy = parts.collector.policy
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")

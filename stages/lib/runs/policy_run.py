@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from stages.lib.rl.rewards.kept_answers import KeptAnswers
+from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.mixture import Mixture
 from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward
@@ -54,6 +56,14 @@ def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:
         line = model.facts.line() if model.facts else None
         if line:
             this_run.say(f"{this_run.stage}: {line}")
+
+
+def kept_rewards(this_run: TrainingRun) -> KeptRewards:
+    """What rewards have said before in a run of the same code, settings and inputs, from its scratch folder."""
+    scratch = this_run.scratch
+    if scratch is None:
+        return KeptRewards(None, "", this_run.processes)
+    return KeptRewards(KeptAnswers(scratch.kept / "rewards.sqlite"), scratch.code, this_run.processes)
 
 
 def reward_models(reward: Reward) -> Iterator[RewardModel]:
