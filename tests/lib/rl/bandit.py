@@ -93,7 +93,7 @@ class Phase(NamedTuple):
         batch = SimpleNamespace(
             inputs=(self.rows[places], self.arms[places]),
             completion_mask=torch.ones(len(places), 1, dtype=torch.bool),
-            on_completions=lambda values, width: values,
+            on_completions=lambda values, _: values,
         )
         return SimpleNamespace(engine=engine, batch=batch, rows=places)
 

@@ -7,7 +7,6 @@ import torch
 
 from stages import train_grpo, train_ppo
 from stages.lib.rl.advantages import gae, group_relative
-from stages.lib.rl.kl_control import kl_estimate
 from stages.lib.rl.token_rewards import token_rewards
 from stages.lib.rl.value_loss import value_loss_terms
 from stages.lib.settings.sections import default_params
