@@ -115,7 +115,9 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
     assert rows["policy/grad_norm"].min() > 0
 
 
-def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy) -> None:
+def test_greedy_like_sampling_gives_groups_that_teach_nothing(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture
+) -> None:
     """All of a prompt's responses are alike: no reward moves the policy, and it starts where the KL pulls it."""
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_grpo": {"grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}}})
@@ -126,6 +128,9 @@ def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy
     assert row["policy/grad_norm"] < 1e-6
     results = metrics(folder, "train_grpo")
     assert (results["last_distinct_share"], results["last_without_variance_share"]) == (0.5, 1)
+    said = capsys.readouterr().out
+    assert "train_grpo@grpo: phase 1: Groups have no variance: 1 (group/without_variance above 0.5)" in said
+    assert "train_grpo@grpo: phase 1: Replies in a group repeat: 0.5 (group/distinct at most 0.5)" in said
 
 
 def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
