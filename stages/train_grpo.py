@@ -82,6 +82,7 @@ def grpo_phases(
 
 def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L, and how far the policy is from the one that sampled and from the reference."""
+    assert rollouts.reference_logps is not None
     mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
     logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0

@@ -1,6 +1,6 @@
 """Proximal policy optimization (arXiv 1707.06347) against a reward model, with a critic and a KL penalty.
 
-    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_ref(y_t)
+    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_ref(y_t); or in L_π, + β KL_t
     A   = GAE(γ, λ) of r under the critic       (arXiv 1506.02438), whitened over the rollouts of a phase
     L_π = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]      ρ = π(y_t) / π_old(y_t), at the sampling temperature
     L_V = ½ E[max((V − G)², (clip(V, V_old ± ε_v) − G)²)]
@@ -41,7 +41,7 @@ if not asks_for_help():
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
-    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
+    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
@@ -78,6 +78,11 @@ COLUMNS = (
 )
 
 
+def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
+    """Of the curve, with those of what these settings add."""
+    return COLUMNS + (("policy/kl",) if settings.kl.type == "in_loss" else ())
+
+
 class Parts(NamedTuple):
     """What a phase is made with."""
 
@@ -107,15 +112,16 @@ def load_parts(
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
     model, reward_model = Path(settings.model), Path(settings.reward_model)
+    reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
-    policy = load_policy(model, Path(settings.reference), settings.lora, settings.policy_optimizer, of_policy, *launch)
+    policy = load_policy(model, reference, settings.lora, settings.policy_optimizer, of_policy, *launch)
     batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
     folders = (Path(settings.critic), reward_model, model)
     of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
     critic = load_critic(*folders, settings, *of_training, batching, processes)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
     collector = Collector(sampler, critic.reward_model, policy, critic.engine, batching)
-    controller = new_controller(settings.kl_controller)
+    controller = new_controller(settings.kl)
     return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
 
@@ -130,16 +136,17 @@ def ppo_phases(
         #    is over, nothing changes that a checkpoint holds.
         rollouts = parts.collector.collect(prompts_of_phase(prompts, iteration, settings, seed), iteration)
         this_run.may_stop()
-        kl, kl_coef = rollouts.kl(settings.kl_estimator), parts.kl_controller.coef
-        # 2. Rewards: a penalty for the KL of each token; at the last one the score, normalised and clipped, less a
-        #    penalty for a response that does not end.
+        kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
+        # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
+        #    normalised and clipped, less a penalty for a response that does not end.
         parts.moments.update(rollouts.scores)
         scores = shaped_scores(settings, parts.moments, rollouts)
-        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef))
+        in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
+        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
         row = summary(rollouts, kl) | plan_learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
-        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row["objective/kl"]
+        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -149,7 +156,7 @@ def ppo_phases(
             # 4. Updates of policy and critic.
             row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
             # 5. The coefficient of the next phase's KL.
-            parts.kl_controller.update(row["objective/kl"], len(rollouts.episodes))
+            parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
             keep_policy(this_run, parts.collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
@@ -202,7 +209,11 @@ def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
     logps = one.batch.on_completions(logps, mask.shape[1])
     terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    return {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
+    sums = {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
+    if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
+        kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
+        sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
+    return sums
 
 
 def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
@@ -238,7 +249,7 @@ def main(
     inputs = [tokens, *map(Path, paths)]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, COLUMNS, runtime, processes) as this_run:
+    with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, curve_columns(settings), runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code

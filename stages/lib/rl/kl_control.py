@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl
-from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, KlPenalty, first_kl_coef
 
 
 def kl_estimate(
@@ -140,11 +140,11 @@ class AdaptiveKLController:
         self.coef = state["coef"]
 
 
-def new_controller(settings: FixedKl | AdaptiveKl) -> FixedKLController | AdaptiveKLController:
-    """The controller that the settings ask for."""
-    if isinstance(settings, AdaptiveKl):
-        return AdaptiveKLController(settings.coef, settings.target, settings.horizon)
-    return FixedKLController(settings.coef)
+def new_controller(kl: KlPenalty) -> FixedKLController | AdaptiveKLController:
+    """The controller of the coefficient: one that stays at 0 where there is no KL."""
+    if isinstance(kl, KlInReward) and isinstance(kl.controller, AdaptiveKl):
+        return AdaptiveKLController(kl.controller.coef, kl.controller.target, kl.controller.horizon)
+    return FixedKLController(first_kl_coef(kl))
 
 
 def _checked_coefficient(coef: float) -> float:

@@ -4,11 +4,13 @@ import torch
 
 
 @torch.no_grad()
-def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+def token_rewards(
+    kl: torch.Tensor | None, scores: torch.Tensor, response_mask: torch.Tensor, kl_coef: float
+) -> torch.Tensor:
     """r_t = -beta kl_t + 1[t is the last real token] score (arXiv 1909.08593, Eq 2; arXiv 2203.02155, Eq 2).
 
     Args:
-        kl: per-token KL estimate in nats, (b, t); k1 is the principled one in a reward.
+        kl: per-token KL estimate in nats, (b, t); k1 is the principled one in a reward. None: no penalty.
         scores: the reward of each whole response, already clipped or normalised, (b,).
         response_mask: True on response tokens, (b, t). A row without any gets no score.
         kl_coef: beta.
@@ -17,5 +19,5 @@ def token_rewards(kl: torch.Tensor, scores: torch.Tensor, response_mask: torch.T
     """
     real_tokens_from_here = response_mask.long().flip(-1).cumsum(-1).flip(-1)
     is_last = response_mask & (real_tokens_from_here == 1)
-    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
-    return penalties + torch.where(is_last, scores.unsqueeze(-1), 0.0)
+    at_the_end = torch.where(is_last, scores.unsqueeze(-1), 0.0)
+    return at_the_end if kl is None else torch.where(response_mask, -kl_coef * kl, 0.0) + at_the_end

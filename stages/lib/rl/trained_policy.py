@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class TrainedPolicy(NamedTuple):
-    """Engine and reference give the log-probs of tokens, the engine their entropies too."""
+    """Engine and reference give the log-probs of tokens, the engine their entropies too; there may be no reference."""
 
     language_model: "PreTrainedModel"
     lora: Lora
     engine: Engine
-    reference: Callable
+    reference: Callable | None
 
 
 def load_policy(
     path: Path,
-    reference: Path,
+    reference: Path | None,
     lora_settings: LoraSettings | None,
     optimizer: OptimizerSettings,
     updates: int,
@@ -42,7 +42,7 @@ def load_policy(
     loading: Loading,
     processes: Processes,
 ) -> TrainedPolicy:
-    """Load a policy to be trained for so many updates, and its reference.
+    """Load a policy to be trained for so many updates, and its reference, if there is to be one.
 
     Where the reference is the model that a policy with adapters starts from, it is the policy without them, else a
     model of its own.
@@ -53,6 +53,8 @@ def load_policy(
     lora = Lora(language_model, lora_settings, seed, path)
     module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True)
     engine = new_engine(module, optimizer, updates, runtime, processes)
+    if reference is None:
+        return TrainedPolicy(language_model, lora, engine, None)
     if lora_settings and reference == path:
         return TrainedPolicy(language_model, lora, engine, WithoutAdapters(engine, lora))
     other = load_language_model(reference, replace(loading, frozen=True))

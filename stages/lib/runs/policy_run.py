@@ -22,12 +22,12 @@ def record_phase(
     log: RolloutLog,
     iteration: int,
     rollouts: Rollouts,
-    kl: torch.Tensor,
+    kl: torch.Tensor | None,
     row: Mapping[str, float],
 ) -> None:
     """Add a phase (0-based) to the log and to the curve, show some of both, and say what begins to go wrong.
 
-    `kl` is that of each token, (b, t).
+    `kl` is as `Rollouts.kl` gives it.
     """
     log.append(iteration, rollouts, kl)
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)

@@ -5,6 +5,7 @@ In the loss the gradient counts: that of k2 is the gradient of KL(policy || refe
 KL(reference || policy), the other divergence, with another optimum; that of k1 is 0 in the mean, and so is refused.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -65,8 +66,22 @@ class KlInLoss(Settings):
 KlPenalty = Annotated[NoKl | KlInReward | KlInLoss, Field(discriminator="type")]
 
 
-def kl_needs_reference(kl: KlPenalty) -> bool:
-    """Whether a reference model takes part; a coefficient that is and stays 0 needs none."""
+def first_kl_coef(kl: KlPenalty) -> float:
+    """The coefficient that training starts with; a 0 stays, whatever steers it."""
     if isinstance(kl, KlInReward):
-        return kl.controller.coef > 0
-    return isinstance(kl, KlInLoss) and kl.coef > 0
+        return kl.controller.coef
+    return kl.coef if isinstance(kl, KlInLoss) else 0.0
+
+
+def kl_needs_reference(kl: KlPenalty) -> bool:
+    """Whether a reference model takes part."""
+    return first_kl_coef(kl) > 0
+
+
+def refuse_unread_reference(kl: KlPenalty, model: str, reference: str) -> None:
+    """Raise ValueError for a reference, other than the entry's model, that nothing would read."""
+    if not kl_needs_reference(kl) and os.path.normpath(reference) != os.path.normpath(model):
+        raise ValueError(
+            f"reference: with kl.type {kl.type} and a coefficient of 0 nothing reads it, and DVC would wait for "
+            f"{reference}; give it the value of model, {model}"
+        )

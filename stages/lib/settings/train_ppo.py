@@ -18,7 +18,8 @@ from stages.lib.settings.bounds import (
     WholeNumber,
 )
 from stages.lib.settings.declaration import block, key
-from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.reward_reading import RewardSettings
@@ -51,10 +52,7 @@ class TrainPpo(RewardSettings):
         0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
     )
     whiten_advantages: bool = key(True, "to mean 0 and variance 1 over the rollouts of a phase")
-    kl_estimator: Literal["k1", "k2", "k3"] = key(
-        "k1", "of the per-token KL in the reward", source="J. Schulman, http://joschu.net/blog/kl-approx.html"
-    )
-    kl_controller: KlController = key(block(FixedKl), "coefficient of the KL penalty in the reward")
+    kl: KlPenalty = key(block(KlInReward), "where the KL to the reference acts")
     max_kl: Positive | None = key(
         None,
         "stop before the update of a phase whose mean KL to the reference is above this; null: never",
@@ -99,13 +97,30 @@ class TrainPpo(RewardSettings):
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
         if self.critic_optimizer.ema_decay is not None:
             raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
-        control = self.kl_controller
+        return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> "TrainPpo":
+        refuse_unread_reference(self.kl, self.model, self.reference)
+        if self.max_kl is not None and not self.reads_reference:
+            raise ValueError("max_kl limits the KL to a reference, and kl has none; set null")
+        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
         if isinstance(control, AdaptiveKl) and self.rollout_batch_size >= 5 * control.horizon:
             raise ValueError(
-                f"kl_controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size "
+                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size "
                 f"({self.rollout_batch_size})"
             )
         return self
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a reference model is loaded."""
+        return kl_needs_reference(self.kl)
+
+    @property
+    def reported_kl(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator of the KL that is reported, limited and steered: that in the reward, or k1."""
+        return self.kl.estimator if isinstance(self.kl, KlInReward) else "k1"
 
     @property
     def updates_per_iteration(self) -> int:

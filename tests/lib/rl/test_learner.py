@@ -26,6 +26,7 @@ OPTIMIZER = OptimizerSettings(
     weight_decay=0.0,
     beta1=0.9,
     beta2=0.95,
+    epsilon=1e-8,
     max_grad_norm=1e9,
     ema_decay=None,
 )
