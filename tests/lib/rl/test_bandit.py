@@ -9,6 +9,9 @@ from stages import train_grpo, train_ppo
 from stages.lib.rl.advantages import gae, group_relative
 from stages.lib.rl.token_rewards import token_rewards
 from stages.lib.rl.value_loss import value_loss_terms
+from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_controller import FixedKl
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.train_ppo import TrainPpo
@@ -25,6 +28,15 @@ from tests.lib.rl.bandit import (
 )
 
 PHASES, MINIBATCHES = 120, 2
+IN_REWARD = block(KlInReward, controller=block(FixedKl, coef=BETA))
+K2_IN_LOSS, K3_IN_LOSS = (block(KlInLoss, estimator=estimator, coef=BETA) for estimator in ("k2", "k3"))
+# Where the coefficient acts as it stands.
+PLAIN = [
+    pytest.param(IN_REWARD, of_reverse_kl, id="k1 in the reward"),
+    pytest.param(K2_IN_LOSS, of_reverse_kl, id="k2 in the loss"),
+    pytest.param(K3_IN_LOSS, of_forward_kl, id="k3 in the loss"),
+    pytest.param(K3_IN_LOSS | {"bias_correction": True}, of_reverse_kl, id="k3 in the loss, corrected"),
+]
 
 
 def settings_of(stage, model, name, **changes):
@@ -63,12 +75,13 @@ class Critic:
         return rollouts, advantages
 
 
-def by_ppo():
-    settings = settings_of("train_ppo", TrainPpo, "ppo", whiten_advantages=False)
+def by_ppo(kl):
+    settings = settings_of("train_ppo", TrainPpo, "ppo", whiten_advantages=False, kl=kl)
     critic = Critic()
 
     def advantages_of(rollouts):
-        rewards = token_rewards(rollouts.kl("k1"), rollouts.scores, rollouts.response_mask, BETA)
+        coef = kl["controller"]["coef"] if kl["type"] == "in_reward" else 0.0
+        rewards = token_rewards(rollouts.kl("k1"), rollouts.scores, rollouts.response_mask, coef)
         return critic.advantages(settings, rollouts._replace(rewards=rewards))
 
     return learn(advantages_of, partial(train_ppo.policy_loss, settings))
@@ -96,8 +109,9 @@ def test_the_optima_are_those_of_all_policies():
     assert of_forward_kl(beta).tolist() == pytest.approx((0.526, 0.239, 0.235), abs=6e-4)
 
 
-def test_ppo():
-    assert total_variation(by_ppo(), of_reverse_kl(BETA)).max() < 0.02
+@pytest.mark.parametrize(("kl", "optimum"), PLAIN)
+def test_ppo(kl, optimum):
+    assert total_variation(by_ppo(kl), optimum(BETA)).max() < 0.02
 
 
 @pytest.mark.parametrize("group_size", [8, 64])
