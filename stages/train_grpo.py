@@ -26,24 +26,22 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
 if not asks_for_help():
-    import torch
-
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading
-    from stages.lib.rl.advantages import group_relative, group_summary
+    from stages.lib.rl.advantages import ADVANTAGES, group_summary
     from stages.lib.rl.collector import Collector
-    from stages.lib.rl.kl_control import kl_estimate
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.group_loss import step_loss
+    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.reward_model import load_reward_model
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.rollouts import summary
     from stages.lib.rl.score_normalisation import shape_scores
+    from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
@@ -69,27 +67,18 @@ def grpo_phases(
         scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
         kl = rollouts.kl("k1")
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
-        advantages, _ = group_relative(rollouts, settings)
+        advantages = ADVANTAGES[settings.advantages.type](rollouts, settings.advantages)
         row = summary(rollouts, kl) | group_summary(rollouts) | {"learning_rate": engine.learning_rate}
         require_finite(row["objective/rewards"], "reward", iteration)
-        # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
-        learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
-        batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
-        row |= mean_of_each([learner.update(rows) for rows in batches])
+        # 3. Updates of the policy.
+        counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
+        found = []
+        for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
+            loss = step_loss(settings, counted, advantages, rows)
+            found.append(Learner("policy", engine, batching, counted, loss).update(rows))
+        row |= mean_of_each(found)
         keep_policy(this_run, collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
-
-
-def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
-    """L, and how far the policy is from the one that sampled and from the reference."""
-    assert rollouts.reference_logps is not None
-    mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
-    logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
-    logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0
-    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    kl = kl_estimate(logps, reference_logps, "k3").sum()
-    loss = terms.loss_sum + settings.kl_coef * kl
-    return {"loss": loss, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum, "kl": kl}
 
 
 def main(

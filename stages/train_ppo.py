@@ -26,6 +26,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.policy_loss import ClipLoss
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -43,7 +44,7 @@ if not asks_for_help():
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.policy_losses import policy_terms
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
@@ -208,8 +209,9 @@ def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts
     mask = rollouts.response_mask[one.rows]
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
     logps = one.batch.on_completions(logps, mask.shape[1])
-    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    sums = {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
+    clip = ClipLoss(type="clip", low=settings.clip_range, high=settings.clip_range, dual_clip=None)
+    terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, clip)
+    sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
         kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
         sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}

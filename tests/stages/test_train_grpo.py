@@ -4,15 +4,17 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from stages import train_grpo
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
+from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.train_grpo import TrainGrpo
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -34,12 +36,17 @@ def rollouts_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "data/rollouts/grpo/rollouts.jsonl").open(encoding="utf-8")]
 
 
+def grpo_settings(**changed: Any) -> TrainGrpo:
+    return TrainGrpo.model_validate(block(TrainGrpo, **changed))
+
+
 def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The sums of one pass of another policy, and the gradient of their loss."""
     module = TokenLogProbs(tiny_llama(5))
-    settings = SimpleNamespace(temperature=1.0, clip_range=0.2, kl_coef=kl_coef)
+    settings = grpo_settings(kl=block(KlInLoss, estimator="k3", coef=kl_coef))
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
-    sums = train_grpo.grpo_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
+    loss = step_loss(settings, rollouts, advantages, [0, 1, 2])
+    sums = loss(rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
     return (
         {name: value.detach() for name, value in sums.items()},
@@ -220,13 +227,13 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     [
         (
             {"samples_per_prompt": 1},
-            "params.yaml: train_grpo.grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+            "advantages of type group_relative compare a prompt's samples: samples_per_prompt must be at least 2",
         ),
         (
             {"minibatch_size": 3},
             "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
         ),
-        ({"advantage_scale": "std"}, "did you mean 'group_std'"),
+        ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
     ],
 )
 def test_a_wrong_setting_is_named(

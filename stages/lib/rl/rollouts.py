@@ -33,7 +33,12 @@ class Rollouts(NamedTuple):
 
     def groups(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the episodes, (b,), with the samples of a prompt in one row, (prompts, samples)."""
-        return values.reshape(-1, 1 + max(episode.sample for episode in self.episodes))
+        return values.reshape(-1, self.group_size)
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a prompt."""
+        return 1 + max(episode.sample for episode in self.episodes)
 
     @property
     def ended(self) -> torch.Tensor:
