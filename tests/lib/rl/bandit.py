@@ -45,7 +45,7 @@ def of_forward_kl(beta: float) -> torch.Tensor:
     return beta * START / (low - REWARDS)
 
 
-def enumerated(beta: float, *, forward: bool, points: int = 1000) -> torch.Tensor:
+def enumerated(beta: float, *, forward: bool, points: int = 500) -> torch.Tensor:
     """The best of all policies whose shares are multiples of 1/points, none of them 0."""
     first, second = torch.meshgrid(torch.arange(1, points), torch.arange(1, points), indexing="ij")
     inside = first + second < points
@@ -117,6 +117,12 @@ def episodes_of(group_size: int) -> list[Episode]:
     """Who is in a group with whom; nothing else is read of them."""
     prompt = Prompt(0, [0], [], {})
     return [Episode(prompt, [0], "", True, place % group_size, None, [True]) for place in range(len(SEEDS) * BATCH)]
+
+
+def seed_by_seed(rollouts: Rollouts) -> list[Rollouts]:
+    """Those of each seed: what takes a mean over a phase takes it over one seed's."""
+    parts = [slice(seed * BATCH, (seed + 1) * BATCH) for seed in range(len(SEEDS))]
+    return [Rollouts(*(value[part] for value in rollouts)) for part in parts]
 
 
 def total_variation(policies: torch.Tensor, optimum: torch.Tensor) -> torch.Tensor:
