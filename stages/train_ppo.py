@@ -46,6 +46,8 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import policy_terms
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -112,7 +114,7 @@ def load_parts(
     """`may_stop` is called between two batches of sampling."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
-    model, reward_model = Path(settings.model), Path(settings.reward_model)
+    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
     policy = load_policy(model, reference, settings.lora, settings.policy_optimizer, of_policy, *launch)
@@ -121,7 +123,9 @@ def load_parts(
     of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
     critic = load_critic(*folders, settings, *of_training, batching, processes)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
-    collector = Collector(sampler, critic.reward_model, policy, critic.engine, batching)
+    of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
+    reward = load_entry_rewards(*of_rewards, critic.reward_model)
+    collector = Collector(sampler, reward, policy, critic.engine, batching)
     controller = new_controller(settings.kl)
     return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
 
@@ -146,7 +150,8 @@ def ppo_phases(
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
-        row = summary(rollouts, kl) | plan_learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
+        row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
+        row |= {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
@@ -251,7 +256,8 @@ def main(
     inputs = [tokens, *map(Path, paths)]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, curve_columns(settings), runtime, processes) as this_run:
+    columns = curve_columns(settings) + reward_columns(part_names(settings), prompts["source"][:])
+    with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code

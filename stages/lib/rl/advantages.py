@@ -14,6 +14,8 @@ from stages.lib.command.errors import StageError
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.advantages import Gdpo, GroupRelative, LeaveOneOut, MaxRl, Reinforce, ReinforceBaseline
 
+NO_WEIGHTS: Mapping[str, float] = {}
+
 
 class GaeSettings(Protocol):
     """What `gae` reads of a section of params.yaml."""
@@ -75,10 +77,17 @@ def reinforce_baseline(rollouts: Rollouts, settings: ReinforceBaseline) -> torch
 
 
 @torch.no_grad()
-def gdpo(rollouts: Rollouts, settings: Gdpo) -> torch.Tensor:
-    """GDPO's, at each token, (b, t)."""
-    parts = {"reward": rollouts.groups(totals(rollouts))}
-    return at_tokens(decoupled_advantages(parts, {"reward": 1.0}, epsilon=settings.epsilon), rollouts)
+def gdpo(rollouts: Rollouts, settings: Gdpo, weights: Mapping[str, float] = NO_WEIGHTS) -> torch.Tensor:
+    """GDPO's, at each token, (b, t), of the parts of the rollouts' rewards, each by its weight.
+
+    What is taken off the score besides (for a response that does not end, for its KL) is one more part.
+    """
+    parts = {name: rollouts.groups(part) for name, part in rollouts.parts.items()}
+    if parts:
+        parts["besides"] = rollouts.groups(totals(rollouts) - rollouts.scores)
+    else:
+        parts = {"besides": rollouts.groups(totals(rollouts))}
+    return at_tokens(decoupled_advantages(parts, {**weights, "besides": 1.0}, epsilon=settings.epsilon), rollouts)
 
 
 @torch.no_grad()
@@ -110,6 +119,13 @@ ADVANTAGES: dict[str, Callable[[Rollouts, Any], torch.Tensor]] = {
     "gdpo": gdpo,
     "max_rl": max_rl,
 }
+
+
+def advantages_of(rollouts: Rollouts, settings: Any, weights: Mapping[str, float] = NO_WEIGHTS) -> torch.Tensor:
+    """The advantages that a block of settings/advantages.py asks for, (b, t); `weights` are those of the rewards."""
+    if isinstance(settings, Gdpo):
+        return gdpo(rollouts, settings, weights)
+    return ADVANTAGES[settings.type](rollouts, settings)
 
 
 def totals(rollouts: Rollouts) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """What an RL stage records of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from stages.lib.rl.rewards.mixture import Mixture
 from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
@@ -56,9 +57,16 @@ def keep_policy(this_run: TrainingRun, policy: TrainedPolicy, iteration: int, se
 
 def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:
     """Say how a reward model that this pipeline did not make is read."""
-    line = reward.facts.line() if isinstance(reward, RewardModel) and reward.facts else None
-    if line:
-        this_run.say(f"{this_run.stage}: {line}")
+    for model in reward_models(reward):
+        line = model.facts.line() if model.facts else None
+        if line:
+            this_run.say(f"{this_run.stage}: {line}")
+
+
+def reward_models(reward: Reward) -> Iterator[RewardModel]:
+    """The reward models that take part in a reward."""
+    rewards = [part.reward for part in reward.by_name.values()] if isinstance(reward, Mixture) else [reward]
+    yield from (one for one in rewards if isinstance(one, RewardModel))
 
 
 def publish_policy(

@@ -1,6 +1,6 @@
 """Section `train_grpo` of params.yaml: group relative policy optimisation."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
@@ -9,20 +9,26 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
 from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
-from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, KlPenalty
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import (
+    KlInLoss,
+    KlInReward,
+    KlPenalty,
+    kl_needs_reference,
+    refuse_unread_reference,
+)
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainGrpo(RewardSettings):
+class TrainGrpo(MixedRewards):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    reward_model: Text = key("models/rm", "folder of the reward model")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
@@ -84,6 +90,32 @@ class TrainGrpo(RewardSettings):
         if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
         return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> "TrainGrpo":
+        refuse_unread_reference(self.kl, self.model, self.reference)
+        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
+        if isinstance(control, AdaptiveKl) and self.responses_per_iteration >= 5 * control.horizon:
+            raise ValueError(
+                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size times "
+                f"samples_per_prompt ({self.responses_per_iteration})"
+            )
+        return self
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Of the parts of the reward, by name."""
+        return {REWARD_MODEL: self.reward_model_weight} | {name: part.weight for name, part in self.rewards.items()}
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a reference model is loaded."""
+        return kl_needs_reference(self.kl)
+
+    @property
+    def reported_kl(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator of the KL that is reported and steered: that in the reward, or k1."""
+        return self.kl.estimator if isinstance(self.kl, KlInReward) else "k1"
 
     @property
     def responses_per_iteration(self) -> int:

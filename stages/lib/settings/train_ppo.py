@@ -22,16 +22,15 @@ from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
 
 
-class TrainPpo(RewardSettings):
+class TrainPpo(MixedRewards):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    reward_model: Text = key("models/rm", "folder of the reward model")
     critic: Text = key(
         "models/rm",
         "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",

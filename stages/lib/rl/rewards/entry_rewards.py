@@ -1,0 +1,67 @@
+"""The reward of an entry of params.yaml, made of its reward model and its `rewards`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.lib.compute.batching import MicroBatching
+from stages.lib.compute.processes import Processes
+from stages.lib.models.pretrained import Loading
+from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
+from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+from stages.lib.settings.rewards import (
+    REWARD_MODEL,
+    AnyReward,
+    CosineLengthReward,
+    MixedRewards,
+    OverlongReward,
+    RepetitionReward,
+)
+
+MAKERS: dict[type, Callable[[Any, int], Any]] = {
+    CosineLengthReward: CosineLength,
+    OverlongReward: Overlong,
+    RepetitionReward: lambda settings, _: Repetition(settings),
+}
+
+
+def part_names(settings: MixedRewards) -> list[str]:
+    """The names of the parts of an entry's reward, before it is loaded."""
+    return [*([REWARD_MODEL] if settings.has_reward_model else []), *settings.rewards]
+
+
+def load_entry_rewards(
+    settings: MixedRewards,
+    policy: Path,
+    max_new_tokens: int,
+    loading: Loading,
+    batching: MicroBatching,
+    processes: Processes,
+    loaded: RewardModel | None = None,
+) -> Mixture:
+    """The reward of an entry.
+
+    Args:
+        policy: a model folder with the tokenizer of the ids to be scored.
+        max_new_tokens: of a response.
+        loaded: its reward model, if that has been loaded.
+    Raises:
+        StageError: as `load_reward_model`.
+    """
+    models = {}
+    if settings.has_reward_model:
+        of_model = (Path(settings.reward_model), settings, loading, batching, processes, policy)
+        scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
+        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
+    return Mixture({**models, **reward_parts(settings.rewards, max_new_tokens)})
+
+
+def reward_parts(rewards: Mapping[str, AnyReward], max_new_tokens: int) -> dict[str, MixturePart]:
+    """Rewards by name, as parts of a mixture."""
+    return {
+        name: MixturePart(
+            MAKERS[type(settings)](settings, max_new_tokens), settings.weight, settings.where, settings.missing
+        )
+        for name, settings in rewards.items()
+    }
