@@ -12,6 +12,7 @@ import torch
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
+from stages.lib.settings.advantages import ReinforceBaseline
 from stages.lib.settings.declaration import block
 from stages.lib.settings.kl_penalty import KlInLoss
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -160,12 +161,21 @@ def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"zero_stage": 3, "frozen_zero_stage": 3}])
-def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("knobs", "over_a_phase"),
+    [
+        # Whitening, a baseline and a quantile, each over all rollouts, whichever process has read them.
+        ({}, {"advantages": block(ReinforceBaseline), "top_entropy_share": 0.5}),
+        ({"zero_stage": 3, "frozen_zero_stage": 3}, {}),
+    ],
+)
+def test_two_processes_make_what_one_makes(
+    copy_of_tiny: Copy, knobs: dict[str, int], over_a_phase: dict[str, Any]
+) -> None:
     """Stopped on the way, and finished by one."""
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
-        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20}}})
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
     assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1

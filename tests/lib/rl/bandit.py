@@ -122,7 +122,8 @@ def episodes_of(group_size: int) -> list[Episode]:
 def seed_by_seed(rollouts: Rollouts) -> list[Rollouts]:
     """Those of each seed: what takes a mean over a phase takes it over one seed's."""
     parts = [slice(seed * BATCH, (seed + 1) * BATCH) for seed in range(len(SEEDS))]
-    return [Rollouts(*(value[part] for value in rollouts)) for part in parts]
+    columns = {name: value for name, value in rollouts._asdict().items() if isinstance(value, torch.Tensor | list)}
+    return [rollouts._replace(**{name: value[part] for name, value in columns.items()}) for part in parts]
 
 
 def total_variation(policies: torch.Tensor, optimum: torch.Tensor) -> torch.Tensor:

@@ -152,3 +152,24 @@ def test_grpo(kl, optimum, group_size):
 def test_every_loss_ends_where_the_reward_less_its_kl_is_the_same_for_all_arms(loss):
     policies = without_critic(IN_REWARD, block(LeaveOneOut), 8, block(loss))
     assert total_variation(policies, of_reverse_kl(BETA)).max() < 0.02
+
+
+@pytest.mark.parametrize("kl", [IN_REWARD, K2_IN_LOSS, K3_IN_LOSS], ids=lambda kl: kl["type"])
+def test_the_first_minibatch_is_on_policy_and_the_second_is_clipped(kl):
+    of_ppo = partial(train_ppo.policy_loss, settings_of("train_ppo", TrainPpo, "ppo", kl=kl))
+    of_grpo = partial(step_loss, settings_of("train_grpo", TrainGrpo, "grpo", kl=kl))
+    for of_step in (lambda _, advantages, __: partial(of_ppo, advantages), of_grpo):
+        engine = Engine()
+        phase = sampled(engine, [torch.Generator().manual_seed(seed) for seed in SEEDS], 8)
+        assert phase.rollouts.kl("k1").count_nonzero() == 0  # the policy is the reference still
+        first, second = phase.passes(engine, 2)
+        advantages = phase.rollouts.scores[:, None] - 0.5
+        sums = of_step(phase.rollouts, advantages, first.rows)(phase.rollouts, first)
+        assert (sums["clipfrac"], sums["approxkl"], sums.get("kl", 0.0)) == (0, 0, 0)
+        assert sums["loss"].item() == pytest.approx(-advantages[first.rows].sum().item(), rel=1e-12)
+        (gradient,) = torch.autograd.grad(sums["loss"], engine.logits)
+        with torch.no_grad():
+            engine.logits -= gradient / 20
+        sums = of_step(phase.rollouts, advantages, second.rows)(phase.rollouts, second)
+        assert 0 < sums["clipfrac"] < len(second.rows)
+        assert sums["approxkl"] > 0
