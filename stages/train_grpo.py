@@ -70,7 +70,7 @@ def grpo_phases(
         #    loss; advantages of responses, most often within their group.
         kl, kl_coef = rollouts.kl(settings.reported_kl), controller.coef
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
-        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+        scores = shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
         advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
