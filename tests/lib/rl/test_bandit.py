@@ -91,7 +91,7 @@ def by_ppo(kl):
     critic = Critic()
     return learn(
         lambda rollouts: critic.advantages(settings, rewarded(rollouts, kl)),
-        lambda _, advantages, __: partial(train_ppo.policy_loss, settings, advantages),
+        lambda _, advantages, __: partial(train_ppo.policy_loss, settings, advantages, 0.0),
     )
 
 
@@ -158,7 +158,7 @@ def test_every_loss_ends_where_the_reward_less_its_kl_is_the_same_for_all_arms(l
 def test_the_first_minibatch_is_on_policy_and_the_second_is_clipped(kl):
     of_ppo = partial(train_ppo.policy_loss, settings_of("train_ppo", TrainPpo, "ppo", kl=kl))
     of_grpo = partial(step_loss, settings_of("train_grpo", TrainGrpo, "grpo", kl=kl))
-    for of_step in (lambda _, advantages, __: partial(of_ppo, advantages), of_grpo):
+    for of_step in (lambda _, advantages, __: partial(of_ppo, advantages, 0.0), of_grpo):
         engine = Engine()
         phase = sampled(engine, [torch.Generator().manual_seed(seed) for seed in SEEDS], 8)
         assert phase.rollouts.kl("k1").count_nonzero() == 0  # the policy is the reference still
