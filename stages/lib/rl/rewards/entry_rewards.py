@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.processes import Processes
 from stages.lib.models.pretrained import Loading
+from stages.lib.rl.rewards.function_rewards import format_verifier, math_verifier, user_function
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
 from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
@@ -14,15 +15,30 @@ from stages.lib.settings.rewards import (
     REWARD_MODEL,
     AnyReward,
     CosineLengthReward,
+    FormatReward,
+    FunctionReward,
+    MathReward,
     MixedRewards,
     OverlongReward,
     RepetitionReward,
 )
 
-MAKERS: dict[type, Callable[[Any, int], Any]] = {
-    CosineLengthReward: CosineLength,
-    OverlongReward: Overlong,
+
+class Circumstances(NamedTuple):
+    """What rewards are made for."""
+
+    max_new_tokens: int  # of a response
+    processes: Processes
+    workers: int  # processes that a function runs in
+
+
+MAKERS: dict[type, Callable[[Any, Circumstances], Any]] = {
+    CosineLengthReward: lambda settings, made_for: CosineLength(settings, made_for.max_new_tokens),
+    OverlongReward: lambda settings, made_for: Overlong(settings, made_for.max_new_tokens),
     RepetitionReward: lambda settings, _: Repetition(settings),
+    FormatReward: lambda settings, made_for: format_verifier(settings, made_for.processes, made_for.workers),
+    FunctionReward: lambda settings, made_for: user_function(settings, made_for.processes, made_for.workers),
+    MathReward: lambda settings, made_for: math_verifier(settings, made_for.processes, made_for.workers),
 }
 
 
@@ -54,14 +70,13 @@ def load_entry_rewards(
         of_model = (Path(settings.reward_model), settings, loading, batching, processes, policy)
         scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
         models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
-    return Mixture({**models, **reward_parts(settings.rewards, max_new_tokens)})
+    made_for = Circumstances(max_new_tokens, processes, loading.runtime.worker_count)
+    return Mixture({**models, **reward_parts(settings.rewards, made_for)})
 
 
-def reward_parts(rewards: Mapping[str, AnyReward], max_new_tokens: int) -> dict[str, MixturePart]:
+def reward_parts(rewards: Mapping[str, AnyReward], made_for: Circumstances) -> dict[str, MixturePart]:
     """Rewards by name, as parts of a mixture."""
     return {
-        name: MixturePart(
-            MAKERS[type(settings)](settings, max_new_tokens), settings.weight, settings.where, settings.missing
-        )
+        name: MixturePart(MAKERS[type(settings)](settings, made_for), settings.weight, settings.where, settings.missing)
         for name, settings in rewards.items()
     }
