@@ -53,6 +53,7 @@ if not asks_for_help():
     from stages.lib.runs.policy_run import (
         end_phase,
         held_out_evaluation,
+        kept_rewards,
         publish_policy,
         record_phase,
         tell_of_reward_model,
@@ -112,7 +113,7 @@ def grpo_phases(
 
 def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with, (b,)."""
-    return shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+    return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
 
 
 def main(
@@ -157,7 +158,8 @@ def main(
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
+        of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
+        reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)
         collector = Collector(sampler, reward, policy, None, batching)
         held_out = held_out_evaluation(this_run, settings, validation, collector, partial(penalised_scores, settings))

@@ -21,3 +21,21 @@ def token_rewards(
     is_last = response_mask & (real_tokens_from_here == 1)
     at_the_end = torch.where(is_last, scores.unsqueeze(-1), 0.0)
     return at_the_end if kl is None else torch.where(response_mask, -kl_coef * kl, 0.0) + at_the_end
+
+
+@torch.no_grad()
+def whitened_rewards(rewards: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / sqrt(variance + 1e-8) + mean, over the response tokens of a phase.
+
+    The mean stays: it is what a response earns by going on for one more token.
+
+    Args:
+        rewards: (b, t), of the whole phase, the same in all processes.
+        response_mask: True on response tokens, (b, t).
+    Returns:
+        (b, t), 0 outside the mask, in the type of `rewards`.
+    """
+    real = rewards[response_mask].double()
+    mean = real.mean()
+    whitened = (rewards.double() - mean) * torch.rsqrt(real.var(unbiased=False) + 1e-8) + mean
+    return torch.where(response_mask, whitened, 0.0).to(rewards.dtype)

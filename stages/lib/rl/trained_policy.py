@@ -41,17 +41,22 @@ def load_policy(
     seed: int,
     loading: Loading,
     processes: Processes,
+    *,
+    entropy_gradient: bool = False,
 ) -> TrainedPolicy:
     """Load a policy to be trained for so many updates, and its reference, if there is to be one.
 
     Where the reference is the model that a policy with adapters starts from, it is the policy without them, else a
     model of its own.
+
+    Args:
+        entropy_gradient: the engine's entropies carry gradient in updates.
     """
     runtime = loading.runtime
     chunks = runtime.logits_chunk_tokens
     language_model = load_language_model(path, loading)
     lora = Lora(language_model, lora_settings, seed, path)
-    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True)
+    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True, entropy_gradient=entropy_gradient)
     engine = new_engine(module, optimizer, updates, runtime, processes)
     if reference is None:
         return TrainedPolicy(language_model, lora, engine, None)

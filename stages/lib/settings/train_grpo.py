@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
+from stages.lib.settings.bounds import Count, NewTokens, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
@@ -23,6 +23,7 @@ from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
 from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.truncated import MissingEos, Truncated
 
 
 class TrainGrpo(MixedRewards):
@@ -61,8 +62,8 @@ class TrainGrpo(MixedRewards):
         source="DeepSeek-V3.2, arXiv 2512.02556, Eq 9",
     )
     kl: KlPenalty = key(block(KlInLoss, estimator="k3"), "where the KL to the reference acts")
-    missing_eos_penalty: NotNegative = key(
-        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    truncated: Truncated = key(
+        block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")

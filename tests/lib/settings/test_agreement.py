@@ -17,8 +17,10 @@ from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
 from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
+from stages.lib.settings.reward_servers import RewardServer
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
+from stages.lib.settings.served_rewards import RemoteReward
 from stages.lib.settings.sources import FileSource
 from tests.real_files import PROJECT
 
@@ -53,6 +55,15 @@ def runtimes(default: dict[str, Any] | None = None, **stages: dict[str, Any]) ->
     document = deepcopy(load_yaml(PROJECT / "runtime.yaml"))
     document["default"] |= default or {}
     return {stage: runtime_of(stage, document | stages, Path("runtime.yaml")) for stage in STAGES}
+
+
+def test_a_reward_names_a_server_of_runtime_yaml() -> None:
+    own = params(train_grpo={"rewards": {"served": block(RemoteReward, server="ours")}})
+    address = block(RewardServer)
+    require_agreement(own, runtimes(train_grpo={"reward_servers": {"ours": address}}))
+    message = r"params.yaml: train_grpo.grpo.rewards.served.server: runtime.yaml: reward_servers has no 'ours'; did you"
+    with pytest.raises(StageError, match=message):
+        require_agreement(own, runtimes({"reward_servers": {"our": address}}))
 
 
 def test_the_default_settings_agree() -> None:
