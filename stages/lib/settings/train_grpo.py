@@ -9,6 +9,7 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
 from stages.lib.settings.bounds import Count, NewTokens, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.dynamic_sampling import DynamicSampling
 from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import (
@@ -36,6 +37,9 @@ class TrainGrpo(MixedRewards):
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(
         4, "to each prompt, which are compared with each other; 1 with advantages of type reinforce", unit="responses"
+    )
+    dynamic_sampling: DynamicSampling | None = key(
+        None, "a block: groups that teach nothing are replaced by those of further prompts; null: they stay"
     )
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
@@ -89,6 +93,10 @@ class TrainGrpo(MixedRewards):
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
                 f"must be a multiple of minibatch_size ({self.minibatch_size})"
+            )
+        if self.dynamic_sampling and self.samples_per_prompt < 2:
+            raise ValueError(
+                "dynamic_sampling keeps groups whose rewards differ: samples_per_prompt must be at least 2"
             )
         if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
