@@ -83,7 +83,7 @@ def grpo_phases(
         rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
-        scores = shaped_scores(settings, rollouts)
+        scores = penalised_scores(settings, rollouts)
         kl = rollouts.kl("k1")
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
         advantages, _ = group_relative(rollouts, settings)
@@ -99,7 +99,7 @@ def grpo_phases(
     return early_stop
 
 
-def shaped_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
+def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with, (b,)."""
     return shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
 
@@ -158,7 +158,7 @@ def main(
         reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
         tell_of_reward_model(this_run, reward)
         collector = Collector(sampler, reward, policy, None, batching)
-        held_out = held_out_evaluation(this_run, settings, validation, collector, partial(shaped_scores, settings))
+        held_out = held_out_evaluation(this_run, settings, validation, collector, partial(penalised_scores, settings))
         stopped = grpo_phases(settings, seed, prompts, collector, held_out, this_run, log).stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
         publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
