@@ -101,11 +101,12 @@ def grpo_phases(
 
 def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with, (b,)."""
-    return shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
+    return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
 
 
 def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L, and how far the policy is from the one that sampled and from the reference."""
+    assert rollouts.reference_logps is not None
     mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
     logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
     logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0
@@ -141,7 +142,7 @@ def main(
     inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, paths)]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = COLUMNS + held_out_columns(settings.held_out, f"train_grpo.{name}")
+    columns = COLUMNS + held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -23,10 +23,10 @@ def record_phase(
     log: RolloutLog,
     iteration: int,
     rollouts: Rollouts,
-    kl: torch.Tensor,
+    kl: torch.Tensor | None,
     row: Mapping[str, float],
 ) -> None:
-    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is that of each token, (b, t)."""
+    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is as `Rollouts.kl` gives it."""
     log.append(iteration, rollouts, kl)
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):

@@ -60,6 +60,10 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
                 require_engine(runtime, settings.precision, where)
                 require_optimizers(settings, runtime, where)
             require_unsharded_quantization(stage, settings, runtime, where)
+            if getattr(settings, "reference_reset", None) and runtime.frozen_zero_stage == 3:
+                raise StageError(
+                    f"{where}: frozen_zero_stage: 3 shards the reference, which reference_reset fills; use 0"
+                )
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:

@@ -13,6 +13,7 @@ from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.truncated import MissingEos, Truncated
 
 
 class TrainGrpo(RewardSettings):
@@ -39,8 +40,8 @@ class TrainGrpo(RewardSettings):
     kl_coef: NotNegative = key(
         0.05, "β of the KL to the reference in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4"
     )
-    missing_eos_penalty: NotNegative = key(
-        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    truncated: Truncated = key(
+        block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
