@@ -48,10 +48,12 @@ if not asks_for_help():
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.policy_losses import policy_terms
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.reference_reset import ResetReference
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -63,6 +65,7 @@ if not asks_for_help():
     from stages.lib.runs.policy_run import (
         end_phase,
         held_out_evaluation,
+        kept_rewards,
         publish_policy,
         record_phase,
         tell_of_reward_model,
@@ -128,13 +131,13 @@ def load_parts(
     loading: Loading,
     processes: Processes,
     decode: Callable[[list[int]], str],
-    may_stop: Callable[[], None],
+    this_run: TrainingRun,
     supervised: MappedTable | None,
 ) -> Parts:
-    """`may_stop` is called between two batches of sampling; `supervised` are the rows of `ptx`."""
+    """`supervised` are the rows of `ptx`."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
-    model, reward_model = Path(settings.model), Path(settings.reward_model)
+    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
     of_policy = (settings.lora, settings.policy_optimizer, of_policy)
@@ -144,8 +147,10 @@ def load_parts(
     folders = (Path(settings.critic), reward_model, model)
     of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
     critic = load_critic(*folders, settings, *of_training, batching, processes)
-    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
-    collector = Collector(sampler, critic.reward_model, policy, critic.engine, batching)
+    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
+    of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
+    reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
+    collector = Collector(sampler, reward, policy, critic.engine, batching)
     return Parts(
         policy.engine,
         critic.engine,
@@ -188,7 +193,8 @@ def ppo_phases(
         rollouts = rollouts._replace(rewards=whitened)
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
-        row = summary(rollouts, kl) | plan_learning_rates(settings, parts, iteration) | {"objective/kl_coef": kl_coef}
+        row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
+        row |= {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
         if settings.entropy_bonus.type != "none":
             row["objective/entropy_coef"] = parts.entropy.of_phase(row["policy/entropy"])
@@ -271,8 +277,8 @@ def policy_loss(
     mask = rollouts.response_mask[one.rows]
     found = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
     logps = one.batch.on_completions(found.logps, mask.shape[1])
-    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    sums = {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
+    terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
+    sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
         kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
         sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
@@ -319,6 +325,7 @@ def main(
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")
+    columns += reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -327,7 +334,7 @@ def main(
         several = settings.samples_per_prompt > 1
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=several)
         decode = partial(decode_completion, log.tokenizer)
-        parts = load_parts(settings, seed, loading, processes, decode, this_run.may_stop, supervised)
+        parts = load_parts(settings, seed, loading, processes, decode, this_run, supervised)
         tell_of_reward_model(this_run, parts.collector.reward)
         policy = parts.collector.policy
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")

@@ -221,8 +221,8 @@ def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], me
 def test_a_missing_setting_is_named(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "clip_range" not in line))
-    assert "params.yaml: train_ppo.ppo.clip_range is missing" in refused(folder, "train_ppo")
+    (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "gamma:" not in line))
+    assert "params.yaml: train_ppo.ppo.gamma is missing" in refused(folder, "train_ppo")
 
 
 def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:

@@ -82,7 +82,7 @@ class Learner:
 
     def _means(self, rows: list[int]) -> dict[str, float]:
         rollouts = self.rollouts
-        tokens = int(rollouts.response_mask[rows].sum())
+        tokens = max(1, int(rollouts.response_mask[rows].sum()))  # a mask may leave all responses out
         prompts, responses = ([columns[row] for row in rows] for columns in (rollouts.prompts, rollouts.responses))
 
         def passes() -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Rollouts: the episodes of a phase, and what policy, reference, critic and reward say of them, as aligned tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ class Rollouts(NamedTuple):
     reference_logps: torch.Tensor | None  # (b, t), under the reference, at the same temperature; None without one
     entropies: torch.Tensor  # (b, t)
     values: torch.Tensor  # (b, t), of the critic before each token; 0 without one
+    # (b,), what each reward of a mixture said, by name; NaN where it does not apply, or failed
+    parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed)
+    failures: Mapping[str, Mapping[str, int]] = {}
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -33,7 +36,12 @@ class Rollouts(NamedTuple):
 
     def groups(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the episodes, (b,), with the samples of a prompt in one row, (prompts, samples)."""
-        return values.reshape(-1, 1 + max(episode.sample for episode in self.episodes))
+        return values.reshape(-1, self.group_size)
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a prompt."""
+        return 1 + max(episode.sample for episode in self.episodes)
 
     @property
     def ended(self) -> torch.Tensor:

@@ -26,21 +26,21 @@ from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.policy_loss import ClipLoss
 from stages.lib.settings.ptx import PtxSettings
 from stages.lib.settings.reference_reset import ReferenceReset
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.truncated import MissingEos, Truncated
 
 PROMPTS = "data/tokens/train/prompts.arrow"
 
 
-class TrainPpo(RewardSettings):
+class TrainPpo(MixedRewards):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    reward_model: Text = key("models/rm", "folder of the reward model")
     critic: Text = key(
         "models/rm",
         "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
@@ -59,7 +59,7 @@ class TrainPpo(RewardSettings):
     )
     gamma: Share = key(1.0, "discount", source="arXiv 1506.02438, Eq 16")
     lam: Share = key(0.95, "λ of the advantage estimator", source="arXiv 1506.02438, Eq 16")
-    clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
+    loss: ClipLoss = key(block(ClipLoss), "of the policy, a mean over the tokens of an optimizer step")
     value_clip_range: Positive = key(
         0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
     )
