@@ -12,6 +12,7 @@ import torch
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
+from stages.lib.settings.advantages import ReinforceBaseline
 from stages.lib.settings.declaration import block
 from stages.lib.settings.kl_penalty import KlInLoss
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -122,7 +123,9 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
     assert rows["policy/grad_norm"].min() > 0
 
 
-def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy) -> None:
+def test_greedy_like_sampling_gives_groups_that_teach_nothing(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture
+) -> None:
     """All of a prompt's responses are alike: no reward moves the policy, and it starts where the KL pulls it."""
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_grpo": {"grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}}})
@@ -133,6 +136,9 @@ def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy
     assert row["policy/grad_norm"] < 1e-6
     results = metrics(folder, "train_grpo")
     assert (results["last_distinct_share"], results["last_without_variance_share"]) == (0.5, 1)
+    said = capsys.readouterr().out
+    assert "train_grpo@grpo: phase 1: Groups have no variance: 1 (group/without_variance above 0.5)" in said
+    assert "train_grpo@grpo: phase 1: Replies in a group repeat: 0.5 (group/distinct at most 0.5)" in said
 
 
 def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
@@ -155,12 +161,21 @@ def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"zero_stage": 3, "frozen_zero_stage": 3}])
-def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("knobs", "over_a_phase"),
+    [
+        # Whitening, a baseline and a quantile, each over all rollouts, whichever process has read them.
+        ({}, {"advantages": block(ReinforceBaseline), "top_entropy_share": 0.5}),
+        ({"zero_stage": 3, "frozen_zero_stage": 3}, {}),
+    ],
+)
+def test_two_processes_make_what_one_makes(
+    copy_of_tiny: Copy, knobs: dict[str, int], over_a_phase: dict[str, Any]
+) -> None:
     """Stopped on the way, and finished by one."""
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
-        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20}}})
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
     assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1

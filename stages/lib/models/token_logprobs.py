@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-PassName = Literal["log_probs", "predictions", "details", "next_logits"]
+PassName = Literal["log_probs", "predictions", "details", "prompt_logits", "next_logits"]
 
 
 class TokenStatistics(NamedTuple):
@@ -49,8 +49,8 @@ class TokenLogProbs(nn.Module):
     Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
     over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
-    engine calls and into which DeepSpeed hooks; it takes the pass by its name.
+    There are five passes: `log_probs`, `predictions`, `details`, and for sampling `prompt_logits` and `next_logits`. All
+    go through `forward`, which an engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.
@@ -155,20 +155,37 @@ class TokenLogProbs(nn.Module):
         empty = torch.zeros(input_ids.shape, dtype=columns[0].dtype, device=input_ids.device)
         return [empty.masked_scatter(target_mask, column) for column in columns]
 
+    def prompt_logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """The logits after the last token of each prompt, for sampling. Returns (b, vocabulary).
+
+        Args:
+            input_ids: (b, t), padded on the right, which no token of a prompt sees.
+            position_ids: (b, t).
+            lengths: (b,), of the prompts.
+            cache: an empty key-value cache of transformers, which this pass fills.
+        """
+        output = self.language_model.base_model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return self._logits(output.last_hidden_state[rows, lengths - 1], 1.0)
+
     def next_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """The logits after the last token of each row, for sampling. Returns (b, vocabulary).
 
         Args:
             input_ids: (b, t), of what the cache does not hold yet.
-            attention_mask: (b, cached + t), True on real tokens, padding on the left.
+            attention_mask: (b, cached + t), True on real tokens, padding on the left; None: the cache knows it.
             position_ids: (b, t).
-            cache: a key-value cache of transformers, to which this pass adds.
+            cache: a key-value cache of transformers, or what stands for one, to which this pass adds.
         """
         output = self.language_model(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
+            attention_mask=None if attention_mask is None else attention_mask.long(),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,

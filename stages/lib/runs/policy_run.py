@@ -13,6 +13,7 @@ from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.symptoms import new_in
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import SavesModels, TrainingRun
 
@@ -27,9 +28,15 @@ def record_phase(
     kl: torch.Tensor | None,
     row: Mapping[str, float],
 ) -> None:
-    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is as `Rollouts.kl` gives it."""
+    """Add a phase (0-based) to the log and to the curve, show some of both, and say what begins to go wrong.
+
+    `kl` is as `Rollouts.kl` gives it.
+    """
     log.append(iteration, rollouts, kl)
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
+    if this_run.curve:
+        for seen in new_in([values for _, values in this_run.curve.rows()], iteration + 1):
+            this_run.say(f"{this_run.stage}: phase {iteration + 1}: {seen.line}")
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
         this_run.say(line)
 

@@ -1,5 +1,6 @@
 """`runtime.yaml`: how a stage runs on this machine. Nothing here may change a result beyond rounding."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,7 +133,10 @@ class Runtime(Settings):
         unit="rows or prompts",
     )
     workers: Count | None = key(
-        None, "that tokenize_data encodes on, with one thread each; null: as many as there are cores", unit="processes"
+        None,
+        "that tokenize_data encodes on, with one thread each, and that a reward function runs in; null: as many as "
+        "there are cores",
+        unit="processes",
     )
     log_seconds: NotNegative = key(
         5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
@@ -211,6 +215,12 @@ class Runtime(Settings):
         """True if a launch of so many processes trains with DeepSpeed."""
         wanted = world_size > 1 or self.zero_stage > 0 or bool(self.deepspeed)
         return self.engine == "deepspeed" or (self.engine == "auto" and wanted)
+
+    @property
+    def worker_count(self) -> int:
+        """`workers`, or the processors that this process may use."""
+        known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.workers or known or 1
 
     def _check_trackers(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):

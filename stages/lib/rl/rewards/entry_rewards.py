@@ -10,6 +10,7 @@ from stages.lib.compute.processes import Processes
 from stages.lib.data.chat import load_tokenizer
 from stages.lib.data.encoding import decode
 from stages.lib.models.pretrained import Loading
+from stages.lib.rl.rewards.function_rewards import format_verifier, math_verifier, user_function
 from stages.lib.rl.rewards.judge import JudgeScores
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
@@ -22,6 +23,9 @@ from stages.lib.settings.rewards import (
     REWARD_MODEL,
     AnyReward,
     CosineLengthReward,
+    FormatReward,
+    FunctionReward,
+    MathReward,
     MixedRewards,
     OverlongReward,
     RepetitionReward,
@@ -59,6 +63,9 @@ MAKERS: dict[type, Callable[[Any, RewardSurroundings], Any]] = {
     CosineLengthReward: lambda settings, around: CosineLength(settings, around.max_new_tokens),
     OverlongReward: lambda settings, around: Overlong(settings, around.max_new_tokens),
     RepetitionReward: lambda settings, _: Repetition(settings),
+    FormatReward: lambda settings, around: format_verifier(settings, around.processes, around.runtime.worker_count),
+    FunctionReward: lambda settings, around: user_function(settings, around.processes, around.runtime.worker_count),
+    MathReward: lambda settings, around: math_verifier(settings, around.processes, around.runtime.worker_count),
     RemoteReward: remote_scores,
     JudgeReward: judge_scores,
 }

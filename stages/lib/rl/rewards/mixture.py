@@ -78,7 +78,7 @@ class Mixture(NamedTuple):
         scores: list[RewardScore] = [None] * len(episodes)
         for row, given in zip(rows, part.reward(*asked) if rows else (), strict=True):
             score = finite_score(given)
-            if isinstance(score, Failure) and part.missing == "stop":
+            if isinstance(score, Failure) and (part.missing == "stop" or score.kind == "row"):
                 raise StageError(f"{told_episode(episodes[row])}: the reward {name} fails: {score.reason}")
             scores[row] = score
         return scores

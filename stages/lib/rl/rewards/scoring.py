@@ -10,7 +10,7 @@ from stages.lib.rl.episodes import Episode
 class Failure(NamedTuple):
     """Why a reward that was asked gave no number."""
 
-    kind: Literal["error", "timeout"]
+    kind: Literal["error", "timeout", "row"]  # row: a fault of the prompt's row, which always stops the run
     reason: str  # one line
 
 
