@@ -66,11 +66,6 @@ def facts_with_room(model: Path, settings: Tokenize) -> ModelFacts:
     return facts
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class KeptShards:
     """Shards that this version of the code has encoded, in the scratch folder of this run, each with its SHA-256."""
 
@@ -201,7 +196,7 @@ def main(
     facts = facts_with_room(tokenizer, settings)
     rows = {split: prepared / split / f"{kind}.jsonl" for split in SPLITS}
     shards = {split: row_shards(path, may_be_empty=(kind, split) in MAY_BE_EMPTY) for split, path in rows.items()}
-    workers = workers_for([shard for own in shards.values() for shard in own], read_runtime(STAGE).workers or cores())
+    workers = workers_for([shard for own in shards.values() for shard in own], read_runtime(STAGE).worker_count)
     if workers == 1:
         template_process()  # it loads while this one does
     encoder = ShardEncoder(load_tokenizer(tokenizer), tokenizer_hash(tokenizer), kind, settings, seed, facts)

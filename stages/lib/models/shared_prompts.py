@@ -7,14 +7,12 @@ A row attends to its prompt and to its own tokens, in one softmax over both:
 All rows have as many tokens of their own, so these need no mask. Prompts are padded on the right.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from stages.lib.models.model_traits import longest_whole_attention
@@ -146,9 +144,7 @@ class SharedPrompts:
             values = spread.reshape(-1, heads, several, size)
         return values if self.is_full else values[self.places]
 
-    def attention(
-        self, query: torch.Tensor, layer: PromptLayer, scaling: float, softcap: float | None
-    ) -> torch.Tensor:
+    def attention(self, query: torch.Tensor, layer: PromptLayer, scaling: float, softcap: float | None) -> torch.Tensor:
         """Of one token of each row, (n, heads, 1, d) → (n, 1, heads, d of the values)."""
         rows, heads, _, size = query.shape
         of_keys = layer.own_keys.shape[1]

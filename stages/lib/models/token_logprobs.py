@@ -56,18 +56,25 @@ class TokenLogProbs(nn.Module):
         language_model: a transformers causal language model.
         chunk_tokens: tokens whose logits exist at a time.
         with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
+        entropy_gradient: also where one is, so that a loss may hold them.
     """
 
     language_model: "PreTrainedModel"
 
     def __init__(
-        self, language_model: "PreTrainedModel", *, chunk_tokens: int = 4096, with_entropies: bool = False
+        self,
+        language_model: "PreTrainedModel",
+        *,
+        chunk_tokens: int = 4096,
+        with_entropies: bool = False,
+        entropy_gradient: bool = False,
     ) -> None:
         super().__init__()
         widen_logits(language_model)
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
         self.with_entropies = with_entropies
+        self.entropy_gradient = entropy_gradient
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
     def forward(self, *inputs: Any, run: PassName = "log_probs") -> Any:
@@ -217,7 +224,7 @@ class TokenLogProbs(nn.Module):
         """(n, d), (n,) → (n,), (n,)."""
         log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
         logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        if not self.with_entropies or torch.is_grad_enabled():
+        if not self.with_entropies or (torch.is_grad_enabled() and not self.entropy_gradient):
             return logps, torch.zeros_like(logps)
         return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
 

@@ -26,6 +26,7 @@ LIBRARIES = (
     *("matplotlib", "deepspeed", "peft", "bitsandbytes"),
 )
 RunRecord = dict[str, Any]
+_others: dict[str, str] = {}  # package → version: what a stage's worker processes have imported
 # What is read of a record, and what it is.
 FIELDS: dict[str, Any] = {
     "stage": str,
@@ -40,6 +41,11 @@ FIELDS: dict[str, Any] = {
     "python": str,
     "versions": dict,
 }
+
+
+def note_versions(versions: Mapping[str, str]) -> None:
+    """Have the record of this run name these packages, too, which other processes of it have imported."""
+    _others.update(versions)
 
 
 def log_run(
@@ -71,7 +77,8 @@ def log_run(
         "runtime": runtime,
         "code": running_manifest(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("dvc", *LIBRARIES) if name == "dvc" or name in sys.modules},
+        "versions": {name: version(name) for name in ("dvc", *LIBRARIES) if name == "dvc" or name in sys.modules}
+        | _others,
     }
     try:
         scratch_root().mkdir(parents=True, exist_ok=True)

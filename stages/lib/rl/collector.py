@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.data.prompts import Prompt
-from stages.lib.rl.rewards.scoring import Reward, scores_of
+from stages.lib.rl.episodes import Episode
+from stages.lib.rl.rewards.mixture import Mixture
+from stages.lib.rl.rewards.reward_metrics import with_parts
+from stages.lib.rl.rewards.scoring import Reward, ScoredEpisodes, scores_of
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.rl.samplers.sampler import Sampler
 from stages.lib.rl.trained_policy import TrainedPolicy
@@ -23,6 +26,14 @@ class Collector(NamedTuple):
     def collect(self, prompts: Sequence[Prompt], phase: int, samples_per_prompt: int = 1) -> Rollouts:
         """Responses from the policy as it is, in a phase (0-based). Nothing that a checkpoint holds changes in it."""
         episodes = self.sampler.sample(prompts, phase, samples_per_prompt)
-        scores = scores_of(self.reward, episodes)
+        scored = self.scored(episodes)
         engine, reference = self.policy.engine, self.policy.reference
-        return read_rollouts(episodes, scores, engine, reference, self.critic, self.sampler.temperature, self.batching)
+        temperature = self.sampler.temperature
+        rollouts = read_rollouts(episodes, scored.totals, engine, reference, self.critic, temperature, self.batching)
+        return with_parts(rollouts, scored.parts)
+
+    def scored(self, episodes: Sequence[Episode]) -> ScoredEpisodes:
+        """The rewards of the episodes. Raises StageError if one has none."""
+        if isinstance(self.reward, Mixture):
+            return self.reward.scored(episodes)
+        return ScoredEpisodes(scores_of(self.reward, episodes))

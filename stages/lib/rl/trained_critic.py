@@ -27,12 +27,12 @@ class TrainedCritic(NamedTuple):
     """The engine gives a value at each token, the reward model a score of each response."""
 
     engine: Engine
-    reward_model: RewardModel
+    reward_model: RewardModel | None  # None where none takes part
 
 
 def load_critic(
     critic: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     policy: Path,
     reading: RewardSettings,
     lora_settings: LoraSettings | None,
@@ -49,15 +49,19 @@ def load_critic(
     its first head, else a model of its own.
 
     Args:
+        reward_model: None where none takes part.
         reading: how the reward model is read, and so the critic that starts from the same folder. Its scores may be
             standardised, the critic's values are not: it learns by itself what returns are like.
         batching: of passes over the policy's ids.
     Raises:
         StageError: one of them cannot be loaded, or the critic's head or label would have to be named.
     """
-    of_critic = reading if critic == reward_model else reading_of_other(critic, reward_model)
+    others = reward_model is not None and critic != reward_model
+    of_critic = reading_of_other(critic, reward_model) if others else reading
     classifier = cast("PreTrainedModel", load_critic_start(critic, of_critic, loading, seed, policy))
     lora = Lora(classifier, lora_settings, seed, critic)
+    if reward_model is None:
+        return TrainedCritic(new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes), None)
     # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
     shared = lora_settings and loading.runtime.zero_stage < 3 and critic == reward_model
     head = find_reward_head(reward_model, reading)

@@ -1,5 +1,6 @@
 """`runtime.yaml`: how a stage runs on this machine. Nothing here may change a result beyond rounding."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +15,9 @@ from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
 from stages.lib.operations.stage_names import DATA_STAGES, STAGES
 from stages.lib.operations.tracker import TrackerName
-from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
+from stages.lib.settings.bounds import AnyValue, Count, Name, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.reward_servers import RewardServer
 
 RUNTIME_FILE = Path("runtime.yaml")
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
@@ -131,7 +133,10 @@ class Runtime(Settings):
         unit="rows or prompts",
     )
     workers: Count | None = key(
-        None, "that tokenize_data encodes on, with one thread each; null: as many as there are cores", unit="processes"
+        None,
+        "that tokenize_data encodes on, with one thread each, and that a reward function runs in; null: as many as "
+        "there are cores",
+        unit="processes",
     )
     log_seconds: NotNegative = key(
         5.0, "between two progress lines in a log (a terminal is refreshed each step)", unit="seconds"
@@ -145,6 +150,9 @@ class Runtime(Settings):
     kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")
     resume_across_code_change: bool = key(
         False, "let a killed run go on from its checkpoint although the code has changed since"
+    )
+    reward_servers: dict[Name, RewardServer] = key(
+        {}, "where rewards of the types remote and judge are asked, by the name that params.yaml has for a server"
     )
     trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")
     tracker_folder: Text = key(
@@ -207,6 +215,12 @@ class Runtime(Settings):
         """True if a launch of so many processes trains with DeepSpeed."""
         wanted = world_size > 1 or self.zero_stage > 0 or bool(self.deepspeed)
         return self.engine == "deepspeed" or (self.engine == "auto" and wanted)
+
+    @property
+    def worker_count(self) -> int:
+        """`workers`, or the processors that this process may use."""
+        known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.workers or known or 1
 
     def _check_trackers(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):

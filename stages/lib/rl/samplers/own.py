@@ -149,7 +149,11 @@ class OwnSampler:
                 decoding.keep(kept)
                 rows, drawn, ended = rows[kept], drawn[kept], ended[kept]
             logits = decoding.next(drawn)
-        return {} if asleep else {draw.place: self._until_eos(ids) for draw, ids in zip(draws, tokens.tolist(), strict=True)}
+        return (
+            {}
+            if asleep
+            else {draw.place: self._until_eos(ids) for draw, ids in zip(draws, tokens.tolist(), strict=True)}
+        )
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids

@@ -24,5 +24,5 @@ def test_every_response_gets_its_own_score(budget: int, packing: bool) -> None:
 
 def test_a_response_without_a_score_is_an_error() -> None:
     assert scores_of(lambda episodes: [float(episode.prompt.row) for episode in episodes], EPISODES) == [10, 11, 12]
-    with pytest.raises(StageError, match=r"row 11 of the prompts: the reward gives no score to the response 'text 1'"):
+    with pytest.raises(StageError, match=r"row 11 of the prompts, response 'text 1': the reward gives no score to it"):
         scores_of(lambda _: [1.0, None, 2.0], EPISODES)

@@ -1,0 +1,55 @@
+"""Whether a response's answer equals the right one, by math-verify; runs in a worker process (`function_worker.py`).
+
+math-verify's own time-outs raise SIGALRM, which works in the main thread alone, and its defaults turn whatever it
+raises into "wrong". Here both are off: the process is ended by who waits for it, and what is raised is told.
+"""
+
+import logging
+from functools import cache
+from typing import Any, Literal
+
+from math_verify import parse, verify
+from math_verify.parser import LatexExtractionConfig
+
+BOXED = "\\boxed"
+MARKS = ("$", BOXED, "\\(", "\\[")  # of a formula within a text
+IN_BOX = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+for _module in ("parser", "grader", "utils"):  # which warn at each run that time-outs are off
+    logging.getLogger(f"math_verify.{_module}").setLevel(logging.CRITICAL)
+
+
+class UnreadableAnswerError(ValueError):
+    """The right answer of a row is no mathematics: a fault of the row, not of the response."""
+
+    kind = "row"
+
+
+def score_answer(completion: str, answer: str, read: Literal["anywhere", "boxed"]) -> float:
+    """1.0 or 0.0; an answer that cannot be found or read is wrong.
+
+    Raises:
+        UnreadableAnswerError: the right answer cannot be read.
+    """
+    given = parsed_box(completion) if read == "boxed" else parsed(completion)
+    return float(bool(given) and verify(right_answer(answer), given, timeout_seconds=None, raise_on_error=True))
+
+
+@cache
+def right_answer(text: str) -> list[Any]:
+    is_marked = any(mark in text for mark in MARKS)
+    found = parsed(text) if is_marked else parsed(f"${text}$")  # it is a formula as a whole, not a text with one in it
+    if not found:
+        raise UnreadableAnswerError(f"the right answer {text!r} cannot be read as mathematics")
+    return found
+
+
+def parsed(text: str) -> list[Any]:
+    return parse(text, parsing_timeout=0, raise_on_error=True)
+
+
+def parsed_box(text: str) -> list[Any]:
+    """What is in the last box of a text; nothing without one."""
+    start = text.rfind(BOXED)
+    if start < 0:
+        return []
+    return parse(text[start:], IN_BOX, fallback_mode="no_fallback", parsing_timeout=0, raise_on_error=True)

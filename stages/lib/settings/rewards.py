@@ -1,0 +1,141 @@
+"""The rewards of an entry beside its reward model, by name, each type with the keys it has."""
+
+import os
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
+from stages.lib.settings.declaration import key
+from stages.lib.settings.reward_part import RewardPart, Weight
+from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
+
+REWARD_MODEL = "reward_model"  # the name of the reward model among the parts of a reward
+FunctionPath = Annotated[
+    str, StringConstraints(pattern=r"^rewards/(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py:[A-Za-z_]\w*$", max_length=500)
+]
+
+
+class FunctionReward(RewardPart):
+    """A function of the user's own."""
+
+    type: Literal["function"] = key("function", "a Python function below rewards/")
+    path: FunctionPath = key("rewards/example.py:score", "file and function")
+    seconds: Positive = key(10.0, "for one response; what takes longer is ended", unit="seconds")
+
+
+class MathReward(RewardPart):
+    """1 for an answer that is mathematically equal to the row's, else 0."""
+
+    type: Literal["math"] = key("math", "1 for the right answer, else 0, by math-verify")
+    missing: Literal["stop", "skip"] = key(
+        "skip", "where an answer cannot be compared in time, or at all: stop: end the run | skip: count it; it is 0"
+    )
+    answer: Text = key("answer", "the fact that holds the right answer")
+    answer_after: Text | None = key(None, "of the fact, the answer is what follows this, such as ####; null: all of it")
+    read: Literal["anywhere", "boxed"] = key(
+        "anywhere", "the response's answer: its last formula or number | boxed: in its last \\boxed{} alone"
+    )
+    seconds: Positive = key(5.0, "for one response", unit="seconds")
+
+
+class FormatReward(RewardPart):
+    """1 for a response of a form, else 0."""
+
+    type: Literal["format"] = key("format", "1 for a response that a regular expression matches, else 0")
+    pattern: Text = key(
+        r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*",
+        "of Python's re, which matches the whole response; a dot matches line ends, too",
+    )
+    seconds: Positive = key(1.0, "for one response", unit="seconds")
+
+
+class CosineLengthReward(RewardPart):
+    """A score that goes by the length: short right answers and long wrong ones are the better ones."""
+
+    type: Literal["cosine_length"] = key(
+        "cosine_length",
+        "by length, along a cosine, from one value to another: its ends for right and for wrong answers",
+        source="arXiv 2502.03373, section 3.1 and appendix",
+    )
+    judged_by: Name = key("answer", "the entry of rewards that says what is right: a score above 0.5")
+    right_from: Weight = key(2.0, "of a right answer of length 0")
+    right_to: Weight = key(1.0, "of a right answer of length longest")
+    wrong_from: Weight = key(-10.0, "of a wrong answer of length 0")
+    wrong_to: Weight = key(0.0, "of a wrong answer of length longest")
+    exceeding: Weight = key(-10.0, "of a response of length longest or above")
+    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+
+
+class RepetitionReward(RewardPart):
+    """What is taken off for repeated n-grams."""
+
+    type: Literal["repetition"] = key(
+        "repetition",
+        "−penalty × the share of n-grams that are repetitions of earlier ones",
+        source="arXiv 2502.03373, as in open-r1",
+    )
+    n: Count = key(20, "of the n-grams", unit="tokens")
+    penalty: NotNegative = key(1.0, "of a response that is nothing but repetition")
+
+
+class OverlongReward(RewardPart):
+    """What is taken off near the limit of tokens."""
+
+    type: Literal["overlong"] = key(
+        "overlong",
+        "−penalty, rising linearly over the last buffer tokens before longest",
+        source="DAPO, arXiv 2503.14476, Eq 13",
+    )
+    buffer: Count = key(16, "below longest in which the penalty rises", unit="tokens")
+    penalty: NotNegative = key(1.0, "of a response of length longest")
+    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+
+
+AnyReward = Annotated[
+    FunctionReward
+    | MathReward
+    | FormatReward
+    | CosineLengthReward
+    | RepetitionReward
+    | OverlongReward
+    | RemoteReward
+    | JudgeReward,
+    Field(discriminator="type"),
+]
+
+
+class MixedRewards(RewardSettings):
+    """Of a section whose reward is a sum: the score of a reward model, and what these rewards say."""
+
+    reward_model: Text = key("models/rm", "folder of the reward model; that of model itself: none takes part")
+    reward_model_weight: NotNegative = key(1.0, "of the reward model's score in the sum")
+    rewards: dict[Name, AnyReward] = key({}, "more of the reward, by name: functions, verifiers, rules")
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        if REWARD_MODEL in self.rewards:
+            raise ValueError(f"rewards must not have the name {REWARD_MODEL}, which the reward model's score has")
+        for name, reward in self.rewards.items():
+            judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
+            if judge is not None and isinstance(self.rewards.get(judge), CosineLengthReward | None):
+                raise ValueError(f"rewards.{name}.judged_by must name another reward that is no cosine_length: {judge}")
+        if self.has_reward_model:
+            return self
+        if not any(reward.weight for reward in self.rewards.values()):
+            raise ValueError(
+                "reward_model names model itself, so that none takes part; then rewards must have one of a weight"
+            )
+        reading = (self.reward_head, self.reward_label, self.standardise_reward, self.reward_model_weight)
+        if reading != (None, None, False, 1.0):
+            raise ValueError(
+                "reward_model names model itself, so that none takes part: set reward_head and reward_label to null, "
+                "standardise_reward to false, reward_model_weight to 1.0"
+            )
+        return self
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether one takes part: DVC cannot depend on nothing, so the entry's own model stands for none."""
+        return os.path.normpath(self.reward_model) != os.path.normpath(getattr(self, "model", ""))
