@@ -7,9 +7,8 @@ R is the reward of a response, less a penalty if it does not end, and less its K
 the loss. What advantages, loss and KL are is chosen by blocks of params.yaml, which list the papers; the mean of L is
 over a whole optimizer step. With LoRA a reference that is the policy's start is the policy without its adapters.
 
-    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow \\
-        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
-        --metrics metrics/training --curve metrics/curves --name grpo
+    python -m stages.train_grpo --validation data/tokens/validation/prompts.arrow --out models \\
+        --rollouts data/rollouts --metrics metrics/training --curve metrics/curves --name grpo
 """
 
 from __future__ import annotations
@@ -119,7 +118,6 @@ def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
 
 
 def main(
-    tokens: PathOption,
     validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
@@ -127,13 +125,14 @@ def main(
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Train a policy on the prompts in TOKENS to please a reward model."""
+    """Train a policy to please its rewards."""
     name, settings = read_entry("train_grpo", TrainGrpo, name)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime, kernels = read_runtime("train_grpo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
     paths = (settings.model, settings.reference, settings.reward_model)
     model, reference = Path(settings.model), Path(settings.reference)
+    tokens = Path(settings.tokens) / "train/prompts.arrow"
     prompts = read_prompts(tokens, model, reference)
     outs = {
         "model": out / name,
@@ -147,7 +146,7 @@ def main(
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
     columns += GROUP_COLUMNS if settings.dynamic_sampling else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
-    columns += held_out_columns(settings.held_out, f"train_grpo.{name}")
+    columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -208,7 +208,7 @@ def ppo_phases(
             entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
             of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef)
             row |= update(settings, seed, iteration, *of_both)
-            # 5. The coefficients of the next phase's KL and entropy, and its reference.
+            # 5. The coefficients of the next phase's KL and entropy.
             parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
             parts.entropy.update(row["policy/entropy"])
         # 6. What the policy now answers to validation prompts, whether it goes on, and the next phase's reference.
@@ -320,12 +320,12 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    held_out_tokens = [validation] if settings.held_out else []
-    inputs = [tokens, *held_out_tokens, *([ptx_tokens] if settings.ptx else []), *map(Path, paths)]
+    of_settings = {validation: settings.held_out, ptx_tokens: settings.ptx}
+    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, paths)]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = curve_columns(settings) + reward_columns(part_names(settings), prompts["source"][:])
-    columns += held_out_columns(settings.held_out, f"train_ppo.{name}")
+    columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")
+    columns += reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return

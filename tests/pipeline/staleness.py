@@ -22,9 +22,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
+from stages.lib.operations import code_closure
 from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.fetch_model import HubModel
+from stages.lib.settings.pass_rates import PassRates
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
 from stages.lib.settings.ref_logprobs import RefLogprobsUnpaired
 from stages.lib.settings.sample_pairs import SamplePairs
@@ -114,6 +116,19 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
         _yaml.parse_yaml = parse
 
 
+@contextlib.contextmanager
+def files_read_once(edited: set[Path]) -> Iterator[None]:
+    """Files of code are looked for and read once, but for those being edited: most of the time of a manifest."""
+    path_of, read_source = code_closure._path_of, code_closure.read_source
+    read_once = functools.cache(read_source)
+    code_closure._path_of = functools.cache(path_of)
+    code_closure.read_source = lambda file: read_source(file) if file.absolute() in edited else read_once(file)
+    try:
+        yield
+    finally:
+        code_closure._path_of, code_closure.read_source = path_of, read_source
+
+
 def settings_of_copy() -> dict[str, Any]:
     """The default settings and an entry in each group of stages that has none, so that all groups are looked at."""
     params = default_params()
@@ -126,6 +141,7 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
     params["sample_pairs"] = {"first": block(SamplePairs)}
+    params["pass_rates"] = {"first": block(PassRates)}
     params["prepare_data"]["kinds"].append("unpaired")
     params["ref_logprobs_unpaired"] = {"sft": block(RefLogprobsUnpaired)}
     params["train_unpaired"] = {"kto": block(TrainUnpaired)}
@@ -158,6 +174,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "train_sft": ("train_sft.*.epochs", 7.0),
     "train_rm": ("train_rm.*.epochs", 7.0),
     "sample_pairs": ("sample_pairs.*.temperature", 0.5),
+    "pass_rates": ("pass_rates.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
     "ref_logprobs_unpaired": ("ref_logprobs_unpaired.*.mismatched", False),
@@ -245,11 +262,15 @@ def stale_by_parts(folder: Path) -> dict[str, set[str]]:
             file.stem: asked(repo, folder, {file: text + "more\n"}, again=False)
             for file, text in manifest_files(folder).items()
         }
-        before = manifests_of_code(stale_with)
-        for row, (file, text) in code.items():
-            with edited({file: text}):
-                after = manifests_of_code(stale_with)
-            answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
+        being_edited: set[Path] = set()
+        with files_read_once(being_edited):
+            before = manifests_of_code(stale_with)
+            for row, (file, text) in code.items():
+                being_edited.add(file)
+                with edited({file: text}):
+                    after = manifests_of_code(stale_with)
+                being_edited.clear()
+                answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
         assert asked(repo, folder, dict(remarks_of(folder).values())) == {FIRST}
         return {row: answers[row] for row in changes}
 

@@ -84,11 +84,11 @@ class GroupSampling:
             asked, used = asked + missing, used + 1
         count = int(kept.sum())
         rows = [row for row in range(len(episodes)) if not count or kept[row // size]]
-        rollouts = self.collector.read([episodes[row] for row in rows], rows_of(scored, rows))
-        return PhaseGroups(rollouts, asked, count, metrics_of(filtering, asked, count, used, rewards))
+        rollouts = self.collector.read([episodes[row] for row in rows], scores_of_rows(scored, rows))
+        return PhaseGroups(rollouts, asked, count, sampling_metrics(filtering, asked, count, used, rewards))
 
 
-def metrics_of(
+def sampling_metrics(
     filtering: DynamicSampling | None, asked: int, kept: int, rounds: int, rewards: torch.Tensor
 ) -> dict[str, float]:
     """What the curve says of a phase's sampling; `rewards` are those of all groups, whether kept or not."""
@@ -117,7 +117,7 @@ def joined(one: ScoredEpisodes, other: ScoredEpisodes) -> ScoredEpisodes:
     return ScoredEpisodes(one.totals + other.totals, parts)
 
 
-def rows_of(scored: ScoredEpisodes, rows: Sequence[int]) -> ScoredEpisodes:
+def scores_of_rows(scored: ScoredEpisodes, rows: Sequence[int]) -> ScoredEpisodes:
     """The scores of some of the episodes."""
     parts = {name: [scores[row] for row in rows] for name, scores in scored.parts.items()}
     return ScoredEpisodes([scored.totals[row] for row in rows], parts)

@@ -50,17 +50,19 @@ class Evaluated(Protocol):
     def max_new_tokens(self) -> int: ...
 
 
-def held_out_columns(settings: HeldOutSettings | None, where: str) -> tuple[str, ...]:
+def held_out_columns(settings: Evaluated, where: str) -> tuple[str, ...]:
     """The columns of the curve. Raises StageError, naming the entry `where`, for a metric that there is not."""
-    if settings is None:
+    if settings.held_out is None:
         return ()
-    name = settings.best_by.metric
-    if name not in METRICS:
+    has_reference = getattr(settings, "reads_reference", True)
+    name = settings.held_out.best_by.metric
+    metrics = [metric for metric in METRICS if has_reference or metric != "objective/kl"]
+    if name not in metrics:
         raise StageError(
             f"params.yaml: {where}.held_out.best_by.metric: there is no metric {name!r} here"
-            f"{nearest(name, METRICS)}; there are {', '.join(METRICS)}"
+            f"{nearest(name, metrics)}; there are {', '.join(metrics)}"
         )
-    return tuple(f"validation/{metric}" for metric in METRICS)
+    return tuple(f"validation/{metric}" for metric in metrics)
 
 
 def held_out_prompts(settings: Evaluated, path: Path, model: "PreTrainedModel", where: str) -> list[Prompt]:
@@ -134,8 +136,8 @@ class HeldOutEvaluation:
             rollouts = self.collector.collect(self.prompts, STEP)
             kl, rewards = rollouts.kl("k1"), float(self.rewards(rollouts).mean())
             found = summary(rollouts, kl) | {"objective/rewards": rewards}
-            found["objective/rlhf_reward"] = rewards - self.settings.kl_weight * found["objective/kl"]
-            results = {name: found[name] for name in METRICS}
+            found["objective/rlhf_reward"] = rewards - self.settings.kl_weight * found.get("objective/kl", 0.0)
+            results = {name: found[name] for name in METRICS if name in found}
             for name, value in results.items():
                 require_finite(value, f"validation {name}", phase)
             self.best.offer(results, phase + 1, self._weights)

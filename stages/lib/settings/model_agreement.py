@@ -15,6 +15,7 @@ from stages.lib.settings.named_models import MODELS, TRAINED, made_by_stages, na
 
 SCORED = (
     "sample_pairs",
+    "pass_rates",
     "train_ppo",
     "train_grpo",
     "evaluate_rm",

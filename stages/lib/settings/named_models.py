@@ -19,11 +19,17 @@ from stages.lib.settings.training_tokens import TrainingTokens
 TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
-MODELS, TOKENS, SAMPLED = Path("models"), Path("data/tokens"), Path("data/sampled")
+MODELS, TOKENS, SAMPLED, PASS_RATES = (
+    Path("models"),
+    Path("data/tokens"),
+    Path("data/sampled"),
+    Path("data/pass_rates"),
+)
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
     "sample_pairs": "prompts",
+    "pass_rates": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
     "ref_logprobs_unpaired": "unpaired",
@@ -118,6 +124,9 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
     made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
+    for name in params["pass_rates"]:
+        for part in ("kept", "control"):
+            made[PASS_RATES / name / part] = (f"pass_rates.{name}", TABLES)
     for section, tables in REFERENCES.items():
         for name in params[section]:
             made[tables.folder / name] = (f"{section}.{name}", tables.held)

@@ -32,6 +32,11 @@ class TrainGrpo(MixedRewards):
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
+    tokens: Text = key(
+        "data/tokens",
+        "folder of the token tables whose train prompts are asked: data/tokens, or data/pass_rates/<name>/kept, or its "
+        "control",
+    )
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
