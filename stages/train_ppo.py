@@ -26,6 +26,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -45,7 +46,7 @@ if not asks_for_help():
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
     from stages.lib.rl.policy_losses import POLICY_LOSSES
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
-    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
@@ -108,7 +109,7 @@ def load_parts(
     """`may_stop` is called between two batches of sampling."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
-    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
+    model, reward_model = Path(settings.model), single_reward_model(settings)
     launch = (seed, loading, processes)
     policy = load_policy(model, Path(settings.reference), settings.lora, settings.policy_optimizer, of_policy, *launch)
     batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
@@ -244,7 +245,7 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *map(Path, paths)]
+    inputs = [tokens, *map(Path, (*paths, *reward_files(settings.rewards, f"train_ppo.{name}.rewards")))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = COLUMNS + reward_columns(part_names(settings), prompts["source"][:])

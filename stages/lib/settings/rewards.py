@@ -6,15 +6,14 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Le
 from pydantic import Field, StrictBool, StringConstraints, model_validator
 
+from stages.lib.command.wrong_values import FUNCTION_PATH
 from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text, WholeNumber
 from stages.lib.settings.declaration import Settings, key
 from stages.lib.settings.reward_reading import RewardSettings
 
 REWARD_MODEL = "reward_model"  # the name of the reward model among the parts of a reward
 Weight = Annotated[float, Ge(-1e6), Le(1e6)]
-FunctionPath = Annotated[
-    str, StringConstraints(pattern=r"^rewards/(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py:[A-Za-z_]\w*$", max_length=500)
-]
+FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION_PATH, max_length=500)]
 
 
 class RowsWhere(Settings):
