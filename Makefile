@@ -1,5 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
-# KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n, DATA=…, MODEL=….
+# KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n, DATA=…, MODEL=…, LABEL=…,
+# PORT=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -7,10 +8,10 @@ VENV := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
-USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL
+USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -50,7 +51,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
-        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview test test-fast fuzz prove soak bench \
+        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview serve-rm test test-fast fuzz prove soak bench \
         pass-cost losses lint clean
 
 help: ## Show this list
@@ -136,6 +137,9 @@ fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then
 preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test TOKENS=data/sampled/first)
 	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT") $(if $(TOKENS),--tokens "$$TOKENS")
 
+serve-rm: $(VENV) ## Serve a reward model on loopback by OpenRLHF's /get_reward: MODEL=models/rm PORT=5000 (LABEL=POSITIVE)
+	.venv/bin/python -m stages.tools.serve_reward --model "$${MODEL:-models/rm}" $(if $(PORT),--port "$$PORT") $(if $(LABEL),--label "$$LABEL")
+
 explain: $(VENV) ## Say what a section, block or key may hold: KEY=train_dpo.dpo.loss, KEY=runtime.default.threads (KEY= lists them)
 	.venv/bin/python -m stages.tools.explain $(if $(KEY),"$$KEY")
 
@@ -203,7 +207,7 @@ lint: $(VENV) ## Check style, format and types
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
 	rm -rf plots .pytest_cache .ruff_cache
-	test ! -d .scratch || find .scratch -mindepth 1 -maxdepth 1 ! -name runs.jsonl -exec rm -rf {} +
+	test ! -d .scratch || find .scratch -mindepth 1 -maxdepth 1 ! -name runs.jsonl ! -name answers.sqlite -exec rm -rf {} +
 	find . -path ./.venv -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
 	  \( -name __pycache__ -o -name '.*.partial' \) -prune -exec rm -rf {} +
 	@test -z "$$STAGEWISE_SCRATCH" || echo "kept: training state in $$STAGEWISE_SCRATCH"

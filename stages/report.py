@@ -25,6 +25,7 @@ from stages.lib.report.number_formats import decimal, number, percent, signed
 from stages.lib.report.outcome import Measured, outcome, shown
 from stages.lib.report.pages import joined_names, render_page, write_page
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Named, read_inputs
+from stages.lib.rl.symptoms import of_run
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.score_samples import ScoreSamples
@@ -35,6 +36,7 @@ FIRST_CURVES = (
     *("objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy"),
     *("response/length", "response/eos_rate", "group/distinct", "group/without_variance"),
 )
+RL_STAGES = ("train_ppo", "train_grpo")
 NOTHING = "\N{EN DASH}"
 
 
@@ -232,6 +234,15 @@ def model_curves(name: str, stage: str, metrics: Measured, curve: CurveTable) ->
     }
 
 
+def symptoms_of(curve: CurveTable) -> list[str]:
+    """What went wrong in an RL stage, a sentence each."""
+    phases: list[dict[str, float]] = [{} for _ in curve.steps]
+    for name, column in curve.metrics.items():
+        for phase, value in zip(phases, column, strict=True):
+            phase.update({} if value is None else {name: value})
+    return of_run(phases)
+
+
 def side_by_side(samples: Mapping[str, list[dict[str, Any]]], reference: str) -> list[dict[str, Any]]:
     """The same prompt answered by each policy; the reference's answer comes with a policy's, if it is none of them."""
     samples = {policy: rows for policy, rows in samples.items() if rows}
@@ -277,6 +288,11 @@ def page_of(inputs: Inputs) -> str:
         {
             "title": f"Report on {joined_names(names)}",
             "outcome": outcome(measured, reference, inputs.reward_models, inputs.data.get("bayes_accuracy")),
+            "symptoms": {
+                name: found
+                for name, curve in inputs.curves.items()
+                if named.trained[name] in RL_STAGES and (found := symptoms_of(curve))
+            },
             "reference": reference,
             "judge": named.judge,
             "policies": policies_table(measured, reference) if measured else None,

@@ -1,12 +1,11 @@
-"""Group relative policy optimization (arXiv 2402.03300) against a reward model: several responses a prompt, no critic.
+"""Policy optimisation without a critic: several responses to a prompt, compared with each other (GRPO and its kin).
 
-    A_i = (R_i − mean R) / (s + ε_A)                over the samples of a prompt; the same for all tokens of a response
-    L   = E[−min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3]    ρ = π(y_t) / π_old(y_t), k3 an estimate of the KL to π_ref
+    A_i = (R_i − mean R) / (s + ε)                    over the samples of a prompt (GRPO, arXiv 2402.03300), or another
+    L   = E[−min(ρ A, clip(ρ, 1−low, 1+high) A) + β KL]    ρ = π(y_t) / π_old(y_t); KL an estimate of that to π_ref
 
-R is the reward model's score, less a penalty for a response that does not end. The mean of L is over the tokens of a
-whole minibatch (DAPO, arXiv 2503.14476, Eq 8), not over means of responses, in which a long one's tokens weigh little.
-params.yaml names the model that the policy starts from, the reference and the reward model; with LoRA a reference that
-is the policy's start is the policy without its adapters.
+R is the reward of a response, less a penalty if it does not end, and less its KL where that is in the reward instead of
+the loss. What advantages, loss and KL are is chosen by blocks of params.yaml, which list the papers; the mean of L is
+over a whole optimizer step. With LoRA a reference that is the policy's start is the policy without its adapters.
 
     python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
         --metrics metrics/training --curve metrics/curves --name grpo
@@ -27,33 +26,32 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
 if not asks_for_help():
-    import torch
-
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading
-    from stages.lib.rl.advantages import group_relative, group_summary
+    from stages.lib.rl.advantages import advantages_of, group_summary
     from stages.lib.rl.collector import Collector
-    from stages.lib.rl.kl_control import kl_estimate
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.group_loss import step_loss
+    from stages.lib.rl.kl_control import new_controller
+    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.rollouts import summary
     from stages.lib.rl.score_normalisation import shape_scores
+    from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
 COLUMNS += ("response/eos_rate", "group/distinct", "group/without_variance", "policy/entropy", "policy/loss")
-COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate")
+COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate", "objective/kl_coef")
 
 
 def grpo_phases(
@@ -61,37 +59,35 @@ def grpo_phases(
 ) -> None:
     """The phases that are left."""
     engine, batching = collector.policy.engine, collector.batching
+    controller = new_controller(settings.kl)
     state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget}
+    state |= {"kl_controller": controller}
     for iteration in this_run.steps(settings.iterations, **state):
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
         rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
-        # 2. Rewards: scores, less a penalty for a response that does not end, and advantages within each group.
-        scores = shape_scores(rollouts.scores, rollouts.ended, missing_eos_penalty=settings.missing_eos_penalty)
-        kl = rollouts.kl("k1")
-        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef=0.0))
-        advantages, _ = group_relative(rollouts, settings)
+        # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
+        #    loss; advantages of responses, most often within their group.
+        kl, kl_coef = rollouts.kl(settings.reported_kl), controller.coef
+        in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
+        scores = shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
+        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
+        advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
-        row |= {"learning_rate": engine.learning_rate}
+        row |= {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
         require_finite(row["objective/rewards"], "reward", iteration)
-        # 3. Updates of the policy; the KL to the reference is in their loss, not in the rewards.
-        learner = Learner("policy", engine, batching, rollouts, partial(grpo_loss, settings, advantages))
-        batches = minibatches(len(rollouts.episodes), settings, seed, iteration)
-        row |= mean_of_each([learner.update(rows) for rows in batches])
+        # 3. Updates of the policy.
+        counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
+        found = []
+        for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
+            loss = step_loss(settings, counted, advantages, rows)
+            found.append(Learner("policy", engine, batching, counted, loss).update(rows))
+        row |= mean_of_each(found)
+        # 4. The coefficient of the next phase's KL.
+        controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         keep_policy(this_run, collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
-
-
-def grpo_loss(settings: TrainGrpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
-    """L, and how far the policy is from the one that sampled and from the reference."""
-    mask, reference_logps = rollouts.response_mask[one.rows], rollouts.reference_logps[one.rows]
-    logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
-    logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0
-    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    kl = kl_estimate(logps, reference_logps, "k3").sum()
-    loss = terms.loss_sum + settings.kl_coef * kl
-    return {"loss": loss, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum, "kl": kl}
 
 
 def main(
@@ -126,13 +122,15 @@ def main(
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
         updates, launch = settings.total_updates, (seed, loading, processes)
+        reference = reference if settings.reads_reference else None
         policy = load_policy(model, reference, settings.lora, settings.optimizer, updates, *launch)
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_grpo.{name}")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
+        of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
+        reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)
         grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
         results = {"iterations": settings.iterations, **log.results()}

@@ -1,6 +1,6 @@
 """Proximal policy optimization (arXiv 1707.06347) against a reward model, with a critic and a KL penalty.
 
-    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_ref(y_t)
+    r_t = −β KL_t + 1[t = T−1] R(x, y)          KL_t estimated from log π(y_t) − log π_ref(y_t); or in L_π, + β KL_t
     A   = GAE(γ, λ) of r under the critic       (arXiv 1506.02438), whitened over the rollouts of a phase
     L_π = −E[min(ρ A, clip(ρ, 1−ε, 1+ε) A)]      ρ = π(y_t) / π_old(y_t), at the sampling temperature
     L_V = ½ E[max((V − G)², (clip(V, V_old ± ε_v) − G)²)]
@@ -38,24 +38,30 @@ if not asks_for_help():
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
-    from stages.lib.models.pretrained import Loading, end_and_pad_ids
+    from stages.lib.data.token_tables import check_table_fits
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of
+    from stages.lib.objectives.sft import SftObjective
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
-    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
+    from stages.lib.rl.entropy_bonus import EntropyCoefficient
+    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import POLICY_LOSSES
+    from stages.lib.rl.policy_losses import policy_terms
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
+    from stages.lib.rl.ptx import Ptx, read_supervised
+    from stages.lib.rl.reference_reset import ResetReference
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
-    from stages.lib.rl.token_rewards import token_rewards
+    from stages.lib.rl.step_back import LimitedUpdates
+    from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import keep_policy, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -81,6 +87,16 @@ COLUMNS = (
 )
 
 
+def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
+    """Of the curve, with those of what these settings add."""
+    added = {
+        "policy/kl": settings.kl.type == "in_loss",
+        "objective/entropy_coef": settings.entropy_bonus.type != "none",
+        "ptx/loss": settings.ptx is not None,
+    }
+    return (*COLUMNS, *(name for name, is_there in added.items() if is_there))
+
+
 class Parts(NamedTuple):
     """What a phase is made with."""
 
@@ -89,13 +105,16 @@ class Parts(NamedTuple):
     collector: Collector
     moments: RunningMoments
     kl_controller: AdaptiveKLController | FixedKLController
+    entropy: EntropyCoefficient
+    reference: ResetReference
     early_stop: EarlyStop
+    ptx: Ptx | None
 
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
         budgets = {"sampling": self.collector.sampler.budget, "budget": self.collector.batching.budget}
-        return {name: part for name, part in self._asdict().items() if name != "collector"} | budgets
+        return {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")} | budgets
 
 
 def load_parts(
@@ -104,24 +123,37 @@ def load_parts(
     loading: Loading,
     processes: Processes,
     decode: Callable[[list[int]], str],
-    may_stop: Callable[[], None],
+    this_run: TrainingRun,
+    supervised: MappedTable | None,
 ) -> Parts:
-    """`may_stop` is called between two batches of sampling."""
+    """`supervised` are the rows of `ptx`."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
     model, reward_model = Path(settings.model), single_reward_model(settings)
+    reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
-    policy = load_policy(model, Path(settings.reference), settings.lora, settings.policy_optimizer, of_policy, *launch)
+    of_policy = (settings.lora, settings.policy_optimizer, of_policy)
+    learns = settings.entropy_bonus.type != "none"
+    policy = load_policy(model, reference, *of_policy, *launch, entropy_gradient=learns)
     batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
     folders = (Path(settings.critic), reward_model, model)
     of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
     critic = load_critic(*folders, settings, *of_training, batching, processes)
-    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, may_stop)
+    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
-    reward = load_entry_rewards(*of_rewards, critic.reward_model)
+    reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
     collector = Collector(sampler, reward, policy, critic.engine, batching)
-    controller = new_controller(settings.kl_controller)
-    return Parts(policy.engine, critic.engine, collector, RunningMoments(), controller, EarlyStop())
+    return Parts(
+        policy.engine,
+        critic.engine,
+        collector,
+        RunningMoments(),
+        new_controller(settings.kl),
+        EntropyCoefficient(settings.entropy_bonus),
+        ResetReference(settings.reference_reset, policy.reference, policy.engine, policy.language_model),
+        EarlyStop(),
+        Ptx(supervised, SftObjective(batching), settings.ptx, seed) if supervised and settings.ptx else None,
+    )
 
 
 def ppo_phases(
@@ -131,25 +163,27 @@ def ppo_phases(
     for iteration in this_run.steps(settings.iterations, **parts.state):
         if parts.early_stop.stopped_after:
             continue
-        # 1. A response to each prompt of the phase, from the policy as it is, and what all models say of it. Until that
-        #    is over, nothing changes that a checkpoint holds.
-        rollouts = parts.collector.collect(prompts_of_phase(prompts, iteration, settings, seed), iteration)
+        # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
+        #    that is over, nothing changes that a checkpoint holds.
+        asked = prompts_of_phase(prompts, iteration, settings, seed)
+        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
-        kl, kl_coef = rollouts.kl(settings.kl_estimator), parts.kl_controller.coef
-        # 2. Rewards: a penalty for the KL of each token; at the last one the score, normalised and clipped, less a
-        #    penalty for a response that does not end.
+        kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
+        # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
+        #    normalised, clipped, and changed where the response does not end.
         parts.moments.update(rollouts.scores)
         scores = shaped_scores(settings, parts.moments, rollouts)
-        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, kl_coef))
+        in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
+        rewards = token_rewards(kl, scores, rollouts.response_mask, in_rewards)
+        whitened = whitened_rewards(rewards, rollouts.response_mask) if settings.whiten_rewards else rewards
+        rollouts = rollouts._replace(rewards=whitened)
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
-        row = (
-            summary(rollouts, kl)
-            | reward_metrics(rollouts)
-            | plan_learning_rates(settings, parts, iteration)
-            | {"objective/kl_coef": kl_coef}
-        )
-        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row["objective/kl"]
+        row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
+        row |= {"objective/kl_coef": kl_coef}
+        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
+        if settings.entropy_bonus.type != "none":
+            row["objective/entropy_coef"] = parts.entropy.of_phase(row["policy/entropy"])
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -157,9 +191,14 @@ def ppo_phases(
             this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
-            row |= update(settings, seed, iteration, *learners(settings, parts, rollouts, advantages, returns))
-            # 5. The coefficient of the next phase's KL.
-            parts.kl_controller.update(row["objective/kl"], len(rollouts.episodes))
+            entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
+            of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef)
+            row |= update(settings, seed, iteration, *of_both)
+            # 5. The coefficients of the next phase's KL and entropy, and its reference.
+            parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
+            parts.entropy.update(row["policy/entropy"])
+            if parts.reference.after_phase(iteration):
+                this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
             keep_policy(this_run, parts.collector.policy, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
@@ -171,7 +210,7 @@ def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollout
         rollouts.ended,
         clip=settings.score_clip,
         moments=moments if settings.normalise_scores else None,
-        missing_eos_penalty=settings.missing_eos_penalty,
+        truncated=settings.truncated,
     )
 
 
@@ -185,34 +224,47 @@ def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dic
 
 
 def learners(
-    settings: TrainPpo, parts: Parts, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor
+    settings: TrainPpo,
+    parts: Parts,
+    rollouts: Rollouts,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    entropy_coef: float,
 ) -> tuple[Learner, Learner]:
     """Of policy and critic."""
-    on_policy, on_critic = partial(policy_loss, settings, advantages), partial(value_loss, settings, returns)
-    policy = Learner("policy", parts.policy, parts.collector.batching, rollouts, on_policy)
+    on_policy = partial(policy_loss, settings, advantages, entropy_coef)
+    on_critic, beside = partial(value_loss, settings, returns), parts.ptx.backward if parts.ptx else None
+    policy = Learner("policy", parts.policy, parts.collector.batching, rollouts, on_policy, beside)
     return policy, Learner("value", parts.critic, parts.collector.batching, rollouts, on_critic)
 
 
 def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner) -> dict[str, float]:
     """Every minibatch of a phase. Returns means over them."""
-    found: list[dict[str, float]] = []
-    for rows in minibatches(len(policy.rollouts.episodes), settings, seed, iteration):
-        limit = settings.max_policy_kl
-        if limit is not None and policy.measure(rows)["policy/approxkl"] > limit:
-            break
-        of_policy = policy.update(rows) if iteration >= settings.critic_warmup_iterations else {}
-        found.append(of_policy | critic.update(rows))
-    updates = sum("policy/grad_norm" in means for means in found)
-    return mean_of_each(found) | {"policy/updates": float(updates)}
+    batches = [*minibatches(len(policy.rollouts.episodes), settings, seed, iteration)]
+    of_policy, of_critic = LimitedUpdates(policy, settings.max_policy_kl), []
+    for rows in batches:
+        if iteration >= settings.critic_warmup_iterations:
+            of_policy.update(rows)
+        of_critic.append(critic.update(rows))
+    of_policy.check(batches[0])
+    return mean_of_each(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": float(len(of_policy.found))}
 
 
-def policy_loss(settings: TrainPpo, advantages: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
-    """L_π, and how far the policy is from the one that sampled."""
+def policy_loss(
+    settings: TrainPpo, advantages: torch.Tensor, entropy_coef: float, rollouts: Rollouts, one: Pass
+) -> TokenSums:
+    """L_π with what is added to it, and how far the policy is from the one that sampled."""
     mask = rollouts.response_mask[one.rows]
-    logps = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature).logps
-    logps = one.batch.on_completions(logps, mask.shape[1])
-    terms = POLICY_LOSSES["clip"](logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings)
-    return {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum, "approxkl": terms.approx_kl_sum}
+    found = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
+    logps = one.batch.on_completions(found.logps, mask.shape[1])
+    terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
+    sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+    if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
+        kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
+        sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
+    if entropy_coef:
+        sums |= {"loss": sums["loss"] - entropy_coef * found.entropies.sum()}
+    return sums
 
 
 def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
@@ -239,27 +291,33 @@ def main(
     paths = (settings.model, settings.reference, settings.reward_model, settings.critic)
     model, reference = Path(settings.model), Path(settings.reference)
     prompts = read_prompts(tokens, model, reference)
+    ptx_tokens = Path(settings.ptx_tokens)
+    supervised = read_supervised(ptx_tokens, model) if settings.ptx else None
     outs = {
         "model": out / name,
         "rollouts": rollouts / name,
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *map(Path, (*paths, *reward_files(settings.rewards, f"train_ppo.{name}.rewards")))]
+    of_rewards = reward_files(settings.rewards, f"train_ppo.{name}.rewards")
+    inputs = [tokens, *([ptx_tokens] if settings.ptx else []), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = COLUMNS + reward_columns(part_names(settings), prompts["source"][:])
+    columns = curve_columns(settings) + reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         quantization, trusted = quantization_of_base(settings.lora), trust_remote_code
         loading = Loading(settings.precision, runtime, processes.device, quantization, trust_remote_code=trusted)
-        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model)
+        several = settings.samples_per_prompt > 1
+        log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=several)
         decode = partial(decode_completion, log.tokenizer)
-        parts = load_parts(settings, seed, loading, processes, decode, this_run.may_stop)
+        parts = load_parts(settings, seed, loading, processes, decode, this_run, supervised)
         tell_of_reward_model(this_run, parts.collector.reward)
         policy = parts.collector.policy
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")
+        if supervised:
+            check_table_fits(supervised, facts_of(policy.language_model), ptx_tokens)
         ppo_phases(settings, seed, prompts, parts, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}

@@ -57,6 +57,9 @@ VARIABLES = [
     "FORCE",
     "OUT",
     "STAGE",
+    "MODEL",
+    "LABEL",
+    "PORT",
 ]
 STEPS = {
     "tokenize": "tokenize_data",
@@ -222,6 +225,11 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["preview", "KIND=preference", "TOKENS=data/sampled/first"],
             ["python -m stages.tools.preview_row --kind preference --tokens data/sampled/first"],
         ),
+        (["serve-rm"], ["python -m stages.tools.serve_reward --model models/rm"]),
+        (
+            ["serve-rm", "MODEL=models/a b", "PORT=1", "LABEL=POSITIVE"],
+            ["python -m stages.tools.serve_reward --model models/a b --port 1 --label POSITIVE"],
+        ),
         (["schemas"], ["python -m stages.tools.write_schemas"]),
         (["join", "STAGE=evaluate@ppo"], [CHECK, "python -m stages.tools.join_stage --stage evaluate@ppo"]),
         (["test"], ["python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder"]),
@@ -290,6 +298,7 @@ HOSTILE += ["x\ntouch pwned", "${IFS}&&touch pwned", "a b", "it's", 'say "x"', "
         ("lineage", "OUT", ["-m", "stages.tools.show_lineage"], "{}"),
         ("explain", "KEY", ["-m", "stages.tools.explain"], "{}"),
         ("preview", "KIND", ["-m", "stages.tools.preview_row", "--kind"], "{}"),
+        ("serve-rm", "MODEL", ["-m", "stages.tools.serve_reward", "--model"], "{}"),
         ("join", "STAGE", ["-m", "stages.tools.join_stage", "--stage"], "{}"),
         ("soak", "MINUTES", ["-m", "tests.proofs.kill_matrix", "--minutes"], "{}"),
     ],

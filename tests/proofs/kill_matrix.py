@@ -58,7 +58,7 @@ VARIANTS = {
         {
             "lora": LORA,
             "normalise_scores": True,
-            "kl_controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0},
+            "kl": {"controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0}},
             "policy_optimizer": {"ema_decay": 0.9},
         },
     ),

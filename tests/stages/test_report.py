@@ -277,6 +277,17 @@ def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
     assert [tag for tag, _ in parsed.elements[after + 1 : after + 6]] == ["p", "p", "p", "p", "h2"]
 
 
+def test_what_went_wrong_in_rl_stands_below_the_outcome(tmp_path, parsed):
+    assert "symptoms" not in parsed.texts
+    write_run(tmp_path, policies=("dpo", "ppo"), reward=False)
+    write(tmp_path, "metrics/curves/ppo.csv", "step,objective/kl,response/length\n1,0,20\n2,30,20\n")
+    write(tmp_path, "metrics/curves/dpo.csv", "step,group/distinct,validation/loss\n1,0.1,\n2,0.1,0.6\n")
+    (text,) = Page(page_in(tmp_path)).texts["symptoms"]
+    assert "KL explodes in 1 of 2 phases, last in phase 2: 1.5 at the worst (" in text
+    assert "the training of ppo" in text
+    assert "dpo" not in text  # whose metrics are not those of phases
+
+
 def test_every_model_has_its_curves_with_the_line_of_validation(parsed):
     labels = [found["aria-label"] for tag, found in parsed.elements if tag == "svg" and "aria-label" in found]
     for name in ("sft", "rm", "dpo", "ppo"):

@@ -4,15 +4,18 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from stages import train_grpo
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
+from stages.lib.settings.advantages import ReinforceBaseline
+from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.train_grpo import TrainGrpo
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -34,12 +37,17 @@ def rollouts_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "data/rollouts/grpo/rollouts.jsonl").open(encoding="utf-8")]
 
 
+def grpo_settings(**changed: Any) -> TrainGrpo:
+    return TrainGrpo.model_validate(block(TrainGrpo, **changed))
+
+
 def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The sums of one pass of another policy, and the gradient of their loss."""
     module = TokenLogProbs(tiny_llama(5))
-    settings = SimpleNamespace(temperature=1.0, clip_range=0.2, kl_coef=kl_coef)
+    settings = grpo_settings(kl=block(KlInLoss, estimator="k3", coef=kl_coef))
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
-    sums = train_grpo.grpo_loss(settings, advantages, rollouts, Pass(module, batch, batch.rows))
+    loss = step_loss(settings, rollouts, advantages, [0, 1, 2])
+    sums = loss(rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
     return (
         {name: value.detach() for name, value in sums.items()},
@@ -115,7 +123,9 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
     assert rows["policy/grad_norm"].min() > 0
 
 
-def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy) -> None:
+def test_greedy_like_sampling_gives_groups_that_teach_nothing(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture
+) -> None:
     """All of a prompt's responses are alike: no reward moves the policy, and it starts where the KL pulls it."""
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_grpo": {"grpo": {"temperature": 0.001, "iterations": 1, "epochs": 1}}})
@@ -126,6 +136,9 @@ def test_greedy_like_sampling_gives_groups_that_teach_nothing(copy_of_tiny: Copy
     assert row["policy/grad_norm"] < 1e-6
     results = metrics(folder, "train_grpo")
     assert (results["last_distinct_share"], results["last_without_variance_share"]) == (0.5, 1)
+    said = capsys.readouterr().out
+    assert "train_grpo@grpo: phase 1: Groups have no variance: 1 (group/without_variance above 0.5)" in said
+    assert "train_grpo@grpo: phase 1: Replies in a group repeat: 0.5 (group/distinct at most 0.5)" in said
 
 
 def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
@@ -148,12 +161,21 @@ def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"zero_stage": 3, "frozen_zero_stage": 3}])
-def test_two_processes_make_what_one_makes(copy_of_tiny: Copy, knobs: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("knobs", "over_a_phase"),
+    [
+        # Whitening, a baseline and a quantile, each over all rollouts, whichever process has read them.
+        ({}, {"advantages": block(ReinforceBaseline), "top_entropy_share": 0.5}),
+        ({"zero_stage": 3, "frozen_zero_stage": 3}, {}),
+    ],
+)
+def test_two_processes_make_what_one_makes(
+    copy_of_tiny: Copy, knobs: dict[str, int], over_a_phase: dict[str, Any]
+) -> None:
     """Stopped on the way, and finished by one."""
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
-        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20}}})
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
     assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1
@@ -215,13 +237,13 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     [
         (
             {"samples_per_prompt": 1},
-            "params.yaml: train_grpo.grpo.samples_per_prompt must be at least 2 and at most 65536, found 1",
+            "advantages of type group_relative compare a prompt's samples: samples_per_prompt must be at least 2",
         ),
         (
             {"minibatch_size": 3},
             "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
         ),
-        ({"advantage_scale": "std"}, "did you mean 'group_std'"),
+        ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -221,8 +221,8 @@ def test_a_wrong_setting_is_named(copy_of_tiny: Copy, values: dict[str, Any], me
 def test_a_missing_setting_is_named(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "clip_range" not in line))
-    assert "params.yaml: train_ppo.ppo.clip_range is missing" in refused(folder, "train_ppo")
+    (folder / "params.yaml").write_text("\n".join(line for line in text.splitlines() if "gamma:" not in line))
+    assert "params.yaml: train_ppo.ppo.gamma is missing" in refused(folder, "train_ppo")
 
 
 def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:
@@ -318,19 +318,24 @@ def test_a_kl_above_its_limit_stops_before_the_update(copy_of_tiny: Copy, tiny: 
     assert metrics(tiny, "train_ppo")["stopped_early"] == 0
 
 
-def test_a_policy_too_far_from_its_rollouts_ends_the_phase(copy_of_tiny: Copy) -> None:
+def test_an_update_that_leads_too_far_is_taken_back(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_ppo": {"ppo": {"max_policy_kl": 1e-9, "epochs": 1}}})
     call(folder, "train_ppo")
-    # The first minibatch of a phase is at distance 0, the second is not.
+    # The first update of each phase leads too far, so the policy stays SFT; the critic learns on.
     rows = curve(folder, "train_ppo")
-    assert list(rows["policy/updates"]) == [1, 1, 1]
-    # Two updates a phase are planned and one is made: before the last phase 2 are over and 2 to come.
+    assert list(rows["policy/updates"]) == [0, 0, 0]
+    assert list(rows["objective/kl"]) == [0, 0, 0]
+    assert distance(weights(folder, "ppo"), weights(folder, "sft")) == 0
+    # Two updates a phase are planned for each.
     settings = read_yaml(folder / "params.yaml")["train_ppo"]["ppo"]
-    for column, optimizer in (("learning_rate", "policy_optimizer"), ("value/learning_rate", "critic_optimizer")):
+    for column, optimizer, places in (
+        ("learning_rate", "policy_optimizer", ((0, 6), (0, 4), (0, 2))),
+        ("value/learning_rate", "critic_optimizer", ((0, 6), (2, 6), (4, 6))),
+    ):
         of = settings[optimizer]
         schedule = (of["learning_rate"], of["warmup_ratio"], of["min_learning_rate_ratio"], of["schedule"])
-        wanted = [learning_rate(step, total, *schedule) for step, total in ((0, 6), (1, 5), (2, 4))]
+        wanted = [learning_rate(step, total, *schedule) for step, total in places]
         assert rows[column].tolist() == pytest.approx(wanted, rel=1e-6)
 
 

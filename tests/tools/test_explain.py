@@ -21,13 +21,13 @@ def explain(*key: str) -> subprocess.CompletedProcess:
 
 
 def test_a_block_shows_each_of_its_types() -> None:
-    done = explain("train_ppo.ppo.kl_controller")
+    done = explain("train_ppo.ppo.kl.controller")
     assert (done.returncode, done.stderr) == (0, "")
     assert (
         done.stdout
         == """\
-train_ppo.ppo.kl_controller: a block of a type, fixed | adaptive; default fixed
-    coefficient of the KL penalty in the reward
+train_ppo.ppo.kl.controller: a block of a type, fixed | adaptive; default fixed
+    of the coefficient
   type: fixed
       the coefficient stays as it is
     coef: number at least 0; default 0.05
@@ -57,7 +57,7 @@ def first_line(key: str) -> str:
         ("seed", "seed: whole number at least 0 and below 4294967296; default 17"),
         # The section's own default counts, not that of any optimizer.
         ("train_rm.rm.optimizer.learning_rate", "train_rm.rm.optimizer.learning_rate: number above 0; default 0.0005"),
-        ("train_ppo.ppo.kl_estimator", "train_ppo.ppo.kl_estimator: k1 | k2 | k3; default k1"),
+        ("train_ppo.ppo.kl.estimator", "train_ppo.ppo.kl.estimator: k1 | k2 | k3; default k1"),
         ("train_sft.sft.lora", "train_sft.sft.lora: null | keys; default null"),
         ("train_sft.sft.lora.targets", "train_sft.sft.lora.targets: all-linear | a list of text; default all-linear"),
         ("ref_logprobs.sft.base_quantization", "ref_logprobs.sft.base_quantization: null | nf4; default null"),

@@ -133,7 +133,7 @@ def test_a_profile_does_not_stand_on_the_one_before(project: Path) -> None:
 @pytest.mark.parametrize(
     ("left_out", "added"),
     [
-        ("    missing_eos_penalty: ", ""),
+        ("      penalty: ", ""),
         ("", "train_kto:\n  beta: 0.1\n"),
         ("    save_dtype: float32\n", "extra: {a: 1}\n"),
     ],

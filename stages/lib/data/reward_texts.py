@@ -66,6 +66,19 @@ class RewardTexts:
             self._ids(next(texts) if by else plain_text(prompt, reply), plain=not by) for prompt, reply, _, by in rows
         ]
 
+    def encode_query(self, text: str) -> list[int]:
+        """Ids of a prompt and its reply that were rendered already, special tokens and all, as OpenRLHF sends them.
+
+        A model with a chat template reads them with one EOS at their end, one without reads plain text. Raises
+        StageError if it is too long for the model.
+        """
+        ends = [end for end in (self.tokenizer.pad_token, self.tokenizer.eos_token) if end]
+        while any(text.endswith(end) for end in ends):
+            text = text.removesuffix(ends[0]).removesuffix(ends[-1])
+        if not self.has_template:
+            return self._ids(text, plain=True)
+        return self._ids(text + (self.tokenizer.eos_token or ""), plain=False)
+
     def _text(self, result: RenderingResult, reply: Message) -> str:
         text = rendered(result).text
         try:

@@ -34,15 +34,22 @@ WITHOUT_WINDOW, WITH_WINDOW = "full_attention", "sliding_attention"
 def longest_shared(model: "PreTrainedModel") -> int:
     """How many tokens a prompt and the longer of two replies may have to lie in one row (`compute/row_layouts.py`).
 
-    The model must be a decoder of transformers that takes a mask for each pair of tokens and counts positions by
-    `position_ids`: no state space, no linear attention, no distances between places (ALiBi). A window of attention
-    does no harm while both sequences are within it. Returns 0 where it cannot be, or is not known to be.
+    The model must take a mask for each pair of tokens, and be as `longest_whole_attention` says.
+    """
+    return longest_whole_attention(model) if model.config._attn_implementation in ("sdpa", "eager") else 0
+
+
+def longest_whole_attention(model: "PreTrainedModel") -> int:
+    """How many tokens a sequence may have in which every token sees all before it, and its place by its position.
+
+    The model must be a decoder of transformers that counts positions by `position_ids`: no state space, no linear
+    attention, no distances between places (ALiBi). A window of attention does no harm while the sequence is within it.
+    Returns 0 where it cannot be, or is not known to be.
     """
     config: Any = model.config.get_text_config()
     body = model.base_model
-    source = sys.modules[type(body).__module__]
-    takes_masks = model.config._attn_implementation in ("sdpa", "eager") and hasattr(source, "create_causal_mask")
-    if not takes_masks or not type(body).__module__.startswith("transformers.models."):
+    source = type(body).__module__
+    if not source.startswith("transformers.models.") or not hasattr(sys.modules[source], "create_causal_mask"):
         return 0
     if "position_ids" not in signature(type(body).forward).parameters or getattr(config, "alibi", False):
         return 0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-PassName = Literal["log_probs", "predictions", "details", "next_logits"]
+PassName = Literal["log_probs", "predictions", "details", "prompt_logits", "next_logits"]
 
 
 class TokenStatistics(NamedTuple):
@@ -49,25 +49,32 @@ class TokenLogProbs(nn.Module):
     Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
     over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are four passes: `log_probs`, `predictions`, `details` and `next_logits`. All go through `forward`, which an
-    engine calls and into which DeepSpeed hooks; it takes the pass by its name.
+    There are five passes: `log_probs`, `predictions`, `details`, and for sampling `prompt_logits` and `next_logits`. All
+    go through `forward`, which an engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.
         chunk_tokens: tokens whose logits exist at a time.
         with_entropies: also measure the entropies, where no gradient is recorded (otherwise they are returned as 0).
+        entropy_gradient: also where one is, so that a loss may hold them.
     """
 
     language_model: "PreTrainedModel"
 
     def __init__(
-        self, language_model: "PreTrainedModel", *, chunk_tokens: int = 4096, with_entropies: bool = False
+        self,
+        language_model: "PreTrainedModel",
+        *,
+        chunk_tokens: int = 4096,
+        with_entropies: bool = False,
+        entropy_gradient: bool = False,
     ) -> None:
         super().__init__()
         widen_logits(language_model)
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
         self.with_entropies = with_entropies
+        self.entropy_gradient = entropy_gradient
         self.softcap = getattr(language_model.config, "final_logit_softcapping", None)
 
     def forward(self, *inputs: Any, run: PassName = "log_probs") -> Any:
@@ -148,20 +155,37 @@ class TokenLogProbs(nn.Module):
         empty = torch.zeros(input_ids.shape, dtype=columns[0].dtype, device=input_ids.device)
         return [empty.masked_scatter(target_mask, column) for column in columns]
 
+    def prompt_logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """The logits after the last token of each prompt, for sampling. Returns (b, vocabulary).
+
+        Args:
+            input_ids: (b, t), padded on the right, which no token of a prompt sees.
+            position_ids: (b, t).
+            lengths: (b,), of the prompts.
+            cache: an empty key-value cache of transformers, which this pass fills.
+        """
+        output = self.language_model.base_model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return self._logits(output.last_hidden_state[rows, lengths - 1], 1.0)
+
     def next_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """The logits after the last token of each row, for sampling. Returns (b, vocabulary).
 
         Args:
             input_ids: (b, t), of what the cache does not hold yet.
-            attention_mask: (b, cached + t), True on real tokens, padding on the left.
+            attention_mask: (b, cached + t), True on real tokens, padding on the left; None: the cache knows it.
             position_ids: (b, t).
-            cache: a key-value cache of transformers, to which this pass adds.
+            cache: a key-value cache of transformers, or what stands for one, to which this pass adds.
         """
         output = self.language_model(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
+            attention_mask=None if attention_mask is None else attention_mask.long(),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -200,7 +224,7 @@ class TokenLogProbs(nn.Module):
         """(n, d), (n,) → (n,), (n,)."""
         log_probs = torch.log_softmax(self._logits(hidden, temperature), dim=-1)
         logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        if not self.with_entropies or torch.is_grad_enabled():
+        if not self.with_entropies or (torch.is_grad_enabled() and not self.entropy_gradient):
             return logps, torch.zeros_like(logps)
         return logps, -(log_probs.exp() * log_probs).sum(dim=-1)
 

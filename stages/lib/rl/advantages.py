@@ -1,19 +1,20 @@
-"""Advantages: generalised advantage estimates (GAE), and rewards relative to those of a group.
+"""Advantages: generalised advantage estimates (GAE), and rewards relative to those of other responses.
 
-`gae` and `group_relative` are `Advantages`, of the rollouts of a phase; what they are made of stands below them. Time t
+`gae` and the entries of `ADVANTAGES` are of the rollouts of a phase; what they are made of stands below them. Time t
 runs over response tokens, EOS included. Positions outside the mask (padding) are skipped as though they were not there,
 whatever they hold, NaN included. Nothing here carries gradient: advantages and returns are targets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 
+from stages.lib.command.errors import StageError
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.settings.advantages import Gdpo, GroupRelative, LeaveOneOut, MaxRl, Reinforce, ReinforceBaseline
 
-# From rollouts and settings, (advantages, returns), each (b, t), 0 outside the mask; returns are None without a critic.
-Advantages = Callable[[Rollouts, Any], tuple[torch.Tensor, torch.Tensor | None]]
+NO_WEIGHTS: Mapping[str, float] = {}
 
 
 class GaeSettings(Protocol):
@@ -29,16 +30,6 @@ class GaeSettings(Protocol):
     def whiten_advantages(self) -> bool: ...
 
 
-class GroupSettings(Protocol):
-    """What `group_relative` reads of a section of params.yaml."""
-
-    @property
-    def advantage_scale(self) -> Literal["group_std", "none"]: ...
-
-    @property
-    def advantage_epsilon(self) -> float: ...
-
-
 @torch.no_grad()
 def gae(rollouts: Rollouts, settings: GaeSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """GAE of the tokens' rewards under the critic's values, whitened over all rollouts if asked for.
@@ -48,33 +39,128 @@ def gae(rollouts: Rollouts, settings: GaeSettings) -> tuple[torch.Tensor, torch.
     """
     mask = rollouts.response_mask
     advantages, returns = generalized_advantages(rollouts.rewards, rollouts.values, mask, settings.gamma, settings.lam)
-    if settings.whiten_advantages:
-        total, squares, count = masked_moments(advantages, mask)
-        mean = total / count
-        advantages = whiten(advantages, mask, mean, squares / count - mean * mean)
-    return advantages, returns
+    return whitened(advantages, mask) if settings.whiten_advantages else advantages, returns
 
 
 @torch.no_grad()
-def group_relative(rollouts: Rollouts, settings: GroupSettings) -> tuple[torch.Tensor, None]:
-    """The advantage of each response within its prompt's samples, at each of its tokens, (b, t); there are no returns.
+def group_relative(rollouts: Rollouts, settings: GroupRelative) -> torch.Tensor:
+    """GRPO's: the reward of a response within its prompt's samples, at each of its tokens, (b, t)."""
+    rewards = rollouts.groups(totals(rollouts))
+    return at_tokens(group_relative_advantages(rewards, scale=settings.scale, epsilon=settings.epsilon), rollouts)
 
-    No critic and no discount: what counts is the sum of a response's rewards, and its tokens share the advantage.
+
+@torch.no_grad()
+def leave_one_out(rollouts: Rollouts, _settings: LeaveOneOut) -> torch.Tensor:
+    """RLOO's (arXiv 2402.14740, Eq 8), at each token, (b, t): R_i - mean of the others = G / (G - 1) (R_i - mean)."""
+    rewards = rollouts.groups(totals(rollouts))
+    size = rewards.shape[1]
+    centred = group_relative_advantages(rewards, scale="none", epsilon=0.0)
+    return at_tokens(centred * size / (size - 1), rollouts)
+
+
+@torch.no_grad()
+def reinforce(rollouts: Rollouts, settings: Reinforce) -> torch.Tensor:
+    """REINFORCE++'s (arXiv 2501.03262), (b, t): rewards to come, less their mean over the tokens of the phase."""
+    return of_the_phase(rewards_to_come(rollouts, settings.gamma), rollouts.response_mask, settings.scale)
+
+
+@torch.no_grad()
+def reinforce_baseline(rollouts: Rollouts, settings: ReinforceBaseline) -> torch.Tensor:
+    """REINFORCE++-baseline's (arXiv 2501.03262), (b, t): `reinforce` of rewards less their group's mean.
+
+    The group's mean is that of all rewards of a response, a KL in the reward included: taken off the scores alone, it
+    would leave the KL to press on the length of responses.
     """
-    scale, epsilon = settings.advantage_scale, settings.advantage_epsilon
-    advantages = group_relative_advantages(rollouts.groups(rollouts.rewards.sum(dim=-1)), scale=scale, epsilon=epsilon)
-    advantages = advantages.reshape(-1, 1)
-    return torch.where(rollouts.response_mask, advantages, 0.0), None
+    to_come = rewards_to_come(rollouts, settings.gamma)
+    of_group = rollouts.groups(to_come[:, 0]).mean(dim=1, keepdim=True).expand(-1, rollouts.group_size).reshape(-1, 1)
+    return of_the_phase(to_come - of_group, rollouts.response_mask, settings.scale)
+
+
+@torch.no_grad()
+def gdpo(rollouts: Rollouts, settings: Gdpo, weights: Mapping[str, float] = NO_WEIGHTS) -> torch.Tensor:
+    """GDPO's, at each token, (b, t), of the parts of the rollouts' rewards, each by its weight.
+
+    What is taken off the score besides (for a response that does not end, for its KL) is one more part.
+    """
+    parts = {name: rollouts.groups(part) for name, part in rollouts.parts.items()}
+    if parts:
+        parts["besides"] = rollouts.groups(totals(rollouts) - rollouts.scores)
+    else:
+        parts = {"besides": rollouts.groups(totals(rollouts))}
+    return at_tokens(decoupled_advantages(parts, {**weights, "besides": 1.0}, epsilon=settings.epsilon), rollouts)
+
+
+@torch.no_grad()
+def max_rl(rollouts: Rollouts, _settings: MaxRl) -> torch.Tensor:
+    """MaxRL's (arXiv 2602.02710), at each token, (b, t): (R_i - mean) / mean within a group; 0 where all rewards are 0.
+
+    Raises:
+        StageError: a reward below 0, of which no likelihood can be made.
+    """
+    rewards = totals(rollouts)
+    if bool((rewards < 0).any()):
+        place = int((rewards < 0).nonzero()[0])
+        raise StageError(
+            f"row {rollouts.episodes[place].prompt.row} of the prompts: the reward is {float(rewards[place]):.4g}; "
+            "advantages of type max_rl need rewards of at least 0, such as 1 for a right answer and 0 for a wrong one"
+        )
+    groups = rollouts.groups(rewards)
+    mean = groups.double().mean(dim=1, keepdim=True)
+    centred = group_relative_advantages(groups, scale="none", epsilon=0.0)
+    return at_tokens(torch.where(mean > 0, centred / mean, 0.0).to(groups.dtype), rollouts)
+
+
+# Rollouts and the block of settings/advantages.py → (b, t), 0 outside the mask.
+ADVANTAGES: dict[str, Callable[[Rollouts, Any], torch.Tensor]] = {
+    "group_relative": group_relative,
+    "leave_one_out": leave_one_out,
+    "reinforce": reinforce,
+    "reinforce_baseline": reinforce_baseline,
+    "gdpo": gdpo,
+    "max_rl": max_rl,
+}
+
+
+def advantages_of(rollouts: Rollouts, settings: Any, weights: Mapping[str, float] = NO_WEIGHTS) -> torch.Tensor:
+    """The advantages that a block of settings/advantages.py asks for, (b, t); `weights` are those of the rewards."""
+    if isinstance(settings, Gdpo):
+        return gdpo(rollouts, settings, weights)
+    return ADVANTAGES[settings.type](rollouts, settings)
+
+
+def totals(rollouts: Rollouts) -> torch.Tensor:
+    """The sum of a response's rewards, (b,)."""
+    return rollouts.rewards.sum(dim=-1)
+
+
+def at_tokens(advantages: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
+    """Of responses, (groups, samples), at each of their tokens, (b, t)."""
+    return torch.where(rollouts.response_mask, advantages.reshape(-1, 1), 0.0)
+
+
+def rewards_to_come(rollouts: Rollouts, gamma: float) -> torch.Tensor:
+    """Of each token its reward and those after it, discounted, (b, t)."""
+    nothing = torch.zeros_like(rollouts.rewards)
+    return generalized_advantages(rollouts.rewards, nothing, rollouts.response_mask, gamma, lam=1.0)[0]
+
+
+def of_the_phase(advantages: torch.Tensor, mask: torch.Tensor, scale: Literal["batch_std", "none"]) -> torch.Tensor:
+    """Less their mean over all tokens, and divided by their standard deviation or not, (b, t)."""
+    if scale == "batch_std":
+        return whitened(advantages, mask)
+    total, _, count = masked_moments(advantages, mask)
+    return torch.where(mask, advantages - total / count, 0.0).to(advantages.dtype)
 
 
 @torch.no_grad()
 def group_relative_advantages(
-    rewards: torch.Tensor, *, scale: Literal["group_std", "none"], epsilon: float
+    rewards: torch.Tensor, *, scale: Literal["group_std", "batch_std", "none"], epsilon: float
 ) -> torch.Tensor:
     """A_i = (R_i - mean) / (s + epsilon) within each group (arXiv 2402.03300, section 4.1.2).
 
-    s is the group's standard deviation, dividing by its size less 1, or 1 with scale "none" (arXiv 2503.20783), which
-    does not favour prompts whose responses hardly differ. A group without variance teaches nothing: A is 0 exactly.
+    s is the group's standard deviation, dividing by its size less 1; that of all rewards (arXiv 2508.08221); or 1 with
+    scale "none" (arXiv 2503.20783), which does not favour prompts whose responses hardly differ. A group without
+    variance teaches nothing: A is 0 exactly.
 
     Args:
         rewards: (groups, samples of each), at least 2 samples.
@@ -84,9 +170,43 @@ def group_relative_advantages(
     """
     values = rewards.double()
     centred = values - values.mean(dim=1, keepdim=True)
-    if scale == "group_std":
-        centred = centred / (values.std(dim=1, keepdim=True) + epsilon)
+    if scale != "none":
+        deviation = values.std(dim=1, keepdim=True) if scale == "group_std" else values.std()
+        centred = centred / (deviation + epsilon)
     return torch.where(without_variance(rewards)[:, None], 0.0, centred).to(rewards.dtype)
+
+
+@torch.no_grad()
+def decoupled_advantages(
+    parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], *, epsilon: float
+) -> torch.Tensor:
+    """Each reward standardised in its group, then their weighted sum over the phase (GDPO, arXiv 2601.05242).
+
+        Z_ik = (r_ik - mean_k) / (s_k + epsilon)    within the group, of reward k
+        A_i  = Σ_k w_k Z_ik / (S + epsilon)         S the standard deviation of these sums over the phase
+
+    The mean of the sums is 0, since that of each group is.
+
+    Args:
+        parts: of each reward, by name, (groups, samples); NaN where it does not apply, which counts for nothing.
+    Returns:
+        (groups, samples), in the type of the first part.
+    """
+    sums = torch.stack([weights[name] * standardised_in_groups(part, epsilon) for name, part in parts.items()]).sum(0)
+    deviation = sums.std() if sums.numel() > 1 else 0.0
+    return (sums / (deviation + epsilon)).to(next(iter(parts.values())).dtype)
+
+
+def standardised_in_groups(part: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(r - mean) / (s + epsilon) over those of a group that are no NaN, in float64; 0 for NaN, and without variance."""
+    values, found = part.double().nan_to_num(), ~part.isnan()
+    count = found.sum(dim=1, keepdim=True)
+    mean = values.sum(dim=1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(found, values - mean, 0.0)
+    deviation = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    least, most = (torch.where(found, part.double(), edge) for edge in (torch.inf, -torch.inf))
+    alike = least.min(dim=1, keepdim=True).values >= most.max(dim=1, keepdim=True).values
+    return torch.where(alike, 0.0, centred / (deviation + epsilon))
 
 
 def without_variance(rewards: torch.Tensor) -> torch.Tensor:
@@ -96,8 +216,8 @@ def without_variance(rewards: torch.Tensor) -> torch.Tensor:
 
 def group_summary(rollouts: Rollouts) -> dict[str, float]:
     """The mean reward; of a group's responses the share that differ; the share of groups that teach nothing."""
-    rewards = rollouts.groups(rollouts.rewards.sum(dim=-1))
-    size = rewards.shape[1]
+    rewards = rollouts.groups(totals(rollouts))
+    size = rollouts.group_size
     groups = [rollouts.responses[start : start + size] for start in range(0, len(rollouts.episodes), size)]
     distinct = sum(len({tuple(ids) for ids in group}) for group in groups)
     return {
@@ -153,6 +273,13 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tens
     """
     kept = torch.where(mask, values, 0.0).double()
     return kept.sum(), (kept * kept).sum(), mask.sum().double()
+
+
+def whitened(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`whiten` by the moments of these advantages themselves, those of a whole phase, (b, t)."""
+    total, squares, count = masked_moments(advantages, mask)
+    mean = total / count
+    return whiten(advantages, mask, mean, squares / count - mean * mean)
 
 
 @torch.no_grad()

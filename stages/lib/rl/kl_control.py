@@ -1,4 +1,4 @@
-"""Estimates of the KL divergence from the reference, and the coefficient that weighs it in the reward.
+"""Estimates of the KL divergence from the reference, in a reward or a loss, and the coefficient that weighs it.
 
 The KL that controls the coefficient is, as in Ziegler et al., the mean over samples of the SUM over the response's
 tokens, in nats. Some implementations feed the mean over tokens; a target set for the one means nothing for the other.
@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, KlPenalty, first_kl_coef
 
 
 def kl_estimate(
@@ -36,6 +37,36 @@ def kl_estimate(
     if kind == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kind of KL estimate must be k1, k2 or k3, found {kind!r}")
+
+
+def kl_loss(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+    response_mask: torch.Tensor,
+    settings: KlInLoss,
+) -> torch.Tensor:
+    """The estimate of each token's KL that is differentiated in a loss, for the caller to weigh with `coef` and sum.
+
+    On tokens that the policy itself sampled, the mean gradient of k2 is that of KL(policy || reference) and that of k3
+    is that of KL(reference || policy). The tokens are an earlier policy's, though. The bias correction (arXiv
+    2512.02556, section 3.1) multiplies by rho = exp(logp - old logp), so that the mean is over the policy's tokens:
+    with k3, whose mean is the KL, rho carries gradient, and the gradient becomes that of KL(policy || reference); with
+    k2, whose gradient is right and whose mean is not, it carries none.
+
+    Args:
+        logps: of the policy, with gradient, in nats, (b, t); `old_logps` those of the policy that sampled, and
+            `reference_logps` those of the reference, all at the sampling temperature.
+        response_mask: True on response tokens, (b, t).
+    Returns:
+        (b, t), 0 outside the mask, where inputs may hold anything.
+    """
+    log_ratio = torch.where(response_mask, logps - reference_logps.detach(), 0.0)
+    estimate = kl_estimate(log_ratio, torch.zeros_like(log_ratio), settings.estimator)
+    if not settings.bias_correction:
+        return estimate
+    ratio = torch.where(response_mask, logps - old_logps.detach(), 0.0).exp()
+    return estimate * (ratio if settings.estimator == "k3" else ratio.detach())
 
 
 class FixedKLController:
@@ -109,11 +140,11 @@ class AdaptiveKLController:
         self.coef = state["coef"]
 
 
-def new_controller(settings: FixedKl | AdaptiveKl) -> FixedKLController | AdaptiveKLController:
-    """The controller that the settings ask for."""
-    if isinstance(settings, AdaptiveKl):
-        return AdaptiveKLController(settings.coef, settings.target, settings.horizon)
-    return FixedKLController(settings.coef)
+def new_controller(kl: KlPenalty) -> FixedKLController | AdaptiveKLController:
+    """The controller of the coefficient: one that stays at 0 where there is no KL."""
+    if isinstance(kl, KlInReward) and isinstance(kl.controller, AdaptiveKl):
+        return AdaptiveKLController(kl.controller.coef, kl.controller.target, kl.controller.horizon)
+    return FixedKLController(first_kl_coef(kl))
 
 
 def _checked_coefficient(coef: float) -> float:

@@ -46,6 +46,7 @@ class Learner:
     Args:
         name: of the metrics: `<name>/loss` and so on.
         loss: what is summed over the tokens of a pass.
+        beside: adds what else the gradient of an update holds, and returns this process's parts of means, by name.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class Learner:
         batching: MicroBatching,
         rollouts: Rollouts,
         loss: Callable[[Rollouts, Pass], TokenSums],
+        beside: Callable[[Engine], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         self.name = name
         self.engine = engine
         self.batching = batching
         self.rollouts = rollouts
         self.loss = loss
+        self.beside = beside
 
     @torch.no_grad()
     def measure(self, rows: list[int]) -> dict[str, float]:
@@ -79,7 +82,7 @@ class Learner:
 
     def _means(self, rows: list[int]) -> dict[str, float]:
         rollouts = self.rollouts
-        tokens = int(rollouts.response_mask[rows].sum())
+        tokens = max(1, int(rollouts.response_mask[rows].sum()))  # a mask may leave all responses out
         prompts, responses = ([columns[row] for row in rows] for columns in (rollouts.prompts, rollouts.responses))
 
         def passes() -> dict[str, torch.Tensor]:
@@ -89,12 +92,13 @@ class Learner:
                 if torch.is_grad_enabled():
                     self.engine.backward(sums["loss"] / tokens)
                 for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach().double().cpu()
-            return totals
+                    key = f"{self.name}/{name}"
+                    totals[key] = totals.get(key, 0.0) + value.detach().double().cpu() / tokens
+            return totals | (self.beside(self.engine) if self.beside and torch.is_grad_enabled() else {})
 
         totals = self.batching.budget.attempt(passes, self.engine)
         sums = self.batching.processes.sum([float(total) for total in totals.values()])
-        return {f"{self.name}/{name}": value / tokens for name, value in zip(totals, sums, strict=True)}
+        return dict(zip(totals, sums, strict=True))
 
 
 def mean_of_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

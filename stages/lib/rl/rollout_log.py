@@ -24,11 +24,12 @@ class RolloutLog:
         self.with_samples = with_samples
         self.tokenizer = load_tokenizer(tokenizer_from)
 
-    def append(self, iteration: int, rollouts: Rollouts, kl: torch.Tensor) -> None:
-        """Add the responses of a phase (0-based); `kl` is that of each token, (b, t)."""
+    def append(self, iteration: int, rollouts: Rollouts, kl: torch.Tensor | None) -> None:
+        """Add the responses of a phase (0-based); `kl` is that of each token, (b, t), if there is a reference."""
         if self.path is None:
             return
-        numbers = zip(rollouts.episodes, rollouts.scores.tolist(), kl.sum(dim=-1).tolist(), strict=True)
+        sums = [None] * len(rollouts.episodes) if kl is None else kl.sum(dim=-1).tolist()
+        numbers = zip(rollouts.episodes, rollouts.scores.tolist(), sums, strict=True)
         with self.path.open("a", encoding="utf-8") as file:
             for episode, score, divergence in numbers:
                 record = {
@@ -38,17 +39,17 @@ class RolloutLog:
                     "response": self._text(episode.ids),
                     "response_ids": episode.ids,
                     "score": round(score, 6),
-                    "kl": round(divergence, 6),
+                    **({} if divergence is None else {"kl": round(divergence, 6)}),
                     "ended": episode.ended,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def samples(self, rollouts: Rollouts, kl: torch.Tensor, count: int) -> list[str]:
+    def samples(self, rollouts: Rollouts, kl: torch.Tensor | None, count: int) -> list[str]:
         """The first responses of a phase with score and KL, a line each."""
-        numbers = zip(rollouts.episodes[:count], rollouts.scores.tolist(), kl.sum(dim=-1).tolist(), strict=False)
+        shown = [""] * count if kl is None else [f"kl {total:+.2f}  " for total in kl.sum(dim=-1).tolist()]
+        numbers = zip(rollouts.episodes[:count], rollouts.scores.tolist(), shown, strict=False)
         return [
-            f"    score {score:+.2f}  kl {divergence:+.2f}  {self._text(episode.ids)!r}"
-            for episode, score, divergence in numbers
+            f"    score {score:+.2f}  {divergence}{self._text(episode.ids)!r}" for episode, score, divergence in numbers
         ]
 
     def results(self) -> dict[str, float]:
@@ -60,7 +61,7 @@ class RolloutLog:
         found: dict[str, float] = {"rollouts": len(rollouts)}
         for name, phase in (("first", rollouts[0]["iteration"]), ("last", rollouts[-1]["iteration"])):
             own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
-            for key in ("score", "kl", "ended"):
+            for key in ("score", "kl", "ended") if "kl" in own[0] else ("score", "ended"):
                 found[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
             if self.with_samples:
                 found |= {f"{name}_{key}": value for key, value in shares_of_groups(own).items()}

@@ -19,7 +19,7 @@ class Rollouts(NamedTuple):
     rewards: torch.Tensor  # (b, t), of each token: the score at the last one, until something else is made of it
     response_mask: torch.Tensor  # (b, t), True on response tokens
     logps: torch.Tensor  # (b, t), under the policy that sampled, at the sampling temperature
-    reference_logps: torch.Tensor  # (b, t), under the reference, at the same temperature
+    reference_logps: torch.Tensor | None  # (b, t), under the reference, at the same temperature; None without one
     entropies: torch.Tensor  # (b, t)
     values: torch.Tensor  # (b, t), of the critic before each token; 0 without one
     # (b,), what each reward of a mixture said, by name; NaN where it does not apply, or failed
@@ -36,28 +36,35 @@ class Rollouts(NamedTuple):
 
     def groups(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the episodes, (b,), with the samples of a prompt in one row, (prompts, samples)."""
-        return values.reshape(-1, 1 + max(episode.sample for episode in self.episodes))
+        return values.reshape(-1, self.group_size)
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a prompt."""
+        return 1 + max(episode.sample for episode in self.episodes)
 
     @property
     def ended(self) -> torch.Tensor:
         """(b,), True where the response ends with EOS."""
         return torch.tensor([episode.ended for episode in self.episodes], device=self.logps.device)
 
-    def kl(self, kind: Literal["k1", "k2", "k3"]) -> torch.Tensor:
-        """An estimate of the KL to the reference at each token, in nats, (b, t)."""
+    def kl(self, kind: Literal["k1", "k2", "k3"]) -> torch.Tensor | None:
+        """An estimate of the KL to the reference at each token, in nats, (b, t); None without a reference."""
+        if self.reference_logps is None:
+            return None
         return torch.where(self.response_mask, kl_estimate(self.logps, self.reference_logps, kind), 0.0)
 
 
-def summary(rollouts: Rollouts, kl: torch.Tensor) -> dict[str, float]:
+def summary(rollouts: Rollouts, kl: torch.Tensor | None) -> dict[str, float]:
     """Means over the responses, but for the entropy of a token; KL and "objective/entropy" are summed over a response.
 
     Args:
-        kl: at each token, (b, t).
+        kl: at each token, (b, t); None: there is no reference.
     """
     mask, entropies = rollouts.response_mask, rollouts.entropies
     return {
         "objective/scores": float(rollouts.scores.mean()),
-        "objective/kl": float(kl.sum(dim=-1).mean()),
+        **({} if kl is None else {"objective/kl": float(kl.sum(dim=-1).mean())}),
         "objective/entropy": float(entropies.sum(dim=-1).mean()),
         "response/length": float(mask.sum(dim=-1).float().mean()),
         "response/eos_rate": float(rollouts.ended.float().mean()),
@@ -70,7 +77,7 @@ def read_rollouts(
     episodes: list[Episode],
     scores: Sequence[float],
     policy: Callable,
-    reference: Callable,
+    reference: Callable | None,
     critic: Callable | None,
     temperature: float,
     batching: MicroBatching,
@@ -78,7 +85,8 @@ def read_rollouts(
     """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
     Args:
-        policy, reference: `TokenLogProbs` modules, or what stands for them.
+        policy: a `TokenLogProbs` module, or what stands for it.
+        reference: another one, or None.
         critic: a `TokenScores` module, or None.
     """
     prompts, responses = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
@@ -89,7 +97,8 @@ def read_rollouts(
         found = torch.zeros((4, len(episodes), width), device=lengths.device)
         for batch in batching.sequences(prompts, responses):
             logps, entropies = policy(*batch.inputs, batch.completion_mask, temperature)
-            reference_logps, _ = reference(*batch.inputs, batch.completion_mask, temperature)
+            inputs = (*batch.inputs, batch.completion_mask, temperature)
+            reference_logps = reference(*inputs)[0] if reference else torch.zeros_like(logps)
             readings = [logps, reference_logps, entropies, *([values_before(critic, batch)] if critic else [])]
             for place, reading in enumerate(readings):
                 found[place, batch.rows] = batch.on_completions(reading, width).to(found.dtype)
@@ -99,9 +108,9 @@ def read_rollouts(
     batching.processes.sum_tensor(found)  # each row is 0 in all processes but one
     scored = torch.tensor(scores, device=lengths.device)
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-    rewards = token_rewards(torch.zeros_like(found[0]), scored, mask, kl_coef=0.0)
+    rewards = token_rewards(None, scored, mask, kl_coef=0.0)
     logps, reference_logps, entropies, values = found
-    return Rollouts(episodes, scored, rewards, mask, logps, reference_logps, entropies, values)
+    return Rollouts(episodes, scored, rewards, mask, logps, reference_logps if reference else None, entropies, values)
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""From a reward model's raw score to the reward of an episode: running normalisation, clipping, missing-EOS penalty."""
+"""From a raw score to the reward of an episode: running normalisation, clipping, what becomes of truncated ones."""
 
 import math
 from typing import Any
 
 import torch
+
+from stages.lib.settings.truncated import Truncated
 
 
 class RunningMoments:
@@ -57,13 +59,13 @@ def shape_scores(
     *,
     clip: float | None = None,
     moments: RunningMoments | None = None,
-    missing_eos_penalty: float,
+    truncated: Truncated,
 ) -> torch.Tensor:
-    """Normalise, then clip, then subtract the penalty: in this order.
+    """Normalise, then clip, then change what was cut off: in this order, and before any baseline is taken off.
 
-    Normalising first puts the clip in units of standard deviations, whatever the reward model's scale. The penalty
-    comes last, so that clipping cannot swallow it and its size does not depend on the scale of the scores; the reward
-    of a response that does not end may therefore fall below -clip.
+    Normalising first puts the clip in units of standard deviations, whatever the reward model's scale. What becomes of
+    a response that does not end comes last, so that clipping cannot swallow it and its size does not depend on the
+    scale of the scores; its reward may therefore fall below -clip.
 
     Args:
         scores: raw scores of the reward model, (b,).
@@ -71,19 +73,30 @@ def shape_scores(
         clip: scores are held within ±clip, above 0; None for no clipping.
         moments: of the raw scores; None for no normalisation. The caller updates them with the raw scores of this very
             batch before it calls this, so that the first batch is normalised by itself and not by (0, 1).
-        missing_eos_penalty: subtracted where a response did not end, at least 0.
+        truncated: what becomes of the scores of responses that did not end.
     Returns:
         (b,), float32 (float64 if the scores are).
     Raises:
-        ValueError: a clip that is not above 0, a negative penalty.
+        ValueError: a clip that is not above 0.
     """
     if clip is not None and not clip > 0:
         raise ValueError(f"the score clip must be above 0, found {clip}: for no clipping give null")
-    if not missing_eos_penalty >= 0:
-        raise ValueError(f"the missing-EOS penalty must not be negative, found {missing_eos_penalty}")
     shaped = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if moments is not None:
         shaped = (shaped - moments.mean) / math.sqrt(moments.standard_deviation**2 + 1e-8)
     if clip is not None:
         shaped = shaped.clamp(-clip, clip)
-    return torch.where(ended, shaped, shaped - missing_eos_penalty)
+    return torch.where(ended, shaped, scores_of_truncated(shaped, truncated))
+
+
+def scores_of_truncated(scores: torch.Tensor, settings: Truncated) -> torch.Tensor:
+    """What responses that were cut off get instead of these scores, (b,).
+
+    A share of the score is taken where it is above 0 alone: a fifth of -1 is -0.2, so a bad response would gain by
+    never ending.
+    """
+    if settings.type == "missing_eos":
+        return scores - settings.penalty
+    if settings.type == "stop_properly":
+        return torch.where(scores > 0, settings.share * scores, scores)
+    return torch.full_like(scores, settings.score)

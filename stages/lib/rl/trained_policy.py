@@ -24,35 +24,42 @@ if TYPE_CHECKING:
 
 
 class TrainedPolicy(NamedTuple):
-    """Engine and reference give the log-probs of tokens, the engine their entropies too."""
+    """Engine and reference give the log-probs of tokens, the engine their entropies too; there may be no reference."""
 
     language_model: "PreTrainedModel"
     lora: Lora
     engine: Engine
-    reference: Callable
+    reference: Callable | None
 
 
 def load_policy(
     path: Path,
-    reference: Path,
+    reference: Path | None,
     lora_settings: LoraSettings | None,
     optimizer: OptimizerSettings,
     updates: int,
     seed: int,
     loading: Loading,
     processes: Processes,
+    *,
+    entropy_gradient: bool = False,
 ) -> TrainedPolicy:
-    """Load a policy to be trained for so many updates, and its reference.
+    """Load a policy to be trained for so many updates, and its reference, if there is to be one.
 
     Where the reference is the model that a policy with adapters starts from, it is the policy without them, else a
     model of its own.
+
+    Args:
+        entropy_gradient: the engine's entropies carry gradient in updates.
     """
     runtime = loading.runtime
     chunks = runtime.logits_chunk_tokens
     language_model = load_language_model(path, loading)
     lora = Lora(language_model, lora_settings, seed, path)
-    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True)
+    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True, entropy_gradient=entropy_gradient)
     engine = new_engine(module, optimizer, updates, runtime, processes)
+    if reference is None:
+        return TrainedPolicy(language_model, lora, engine, None)
     if lora_settings and reference == path:
         return TrainedPolicy(language_model, lora, engine, WithoutAdapters(engine, lora))
     other = load_language_model(reference, replace(loading, frozen=True))

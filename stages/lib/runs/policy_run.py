@@ -6,11 +6,14 @@ from typing import Protocol
 
 import torch
 
+from stages.lib.rl.rewards.kept_answers import KeptAnswers
+from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.mixture import Mixture
 from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.symptoms import new_in
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import SavesModels, TrainingRun
 
@@ -22,12 +25,18 @@ def record_phase(
     log: RolloutLog,
     iteration: int,
     rollouts: Rollouts,
-    kl: torch.Tensor,
+    kl: torch.Tensor | None,
     row: Mapping[str, float],
 ) -> None:
-    """Add a phase (0-based) to the log and to the curve, and show some of both; `kl` is that of each token, (b, t)."""
+    """Add a phase (0-based) to the log and to the curve, show some of both, and say what begins to go wrong.
+
+    `kl` is as `Rollouts.kl` gives it.
+    """
     log.append(iteration, rollouts, kl)
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
+    if this_run.curve:
+        for seen in new_in([values for _, values in this_run.curve.rows()], iteration + 1):
+            this_run.say(f"{this_run.stage}: phase {iteration + 1}: {seen.line}")
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
         this_run.say(line)
 
@@ -54,6 +63,14 @@ def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:
         line = model.facts.line() if model.facts else None
         if line:
             this_run.say(f"{this_run.stage}: {line}")
+
+
+def kept_rewards(this_run: TrainingRun) -> KeptRewards:
+    """What rewards have said before in a run of the same code, settings and inputs, from its scratch folder."""
+    scratch = this_run.scratch
+    if scratch is None:
+        return KeptRewards(None, "", this_run.processes)
+    return KeptRewards(KeptAnswers(scratch.kept / "rewards.sqlite"), scratch.code, this_run.processes)
 
 
 def reward_models(reward: Reward) -> Iterator[RewardModel]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.command.errors import StageError
+from stages.lib.command.quoted import nearest
 from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.models.model_facts import ModelFacts
 from stages.lib.operations.own_folders import real
@@ -54,12 +55,17 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
             raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
-        for settings in settings_by_key(stage, params).values():
+        for place, settings in settings_by_key(stage, params).items():
+            require_reward_servers(settings, runtime, f"params.yaml: {place}")
             require_kernel(runtime, settings.precision, where)
             if stage in TRAINED:
                 require_engine(runtime, settings.precision, where)
                 require_optimizers(settings, runtime, where)
             require_unsharded_quantization(stage, settings, runtime, where)
+            if getattr(settings, "reference_reset", None) and runtime.frozen_zero_stage == 3:
+                raise StageError(
+                    f"{where}: frozen_zero_stage: 3 shards the reference, which reference_reset fills; use 0"
+                )
 
 
 def require_kernel(runtime: Runtime, precision: str, where: str) -> None:
@@ -99,6 +105,16 @@ def require_unsharded_quantization(stage: str, settings: Any, runtime: Runtime, 
     zero = "zero_stage" if stage in TRAINED else "frozen_zero_stage"
     if own and getattr(runtime, zero) == 3:
         raise StageError(f"{where}: {zero}: 3 cannot shard a base of base_quantization: {own}; use 0, 1 or 2")
+
+
+def require_reward_servers(settings: Any, runtime: Runtime, where: str) -> None:
+    for name, reward in getattr(settings, "rewards", {}).items():
+        server = getattr(reward, "server", None)
+        if server is not None and server not in runtime.reward_servers:
+            raise StageError(
+                f"{where}.rewards.{name}.server: runtime.yaml: reward_servers has no '{server}'"
+                f"{nearest(server, runtime.reward_servers)}; it is to say where that server is"
+            )
 
 
 def require_paths(sources: Sources, data: PrepareData, base: PrepareBase, outs: Iterable[str]) -> None:

@@ -103,6 +103,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
                 if hasattr(settings, key) and is_read:
                     own = OF_SECTIONS.get((stage, key), wanted)
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
+            if getattr(settings, "ptx", None) is not None:
+                yield NamedPath(f"{where}.ptx_tokens", str(Path(settings.ptx_tokens).parents[1]), (TABLES,))
     evaluate, score_samples = params["evaluate"], params["score_samples"]
     for name, path in evaluate.policies.items():
         yield NamedPath(f"evaluate.policies.{name}", path, (LANGUAGE_MODEL,))
@@ -186,6 +188,7 @@ def require_kinds(params: Mapping[str, Any]) -> None:
         for key, settings in settings_by_key(stage, params).items()
         if reads_prepared_rows(settings)
     ]
+    needed += [(f"train_ppo.{name}.ptx", "sft") for name, ppo in params["train_ppo"].items() if ppo.ptx is not None]
     for key, kind in needed:
         if kind not in kinds:
             raise StageError(

@@ -1,7 +1,8 @@
 """The settings of one optimizer: AdamW, learning-rate schedule, gradient clipping."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from stages.lib.settings.bounds import BetweenZeroAndOne, Decay, NotNegative, Positive, Share
@@ -27,6 +28,12 @@ class OptimizerSettings(Settings):
     weight_decay: NotNegative = key(0.0, "decoupled, on matrices only", source="arXiv 1711.05101")
     beta1: Decay = key(0.9, "decay of the gradient's first moment", source="arXiv 1412.6980")
     beta2: Decay = key(0.95, "decay of its second moment", source="arXiv 1412.6980")
+    epsilon: Annotated[float, Ge(1e-12), Le(1)] = key(
+        1e-8,
+        "added to the root of the second moment: what is far below it moves no weight",
+        unit="of the gradient",
+        source="arXiv 1412.6980",
+    )
     max_grad_norm: Positive = key(1.0, "the gradient is scaled down to this norm", unit="global L2 norm")
     ema_decay: BetweenZeroAndOne | None = key(
         None,

@@ -3,36 +3,17 @@
 import os
 from typing import Annotated, Literal, Self
 
-from annotated_types import Ge, Le
-from pydantic import Field, StrictBool, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from stages.lib.command.wrong_values import FUNCTION_PATH
-from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text, WholeNumber
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
+from stages.lib.settings.declaration import key
+from stages.lib.settings.reward_part import RewardPart, Weight
 from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
 REWARD_MODEL = "reward_model"  # the name of the reward model among the parts of a reward
-Weight = Annotated[float, Ge(-1e6), Le(1e6)]
 FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION_PATH, max_length=500)]
-
-
-class RowsWhere(Settings):
-    """The rows that a reward applies to."""
-
-    fact: Text = key("source", "of the row's facts; source: the name of the row's source, unless it is a fact")
-    value: Text | StrictBool | WholeNumber = key("gsm8k", "that it has in those rows")
-
-
-class RewardPart(Settings):
-    """What every reward has."""
-
-    type: str = key("", "of the reward")
-    weight: Weight = key(1.0, "in the sum; 0: it is measured, and is no part of the sum")
-    where: RowsWhere | None = key(None, "the rows it applies to, by the value of a fact; null: all")
-    missing: Literal["stop", "skip"] = key(
-        "stop",
-        "where it fails, gives no number or is late: stop: end the run | skip: count it, and add nothing to the sum",
-    )
 
 
 class FunctionReward(RewardPart):
@@ -112,7 +93,14 @@ class OverlongReward(RewardPart):
 
 
 AnyReward = Annotated[
-    FunctionReward | MathReward | FormatReward | CosineLengthReward | RepetitionReward | OverlongReward,
+    FunctionReward
+    | MathReward
+    | FormatReward
+    | CosineLengthReward
+    | RepetitionReward
+    | OverlongReward
+    | RemoteReward
+    | JudgeReward,
     Field(discriminator="type"),
 ]
 

@@ -15,8 +15,9 @@ from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.operations.own_folders import require_folder_of_its_own, require_within_project
 from stages.lib.operations.stage_names import DATA_STAGES, STAGES
 from stages.lib.operations.tracker import TrackerName
-from stages.lib.settings.bounds import AnyValue, Count, NotNegative, Several, Text, Whole, WholeNumber
+from stages.lib.settings.bounds import AnyValue, Count, Name, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.reward_servers import RewardServer
 
 RUNTIME_FILE = Path("runtime.yaml")
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
@@ -149,6 +150,9 @@ class Runtime(Settings):
     kept_checkpoints: Count = key(2, "training checkpoints that stay in the scratch folder")
     resume_across_code_change: bool = key(
         False, "let a killed run go on from its checkpoint although the code has changed since"
+    )
+    reward_servers: dict[Name, RewardServer] = key(
+        {}, "where rewards of the types remote and judge are asked, by the name that params.yaml has for a server"
     )
     trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")
     tracker_folder: Text = key(

@@ -2,16 +2,27 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Positive, Precision, SaveDtype, Temperature, Text
+from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
+from stages.lib.settings.bounds import Count, NewTokens, Positive, Precision, SaveDtype, Temperature, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import (
+    KlInLoss,
+    KlInReward,
+    KlPenalty,
+    kl_needs_reference,
+    refuse_unread_reference,
+)
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
+from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.truncated import MissingEos, Truncated
 
 
 class TrainGrpo(MixedRewards):
@@ -22,23 +33,36 @@ class TrainGrpo(MixedRewards):
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
-    samples_per_prompt: Annotated[int, Ge(2), Le(2**16)] = key(
-        4, "to each prompt, which are compared with each other", unit="responses"
+    samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(
+        4, "to each prompt, which are compared with each other; 1 with advantages of type reinforce", unit="responses"
     )
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     epochs: Count = key(2, "passes over the rollouts of a phase")
     minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
-    advantage_scale: Literal["group_std", "none"] = key(
-        "group_std", "what a reward's difference from its group's mean is divided by", source="arXiv 2402.03300"
+    advantages: Advantages = key(block(GroupRelative), "how rewards become advantages")
+    loss: PolicyLoss = key(block(DapoLoss, high=0.2), "of the policy, a mean over an optimizer step")
+    mask_truncated: bool = key(
+        False,
+        "leave responses that do not end out of the loss and its denominators; they count in their group's advantages",
+        source="overlong filtering, arXiv 2503.14476, section 3.4",
     )
-    advantage_epsilon: Positive = key(1e-4, "added to group_std", unit="of the reward")
-    clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
-    kl_coef: NotNegative = key(
-        0.05, "β of the KL to the reference in the loss (k3)", source="arXiv 2402.03300, Eq 3 and 4"
+    top_entropy_share: Annotated[float, Gt(0), Le(1)] = key(
+        1.0,
+        "of a minibatch's tokens whose loss counts: those with the highest entropy when they were sampled, such as "
+        "0.2; the KL is of all",
+        source="arXiv 2506.01939, Eq 5",
     )
-    missing_eos_penalty: NotNegative = key(
-        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    off_policy_limit: Positive | None = key(
+        None,
+        "leave out the loss of a response with a negative advantage whose tokens' log-probs have fallen by more than "
+        "this in the mean, such as 0.5; null: none",
+        unit="nats per token",
+        source="DeepSeek-V3.2, arXiv 2512.02556, Eq 9",
+    )
+    kl: KlPenalty = key(block(KlInLoss, estimator="k3"), "where the KL to the reference acts")
+    truncated: Truncated = key(
+        block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
@@ -59,7 +83,40 @@ class TrainGrpo(MixedRewards):
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
                 f"must be a multiple of minibatch_size ({self.minibatch_size})"
             )
+        if needs_groups(self.advantages) and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantages of type {self.advantages.type} compare a prompt's samples: samples_per_prompt must be at "
+                f"least 2, found {self.samples_per_prompt}"
+            )
+        if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
+            raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
         return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> "TrainGrpo":
+        refuse_unread_reference(self.kl, self.model, self.reference)
+        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
+        if isinstance(control, AdaptiveKl) and self.responses_per_iteration >= 5 * control.horizon:
+            raise ValueError(
+                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size times "
+                f"samples_per_prompt ({self.responses_per_iteration})"
+            )
+        return self
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Of the parts of the reward, by name."""
+        return {REWARD_MODEL: self.reward_model_weight} | {name: part.weight for name, part in self.rewards.items()}
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a reference model is loaded."""
+        return kl_needs_reference(self.kl)
+
+    @property
+    def reported_kl(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator of the KL that is reported and steered: that in the reward, or k1."""
+        return self.kl.estimator if isinstance(self.kl, KlInReward) else "k1"
 
     @property
     def responses_per_iteration(self) -> int:

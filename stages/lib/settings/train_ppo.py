@@ -1,14 +1,16 @@
 """Section `train_ppo` of params.yaml: proximal policy optimisation."""
 
-from typing import Literal
+import os
+from pathlib import PurePath
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import (
     Count,
     NewTokens,
-    NotNegative,
     Positive,
     Precision,
     SaveDtype,
@@ -18,11 +20,19 @@ from stages.lib.settings.bounds import (
     WholeNumber,
 )
 from stages.lib.settings.declaration import block, key
-from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
+from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
+from stages.lib.settings.policy_loss import ClipLoss
+from stages.lib.settings.ptx import PtxSettings
+from stages.lib.settings.reference_reset import ReferenceReset
 from stages.lib.settings.rewards import MixedRewards
 from stages.lib.settings.save_every import SaveEvery, save_every
+from stages.lib.settings.truncated import MissingEos, Truncated
+
+PROMPTS = "data/tokens/train/prompts.arrow"
 
 
 class TrainPpo(MixedRewards):
@@ -36,24 +46,38 @@ class TrainPpo(MixedRewards):
     )
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
-    rollout_batch_size: Count = key(
-        128, "of a rollout phase, one response each, over all processes; a multiple of minibatch_size", unit="prompts"
-    )
+    rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
+    samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(1, "to each prompt", unit="responses")
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     epochs: Count = key(2, "passes over the rollouts of a phase")
-    minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
+    minibatch_size: Count = key(
+        64,
+        "in an optimizer step, over all processes; rollout_batch_size times samples_per_prompt is a multiple of it",
+        unit="rollouts",
+    )
     gamma: Share = key(1.0, "discount", source="arXiv 1506.02438, Eq 16")
     lam: Share = key(0.95, "λ of the advantage estimator", source="arXiv 1506.02438, Eq 16")
-    clip_range: Positive = key(0.2, "of the probability ratio", source="arXiv 1707.06347, Eq 7")
+    loss: ClipLoss = key(block(ClipLoss), "of the policy, a mean over the tokens of an optimizer step")
     value_clip_range: Positive = key(
         0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
     )
-    whiten_advantages: bool = key(True, "to mean 0 and variance 1 over the rollouts of a phase")
-    kl_estimator: Literal["k1", "k2", "k3"] = key(
-        "k1", "of the per-token KL in the reward", source="J. Schulman, http://joschu.net/blog/kl-approx.html"
+    whiten_rewards: bool = key(
+        False, "the tokens' rewards to variance 1 over a phase, their mean as it is", source="arXiv 2403.17031"
     )
-    kl_controller: KlController = key(block(FixedKl), "coefficient of the KL penalty in the reward")
+    whiten_advantages: bool = key(True, "to mean 0 and variance 1 over the rollouts of a phase")
+    kl: KlPenalty = key(block(KlInReward), "where the KL to the reference acts")
+    reference_reset: ReferenceReset | None = key(
+        None, "null: the reference stays as it is; else a block: from time to time it becomes the policy"
+    )
+    entropy_bonus: EntropyBonus = key(block(NoEntropyBonus), "how much the policy's entropy counts in its loss")
+    ptx: PtxSettings | None = key(
+        None, "null: rollouts alone; else a block: supervised rows are mixed into the policy's updates (PPO-ptx)"
+    )
+    ptx_tokens: Text = key(
+        PROMPTS,
+        f"what ptx reads: train/sft.arrow of a folder of tokens; with ptx: null, {PROMPTS}, which is read anyway",
+    )
     max_kl: Positive | None = key(
         None,
         "stop before the update of a phase whose mean KL to the reference is above this; null: never",
@@ -61,14 +85,15 @@ class TrainPpo(MixedRewards):
     )
     max_policy_kl: Positive | None = key(
         None,
-        "end a phase's updates before a minibatch on which the policy is further than this from the one that sampled; "
-        "null: never",
+        "after an update that takes the policy further than this from the one that sampled, measured on the "
+        "minibatch that comes next, the update is taken back and the policy rests until the next phase; a second copy "
+        "of its weights and moments is held on the CPU; null: never",
         unit="nats per token",
     )
     score_clip: Positive | None = key(10.0, "scores are held within ± this, after normalisation; null: no clipping")
     normalise_scores: bool = key(False, "to running mean 0 and standard deviation 1")
-    missing_eos_penalty: NotNegative = key(
-        2.0, "taken off the score of a response that does not end", unit="of the reward"
+    truncated: Truncated = key(
+        block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
     critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
@@ -89,23 +114,65 @@ class TrainPpo(MixedRewards):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainPpo":
-        if self.rollout_batch_size % self.minibatch_size:
+        if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
-                f"rollout_batch_size ({self.rollout_batch_size}) must be a multiple of minibatch_size "
-                f"({self.minibatch_size})"
+                f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
+                f"must be a multiple of minibatch_size ({self.minibatch_size})"
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
         if self.critic_optimizer.ema_decay is not None:
             raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
-        control = self.kl_controller
-        if isinstance(control, AdaptiveKl) and self.rollout_batch_size >= 5 * control.horizon:
+        return self
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> "TrainPpo":
+        refuse_unread_reference(self.kl, self.model, self.reference)
+        if self.max_kl is not None and not self.reads_reference:
+            raise ValueError("max_kl limits the KL to a reference, and kl has none; set null")
+        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
+        if isinstance(control, AdaptiveKl) and self.responses_per_iteration >= 5 * control.horizon:
             raise ValueError(
-                f"kl_controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size "
-                f"({self.rollout_batch_size})"
+                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of the responses of a phase "
+                f"({self.responses_per_iteration})"
+            )
+        if self.reference_reset is not None and not self.reads_reference:
+            raise ValueError("reference_reset: kl has no reference; set null")
+        if self.reference_reset is not None and os.path.normpath(self.reference) != os.path.normpath(self.model):
+            raise ValueError("reference_reset: the reference becomes the policy, and so must start as it: as model")
+        if self.reference_reset is not None and self.lora is not None:
+            raise ValueError("reference_reset moves whole models, and lora trains adapters; set one of them to null")
+        return self
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> "TrainPpo":
+        if self.ptx is None and self.ptx_tokens != PROMPTS:
+            raise ValueError(
+                f"ptx_tokens: with ptx: null nothing reads {self.ptx_tokens}, for which DVC would wait; write {PROMPTS}"
+            )
+        if self.ptx is not None and PurePath(self.ptx_tokens).parts[-2:] != ("train", "sft.arrow"):
+            raise ValueError(f"ptx_tokens: expected <folder of tokens>/train/sft.arrow, found {self.ptx_tokens}")
+        if self.max_policy_kl is not None and self.policy_optimizer.moments != "float32":
+            raise ValueError(
+                f"max_policy_kl takes steps back, which needs policy_optimizer.moments: float32, found "
+                f"{self.policy_optimizer.moments}; set max_policy_kl: null"
             )
         return self
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether a reference model is loaded."""
+        return kl_needs_reference(self.kl)
+
+    @property
+    def reported_kl(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator of the KL that is reported, limited and steered: that in the reward, or k1."""
+        return self.kl.estimator if isinstance(self.kl, KlInReward) else "k1"
+
+    @property
+    def responses_per_iteration(self) -> int:
+        return self.rollout_batch_size * self.samples_per_prompt
+
+    @property
     def updates_per_iteration(self) -> int:
-        return self.epochs * (self.rollout_batch_size // self.minibatch_size)
+        return self.epochs * (self.responses_per_iteration // self.minibatch_size)

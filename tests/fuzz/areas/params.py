@@ -138,7 +138,7 @@ LATER = (
     later_section("train_grpo", {"grpo": {"samples_per_prompt": 1}}),
     later_section("evaluate", {"max_new_tokens": 4000}),
     later_section("train_dpo", {"dpo": {"loss": Whole(type="hinge")}}),
-    later_section("train_ppo", {"ppo": {"kl_controller": Whole(type="adaptive")}}),
+    later_section("train_ppo", {"ppo": {"kl": {"controller": Whole(type="adaptive")}}}),
     later_section("evaluate", {"max_promts": 5}),
     later_section("train_sft", {"sft": {"epochs": -1.0}}),
     later_section("tokenize_data", {"max_length": 4000}),

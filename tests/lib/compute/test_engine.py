@@ -32,6 +32,7 @@ def settings(**changed: Any) -> OptimizerSettings:
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
+        "epsilon": 1e-8,
         "max_grad_norm": 0.5,
         "ema_decay": None,
     }

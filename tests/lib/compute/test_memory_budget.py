@@ -28,6 +28,7 @@ OPTIMIZER = OptimizerSettings(
     weight_decay=0.0,
     beta1=0.9,
     beta2=0.95,
+    epsilon=1e-8,
     max_grad_norm=1.0,
     ema_decay=None,
 )

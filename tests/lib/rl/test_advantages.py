@@ -3,12 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
+from stages.lib.command.errors import StageError
 from stages.lib.data.prompts import Prompt
 from stages.lib.rl.advantages import (
+    ADVANTAGES,
+    decoupled_advantages,
     gae,
     generalized_advantages,
-    group_relative,
     group_relative_advantages,
     group_summary,
     masked_moments,
@@ -17,6 +20,7 @@ from stages.lib.rl.advantages import (
 )
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.settings.advantages import Advantages, GroupRelative
 
 NAN = math.nan
 
@@ -195,10 +199,10 @@ def test_all_tokens_of_a_response_share_its_advantage():
     rewards[:, 0] = torch.tensor([2.0, 3.0, 5.0, 5.0])
     rewards[0, 2] = -1.0  # what counts is the sum, 1
     rollouts = Rollouts(episodes, numbers[:, 0], rewards, mask, *[numbers] * 4)
-    settings = SimpleNamespace(advantage_scale="none", advantage_epsilon=1e-4)
-    advantages, returns = group_relative(rollouts, settings)
+    advantages = ADVANTAGES["group_relative"](
+        rollouts, GroupRelative(type="group_relative", scale="none", epsilon=1e-4)
+    )
     assert advantages.tolist() == [[-1, -1, -1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert returns is None
     summary = {"objective/rewards": 3.5, "group/distinct": 0.5, "group/without_variance": 0.5}
     assert group_summary(rollouts) == summary
     other = episodes[1]._replace(ids=[5, 5, 6])
@@ -222,3 +226,93 @@ def test_gae_takes_rewards_values_and_settings() -> None:
     assert torch.equal(same, expected[1])
     assert float(whitened[mask].mean()) == pytest.approx(0, abs=1e-6)
     assert float(whitened[mask].var(unbiased=False)) == pytest.approx(1, abs=1e-5)
+
+
+def group_rollouts(rewards: list[list[float]], size: int, lengths: list[int] | None = None) -> Rollouts:
+    """Groups of `size` responses with the rewards of their tokens, 0 beyond their lengths."""
+    values = torch.tensor(rewards, dtype=torch.float64)
+    lengths = lengths or [values.shape[1]] * len(values)
+    episodes = [
+        Episode(Prompt(7 + row // size, [1], [], {}), [5] * length, "", True, row % size, None, [True] * length)
+        for row, length in enumerate(lengths)
+    ]
+    mask = torch.arange(values.shape[1]) < torch.tensor(lengths)[:, None]
+    return Rollouts(episodes, values.sum(dim=1), torch.where(mask, values, 0.0), mask, *[torch.zeros_like(values)] * 4)
+
+
+def advantages_of(rollouts: Rollouts, kind: str, **keys: object) -> torch.Tensor:
+    settings = TypeAdapter(Advantages).validate_python({"type": kind, **keys})
+    return ADVANTAGES[kind](rollouts, settings)
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 1, 2, 6: 1 - 4, 2 - 3.5, 6 - 1.5; the same as 3/2 of the difference from the mean 3.
+    found = advantages_of(group_rollouts([[1.0], [2.0], [6.0], [4.0], [4.0], [4.0]], 3), "leave_one_out")
+    assert found[:, 0].tolist() == pytest.approx([-3, -1.5, 4.5, 0, 0, 0])
+
+
+def test_the_scale_may_be_that_of_all_rewards_of_the_phase() -> None:
+    # 0, 2 and 1, 5: means 1 and 3; all of them: mean 2, squares 4 + 0 + 1 + 9 = 14 over 3.
+    found = advantages_of(
+        group_rollouts([[0.0], [2.0], [1.0], [5.0]], 2), "group_relative", scale="batch_std", epsilon=1e-9
+    )
+    deviation = math.sqrt(14 / 3)
+    assert found[:, 0].tolist() == pytest.approx([-1 / deviation, 1 / deviation, -2 / deviation, 2 / deviation])
+
+
+def test_reinforce_by_hand() -> None:
+    # Rewards to come with gamma 0.5: 1 + 0.5 * 2 = 2, 2; and 4. Their mean over three tokens: 8/3.
+    rollouts = group_rollouts([[1.0, 2.0], [4.0, 0.0]], 1, [2, 1])
+    found = advantages_of(rollouts, "reinforce", gamma=0.5, scale="none")
+    assert found.flatten().tolist() == pytest.approx([2 - 8 / 3, 2 - 8 / 3, 4 - 8 / 3, 0])
+    scaled = advantages_of(rollouts, "reinforce", gamma=0.5, scale="batch_std")
+    deviation = math.sqrt((4 + 4 + 16) / 3 - (8 / 3) ** 2)
+    torch.testing.assert_close(scaled, found / deviation)
+
+
+def test_reinforce_with_a_baseline_by_hand() -> None:
+    # One group: rewards to come 3, 2 (total 3) and 5 (total 5), less the group's mean total 4: -1, -2 and 1; their mean
+    # over the tokens is -2/3. The other group has 1 and 1, less 1: 0 and 0.
+    rollouts = group_rollouts([[1.0, 2.0], [5.0, 0.0], [1.0, 0.0], [1.0, 0.0]], 2, [2, 1, 1, 1])
+    found = advantages_of(rollouts, "reinforce_baseline", gamma=1.0, scale="none")
+    mean = -2 / 5
+    assert found.flatten().tolist() == pytest.approx([-1 - mean, -2 - mean, 1 - mean, 0, -mean, 0, -mean, 0])
+    kept = advantages_of(rollouts, "reinforce_baseline", gamma=1.0, scale="batch_std")[rollouts.response_mask]
+    assert float(kept.mean()) == pytest.approx(0, abs=1e-9)
+    assert float(kept.var(unbiased=False)) == pytest.approx(1)
+
+
+def test_max_rl_by_hand() -> None:
+    # 1 of 4 right: (1 - 1/4) / (1/4) = 3 and -1; none right, and all right: nothing.
+    rewards = [1.0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    found = advantages_of(group_rollouts([[reward] for reward in rewards], 4), "max_rl")
+    assert found[:, 0].tolist() == pytest.approx([3, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
+    with pytest.raises(StageError, match=r"row 7 of the prompts: the reward is -0.5; advantages of type max_rl need"):
+        advantages_of(group_rollouts([[1.0], [-0.5]], 2), "max_rl")
+
+
+def test_gdpo_by_hand() -> None:
+    # Group one: "right" 0, 1 and "short" 10, 0, of 2 samples each: z-scores ∓1/√2 and ±1/√2; weights 1 and 0.5.
+    # Group two: "right" alike, "short" 0, 4 without the second one: alone, it says nothing.
+    right = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    short = torch.tensor([[10.0, 0.0], [0.0, NAN]], dtype=torch.float64)
+    found = decoupled_advantages({"right": right, "short": short}, {"right": 1.0, "short": 0.5}, epsilon=1e-12)
+    z = 1 / math.sqrt(2)
+    sums = torch.tensor([[-z + 0.5 * z, z - 0.5 * z], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, sums / sums.std())
+    assert found[1].tolist() == [0, 0]
+
+
+def test_gdpo_of_one_reward_is_group_relative_over_the_phase() -> None:
+    rollouts = group_rollouts([[0.0], [2.0], [1.0], [5.0]], 2)
+    found = advantages_of(rollouts, "gdpo", epsilon=1e-9)
+    by_group = advantages_of(rollouts, "group_relative", scale="group_std", epsilon=1e-9)
+    torch.testing.assert_close(found, by_group / by_group.std())
+
+
+@pytest.mark.parametrize("kind", ["group_relative", "leave_one_out", "gdpo", "max_rl"])
+def test_a_group_whose_rewards_are_alike_teaches_nothing(kind: str) -> None:
+    keys = {"group_relative": {"scale": "batch_std", "epsilon": 1e-9}, "gdpo": {"epsilon": 1e-9}}.get(kind, {})
+    found = advantages_of(group_rollouts([[1 / 3], [1 / 3], [1 / 3], [0.0], [1.0], [1.0]], 3), kind, **keys)
+    assert found[:3].count_nonzero() == 0
+    assert found[3:].count_nonzero() == 3

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_estimate
+from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_estimate, kl_loss
+from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import KlInLoss
 
 
 def test_estimates_by_hand():
@@ -33,6 +35,58 @@ def test_a_policy_equal_to_its_reference_has_no_kl():
         assert not kl_estimate(logps, logps, kind).any()
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(logps, logps, "k4")
+
+
+# The policy that is trained, the one that sampled, the reference; over three tokens, of which one is a response.
+POLICY, SAMPLED_BY, REFERENCE = (0.5, 0.3, 0.2), (0.3, 0.3, 0.4), (0.2, 0.3, 0.5)
+
+
+def mean_gradient(estimator: str, sampled_by: tuple, *, bias_correction: bool) -> torch.Tensor:
+    """Of the loss of responses of one token, over all that a policy may sample, with respect to the logits."""
+    logits = torch.tensor(POLICY, dtype=torch.float64).log().requires_grad_()
+    old, reference = (torch.tensor(p, dtype=torch.float64).log() for p in (sampled_by, REFERENCE))
+    settings = KlInLoss(**block(KlInLoss, estimator=estimator, bias_correction=bias_correction))
+    columns = (logits.log_softmax(0)[:, None], old[:, None], reference[:, None])
+    each = kl_loss(*columns, torch.ones(3, 1, dtype=torch.bool), settings)
+    (old.exp() @ each).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def gradient_of_kl(*, forward: bool) -> torch.Tensor:
+    """By hand: of KL(policy || reference) π (d − KL); of KL(reference || policy), which is `forward`, π − π_ref."""
+    policy, reference = (torch.tensor(p, dtype=torch.float64) for p in (POLICY, REFERENCE))
+    difference = policy.log() - reference.log()
+    return policy - reference if forward else policy * (difference - policy @ difference)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_gradients_of_the_loss_are_those_of_a_kl(estimator: str) -> None:
+    own = mean_gradient(estimator, POLICY, bias_correction=False)
+    assert torch.allclose(own, gradient_of_kl(forward=estimator == "k3"), atol=1e-12)
+    # On an earlier policy's tokens that holds with the correction alone, and k3's turns into the other KL's.
+    corrected = mean_gradient(estimator, SAMPLED_BY, bias_correction=True)
+    assert torch.allclose(corrected, gradient_of_kl(forward=False), atol=1e-12)
+    plain = mean_gradient(estimator, SAMPLED_BY, bias_correction=False)
+    assert all(not torch.allclose(plain, gradient_of_kl(forward=which), atol=0.02) for which in (True, False))
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_what_is_no_response_has_no_part_in_the_loss(bias_correction: bool) -> None:
+    logps = torch.tensor([[-1.0, math.nan]], requires_grad=True)
+    others = torch.tensor([[-1.5, math.inf]])
+    settings = KlInLoss(**block(KlInLoss, estimator="k3", bias_correction=bias_correction))
+    each = kl_loss(logps, others, others, torch.tensor([[True, False]]), settings)
+    each.sum().backward()
+    assert each[0, 1] == 0
+    assert torch.isfinite(each).all()
+    assert logps.grad is not None
+    assert logps.grad[0, 1] == 0
+
+
+def test_k1_is_refused_as_a_loss() -> None:
+    with pytest.raises(ValueError, match="k1 in the loss has a gradient of mean 0"):
+        KlInLoss(**block(KlInLoss, estimator="k1"))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ OPTIMIZER = OptimizerSettings(
     weight_decay=0.0,
     beta1=0.9,
     beta2=0.95,
+    epsilon=1e-8,
     max_grad_norm=1e9,
     ema_decay=None,
 )
@@ -124,3 +125,26 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
 def test_means_are_over_the_updates_that_have_a_number() -> None:
     assert mean_of_each([{"a": 1.0}, {"a": 2.0, "b": 5.0}]) == {"a": 1.5, "b": 5.0}
     assert mean_of_each([]) == {}
+
+
+def test_what_goes_beside_is_in_the_gradient_of_the_same_step() -> None:
+    """Twice the loss of another row, as a mixture would add it: as if it had been in the loss of the first."""
+    rollouts = read(1000, packing=False)
+
+    def beside(own: TorchEngine) -> dict[str, torch.Tensor]:
+        (batch,) = batching(1000).sequences([PROMPTS[0]], [RESPONSES[0]])
+        loss = squared_values(rollouts, Pass(own, batch, [0]))["loss"] / len(RESPONSES[0])
+        own.backward(2 * loss)
+        return {"other/loss": loss.detach()}
+
+    norms = {}
+    for name, added in (("mixed", beside), ("alone", None)):
+        found = Learner("value", engine(), batching(1000), rollouts, squared_values, added).update([2, 1])
+        norms[name] = found.pop("value/grad_norm")
+        assert found.pop("other/loss", None) == (pytest.approx(expected([0])[0], rel=1e-5) if added else None)
+        assert found["value/loss"] == pytest.approx(expected([2, 1])[0], rel=1e-5)
+    wanted = expected([2, 1])[1] + 2 * expected([0])[1]
+    assert norms["mixed"] == pytest.approx(float(wanted.norm()), rel=1e-4)
+    assert norms["alone"] != pytest.approx(norms["mixed"], rel=0.05)
+    measured = Learner("value", engine(), batching(1000), rollouts, squared_values, beside).measure([2, 1])
+    assert "other/loss" not in measured

@@ -5,6 +5,11 @@ import pytest
 import torch
 
 from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
+from stages.lib.settings.truncated import FixedScore, MissingEos, StopProperly, Truncated
+
+
+def penalty(size: float) -> MissingEos:
+    return MissingEos(type="missing_eos", penalty=size)
 
 
 def moments_of(*batches: list[float]) -> RunningMoments:
@@ -48,7 +53,7 @@ def test_one_score_has_no_spread_to_divide_by():
     assert moments_of([3.0]).standard_deviation == 1.0
     # and equal scores are divided by almost nothing, but are 0 before
     shaped = shape_scores(
-        torch.full((3,), 2.0), torch.ones(3).bool(), clip=None, moments=moments_of([2.0] * 3), missing_eos_penalty=0.0
+        torch.full((3,), 2.0), torch.ones(3).bool(), clip=None, moments=moments_of([2.0] * 3), truncated=penalty(0.0)
     )
     assert shaped.tolist() == [0.0, 0.0, 0.0]
 
@@ -62,7 +67,7 @@ def test_normalise_then_clip_then_penalise():
         torch.tensor([True, False, False]),
         clip=1.5,
         moments=moments_of([1.0, 2.0], [3.0, 4.0, 10.0]),
-        missing_eos_penalty=1.0,
+        truncated=penalty(1.0),
     )
     torch.testing.assert_close(shaped, torch.tensor([1.5, -2.5, -1.0]))
 
@@ -73,7 +78,7 @@ def test_without_clip_scores_are_only_normalised():
         torch.tensor([True, True]),
         clip=None,
         moments=moments_of([1.0, 2.0], [3.0, 4.0, 10.0]),
-        missing_eos_penalty=1.0,
+        truncated=penalty(1.0),
     )
     torch.testing.assert_close(shaped, torch.tensor([1.697056, -3.959798]))
 
@@ -81,13 +86,13 @@ def test_without_clip_scores_are_only_normalised():
 def test_with_nothing_asked_for_scores_stay_as_they_are():
     scores = torch.tensor([10.0, -10.0])
     ended = torch.tensor([True, False])
-    assert torch.equal(shape_scores(scores, ended, clip=None, moments=None, missing_eos_penalty=0.0), scores)
+    assert torch.equal(shape_scores(scores, ended, clip=None, moments=None, truncated=penalty(0.0)), scores)
 
 
 def test_shaping_does_not_update_the_moments():
     moments = moments_of([1.0, 2.0])
     before = moments.state_dict()
-    shape_scores(torch.tensor([9.0]), torch.tensor([True]), clip=1.0, moments=moments, missing_eos_penalty=0.0)
+    shape_scores(torch.tensor([9.0]), torch.tensor([True]), clip=1.0, moments=moments, truncated=penalty(0.0))
     assert moments.state_dict() == before
 
 
@@ -97,7 +102,6 @@ def test_shaping_does_not_update_the_moments():
         ({"clip": 0.0}, "clip"),
         ({"clip": -1.0}, "clip"),
         ({"clip": math.nan}, "clip"),
-        ({"missing_eos_penalty": -1.0}, "penalty"),
     ],
 )
 def test_senseless_settings_are_refused(settings, complaint):
@@ -105,5 +109,25 @@ def test_senseless_settings_are_refused(settings, complaint):
         shape_scores(
             torch.zeros(1),
             torch.ones(1).bool(),
-            **({"clip": None, "moments": None, "missing_eos_penalty": 0.0} | settings),
+            **({"clip": None, "moments": None, "truncated": penalty(0.0)} | settings),
         )
+
+
+@pytest.mark.parametrize(
+    ("truncated", "expected"),
+    [
+        (penalty(0.5), [1.5, -1.5, 2.0]),
+        # A fifth of -1 would be -0.2: a bad response must not gain by going on for ever.
+        (StopProperly(type="stop_properly", share=0.2), [0.4, -1.0, 2.0]),
+        (FixedScore(type="fixed_score", score=-3.0), [-3.0, -3.0, 2.0]),
+    ],
+)
+def test_what_becomes_of_truncated_responses(truncated: Truncated, expected: list[float]) -> None:
+    scores, ended = torch.tensor([2.0, -1.0, 2.0]), torch.tensor([False, False, True])
+    torch.testing.assert_close(shape_scores(scores, ended, truncated=truncated), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("clip", [0.5, 1.0])
+def test_the_clip_comes_before_what_becomes_of_truncated_ones(clip: float) -> None:
+    shaped = shape_scores(torch.tensor([9.0]), torch.tensor([False]), clip=clip, truncated=penalty(2.0))
+    assert shaped.tolist() == [clip - 2.0]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from stages.lib.rl.token_rewards import token_rewards
+from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
 
 NAN = math.nan
 
@@ -34,3 +34,15 @@ def test_an_episode_pays_its_score_once_and_its_kl_once():
     expected = [scores[row].item() - 0.3 * kl[row, :length].sum().item() for row, length in enumerate([1, 6, 3])]
     # A response without tokens has nothing to be paid for.
     torch.testing.assert_close(rewards.sum(1), torch.tensor([*expected, 0.0]))
+
+
+def test_whitened_rewards_have_variance_1_and_their_own_mean() -> None:
+    # 1, 2, 6: mean 3, variance (4 + 1 + 9) / 3 = 14 / 3; (1 - 3) / sqrt(14 / 3) + 3 = 2.074180
+    mask = torch.tensor([[True, True], [True, False]])
+    whitened = whitened_rewards(torch.tensor([[1.0, 2.0], [6.0, NAN]]), mask)
+    torch.testing.assert_close(whitened, torch.tensor([[2.074180, 2.537090], [4.388730, 0.0]]))
+
+
+def test_without_a_reference_the_score_is_all_there_is() -> None:
+    rewards = token_rewards(None, torch.tensor([2.0]), torch.tensor([[True, True]]), kl_coef=0.0)
+    assert rewards.tolist() == [[0.0, 2.0]]

@@ -17,8 +17,10 @@ from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.prepare_base import ModelOfFolder, NewModel
 from stages.lib.settings.reward_loss import PairwiseLoss, RegressionLoss
+from stages.lib.settings.reward_servers import RewardServer
 from stages.lib.settings.runtime import STAGES, Runtime, runtime_of
 from stages.lib.settings.sections import KINDS, default_params
+from stages.lib.settings.served_rewards import RemoteReward
 from stages.lib.settings.sources import FileSource
 from tests.real_files import PROJECT
 
@@ -53,6 +55,15 @@ def runtimes(default: dict[str, Any] | None = None, **stages: dict[str, Any]) ->
     document = deepcopy(load_yaml(PROJECT / "runtime.yaml"))
     document["default"] |= default or {}
     return {stage: runtime_of(stage, document | stages, Path("runtime.yaml")) for stage in STAGES}
+
+
+def test_a_reward_names_a_server_of_runtime_yaml() -> None:
+    own = params(train_grpo={"rewards": {"served": block(RemoteReward, server="ours")}})
+    address = block(RewardServer)
+    require_agreement(own, runtimes(train_grpo={"reward_servers": {"ours": address}}))
+    message = r"params.yaml: train_grpo.grpo.rewards.served.server: runtime.yaml: reward_servers has no 'ours'; did you"
+    with pytest.raises(StageError, match=message):
+        require_agreement(own, runtimes({"reward_servers": {"our": address}}))
 
 
 def test_the_default_settings_agree() -> None:
@@ -154,7 +165,7 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
             "rollout_batch_size (32) times samples_per_prompt (4) must be a multiple of minibatch_size (48)",
         ),
         ("train_grpo", {"samples_per_prompt": 1}, "train_grpo.grpo.samples_per_prompt must be at least 2"),
-        ("train_grpo", {"advantage_epsilon": 0.0}, "train_grpo.grpo.advantage_epsilon must be above 0"),
+        ("train_grpo", {"top_entropy_share": 0.0}, "train_grpo.grpo.top_entropy_share must be above 0"),
         ("train_ppo", {"minibatch_size": 7}, "rollout_batch_size (128) must be a multiple of minibatch_size (7)"),
         (
             "train_dpo",

@@ -66,6 +66,16 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
             "zero_optimization.offload_optimizer: nvme is not supported; offload_optimizer and",
         ),
         ("train_rm: {deepspeed: {zero_optimization: 3}}\n", "deepspeed.zero_optimization must hold keys, found 3"),
+        (
+            "train_rm: {reward_servers: {a: {address: 'ftp://a', token_variable: null, timeout_seconds: 1.0, "
+            "attempts: 1, backoff_seconds: 0.0, rows_per_request: 1, parallel_requests: 1}}}\n",
+            "reward_servers.a: address must be such as http://127.0.0.1:5000/get_reward, found 'ftp://a'",
+        ),
+        (
+            "train_rm: {reward_servers: {a: {address: 'http://me:secret@a', token_variable: null, timeout_seconds: "
+            "1.0, attempts: 1, backoff_seconds: 0.0, rows_per_request: 1, parallel_requests: 1}}}\n",
+            "reward_servers.a: address must hold no password: name an environment variable in token_variable",
+        ),
         ("train_rm: {trackers: [wandbb]}\n", "trackers[0]: 'wandbb' (str) is not one of: tensorboard, wandb"),
         ("train_rm: {trackers: wandb}\n", "train_rm.trackers: expected a list, found 'wandb' (str)"),
         ("train_rm: {trackers: [wandb, wandb]}\n", "trackers must name each tracker once, found wandb, wandb"),

@@ -47,7 +47,7 @@ def test_a_profile_keeps_to_the_schema(profile: Any) -> None:
 WRONG = {
     "train_dpo.dpo.loss": block(IpoLoss) | {"label_smoothing": 0.0},
     "train_dpo.dpo.losss": block(IpoLoss),
-    "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1},
+    "train_ppo.ppo.kl.controller": {"type": "adaptive", "coef": 0.1},
     "train_sft.sft.optimizer.beta1": 1.0,
     "train_sft.sft.lora": {"rank": 4},
     "train_rm.rm.keep": "bset",
@@ -58,7 +58,7 @@ WRONG = {
 }
 RIGHT = {
     "train_dpo.dpo.loss": block(MixtureLoss),
-    "train_ppo.ppo.kl_controller": {"type": "adaptive", "coef": 0.1, "target": 6, "horizon": 1e4},
+    "train_ppo.ppo.kl.controller": {"type": "adaptive", "coef": 0.1, "target": 6, "horizon": 1e4},
     "train_sft.sft.lora": {
         "rank": 4,
         "alpha": 8,

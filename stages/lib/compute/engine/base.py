@@ -226,7 +226,11 @@ class Engine(ABC):
             for group, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
             if group
         ]
-        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+        options: dict[str, Any] = {
+            "lr": settings.learning_rate,
+            "betas": (settings.beta1, settings.beta2),
+            "eps": settings.epsilon,
+        }
         if settings.moments != "float32":
             groups = self._embeddings_apart(groups, weights)
             return new_low_memory_adamw(groups, settings.moments, self.processes.device, **options)

@@ -1,17 +1,25 @@
 """The reward of an entry of params.yaml, made of its reward model and its `rewards`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.processes import Processes
+from stages.lib.data.chat import load_tokenizer
+from stages.lib.data.encoding import decode
 from stages.lib.models.ensembles import is_ensemble, member_names, read_members
 from stages.lib.models.pretrained import Loading
 from stages.lib.rl.rewards.function_rewards import format_verifier, math_verifier, user_function
+from stages.lib.rl.rewards.judge import JudgeScores
+from stages.lib.rl.rewards.kept_answers import KeptAnswers
+from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.length_rewards import CosineLength, Overlong, Repetition
 from stages.lib.rl.rewards.mixture import Mixture, MixturePart
+from stages.lib.rl.rewards.remote import RemoteScores
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+from stages.lib.rl.rewards.server_calls import server_calls
 from stages.lib.settings.rewards import (
     REWARD_MODEL,
     AnyReward,
@@ -23,23 +31,44 @@ from stages.lib.settings.rewards import (
     OverlongReward,
     RepetitionReward,
 )
+from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
 
-class Circumstances(NamedTuple):
-    """What rewards are made for."""
+class RewardSurroundings(NamedTuple):
+    """What rewards are made for.
 
-    max_new_tokens: int  # of a response
+    Args:
+        policy: a model folder with the tokenizer of the ids to be scored.
+        max_new_tokens: of a response.
+    """
+
+    policy: Path
+    max_new_tokens: int
+    runtime: Runtime
     processes: Processes
-    workers: int  # processes that a function runs in
 
 
-MAKERS: dict[type, Callable[[Any, Circumstances], Any]] = {
-    CosineLengthReward: lambda settings, made_for: CosineLength(settings, made_for.max_new_tokens),
-    OverlongReward: lambda settings, made_for: Overlong(settings, made_for.max_new_tokens),
+def remote_scores(settings: RemoteReward, around: RewardSurroundings) -> RemoteScores:
+    calls = server_calls(settings.server, around.runtime)
+    return RemoteScores(
+        settings, calls, partial(decode, load_tokenizer(around.policy)), around.processes, KeptAnswers()
+    )
+
+
+def judge_scores(settings: JudgeReward, around: RewardSurroundings) -> JudgeScores:
+    return JudgeScores(settings, server_calls(settings.server, around.runtime), around.processes, KeptAnswers())
+
+
+MAKERS: dict[type, Callable[[Any, RewardSurroundings], Any]] = {
+    CosineLengthReward: lambda settings, around: CosineLength(settings, around.max_new_tokens),
+    OverlongReward: lambda settings, around: Overlong(settings, around.max_new_tokens),
     RepetitionReward: lambda settings, _: Repetition(settings),
-    FormatReward: lambda settings, made_for: format_verifier(settings, made_for.processes, made_for.workers),
-    FunctionReward: lambda settings, made_for: user_function(settings, made_for.processes, made_for.workers),
-    MathReward: lambda settings, made_for: math_verifier(settings, made_for.processes, made_for.workers),
+    FormatReward: lambda settings, around: format_verifier(settings, around.processes, around.runtime.worker_count),
+    FunctionReward: lambda settings, around: user_function(settings, around.processes, around.runtime.worker_count),
+    MathReward: lambda settings, around: math_verifier(settings, around.processes, around.runtime.worker_count),
+    RemoteReward: remote_scores,
+    JudgeReward: judge_scores,
 }
 
 
@@ -65,6 +94,7 @@ def load_entry_rewards(
     batching: MicroBatching,
     processes: Processes,
     loaded: RewardModel | None = None,
+    kept: KeptRewards | None = None,
 ) -> Mixture:
     """The reward of an entry.
 
@@ -72,6 +102,7 @@ def load_entry_rewards(
         policy: a model folder with the tokenizer of the ids to be scored.
         max_new_tokens: of a response.
         loaded: its reward model, if that has been loaded.
+        kept: what other rewards than a reward model said before in this run.
     Raises:
         StageError: as `load_reward_model`.
     """
@@ -84,13 +115,13 @@ def load_entry_rewards(
     elif settings.has_reward_model:
         scores = loaded or load_reward_model(path, settings, *how, standardise=settings.standardise_reward)
         models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
-    made_for = Circumstances(max_new_tokens, processes, loading.runtime.worker_count)
-    return Mixture({**models, **reward_parts(settings.rewards, made_for)})
+    around = RewardSurroundings(policy, max_new_tokens, loading.runtime, processes)
+    return Mixture({**models, **reward_parts(settings.rewards, around)}, kept if settings.rewards else None)
 
 
-def reward_parts(rewards: Mapping[str, AnyReward], made_for: Circumstances) -> dict[str, MixturePart]:
+def reward_parts(rewards: Mapping[str, AnyReward], around: RewardSurroundings) -> dict[str, MixturePart]:
     """Rewards by name, as parts of a mixture."""
     return {
-        name: MixturePart(MAKERS[type(settings)](settings, made_for), settings.weight, settings.where, settings.missing)
+        name: MixturePart(MAKERS[type(settings)](settings, around), settings.weight, settings.where, settings.missing)
         for name, settings in rewards.items()
     }

@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from stages.lib.command.errors import StageError
 from stages.lib.rl.episodes import Episode
+from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.scoring import Failure, Reward, RewardScore, ScoredEpisodes, told_episode
-from stages.lib.settings.rewards import RowsWhere
+from stages.lib.settings.reward_part import RowsWhere
 
 
 class JudgedReward(Protocol):
@@ -36,9 +37,11 @@ class Mixture(NamedTuple):
 
     Args:
         by_name: the parts; one that reads another's scores may stand before it.
+        kept: what was said before of the same episodes, which then counts.
     """
 
     by_name: Mapping[str, MixturePart]
+    kept: KeptRewards | None = None
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float]:
         return self.scored(episodes).totals
@@ -49,6 +52,9 @@ class Mixture(NamedTuple):
         Raises:
             StageError: a part fails where it must not, or none applies to an episode.
         """
+        return self._scored(episodes) if self.kept is None else self.kept.scored(episodes, self._scored)
+
+    def _scored(self, episodes: Sequence[Episode]) -> ScoredEpisodes:
         parts: dict[str, list[RewardScore]] = {}
         for name in self._in_order():
             parts[name] = self._scores_of_part(name, episodes, parts)

@@ -14,7 +14,7 @@ from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics, with_parts
 from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rollouts import Rollouts
-from stages.lib.settings.rewards import RowsWhere
+from stages.lib.settings.reward_part import RowsWhere
 
 FACTS: list[dict[str, Any]] = [{"task": "sums", "hard": True}, {"task": "tales", "hard": 1}, {"task": "sums"}]
 EPISODES = [
