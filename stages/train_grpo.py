@@ -40,6 +40,7 @@ if not asks_for_help():
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import summary
     from stages.lib.rl.score_normalisation import shape_scores
@@ -65,7 +66,8 @@ def grpo_phases(
     for iteration in this_run.steps(settings.iterations, **state):
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
         #    loss; advantages of responses, most often within their group.

@@ -53,6 +53,7 @@ if not asks_for_help():
     from stages.lib.rl.reference_reset import ResetReference
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -166,7 +167,8 @@ def ppo_phases(
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,

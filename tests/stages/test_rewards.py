@@ -1,6 +1,7 @@
 """Rewards of an entry beside its reward model, or instead of one, by the real scripts."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,27 @@ from stages.lib.operations.code_closure import code_hash
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
-from stages.lib.settings.rewards import FunctionReward, RepetitionReward, RowsWhere
+from stages.lib.settings.reward_part import RowsWhere
+from stages.lib.settings.rewards import FunctionReward, RepetitionReward
 from tests.stages.test_training import curve
 from tests.stages.tiny_pipeline import call, change, inside, new_project, read_yaml, refusal, write_yaml
 
 Copy = Callable[..., Path]
 OWN = """
+from pathlib import Path
 from rewards.shared import WORTH
 
 def film(completion, facts):
     assert facts["task"] == "film_reviews"
     return WORTH * completion.count(" ") + (facts["film"] in completion)
+
+def later(completion):
+    # from the ninth response on, while there is a file
+    seen = Path("seen").read_text() if Path("seen").exists() else ""
+    Path("seen").write_text(seen + "x")
+    if len(seen) >= 8 and Path("fail").exists():
+        raise OSError("the second phase fails")
+    return len(completion)
 
 def broken(completion):
     raise ValueError(completion[:5])
@@ -87,7 +98,7 @@ def test_ppo_without_a_reward_model_stops_at_a_function_that_fails(
     said = refusal(folder, "train_ppo", capsys)
     assert "of the prompts, response" in said
     assert ": the reward own fails: ValueError: " in said
-    assert "(rewards/own.py, line 9)" in said
+    assert "(rewards/own.py, line " in said
     with_rewards(folder, "train_ppo", rewards={"own": function("film"), "bad": function("broken", missing="skip")})
     call(folder, "train_ppo")
     rows = curve(folder, "train_ppo")
@@ -135,6 +146,58 @@ def test_what_an_ensemble_is_not_for(project: Path, section: str, changed: dict[
     with_rewards(project, section, reward_model="data/ensembles/judges", **changed)
     with inside(project), pytest.raises(StageError, match=message):
         check_settings()
+
+
+def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> None:
+    """Without a reward model: what the policies are compared by is what a function says of their replies."""
+    folder = with_own_functions(copy_of_tiny())
+    rewards = {
+        "film": function("film", weight=2.0),
+        "none": function("broken", where=block(RowsWhere, fact="task", value="sums")),
+        "failing": function("broken", missing="skip", weight=0.0),
+    }
+    change(folder / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})
+    params = read_yaml(folder / "params.yaml")
+    params["evaluate"] |= {"rewards": rewards, "policies": {"sft": "models/sft", "grpo": "models/grpo"}}
+    write_yaml(folder / "params.yaml", params | {"train_rm": {}, "train_dpo": {}, "train_ppo": {}, "evaluate_rm": {}})
+    for stage in ("evaluate@sft", "evaluate@grpo"):
+        call(folder, stage)
+    found = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
+    samples = [json.loads(line) for line in (folder / "data/samples/grpo.jsonl").open(encoding="utf-8")]
+    own = [sample["rewards"]["film"] for sample in samples]
+    assert own == pytest.approx([worth(sample) for sample in samples], abs=1)
+    assert len({*own}) > 1
+    assert found["reward_of_film_mean"] == pytest.approx(sum(own) / len(own), abs=1e-6)
+    assert found["reward_of_sum_mean"] == pytest.approx(2 * sum(own) / len(own), abs=1e-6)
+    of_sft = json.loads((folder / "metrics/evaluate/sft.json").read_text())
+    difference = found["reward_of_film_mean"] - of_sft["reward_of_film_mean"]
+    assert found["reward_of_film_minus_reference_mean"] == pytest.approx(difference)
+    assert found["reward_of_failing_errors"] == len(samples)
+    assert "reward_of_none_mean" not in found
+    for gone in (*folder.glob("metrics/*/ppo.*"), *folder.glob("metrics/*/dpo.*"), *folder.glob("metrics/*/rm.*")):
+        gone.unlink()
+    call(folder, "report")
+    page = (folder / "metrics/report.html").read_text()
+    assert "<th>film</th>" in page.replace(' scope="col"', "")
+
+
+def test_a_reward_that_fails_loses_no_finished_phase(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
+    """The run goes on where it stopped, also if no checkpoint was due before."""
+    folder = with_own_functions(copy_of_tiny())
+    rewards = {"film": function("film"), "once": function("later", weight=0.0)}
+    with_rewards(folder, "train_grpo", reward_model="models/sft", rewards=rewards, iterations=2)
+    (folder / "fail").touch()
+    assert "OSError: the second phase fails" in refusal(folder, "train_grpo", capsys)
+    (folder / "fail").unlink()
+    capsys.readouterr()
+    call(folder, "train_grpo")
+    assert "step 1" in capsys.readouterr().out
+    resumed = rollouts_of(folder, "grpo")
+    assert [rollout["iteration"] for rollout in resumed] == [1] * 8 + [2] * 8
+    shutil.rmtree(folder / ".scratch")
+    (folder / "seen").unlink()
+    call(folder, "train_grpo")
+    assert rollouts_of(folder, "grpo") == resumed
 
 
 @pytest.fixture
