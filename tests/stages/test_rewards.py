@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.stages.tiny_pipeline import call, change, inside, new_project, read_y
 
 Copy = Callable[..., Path]
 OWN = """
+import packaging
 from pathlib import Path
 from rewards.shared import WORTH
 
@@ -87,6 +89,8 @@ def test_grpo_without_a_reward_model_is_paid_by_functions(copy_of_tiny: Copy) ->
     assert rows["rewards/other"].isna().all()
     assert rows["reward_errors/film"].tolist() == [0]
     assert "rewards/reward_model" not in rows
+    record = json.loads((folder / ".scratch/runs.jsonl").read_text().splitlines()[-1])
+    assert record["versions"]["packaging"] == version("packaging")  # which the function alone has imported
 
 
 def test_ppo_without_a_reward_model_stops_at_a_function_that_fails(

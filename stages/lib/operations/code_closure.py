@@ -77,9 +77,17 @@ def running_hash() -> str:
 
 @cache
 def running_manifest() -> str | None:
-    """The manifest of the stage that this process was started as, or None if it was started as something else."""
+    """The manifest of the stage that this process was started as, or None if it was started as something else.
+
+    With the reward functions that the one on disk lists: settings choose them, and so it does not follow from the code.
+    """
     name = _own_name()
-    return manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT) if name else None
+    if not name:
+        return None
+    own, recorded = manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT), MANIFESTS / f"{name}.txt"
+    listed = recorded.read_text(encoding="utf-8").splitlines() if recorded.is_file() else []
+    files = [line.partition(" ")[2] for line in listed]
+    return with_files(own, closure(file for file in files if file.startswith(f"{REWARDS}/") and Path(file).is_file()))
 
 
 def with_files(manifest: str, files: Iterable[str], root: Path = Path()) -> str:
@@ -111,10 +119,7 @@ def require_recorded_code() -> None:
     manifest = MANIFESTS / f"{_own_name()}.txt"
     if not stage or own is None or not manifest.is_file():
         return
-    recorded = manifest.read_text(encoding="utf-8")
-    files = [line.partition(" ")[2] for line in recorded.splitlines()]
-    of_rewards = [file for file in files if file.startswith(f"{REWARDS}/") and Path(file).is_file()]
-    differing = differing_files(recorded, with_files(own, closure(of_rewards)))
+    differing = differing_files(manifest.read_text(encoding="utf-8"), own)
     differing = [file for file in differing if file.endswith(".py")]  # templates that settings choose are data
     if differing:
         raise StageError(

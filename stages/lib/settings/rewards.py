@@ -34,10 +34,18 @@ class MathReward(RewardPart):
     )
     answer: Text = key("answer", "the fact that holds the right answer")
     answer_after: Text | None = key(None, "of the fact, the answer is what follows this, such as ####; null: all of it")
-    read: Literal["anywhere", "boxed"] = key(
-        "anywhere", "the response's answer: its last formula or number | boxed: in its last \\boxed{} alone"
+    read: Literal["anywhere", "boxed", "after"] = key(
+        "anywhere",
+        "of the response: anywhere: its last formula or number | boxed: what is in its last \\boxed{} | after: what "
+        "follows the last answer_after in it",
     )
     seconds: Positive = key(5.0, "for one response", unit="seconds")
+
+    @model_validator(mode="after")
+    def _check_mark(self) -> Self:
+        if self.read == "after" and self.answer_after is None:
+            raise ValueError("read: after needs answer_after, which says after what")
+        return self
 
 
 class FormatReward(RewardPart):

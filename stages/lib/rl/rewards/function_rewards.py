@@ -73,7 +73,11 @@ def math_verifier(settings: MathReward, processes: Processes, workers: int) -> P
     """1 for the right answer."""
 
     def arguments(episode: Episode) -> dict[str, Any]:
-        return {"completion": episode.text, "answer": right_answer_of(episode, settings), "read": settings.read}
+        text, read = episode.text, settings.read
+        if settings.answer_after is not None and read == "after":
+            _, mark, after = text.rpartition(settings.answer_after)
+            text, read = after if mark else "", "anywhere"
+        return {"completion": text, "answer": right_answer_of(episode, settings), "read": read}
 
     pool = WorkerPool(f"{OWN}.math_answer", "score_answer", settings.seconds, workers, "math-verify")
     return PooledReward(pool, arguments, processes)
