@@ -1,7 +1,7 @@
 """A language model as judge, behind an OpenAI-compatible endpoint (POST …/chat/completions).
 
-It is told a rubric with the row's prompt, response and facts in it, and ends its answer with `Score: n`. Answers are
-kept as text, so another reading of the score asks nothing again.
+It is told a rubric with the row's prompt, response and facts in it, and ends its answer with `Score: n`. Answers that
+have a score are kept as text, so another scale asks nothing again.
 """
 
 import math
@@ -46,7 +46,7 @@ class JudgeScores:
 
         async def ask(caller: Caller, key: str) -> str:
             answer = text_of_answer(caller, await caller.post(self.calls.server.address + ROUTE, body_of[key]))
-            return self.kept.add({key: answer})[key]
+            return answer if isinstance(self.score(answer), Failure) else self.kept.add({key: answer})[key]
 
         stop = self.settings.missing == "stop"
         known |= dict(zip(body_of, self.calls.for_each([*body_of], ask, stop_at_failure=stop), strict=True))
