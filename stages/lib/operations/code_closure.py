@@ -22,6 +22,7 @@ LEFT_OUT = "stages/lib/operations/"
 MANIFESTS = Path("code_manifests")
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGE = "stages"
+REWARDS = "rewards"  # the user's own functions, which the manifests of the stages that call them list
 # A comment, or a string as a whole, so that a # within one is none. No string of ours holds quotes of its own kind in
 # braces, which Python before 3.12 does not read either.
 _COMMENT_OR_STRING = re.compile(
@@ -81,6 +82,12 @@ def running_manifest() -> str | None:
     return manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT) if name else None
 
 
+def with_files(manifest: str, files: Iterable[str], root: Path = Path()) -> str:
+    """A manifest that lists these files below `root`, too, behind its own."""
+    own = {line.partition(" ")[2] for line in manifest.splitlines()}
+    return manifest + lines_of([file for file in files if file not in own and not file.startswith(LEFT_OUT)], root)
+
+
 def _own_name() -> str:
     """The stage that this process was started as, such as "train_rm"; empty if it was started as something else."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -104,7 +111,10 @@ def require_recorded_code() -> None:
     manifest = MANIFESTS / f"{_own_name()}.txt"
     if not stage or own is None or not manifest.is_file():
         return
-    differing = differing_files(manifest.read_text(encoding="utf-8"), own)
+    recorded = manifest.read_text(encoding="utf-8")
+    files = [line.partition(" ")[2] for line in recorded.splitlines()]
+    of_rewards = [file for file in files if file.startswith(f"{REWARDS}/") and Path(file).is_file()]
+    differing = differing_files(recorded, with_files(own, closure(of_rewards)))
     differing = [file for file in differing if file.endswith(".py")]  # templates that settings choose are data
     if differing:
         raise StageError(
@@ -214,7 +224,8 @@ def _templates(root: Path) -> list[tuple[str, str]]:
 
 def _path_of(module: str, root: Path) -> str | None:
     path = f"{module.replace('.', '/')}.py"
-    return path if _is_ours(module) and (root / path).is_file() else None
+    is_known = _is_ours(module) or module.startswith(f"{REWARDS}.")
+    return path if is_known and (root / path).is_file() else None
 
 
 def _is_ours(module: str) -> bool:
