@@ -17,7 +17,7 @@ from stages.lib.data.reward_texts import said_in
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.scoring import Failure, RewardScore, told_episode
-from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls
+from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls, asked_by_main
 from stages.lib.settings.served_rewards import JudgeReward
 
 PLACE = re.compile(r"\{(\w+)\}")
@@ -35,8 +35,8 @@ class JudgeScores:
         self.kept = kept
 
     def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
-        """As `Reward` says. Raises StageError for a fact that the rubric names and a row lacks."""
-        return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes)) or [])
+        """As `Reward` says. Raises RewardError for a fact that the rubric names and a row lacks."""
+        return asked_by_main(self.processes, lambda: self._scores(episodes))
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         bodies = [self.body(episode) for episode in episodes]
