@@ -29,7 +29,7 @@ from torch import nn
 from benchmarks.model_flops import Architecture, forward_flops
 from benchmarks.our_steps import matrix_flops
 from stages.lib.command.run import run
-from stages.lib.compute.batching import pad_left
+from stages.lib.compute.batching import pad_left, pass_cost_of
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
 from stages.lib.data.prompts import Prompt, prompts_of
@@ -37,6 +37,7 @@ from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.sampling import invert_distribution, uniform_draws
+from stages.lib.settings.runtime import read_runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,9 +149,9 @@ def by_ours(contest: Contest) -> Measured:
     policy = TokenLogProbs(contest.model)
     processes = Processes(0, 1, torch.device("cpu"))
     budget = MemoryBudget("generation_batch_size", 128)
-    sampler = OwnSampler(
-        policy, contest.model, SEED, 1.0, contest.new_tokens, eos_id, pad_id, lambda ids: "", budget, processes
-    )
+    options = (SEED, 1.0, contest.new_tokens, eos_id, pad_id, lambda ids: "", budget, processes)
+    cost = pass_cost_of(read_runtime("train_grpo"), processes.device)
+    sampler = OwnSampler(policy, contest.model, *options, cost=cost)
     started = time.process_time()
     episodes = sampler.sample(contest.prompts, 0, contest.samples)
     return Measured(time.process_time() - started, [episode.ids for episode in episodes])

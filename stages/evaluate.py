@@ -221,6 +221,7 @@ def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> lis
         evaluation.sampling,
         evaluation.processes,
         by_row=True,
+        cost=evaluation.batching.cost,
     )
     return sampler.sample(prompts, SAMPLING_STEP)
 

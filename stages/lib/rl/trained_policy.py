@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from stages.lib.compute.batching import sampling_budget
+from stages.lib.compute.batching import pass_cost_of, sampling_budget
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
@@ -102,4 +102,5 @@ def own_sampler(
         sampling_budget(runtime),
         processes,
         after_batch=after_batch,
+        cost=pass_cost_of(runtime, processes.device),
     )
