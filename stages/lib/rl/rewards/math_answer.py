@@ -37,9 +37,7 @@ def score_answer(completion: str, answer: str, read: Literal["anywhere", "boxed"
 @cache
 def right_answer(text: str) -> list[Any]:
     is_marked = any(mark in text for mark in MARKS)
-    found = (
-        formula_in(text) if is_marked else formula_in(f"${text}$")
-    )  # it is a formula as a whole, not a text with one in it
+    found = formula_in(text) if is_marked else formula_in(f"${text}$")  # a formula as a whole
     if not found:
         raise UnreadableAnswerError(f"the right answer {text!r} cannot be read as mathematics")
     return found
