@@ -35,7 +35,7 @@ if not asks_for_help():
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.kl_control import new_controller
-    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
@@ -82,7 +82,7 @@ def grpo_phases(
         for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= mean_of_each(found)
+        row |= means_of_updates(found)
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         keep_policy(this_run, collector.policy, iteration, settings)
@@ -114,7 +114,8 @@ def main(
     inputs = [tokens, *map(Path, paths)]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = COLUMNS + reward_columns(part_names(settings), prompts["source"][:])
+    columns = (*COLUMNS, *(["policy/first_ratio"] if settings.reuse_sampler_logps else []))
+    columns += reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
