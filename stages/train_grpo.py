@@ -7,7 +7,8 @@ R is the reward of a response, less a penalty if it does not end, and less its K
 the loss. What advantages, loss and KL are is chosen by blocks of params.yaml, which list the papers; the mean of L is
 over a whole optimizer step. With LoRA a reference that is the policy's start is the policy without its adapters.
 
-    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow \\
+        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
         --metrics metrics/training --curve metrics/curves --name grpo
 """
 
@@ -21,10 +22,13 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
 if not asks_for_help():
+    import torch
+
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
@@ -33,19 +37,29 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import advantages_of, group_summary
     from stages.lib.rl.collector import Collector
+    from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.group_loss import step_loss
+    from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
     from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import summary
+    from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import (
+        end_phase,
+        held_out_evaluation,
+        kept_rewards,
+        publish_policy,
+        record_phase,
+        tell_of_reward_model,
+    )
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
@@ -54,23 +68,32 @@ COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm
 
 
 def grpo_phases(
-    settings: TrainGrpo, seed: int, prompts: MappedTable, collector: Collector, this_run: TrainingRun, log: RolloutLog
-) -> None:
-    """The phases that are left."""
-    engine, batching = collector.policy.engine, collector.batching
+    settings: TrainGrpo,
+    seed: int,
+    prompts: MappedTable,
+    collector: Collector,
+    held_out: HeldOutEvaluation,
+    this_run: TrainingRun,
+    log: RolloutLog,
+) -> EarlyStop:
+    """The phases that are left. Returns whether training ended early."""
+    engine, batching, early_stop = collector.policy.engine, collector.batching, EarlyStop()
     controller = new_controller(settings.kl)
     state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget}
-    state |= {"kl_controller": controller}
-    for iteration in this_run.steps(settings.iterations, **state):
+    state |= {"kl_controller": controller, "early_stop": early_stop}
+    for iteration in this_run.steps(settings.iterations, **state, **held_out.state):
+        if early_stop.stopped_after:
+            continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
         #    loss; advantages of responses, most often within their group.
         kl, kl_coef = rollouts.kl(settings.reported_kl), controller.coef
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
-        scores = shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
+        scores = penalised_scores(settings, rollouts)
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
         advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
@@ -85,12 +108,20 @@ def grpo_phases(
         row |= means_of_updates(found)
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
-        keep_policy(this_run, collector.policy, iteration, settings)
+        # 5. What the policy now answers to validation prompts, and whether it goes on.
+        row |= end_phase(this_run, held_out, early_stop, iteration, settings)
         record_phase(this_run, log, iteration, rollouts, kl, row)
+    return early_stop
+
+
+def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
+    """What each response is rewarded with, (b,)."""
+    return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
 
 
 def main(
     tokens: PathOption,
+    validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
@@ -111,11 +142,14 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *map(Path, paths)]
+    of_rewards = reward_files(settings.rewards, f"train_grpo.{name}.rewards")
+    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = (*COLUMNS, *(["policy/first_ratio"] if settings.reuse_sampler_logps else []))
+    columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
+    columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
+    columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -132,9 +166,11 @@ def main(
         of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
         reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)
-        grpo_phases(settings, seed, prompts, Collector(sampler, reward, policy, None, batching), this_run, log)
-        results = {"iterations": settings.iterations, **log.results()}
-        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        collector = Collector(sampler, reward, policy, None, batching)
+        held_out = held_out_evaluation(this_run, settings, validation, collector, partial(penalised_scores, settings))
+        stopped = grpo_phases(settings, seed, prompts, collector, held_out, this_run, log).stopped_after
+        results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
+        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

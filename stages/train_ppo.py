@@ -10,7 +10,8 @@ models that policy and critic start from, the reference and the reward model. Wi
 start is the policy without its adapters, and a reward model that is the critic's start is the critic without its
 adapters and with its first head: two models in memory instead of four.
 
-    python -m stages.train_ppo --tokens data/tokens/train/prompts.arrow --out models --rollouts data/rollouts \\
+    python -m stages.train_ppo --tokens data/tokens/train/prompts.arrow \\
+        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
         --metrics metrics/training --curve metrics/curves --name ppo
 """
 
@@ -26,6 +27,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -44,14 +46,16 @@ if not asks_for_help():
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
+    from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
     from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, means_of_updates, minibatches
     from stages.lib.rl.policy_losses import policy_terms, ratio_sum
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.reference_reset import ResetReference
-    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -60,7 +64,14 @@ if not asks_for_help():
     from stages.lib.rl.trained_critic import load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
-    from stages.lib.runs.policy_run import keep_policy, kept_rewards, publish_policy, record_phase, tell_of_reward_model
+    from stages.lib.runs.policy_run import (
+        end_phase,
+        held_out_evaluation,
+        kept_rewards,
+        publish_policy,
+        record_phase,
+        tell_of_reward_model,
+    )
     from stages.lib.runs.training_run import TrainingRun
 
 COLUMNS = (
@@ -129,7 +140,7 @@ def load_parts(
     """`supervised` are the rows of `ptx`."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
-    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
+    model, reward_model = Path(settings.model), single_reward_model(settings)
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
     of_policy = (settings.lora, settings.policy_optimizer, of_policy)
@@ -157,16 +168,23 @@ def load_parts(
 
 
 def ppo_phases(
-    settings: TrainPpo, seed: int, prompts: MappedTable, parts: Parts, this_run: TrainingRun, log: RolloutLog
+    settings: TrainPpo,
+    seed: int,
+    prompts: MappedTable,
+    parts: Parts,
+    held_out: HeldOutEvaluation,
+    this_run: TrainingRun,
+    log: RolloutLog,
 ) -> None:
     """The phases that are left."""
-    for iteration in this_run.steps(settings.iterations, **parts.state):
+    for iteration in this_run.steps(settings.iterations, **parts.state, **held_out.state):
         if parts.early_stop.stopped_after:
             continue
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
@@ -194,12 +212,13 @@ def ppo_phases(
             entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
             of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef)
             row |= update(settings, seed, iteration, *of_both)
-            # 5. The coefficients of the next phase's KL and entropy, and its reference.
+            # 5. The coefficients of the next phase's KL and entropy.
             parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
             parts.entropy.update(row["policy/entropy"])
-            if parts.reference.after_phase(iteration):
-                this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
-            keep_policy(this_run, parts.collector.policy, iteration, settings)
+        # 6. What the policy now answers to validation prompts, whether it goes on, and the next phase's reference.
+        row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
+        if parts.reference.after_phase(iteration):
+            this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
         record_phase(this_run, log, iteration, rollouts, kl, row)
 
 
@@ -212,6 +231,11 @@ def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollout
         moments=moments if settings.normalise_scores else None,
         truncated=settings.truncated,
     )
+
+
+def unscaled_scores(settings: TrainPpo, rollouts: Rollouts) -> torch.Tensor:
+    """The same of validation rollouts, which are compared between phases: whatever the moments are by then, (b,)."""
+    return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
 
 
 def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
@@ -279,6 +303,7 @@ def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, on
 
 def main(
     tokens: PathOption,
+    validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
     metrics: PathOption,
@@ -301,10 +326,13 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *([ptx_tokens] if settings.ptx else []), *map(Path, paths)]
+    of_settings = {validation: settings.held_out, ptx_tokens: settings.ptx}
+    of_rewards = reward_files(settings.rewards, f"train_ppo.{name}.rewards")
+    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = curve_columns(settings) + reward_columns(part_names(settings), prompts["source"][:])
+    columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")
+    columns += reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return
@@ -319,10 +347,12 @@ def main(
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")
         if supervised:
             check_table_fits(supervised, facts_of(policy.language_model), ptx_tokens)
-        ppo_phases(settings, seed, prompts, parts, this_run, log)
+        rewards = partial(unscaled_scores, settings)
+        held_out = held_out_evaluation(this_run, settings, validation, parts.collector, rewards)
+        ppo_phases(settings, seed, prompts, parts, held_out, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(this_run, policy, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
     processes.leave()
 
 

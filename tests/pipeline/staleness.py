@@ -22,6 +22,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.code_manifest import manifests
+from stages.lib.operations import code_closure
 from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.fetch_model import HubModel
@@ -112,6 +113,19 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
         yield
     finally:
         _yaml.parse_yaml = parse
+
+
+@contextlib.contextmanager
+def files_read_once(edited: set[Path]) -> Iterator[None]:
+    """Files of code are looked for and read once, but for those being edited: most of the time of a manifest."""
+    path_of, read_source = code_closure._path_of, code_closure.read_source
+    read_once = functools.cache(read_source)
+    code_closure._path_of = functools.cache(path_of)
+    code_closure.read_source = lambda file: read_source(file) if file.absolute() in edited else read_once(file)
+    try:
+        yield
+    finally:
+        code_closure._path_of, code_closure.read_source = path_of, read_source
 
 
 def settings_of_copy() -> dict[str, Any]:
@@ -245,11 +259,15 @@ def stale_by_parts(folder: Path) -> dict[str, set[str]]:
             file.stem: asked(repo, folder, {file: text + "more\n"}, again=False)
             for file, text in manifest_files(folder).items()
         }
-        before = manifests_of_code(stale_with)
-        for row, (file, text) in code.items():
-            with edited({file: text}):
-                after = manifests_of_code(stale_with)
-            answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
+        being_edited: set[Path] = set()
+        with files_read_once(being_edited):
+            before = manifests_of_code(stale_with)
+            for row, (file, text) in code.items():
+                being_edited.add(file)
+                with edited({file: text}):
+                    after = manifests_of_code(stale_with)
+                being_edited.clear()
+                answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
         assert asked(repo, folder, dict(remarks_of(folder).values())) == {FIRST}
         return {row: answers[row] for row in changes}
 

@@ -60,6 +60,7 @@ VARIANTS = {
             "normalise_scores": True,
             "kl": {"controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0}},
             "policy_optimizer": {"ema_decay": 0.9},
+            "held_out": {"every": 1, "keep": "best"},
         },
     ),
     "train_sft@sft, more state": (SFT, {"lora": LORA, "keep": "best", "optimizer": {"ema_decay": 0.9}}),

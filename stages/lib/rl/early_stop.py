@@ -4,7 +4,7 @@ from typing import Any
 
 
 class EarlyStop:
-    """After how many phases the policy had gone further from the SFT policy than allowed; part of a checkpoint."""
+    """After how many phases a policy was too far from its start, or had ceased to improve; part of a checkpoint."""
 
     def __init__(self) -> None:
         self.stopped_after = 0  # never

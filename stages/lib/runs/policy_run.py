@@ -1,11 +1,14 @@
-"""What an RL stage records of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
+"""What an RL stage does at the end of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from stages.lib.rl.collector import Collector
+from stages.lib.rl.early_stop import EarlyStop
+from stages.lib.rl.held_out import Evaluated, HeldOutEvaluation, held_out_prompts
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.mixture import Mixture
@@ -14,7 +17,6 @@ from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.symptoms import new_in
-from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import SavesModels, TrainingRun
 
 SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
@@ -42,7 +44,7 @@ def record_phase(
 
 
 class Phased(SavesModels, Protocol):
-    """What `keep_policy` reads of a section of params.yaml."""
+    """What `end_phase` reads of a section of params.yaml."""
 
     @property
     def iterations(self) -> int: ...
@@ -51,10 +53,48 @@ class Phased(SavesModels, Protocol):
     def model(self) -> str: ...
 
 
-def keep_policy(this_run: TrainingRun, policy: TrainedPolicy, iteration: int, settings: Phased) -> None:
-    """Keep the model folder of a phase (0-based) after its updates, where one is due; the last phase's is published."""
-    if iteration + 1 < settings.iterations:
+def held_out_evaluation(
+    this_run: TrainingRun,
+    settings: Evaluated,
+    validation: Path,
+    collector: Collector,
+    rewards: Callable[[Rollouts], torch.Tensor],
+) -> HeldOutEvaluation:
+    """The evaluation of a run's policy on the validation prompts of a token table.
+
+    Args:
+        rewards: what responses are rewarded with, (b,), comparable between phases.
+    """
+    where = this_run.stage.replace("@", ".")
+    prompts = held_out_prompts(settings, validation, collector.policy.language_model, where)
+    log = RolloutLog(this_run.log_file("held_out.jsonl"), Path(settings.model))
+    return HeldOutEvaluation(settings.held_out, prompts, collector, rewards, log)
+
+
+def end_phase(
+    this_run: TrainingRun, held_out: HeldOutEvaluation, early_stop: EarlyStop, iteration: int, settings: Phased
+) -> dict[str, float]:
+    """Evaluate the policy after a phase (0-based) and keep its model folder, where either is due.
+
+    The last phase is always evaluated: the one of the plan, the one after which `early_stop` has ended training, or
+    the one whose evaluation ends it here. Its model is published, and kept besides only if an earlier one may be.
+
+    Returns:
+        What the curve gets of the evaluation.
+    """
+    planned_end = iteration + 1 == settings.iterations
+    found = held_out.after_phase(iteration, is_last=planned_end or early_stop.stopped_after > 0)
+    if held_out.patience.is_over and not early_stop.stopped_after:
+        early_stop.stopped_after = iteration + 1
+        this_run.say(
+            f"{this_run.stage}: stops after phase {iteration + 1} of {settings.iterations}: "
+            f"validation/{held_out.best.best_by.metric} has not improved in {held_out.patience.misses} evaluations"
+        )
+    is_last = planned_end or early_stop.stopped_after > 0
+    if not is_last or held_out.best.keep == "best":
+        policy = held_out.policy
         this_run.keep_model(iteration, policy.engine, policy.lora, settings, tokenizer_from=Path(settings.model))
+    return found
 
 
 def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:
@@ -81,28 +121,35 @@ def reward_models(reward: Reward) -> Iterator[RewardModel]:
 
 def publish_policy(
     this_run: TrainingRun,
-    policy: TrainedPolicy,
+    held_out: HeldOutEvaluation,
     log: RolloutLog,
     results: Mapping[str, float],
     *,
     save_dtype: str,
     tokenizer_from: Path,
 ) -> None:
-    """Publish "model", "metrics", "curve" and "rollouts": the averaged weights where the optimizer keeps an average."""
+    """Publish "model", "metrics", "curve" and "rollouts": the last weights or the best ones that were evaluated.
+
+    Where the optimizer keeps an average, either are averaged weights.
+    """
+    policy = held_out.policy
     engine, lora = policy.engine, policy.lora
+    logs = {"rollouts.jsonl": log.path, "held_out.jsonl": held_out.log.path if held_out.settings else None}
     with engine.averaged():
         weights = engine.master_weights(policy.language_model)
+        kept = held_out.best.choose(lambda: lora.trained(weights))
 
         def build_others(staged: dict[str, Path]) -> None:
             staged["rollouts"].mkdir()
-            if log.path is not None:
-                (staged["rollouts"] / "rollouts.jsonl").write_bytes(log.path.read_bytes())
-            lora.save_adapter(weights, staged["model"], save_dtype)
+            for name, path in logs.items():
+                if path is not None:
+                    (staged["rollouts"] / name).write_bytes(path.read_bytes())
+            lora.save_adapter(kept.weights, staged["model"], save_dtype)
 
         this_run.publish_model(
             policy.language_model,
-            this_run.processes.in_main(lambda: lora.merged(weights)) or {},
-            {**results, **lora.counts()},
+            this_run.processes.in_main(lambda: lora.merged(weights | kept.weights)) or {},
+            {**results, **held_out.results(), **lora.counts()},
             save_dtype=save_dtype,
             tokenizer_from=tokenizer_from,
             build_others=build_others,

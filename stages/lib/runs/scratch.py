@@ -209,13 +209,18 @@ class ScratchFolder:
         return own
 
     def _take_logs(self, source: Path, lengths: dict[str, int]) -> bool:
-        """Make the logs those of `source`, cut to these lengths. Returns False, doing nothing, if one is shorter."""
+        """Make the logs those of `source`, cut to these lengths; one that is not among them was begun later, and goes.
+
+        Returns False, doing nothing, if one is shorter.
+        """
         found = _log_lengths(source)
         if any(found.get(name, -1) < length for name, length in lengths.items()):
             return False
         if source != self.logs:
             remove(self.logs)
             shutil.copytree(source, self.logs)
+        for name in found.keys() - lengths.keys():
+            remove(self.logs / name)
         for name, length in lengths.items():
             os.truncate(self.logs / name, length)
         return True

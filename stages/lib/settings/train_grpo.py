@@ -9,6 +9,7 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
 from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import (
     KlInLoss,
@@ -65,6 +66,7 @@ class TrainGrpo(SamplingSettings, MixedRewards):
     )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    held_out: HeldOutSettings | None = held_out()
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,

@@ -19,6 +19,7 @@ from stages.lib.settings.bounds import (
 )
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
+from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
 from stages.lib.settings.lora import LoraSettings
@@ -95,6 +96,7 @@ class TrainPpo(SamplingSettings, MixedRewards):
     critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
+    held_out: HeldOutSettings | None = held_out()
     save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,

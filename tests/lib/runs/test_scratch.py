@@ -88,6 +88,14 @@ def test_logs_are_cut_to_what_they_were() -> None:
     assert log.read_text() == "step\n1\n2\n"
 
 
+def test_a_log_that_was_begun_after_the_checkpoint_goes() -> None:
+    scratch = new_scratch()
+    scratch.save(2, {"step": 2})
+    (scratch.logs / "held_out.jsonl").write_text("{}\n")
+    scratch.load()
+    assert list(scratch.logs.iterdir()) == []
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys: pytest.CaptureFixture) -> None:
     scratch = new_scratch()
     scratch.save(1, {"step": 1})
