@@ -21,6 +21,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -39,10 +40,11 @@ if not asks_for_help():
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
-    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
@@ -82,7 +84,8 @@ def grpo_phases(
         if early_stop.stopped_after:
             continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
-        phase = sampling.phase(iteration)
+        with this_run.keeping_state(RewardError):
+            phase = sampling.phase(iteration)
         rollouts = phase.rollouts
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
@@ -103,7 +106,7 @@ def grpo_phases(
         for rows in minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration):
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= mean_of_each(found) | {"policy/updates": float(len(found))}
+        row |= means_of_updates(found) | {"policy/updates": float(len(found))}
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
@@ -140,11 +143,13 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, paths)]
+    of_rewards = reward_files(settings.rewards, f"train_grpo.{name}.rewards")
+    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
     columns += GROUP_COLUMNS if settings.dynamic_sampling else ()
+    columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
