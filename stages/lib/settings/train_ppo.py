@@ -125,9 +125,9 @@ class TrainPpo(MixedRewards):
     )
     policy_optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.1, epsilon=1e-5),
-        "of the policy. warmup_ratio: its first phase, which else takes it several times as far as later ones "
-        "(policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv 2403.17031, which "
-        "damps weights with hardly any gradient",
+        "of the policy. warmup_ratio: in the default run its first phase, which else takes it several times as far as "
+        "later ones (policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv "
+        "2403.17031, which damps weights with hardly any gradient",
     )
     critic_optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02, epsilon=1e-5),
