@@ -3,13 +3,10 @@
 The classifier of gpt2-imdb is trained here, on sentences of other reviews than those that the prompts are taken from.
 """
 
-import json
 import random
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -22,11 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.given_reward_models import save_classifier, save_tokenizer
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.real_files import real_file
 from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics, rows
-from tests.stages.tiny_qwen import save_qwen
 
 pytestmark = pytest.mark.slow
 IMDB = ("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31")
