@@ -200,8 +200,9 @@ def ppo_phases(
         row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
         row |= {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
+        entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
         if settings.entropy_bonus.type != "none":
-            row["objective/entropy_coef"] = parts.entropy.of_phase(row["policy/entropy"])
+            row["objective/entropy_coef"] = entropy_coef
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -209,7 +210,6 @@ def ppo_phases(
             this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
-            entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
             of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef)
             row |= update(settings, seed, iteration, *of_both)
             # 5. The coefficients of the next phase's KL and entropy.
