@@ -110,7 +110,7 @@ def grpo_phases(
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
         row |= end_phase(this_run, held_out, early_stop, iteration, settings)
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
     return early_stop
 
 

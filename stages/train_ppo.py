@@ -219,7 +219,7 @@ def ppo_phases(
         row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
         if parts.reference.after_phase(iteration):
             this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
 
 
 def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:

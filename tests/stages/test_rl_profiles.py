@@ -21,7 +21,8 @@ from transformers import (
 
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.real_files import real_file
-from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics, rows
+from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics
+from tests.tables import rollout_rows
 
 pytestmark = pytest.mark.slow
 IMDB = ("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31")
@@ -108,6 +109,6 @@ def test_gpt2_imdb(tmp_path: Path) -> None:
     ]
     with HubServer(repositories) as server:
         project = made(tmp_path / "project", "gpt2-imdb", lambda _: None, server.environment(tmp_path / "cache"))
-    rollouts = rows(project / "data/rollouts/ppo/rollouts.jsonl")
+    rollouts = rollout_rows(project, "ppo")
     print(rollouts[0])
     assert metrics(project, "score_samples/ppo")["prompts"] == PROMPTS
