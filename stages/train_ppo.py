@@ -48,8 +48,8 @@ if not asks_for_help():
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import policy_terms
+    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, means_of_updates, minibatches
+    from stages.lib.rl.policy_losses import policy_terms, ratio_sum
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.reference_reset import ResetReference
@@ -101,6 +101,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     """Of the curve, with those of what these settings add."""
     added = {
         "policy/kl": settings.kl.type == "in_loss",
+        "policy/first_ratio": settings.reuse_sampler_logps,
         "objective/entropy_coef": settings.entropy_bonus.type != "none",
         "ptx/loss": settings.ptx is not None,
     }
@@ -270,7 +271,7 @@ def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, criti
             of_policy.update(rows)
         of_critic.append(critic.update(rows))
     of_policy.check(batches[0])
-    return mean_of_each(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": float(len(of_policy.found))}
+    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": float(len(of_policy.found))}
 
 
 def policy_loss(
@@ -282,6 +283,8 @@ def policy_loss(
     logps = one.batch.on_completions(found.logps, mask.shape[1])
     terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
     sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+    if settings.reuse_sampler_logps:
+        sums |= {"first_ratio": ratio_sum(logps, rollouts.logps[one.rows], mask)}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
         kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
         sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}

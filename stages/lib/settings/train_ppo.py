@@ -10,12 +10,10 @@ from pydantic import model_validator
 from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import (
     Count,
-    NewTokens,
     Positive,
     Precision,
     SaveDtype,
     Share,
-    Temperature,
     Text,
     WholeNumber,
 )
@@ -30,13 +28,14 @@ from stages.lib.settings.policy_loss import ClipLoss
 from stages.lib.settings.ptx import PtxSettings
 from stages.lib.settings.reference_reset import ReferenceReset
 from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.sampling import SamplingSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.truncated import MissingEos, Truncated
 
 PROMPTS = "data/tokens/train/prompts.arrow"
 
 
-class TrainPpo(MixedRewards):
+class TrainPpo(SamplingSettings, MixedRewards):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
@@ -49,8 +48,6 @@ class TrainPpo(MixedRewards):
     iterations: Count = key(11, "rollout phases; in the default run 10 in which the policy learns")
     rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(1, "to each prompt", unit="responses")
-    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     epochs: Count = key(2, "passes over the rollouts of a phase; the later ones are on tokens of an earlier policy")
     minibatch_size: Count = key(
         64,
