@@ -23,6 +23,7 @@ from tests.stages.test_training import (
     weights,
 )
 from tests.stages.tiny_pipeline import call, change, change_entries, inside, start
+from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 RANK = 2
@@ -131,7 +132,7 @@ def test_preference_optimization_starts_at_the_cached_reference(adapted: Path) -
 
 
 def rollouts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data/rollouts/ppo/rollouts.jsonl").open()]
+    return rollout_rows(folder, "ppo")
 
 
 def test_the_policy_starts_at_its_base_and_is_measured_against_it(tiny: Path, adapted: Path) -> None:

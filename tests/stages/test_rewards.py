@@ -19,6 +19,7 @@ from stages.lib.settings.reward_part import RowsWhere
 from stages.lib.settings.rewards import CosineLengthReward, FormatReward, FunctionReward, MathReward, RepetitionReward
 from tests.stages.test_training import curve
 from tests.stages.tiny_pipeline import call, change, inside, new_project, read_yaml, refusal, write_yaml
+from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 OWN = """
@@ -64,7 +65,7 @@ def with_rewards(folder: Path, section: str, **changed: Any) -> None:
 
 
 def rollouts_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"data/rollouts/{name}/rollouts.jsonl").open(encoding="utf-8")]
+    return rollout_rows(folder, name)
 
 
 def worth(rollout: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, and small models behind the names.
+"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, small models behind the names.
 
 The classifier of gpt2-imdb is trained here, on sentences of other reviews than those that the prompts are taken from.
 """
@@ -21,7 +21,8 @@ from transformers import (
 
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.real_files import real_file
-from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics, rows
+from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics
+from tests.tables import rollout_rows
 
 pytestmark = pytest.mark.slow
 IMDB = ("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31")
@@ -48,7 +49,7 @@ def sentences(of: list[Review]) -> list[Review]:
 
 
 def save_sentiment(folder: Path, of: list[Review]) -> float:
-    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, which it never saw."""
+    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, not seen before."""
     train, test = sentences(of[:-200])[:16000], sentences(of[-200:])[:2000]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -108,6 +109,6 @@ def test_gpt2_imdb(tmp_path: Path) -> None:
     ]
     with HubServer(repositories) as server:
         project = made(tmp_path / "project", "gpt2-imdb", lambda _: None, server.environment(tmp_path / "cache"))
-    rollouts = rows(project / "data/rollouts/ppo/rollouts.jsonl")
+    rollouts = rollout_rows(project, "ppo")
     print(rollouts[0])
     assert metrics(project, "score_samples/ppo")["prompts"] == PROMPTS

@@ -25,7 +25,7 @@ from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
-from tests.tables import rewrite
+from tests.tables import rewrite, rollout_rows
 from tests.tiny_models import batching
 
 Copy = Callable[..., Path]
@@ -74,8 +74,7 @@ def test_policy_optimization_starts_at_the_reference(tiny: Path) -> None:
 
 
 def test_every_rollout_is_published(tiny: Path) -> None:
-    lines = (tiny / "data/rollouts/ppo/rollouts.jsonl").read_text().splitlines()
-    rollouts = [json.loads(line) for line in lines]
+    rollouts = rollout_rows(tiny, "ppo")
     assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
     mean = sum(rollout["score"] for rollout in rollouts[:8]) / 8
     assert curve(tiny, "train_ppo")["objective/scores"][0] == pytest.approx(mean, abs=1e-5)
@@ -331,9 +330,9 @@ def test_an_update_that_leads_too_far_is_taken_back(copy_of_tiny: Copy) -> None:
     settings = read_yaml(folder / "params.yaml")["train_ppo"]["ppo"]
     for column, optimizer, places in (
         ("learning_rate", "policy_optimizer", ((0, 6), (0, 4), (0, 2))),
-        ("value/learning_rate", "critic_optimizer", ((0, 6), (2, 6), (4, 6))),
+        ("value/learning_rate", "critic", ((0, 6), (2, 6), (4, 6))),
     ):
-        of = settings[optimizer]
+        of = settings[optimizer].get("optimizer", settings[optimizer])
         schedule = (of["learning_rate"], of["warmup_ratio"], of["min_learning_rate_ratio"], of["schedule"])
         wanted = [learning_rate(step, total, *schedule) for step, total in places]
         assert rows[column].tolist() == pytest.approx(wanted, rel=1e-6)
