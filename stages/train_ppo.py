@@ -18,6 +18,7 @@ adapters and with its first head: two models in memory instead of four.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from stages.lib.settings.train_ppo import TrainPpo
 if not asks_for_help():
     import torch
 
-    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.batching import micro_batching, shared_among
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
@@ -153,7 +154,10 @@ def load_parts(
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
-    collector = Collector(sampler, reward, policy, critic.engine, batching)
+    classifier: Any = getattr(critic.engine.module, "classifier", None)
+    readers = (*policy.read_beside(model, reference), classifier)
+    sharing = replace(batching, longest_shared=shared_among(loading.runtime, *readers))
+    collector = Collector(sampler, reward, policy, critic.engine, sharing)
     return Parts(
         policy.engine,
         critic.engine,
