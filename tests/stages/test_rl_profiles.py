@@ -1,15 +1,12 @@
-"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, and small models behind the names.
+"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, small models behind the names.
 
 The classifier of gpt2-imdb is trained here, on sentences of other reviews than those that the prompts are taken from.
 """
 
-import json
 import random
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -22,11 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.given_reward_models import save_classifier, save_tokenizer
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.real_files import real_file
-from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics, rows
-from tests.stages.tiny_qwen import save_qwen
+from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics
 from tests.tables import rollout_rows
 
 pytestmark = pytest.mark.slow
@@ -54,7 +49,7 @@ def sentences(of: list[Review]) -> list[Review]:
 
 
 def save_sentiment(folder: Path, of: list[Review]) -> float:
-    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, which it never saw."""
+    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, not seen before."""
     train, test = sentences(of[:-200])[:16000], sentences(of[-200:])[:2000]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -17,6 +17,7 @@ from stages.lib.settings.bounds import (
     Text,
     WholeNumber,
 )
+from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
 from stages.lib.settings.held_out import HeldOutSettings, held_out
@@ -40,25 +41,31 @@ class TrainPpo(SamplingSettings, MixedRewards):
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    critic: Text = key(
-        "models/rm",
-        "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
-    )
+    critic: Critic = key(block(SeparateCritic), "what foresees the returns")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
-    iterations: Count = key(10, "rollout phases")
+    iterations: Count = key(11, "rollout phases; in the default run 10 in which the policy learns")
     rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(1, "to each prompt", unit="responses")
-    epochs: Count = key(2, "passes over the rollouts of a phase")
+    epochs: Count = key(2, "passes over the rollouts of a phase; the later ones are on tokens of an earlier policy")
     minibatch_size: Count = key(
         64,
         "in an optimizer step, over all processes; rollout_batch_size times samples_per_prompt is a multiple of it",
         unit="rollouts",
     )
-    gamma: Share = key(1.0, "discount", source="arXiv 1506.02438, Eq 16")
-    lam: Share = key(0.95, "λ of the advantage estimator", source="arXiv 1506.02438, Eq 16")
+    gamma: Share = key(
+        1.0, "discount; 1: a response is short, and its score comes at its end", source="arXiv 1506.02438, Eq 16"
+    )
+    lam: Share = key(
+        0.95,
+        "λ of the advantage estimator: 1 trusts what came out, 0 the critic",
+        source="arXiv 1506.02438, Eq 16; the value of arXiv 2403.17031",
+    )
     loss: ClipLoss = key(block(ClipLoss), "of the policy, a mean over the tokens of an optimizer step")
     value_clip_range: Positive = key(
-        0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
+        0.5,
+        "how far a value may move from the rollout's in a phase: half the deviation of the default run's scores",
+        unit="of the reward",
+        source="arXiv 2005.12729",
     )
     whiten_rewards: bool = key(
         False, "the tokens' rewards to variance 1 over a phase, their mean as it is", source="arXiv 2403.17031"
@@ -88,12 +95,20 @@ class TrainPpo(SamplingSettings, MixedRewards):
         "of its weights and moments is held on the CPU; null: never",
         unit="nats per token",
     )
-    score_clip: Positive | None = key(10.0, "scores are held within ± this, after normalisation; null: no clipping")
+    score_clip: Positive | None = key(
+        10.0,
+        "scores are held within ± this, after normalisation and before all else: what is this far out is no "
+        "preference; null: no clipping",
+    )
     normalise_scores: bool = key(False, "to running mean 0 and standard deviation 1")
     truncated: Truncated = key(
         block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
-    critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
+    critic_warmup_iterations: WholeNumber = key(
+        1,
+        "first phases in which only the critic learns; below iterations. One that starts from a reward model at first "
+        "foresees returns worse than a constant would (value/explained_variance below 0)",
+    )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     held_out: HeldOutSettings | None = held_out()
@@ -104,15 +119,19 @@ class TrainPpo(SamplingSettings, MixedRewards):
         "serve as reference and reward model where these are the same models",
     )
     policy_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02), "of the policy"
-    )
-    critic_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02),
-        "of the critic; its ema_decay is null, since the critic is not published",
+        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.1, epsilon=1e-5),
+        "of the policy. warmup_ratio: in the default run its first phase, which else takes it several times as far as "
+        "later ones (policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv "
+        "2403.17031, which damps weights with hardly any gradient",
     )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainPpo":
+        if self.reuse_sampler_logps and self.critic.type == "shared_trunk":
+            raise ValueError(
+                "reuse_sampler_logps must be false with a critic of type shared_trunk: the pass that it saves also "
+                "gives the values"
+            )
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
@@ -120,8 +139,19 @@ class TrainPpo(SamplingSettings, MixedRewards):
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
-        if self.critic_optimizer.ema_decay is not None:
-            raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
+        return self
+
+    @model_validator(mode="after")
+    def _check_critic(self) -> "TrainPpo":
+        if not isinstance(self.critic, SharedTrunk):
+            return self
+        if os.path.normpath(self.critic.path) != os.path.normpath(self.model):
+            raise ValueError(f"critic.path: a shared trunk is that of model ({self.model}), found {self.critic.path}")
+        if self.critic_warmup_iterations and self.policy_optimizer.weight_decay:
+            raise ValueError(
+                "critic_warmup_iterations: while the head of a shared_trunk warms up, policy_optimizer.weight_decay "
+                "would move the policy; set one of them to 0"
+            )
         return self
 
     @model_validator(mode="after")
