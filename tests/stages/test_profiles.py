@@ -60,7 +60,7 @@ def made(
     settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160, **more}
     write_yaml(project / "params.yaml", settings)
     for stage in all_instances(load_graph(), settings):
-        if "_hub@" in stage:
+        if "_hub@" in stage or stage.startswith("fetch_model"):
             process = start(project, stage, base_environment=hub)
             _, errors = process.communicate()
             assert process.returncode == 0, errors

@@ -34,7 +34,8 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
             continue
         for key, settings in settings_by_key(stage, params).items():
             path = Path(os.path.normpath(settings.reward_model))
-            maker = next((made[folder][0] for folder in (path, *path.parents) if folder in made), None)
+            makers = [made[folder] for folder in (path, *path.parents) if folder in made]
+            maker = next((name for name, what in makers if what is not None), None)  # a fetched model is from elsewhere
             standardise = getattr(settings, "standardise_reward", False)
             if standardise and maker is not None and path not in made:
                 raise StageError(
