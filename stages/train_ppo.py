@@ -27,6 +27,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -52,8 +53,9 @@ if not asks_for_help():
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.reference_reset import ResetReference
-    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -137,7 +139,7 @@ def load_parts(
     """`supervised` are the rows of `ptx`."""
     updates, phases = settings.updates_per_iteration, settings.iterations
     of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
-    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
+    model, reward_model = Path(settings.model), single_reward_model(settings)
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
     of_policy = (settings.lora, settings.policy_optimizer, of_policy)
@@ -180,7 +182,8 @@ def ppo_phases(
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
@@ -321,7 +324,8 @@ def main(
         "curve": curve / f"{name}.csv",
     }
     of_settings = {validation: settings.held_out, ptx_tokens: settings.ptx}
-    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, paths)]
+    of_rewards = reward_files(settings.rewards, f"train_ppo.{name}.rewards")
+    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")

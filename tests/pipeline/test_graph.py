@@ -48,7 +48,7 @@ TEMPLATED = re.compile(r"\$\{(?!item\.|key\})[\w.]+\}")
 OF_SECTION = re.compile(r"\$\{(?!item\b|key\})(\w+)")
 IN_GIT = ("metrics/", str(MANIFESTS))
 TOP_FOLDERS = ("data", "metrics", "models", str(MANIFESTS))
-BEFORE_ALL = {"params.yaml", "runtime.yaml", "stages"}  # deps of the first stage
+BEFORE_ALL = {"params.yaml", "rewards", "runtime.yaml", "stages"}  # deps of the first stage
 
 
 def paths_in_cmd(stage: dict[str, Any]) -> list[str]:

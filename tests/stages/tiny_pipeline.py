@@ -114,7 +114,8 @@ def new_project(folder: Path) -> Path:
     for kept in REPORT_FOLDERS:
         (folder / kept).mkdir(parents=True)
         (folder / kept / ".gitkeep").touch()
-    (folder / "stages").symlink_to(PROJECT / "stages")
+    for code in ("stages", "rewards"):
+        (folder / code).symlink_to(PROJECT / code)
     shutil.copytree(PROJECT / "code_manifests", folder / "code_manifests")
     return folder
 

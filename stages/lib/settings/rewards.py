@@ -1,20 +1,20 @@
 """The rewards of an entry beside its reward model, by name, each type with the keys it has."""
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from stages.lib.command.wrong_values import FUNCTION_PATH
 from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
 from stages.lib.settings.declaration import key
 from stages.lib.settings.reward_part import RewardPart, Weight
 from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
-REWARD_MODEL = "reward_model"  # the name of the reward model among the parts of a reward
-FunctionPath = Annotated[
-    str, StringConstraints(pattern=r"^rewards/(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py:[A-Za-z_]\w*$", max_length=500)
-]
+REWARD_MODEL, SUM = "reward_model", "sum"  # names of the reward model, and of the sum, among rewards
+FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION_PATH, max_length=500)]
 
 
 class FunctionReward(RewardPart):
@@ -34,10 +34,18 @@ class MathReward(RewardPart):
     )
     answer: Text = key("answer", "the fact that holds the right answer")
     answer_after: Text | None = key(None, "of the fact, the answer is what follows this, such as ####; null: all of it")
-    read: Literal["anywhere", "boxed"] = key(
-        "anywhere", "the response's answer: its last formula or number | boxed: in its last \\boxed{} alone"
+    read: Literal["anywhere", "boxed", "after"] = key(
+        "anywhere",
+        "of the response: anywhere: its last formula or number | boxed: what is in its last \\boxed{} | after: what "
+        "follows the last answer_after in it",
     )
     seconds: Positive = key(5.0, "for one response", unit="seconds")
+
+    @model_validator(mode="after")
+    def _check_mark(self) -> Self:
+        if self.read == "after" and self.answer_after is None:
+            raise ValueError("read: after needs answer_after, which says after what")
+        return self
 
 
 class FormatReward(RewardPart):
@@ -106,6 +114,17 @@ AnyReward = Annotated[
 ]
 
 
+def refuse_unjudged(rewards: Mapping[str, AnyReward]) -> None:
+    """Raise ValueError for a name that is a reward model's, or a reward whose judge is none."""
+    for taken, why in ((REWARD_MODEL, "the reward model's score"), (SUM, "the sum of all")):
+        if taken in rewards:
+            raise ValueError(f"rewards must not have the name {taken}, which {why} has")
+    for name, reward in rewards.items():
+        judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
+        if judge is not None and isinstance(rewards.get(judge), CosineLengthReward | None):
+            raise ValueError(f"rewards.{name}.judged_by must name another reward that is no cosine_length: {judge}")
+
+
 class MixedRewards(RewardSettings):
     """Of a section whose reward is a sum: the score of a reward model, and what these rewards say."""
 
@@ -115,12 +134,7 @@ class MixedRewards(RewardSettings):
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
-        if REWARD_MODEL in self.rewards:
-            raise ValueError(f"rewards must not have the name {REWARD_MODEL}, which the reward model's score has")
-        for name, reward in self.rewards.items():
-            judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
-            if judge is not None and isinstance(self.rewards.get(judge), CosineLengthReward | None):
-                raise ValueError(f"rewards.{name}.judged_by must name another reward that is no cosine_length: {judge}")
+        refuse_unjudged(self.rewards)
         if self.has_reward_model:
             return self
         if not any(reward.weight for reward in self.rewards.values()):

@@ -147,14 +147,17 @@ def test_answers_are_compared_as_mathematics() -> None:
     ]
     reward = math_verifier(MathReward(**block(MathReward)), ALONE, 1)
     assert reward([episode(text, answer) for text, answer, _ in cases]) == [right for *_, right in cases]
-    (fault,) = reward([episode("72", "—")])
+    (fault,) = reward([episode("72", "")])
     assert fault == Failure("row", fault.reason)
-    assert "the right answer '—' cannot be read as mathematics" in fault.reason
+    assert "the right answer '' cannot be read as mathematics" in fault.reason
     with pytest.raises(StageError, match=r"row 7 .*expected a text or a number in the fact answer, found none"):
         reward([episode("72", None)])
     boxed = math_verifier(MathReward(**block(MathReward, read="boxed", answer_after="####")), ALONE, 1)
     texts = ["\\boxed{1} or \\boxed{72}", "72", "\\boxed{72} or \\boxed{1}"]
     assert boxed([episode(text, "70 + 2 = 72 #### 72") for text in texts]) == [1, 0, 0]
+    after = math_verifier(MathReward(**block(MathReward, read="after", answer_after="####")), ALONE, 1)
+    texts = ["pay $3.50 + $2\n#### 72", "72", "#### 3 or #### 72", "#### 72 or #### 3"]
+    assert after([episode(text, "#### 72") for text in texts]) == [1, 0, 1, 0]
     with pytest.raises(StageError, match=r"the fact answer has no '####' in it"):
         boxed([episode("72", "72")])
 
