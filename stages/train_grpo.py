@@ -169,7 +169,7 @@ def main(
         held_out = held_out_evaluation(this_run, settings, validation, collector, partial(penalised_scores, settings))
         stopped = grpo_phases(settings, seed, prompts, collector, held_out, this_run, log).stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        publish_policy(this_run, held_out, log, results, settings)
     processes.leave()
 
 

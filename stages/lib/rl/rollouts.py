@@ -85,7 +85,8 @@ def read_rollouts(
     """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
     Args:
-        policy: a `TokenLogProbs` module, or what stands for it.
+        policy: a `TokenLogProbs` module, or what stands for it; if it gives values, they are read where there is no
+            critic.
         reference: another one, or None.
         critic: a `TokenScores` module, or None.
     """
@@ -96,10 +97,11 @@ def read_rollouts(
     def passes() -> torch.Tensor:
         found = torch.zeros((4, len(episodes), width), device=lengths.device)
         for batch in batching.sequences(prompts, responses):
-            logps, entropies = policy(*batch.inputs, batch.completion_mask, temperature)
             inputs = (*batch.inputs, batch.completion_mask, temperature)
-            reference_logps = reference(*inputs)[0] if reference else torch.zeros_like(logps)
-            readings = [logps, reference_logps, entropies, *([values_before(critic, batch)] if critic else [])]
+            read = policy(*inputs)
+            reference_logps = reference(*inputs)[0] if reference else torch.zeros_like(read.logps)
+            values = values_before(critic, batch) if critic else getattr(read, "values", None)
+            readings = [read.logps, reference_logps, read.entropies, *([] if values is None else [values])]
             for place, reading in enumerate(readings):
                 found[place, batch.rows] = batch.on_completions(reading, width).to(found.dtype)
         return found

@@ -11,6 +11,7 @@ from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
+from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.samplers.own import OwnSampler
@@ -43,6 +44,7 @@ def load_policy(
     processes: Processes,
     *,
     entropy_gradient: bool = False,
+    value_head: bool = False,
 ) -> TrainedPolicy:
     """Load a policy to be trained for so many updates, and its reference, if there is to be one.
 
@@ -51,12 +53,17 @@ def load_policy(
 
     Args:
         entropy_gradient: the engine's entropies carry gradient in updates.
+        value_head: the engine gives values, too, as `PolicyWithValues` does.
     """
     runtime = loading.runtime
     chunks = runtime.logits_chunk_tokens
     language_model = load_language_model(path, loading)
     lora = Lora(language_model, lora_settings, seed, path)
-    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True, entropy_gradient=entropy_gradient)
+    options = {"chunk_tokens": chunks, "entropy_gradient": entropy_gradient}
+    if value_head:
+        module = PolicyWithValues(language_model, **options, seed=seed)
+    else:
+        module = TokenLogProbs(language_model, **options, with_entropies=True)
     engine = new_engine(module, optimizer, updates, runtime, processes)
     if reference is None:
         return TrainedPolicy(language_model, lora, engine, None)

@@ -90,7 +90,6 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         "model": (LANGUAGE_MODEL,),
         "reference": (LANGUAGE_MODEL,),
         "reward_model": (REWARD_MODEL,),
-        "critic": (REWARD_MODEL, LANGUAGE_MODEL),
         "tokens": (TABLES,),
         "validation_tokens": (TABLES,),
     }
@@ -103,6 +102,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
                 if hasattr(settings, key) and is_read:
                     own = OF_SECTIONS.get((stage, key), wanted)
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
+            if stage == "train_ppo":
+                yield NamedPath(f"{where}.critic.path", settings.critic.path, (REWARD_MODEL, LANGUAGE_MODEL))
             if getattr(settings, "ptx", None) is not None:
                 yield NamedPath(f"{where}.ptx_tokens", str(Path(settings.ptx_tokens).parents[1]), (TABLES,))
     evaluate, score_samples = params["evaluate"], params["score_samples"]

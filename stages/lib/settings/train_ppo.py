@@ -19,6 +19,7 @@ from stages.lib.settings.bounds import (
     Text,
     WholeNumber,
 )
+from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
 from stages.lib.settings.held_out import HeldOutSettings, held_out
@@ -41,10 +42,7 @@ class TrainPpo(MixedRewards):
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    critic: Text = key(
-        "models/rm",
-        "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
-    )
+    critic: Critic = key(block(SeparateCritic), "what foresees the returns")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
@@ -109,10 +107,6 @@ class TrainPpo(MixedRewards):
     policy_optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02), "of the policy"
     )
-    critic_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02),
-        "of the critic; its ema_decay is null, since the critic is not published",
-    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainPpo":
@@ -123,8 +117,19 @@ class TrainPpo(MixedRewards):
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
-        if self.critic_optimizer.ema_decay is not None:
-            raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
+        return self
+
+    @model_validator(mode="after")
+    def _check_critic(self) -> "TrainPpo":
+        if not isinstance(self.critic, SharedTrunk):
+            return self
+        if os.path.normpath(self.critic.path) != os.path.normpath(self.model):
+            raise ValueError(f"critic.path: a shared trunk is that of model ({self.model}), found {self.critic.path}")
+        if self.critic_warmup_iterations and self.policy_optimizer.weight_decay:
+            raise ValueError(
+                "critic_warmup_iterations: while the head of a shared_trunk warms up, policy_optimizer.weight_decay "
+                "would move the policy; set one of them to 0"
+            )
         return self
 
     @model_validator(mode="after")
