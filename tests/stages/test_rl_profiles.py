@@ -1,4 +1,4 @@
-"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, and small models behind the names.
+"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, small models behind the names.
 
 The classifier of gpt2-imdb is trained here, on sentences of other reviews than those that the prompts are taken from.
 """
@@ -6,10 +6,8 @@ The classifier of gpt2-imdb is trained here, on sentences of other reviews than 
 import json
 import random
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -53,7 +51,7 @@ def sentences(of: list[Review]) -> list[Review]:
 
 
 def save_sentiment(folder: Path, of: list[Review]) -> float:
-    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, which it never saw."""
+    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, held out."""
     train, test = sentences(of[:-200])[:16000], sentences(of[-200:])[:2000]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -100,6 +98,14 @@ def save_gpt2(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
 
 
+def save_instruct(folder: Path) -> None:
+    """A small Qwen whose EOS is the token that ends a reply of its template, as that of Qwen2.5-Instruct."""
+    folder.mkdir(parents=True)
+    save_qwen(folder, positions=512)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|im_end|>"}))
+
+
 def test_gpt2_imdb(tmp_path: Path) -> None:
     of = reviews()
     base, classifier = tmp_path / "hub/gpt2", tmp_path / "hub/distilbert"
@@ -124,9 +130,8 @@ def test_gpt2_imdb(tmp_path: Path) -> None:
 
 def test_qwen_ppo_by_a_reward_model_with_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, reward = tmp_path / "hub/qwen", tmp_path / "hub/reward"
-    for folder in (base, reward):
-        folder.mkdir(parents=True)
-    save_qwen(base, positions=512)
+    save_instruct(base)
+    reward.mkdir()
     save_classifier(reward, "llama", max_position_embeddings=512)
     save_tokenizer(reward, longest=512)
 
@@ -135,7 +140,7 @@ def test_qwen_ppo_by_a_reward_model_with_another_tokenizer(tmp_path: Path, capsy
         return {"context_messages": messages, "context": "", "dataset": "a", "id": f"{number}"}
 
     repositories = [
-        HubRepository("datasets", "OpenRLHF/prompt-collection-v0.1", UNNAMED, {"data/train.jsonl": json_lines(asked, 60)}),
+        HubRepository("datasets", "OpenRLHF/prompt-collection-v0.1", UNNAMED, {"train.jsonl": json_lines(asked, 60)}),
         repository_of_folder("models", *QWEN, base),
         repository_of_folder("models", "OpenRLHF/Llama-3-8b-rm-mixture", UNNAMED, reward),
     ]
@@ -147,10 +152,9 @@ def test_qwen_ppo_by_a_reward_model_with_another_tokenizer(tmp_path: Path, capsy
     assert (project / "metrics/report.html").is_file()
 
 
-def test_qwen_grpo_by_a_verifier(tmp_path: Path) -> None:
+def test_qwen_grpo_by_a_verifier(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base = tmp_path / "hub/qwen"
-    base.mkdir(parents=True)
-    save_qwen(base, positions=512)
+    save_instruct(base)
     splits = ("train", "test")
     files = {f"main/{split}.jsonl": (real_file("data/gsm8k") / f"{split}.jsonl").read_bytes() for split in splits}
     listed = "".join(f"  - split: {split}\n    path: main/{split}.jsonl\n" for split in splits)
@@ -160,4 +164,9 @@ def test_qwen_grpo_by_a_verifier(tmp_path: Path) -> None:
         project = made(tmp_path, "qwen2.5-1.5b-gsm8k-grpo", lambda _: None, server.environment(tmp_path / "cache"))
     rollouts = rows(project / "data/rollouts/grpo/rollouts.jsonl")
     assert len(rollouts) == 16
-    print(rollouts[0])
+    assert [rollout["sample"] for rollout in rollouts] == [*range(8)] * 2
+    for policy in ("base", "grpo"):
+        assert metrics(project, f"evaluate/{policy}")["reward_of_answer_mean"] == 0  # of random weights, so that
+    said = capsys.readouterr().out
+    assert "train_grpo@grpo: phase 1: Groups have no variance: 1 (group/without_variance above 0.5)" in said
+    assert "Groups have no variance in 2 of 2 phases" in (project / "metrics/report.html").read_text()
