@@ -161,7 +161,8 @@ def test_qwen_grpo_by_a_verifier(tmp_path: Path, capsys: pytest.CaptureFixture) 
     files["README.md"] = f"---\nconfigs:\n- config_name: main\n  data_files:\n{listed}---\n".encode()
     repositories = [HubRepository("datasets", *GSM8K, files), repository_of_folder("models", *QWEN, base)]
     with HubServer(repositories) as server:
-        project = made(tmp_path, "qwen2.5-1.5b-gsm8k-grpo", lambda _: None, server.environment(tmp_path / "cache"))
+        hub, longer = server.environment(tmp_path / "cache"), {"max_prompt_length": 480, "max_length": 512}
+        project = made(tmp_path, "qwen2.5-1.5b-gsm8k-grpo", lambda _: None, hub, **longer)
     rollouts = rows(project / "data/rollouts/grpo/rollouts.jsonl")
     assert len(rollouts) == 16
     assert [rollout["sample"] for rollout in rollouts] == [*range(8)] * 2
