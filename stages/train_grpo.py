@@ -41,7 +41,7 @@ if not asks_for_help():
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
-    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
@@ -105,12 +105,12 @@ def grpo_phases(
         for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= mean_of_each(found)
+        row |= means_of_updates(found)
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
         row |= end_phase(this_run, held_out, early_stop, iteration, settings)
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
     return early_stop
 
 
@@ -147,6 +147,7 @@ def main(
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
+    columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:

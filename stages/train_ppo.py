@@ -50,8 +50,8 @@ if not asks_for_help():
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import policy_terms
+    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, means_of_updates, minibatches
+    from stages.lib.rl.policy_losses import policy_terms, ratio_sum
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.published_critic import PublishedCritic, published_critic
@@ -104,6 +104,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     """Of the curve, with those of what these settings add, and without those of an optimizer that there is not."""
     added = {
         "policy/kl": settings.kl.type == "in_loss",
+        "policy/first_ratio": settings.reuse_sampler_logps,
         "objective/entropy_coef": settings.entropy_bonus.type != "none",
         "ptx/loss": settings.ptx is not None,
     }
@@ -208,8 +209,9 @@ def ppo_phases(
         row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
         row |= {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
+        entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
         if settings.entropy_bonus.type != "none":
-            row["objective/entropy_coef"] = parts.entropy.of_phase(row["policy/entropy"])
+            row["objective/entropy_coef"] = entropy_coef
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -217,7 +219,6 @@ def ppo_phases(
             this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
-            entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
             warms_up = iteration < settings.critic_warmup_iterations
             of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef, warms_up=warms_up)
             row |= update(settings, seed, iteration, *of_both)
@@ -228,7 +229,7 @@ def ppo_phases(
         row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
         if parts.reference.after_phase(iteration):
             this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
 
 
 def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
@@ -294,7 +295,7 @@ def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, criti
             of_critic.append(critic.update(rows))
     of_policy.check(batches[0])
     updates = float(len(of_policy.found) if learns else 0)
-    return mean_of_each(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
+    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
 
 
 def policy_loss(
@@ -313,6 +314,8 @@ def policy_sums(
     logps = one.batch.on_completions(found.logps, mask.shape[1])
     terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
     sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+    if settings.reuse_sampler_logps:
+        sums |= {"first_ratio": ratio_sum(logps, rollouts.logps[one.rows], mask)}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
         kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
         sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}

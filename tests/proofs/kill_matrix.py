@@ -32,12 +32,9 @@ from typing import Any
 from stages.lib.settings.advantages import ReinforceBaseline
 from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.declaration import block
-from stages.lib.settings.entropy_bonus import AdaptiveEntropyBonus
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInReward
 from stages.lib.settings.policy_loss import GspoLoss
-from stages.lib.settings.ptx import PtxSettings
-from stages.lib.settings.reference_reset import ReferenceReset
 from tests.pipeline.graph import stage_names
 from tests.proofs.dvc_kills import SFT, killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
@@ -69,21 +66,17 @@ VARIANTS = {
             "normalise_scores": True,
             "kl": {"controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0}},
             "policy_optimizer": {"ema_decay": 0.9},
+            "entropy_bonus": {"type": "adaptive", "coef": 0.0, "target": 9.0, "step": 0.005},
+            "max_policy_kl": 1e-4,
+            "ptx": {"coef": 1.0, "batch_size": 8},
+            "ptx_tokens": "data/tokens/train/sft.arrow",
             "held_out": {"every": 1, "keep": "best"},
         },
     ),
+    "train_ppo@ppo, another reference": ("train_ppo@ppo", {"reference_reset": {"every": 1}}),
     "train_ppo@ppo, one trunk": (
         "train_ppo@ppo",
-        {
-            "critic": block(SharedTrunk, publish=True),
-            "samples_per_prompt": 2,
-            "whiten_rewards": True,
-            "max_policy_kl": 0.01,
-            "entropy_bonus": block(AdaptiveEntropyBonus),
-            "reference_reset": block(ReferenceReset, every=2),
-            "ptx": block(PtxSettings, batch_size=2),
-            "ptx_tokens": "data/tokens/train/sft.arrow",
-        },
+        {"critic": block(SharedTrunk, publish=True), "samples_per_prompt": 2, "whiten_rewards": True},
     ),
     "train_grpo@grpo, more state": (
         "train_grpo@grpo",

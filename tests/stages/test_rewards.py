@@ -16,9 +16,10 @@ from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.reward_part import RowsWhere
-from stages.lib.settings.rewards import FunctionReward, RepetitionReward
+from stages.lib.settings.rewards import CosineLengthReward, FormatReward, FunctionReward, MathReward, RepetitionReward
 from tests.stages.test_training import curve
 from tests.stages.tiny_pipeline import call, change, inside, new_project, read_yaml, refusal, write_yaml
+from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 OWN = """
@@ -64,7 +65,7 @@ def with_rewards(folder: Path, section: str, **changed: Any) -> None:
 
 
 def rollouts_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"data/rollouts/{name}/rollouts.jsonl").open(encoding="utf-8")]
+    return rollout_rows(folder, name)
 
 
 def worth(rollout: dict[str, Any]) -> float:
@@ -247,12 +248,18 @@ def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message:
         ({"reward_model": "models/sft"}, "names model itself, so that none takes part; then rewards must have one"),
         (
             {"reward_model": "models/sft", "reward_label": 1, "rewards": {"own": function("film")}},
-            "set reward_head and reward_label to null",
+            "set reward_head, reward_label and reward_model_where to null",
         ),
         ({"rewards": {"reward_model": function("film")}}, "rewards must not have the name reward_model"),
         ({"rewards": {"own": function("film", path="../own.py:film")}}, "rewards.own.path"),
         ({"rewards": {"own": {"type": "function", "pattern": "x"}}}, "rewards.own"),
         ({"rewards": {"length": {"type": "cosine_length"}}}, "rewards.length"),
+        (
+            {"rewards": {"length": block(CosineLengthReward)}},
+            "rewards.length.judged_by must name a reward of another type, and answer is none",
+        ),
+        ({"rewards": {"form": block(FormatReward, pattern="(")}}, "'(' is no regular expression: missing )"),
+        ({"rewards": {"right": block(MathReward, read="after")}}, "rewards.right: read: after needs answer_after"),
     ],
 )
 def test_rewards_that_cannot_be_obeyed_are_named(project: Path, changed: dict[str, Any], message: str) -> None:

@@ -25,6 +25,7 @@ from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.real_files import real_file
 from tests.stages.test_profiles import PROMPTS, ROWS, json_lines, made, metrics, rows
 from tests.stages.tiny_qwen import save_qwen
+from tests.tables import rollout_rows
 
 pytestmark = pytest.mark.slow
 IMDB = ("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31")
@@ -51,7 +52,7 @@ def sentences(of: list[Review]) -> list[Review]:
 
 
 def save_sentiment(folder: Path, of: list[Review]) -> float:
-    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, held out."""
+    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, not seen before."""
     train, test = sentences(of[:-200])[:16000], sentences(of[-200:])[:2000]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -119,7 +120,7 @@ def test_gpt2_imdb(tmp_path: Path) -> None:
     ]
     with HubServer(repositories) as server:
         project = made(tmp_path, "gpt2-imdb", lambda _: None, server.environment(tmp_path / "cache"))
-    rollouts = rows(project / "data/rollouts/ppo/rollouts.jsonl")
+    rollouts = rollout_rows(project, "ppo")
     assert {len(rollout["response_ids"]) for rollout in rollouts} == {16}
     assert not any(rollout["ended"] for rollout in rollouts)
     prompts = [row["prompt"] for row in rows(project / "data/samples/ppo.jsonl")]
@@ -163,7 +164,7 @@ def test_qwen_grpo_by_a_verifier(tmp_path: Path, capsys: pytest.CaptureFixture) 
     with HubServer(repositories) as server:
         hub, longer = server.environment(tmp_path / "cache"), {"max_prompt_length": 480, "max_length": 512}
         project = made(tmp_path, "qwen2.5-1.5b-gsm8k-grpo", lambda _: None, hub, **longer)
-    rollouts = rows(project / "data/rollouts/grpo/rollouts.jsonl")
+    rollouts = rollout_rows(project, "grpo")
     assert len(rollouts) == 16
     assert [rollout["sample"] for rollout in rollouts] == [*range(8)] * 2
     for policy in ("base", "grpo"):

@@ -44,7 +44,7 @@ def test_a_phase_that_was_scored_is_not_scored_again(copy_of_tiny: Copy, monkeyp
         whole = project(copy_of_tiny, "whole", server.address, missing="skip")
         call(whole, STAGE)
         asked = len(server.seen)
-    assert asked == 3
+    assert asked == 3 + 1  # the phases, and responses to validation prompts at the end
     with StandIn(moody) as server:
         killed = project(copy_of_tiny, "killed", server.address, missing="skip")
         cut_short(killed, STAGE, monkeypatch, after=5, kind=Learner, method="update")  # in the second phase
@@ -54,7 +54,7 @@ def test_a_phase_that_was_scored_is_not_scored_again(copy_of_tiny: Copy, monkeyp
     assert outs(killed, STAGE) == outs(whole, STAGE)
     rows = curve(whole, "grpo").to_dict("records")
     assert [row["reward_errors/served"] for row in rows] == [0, 1, 0]
-    for number, (row, (_, _, body)) in enumerate(zip(rows, server.seen, strict=True)):
+    for number, (row, (_, _, body)) in enumerate(zip(rows, server.seen[:3], strict=True)):
         given = [reward for reward in moody(number, body).body["rewards"] if reward is not None]
         assert len(given) == 8 - (number == 1)
         assert row["rewards/served"] == pytest.approx(sum(given) / len(given))

@@ -48,6 +48,7 @@ TINY = {
     "train_dpo": {"dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0}},
     "train_ppo": {
         "ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2}
+        | {"critic_warmup_iterations": 0}
     },
     "train_grpo": {
         "grpo": {"iterations": 3, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}

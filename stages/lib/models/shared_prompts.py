@@ -98,9 +98,9 @@ class SharedPrompts:
         self.layers[layer_idx].add(self.tokens - 1, keys, values)
         return keys, values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any) -> int:
         """Of the longest row; nothing is computed from it, since positions are given."""
-        return int(self.width + self.tokens)
+        return self.width + self.tokens
 
     def keep(self, rows: torch.Tensor) -> None:
         """Forget all but these rows, in rising order, and prompts that none of them has."""
@@ -176,12 +176,10 @@ class SharedPrompts:
 def shared_prompt_attention(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    *_: Any,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' models call in place of their attention; keys and values are in the cache already."""
     cache = DECODED.get()

@@ -1,15 +1,16 @@
 """The rewards of an entry beside its reward model, by name, each type with the keys it has."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from stages.lib.command.wrong_values import FUNCTION_PATH
 from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
 from stages.lib.settings.declaration import key
-from stages.lib.settings.reward_part import RewardPart, Weight
+from stages.lib.settings.reward_part import RewardPart, RowsWhere, Weight
 from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
@@ -48,11 +49,20 @@ class MathReward(RewardPart):
         return self
 
 
+def expression(text: str) -> str:
+    """Raise ValueError unless Python's re can read it."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 class FormatReward(RewardPart):
     """1 for a response of a form, else 0."""
 
     type: Literal["format"] = key("format", "1 for a response that a regular expression matches, else 0")
-    pattern: Text = key(
+    pattern: Annotated[Text, AfterValidator(expression)] = key(
         r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*",
         "of Python's re, which matches the whole response; a dot matches line ends, too",
     )
@@ -122,7 +132,7 @@ def refuse_unjudged(rewards: Mapping[str, AnyReward]) -> None:
     for name, reward in rewards.items():
         judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
         if judge is not None and isinstance(rewards.get(judge), CosineLengthReward | None):
-            raise ValueError(f"rewards.{name}.judged_by must name another reward that is no cosine_length: {judge}")
+            raise ValueError(f"rewards.{name}.judged_by must name a reward of another type, and {judge} is none")
 
 
 class MixedRewards(RewardSettings):
@@ -130,6 +140,7 @@ class MixedRewards(RewardSettings):
 
     reward_model: Text = key("models/rm", "folder of the reward model; that of model itself: none takes part")
     reward_model_weight: NotNegative = key(1.0, "of the reward model's score in the sum")
+    reward_model_where: RowsWhere | None = key(None, "the rows that the reward model scores; null: all")
     rewards: dict[Name, AnyReward] = key({}, "more of the reward, by name: functions, verifiers, rules")
 
     @model_validator(mode="after")
@@ -142,10 +153,10 @@ class MixedRewards(RewardSettings):
                 "reward_model names model itself, so that none takes part; then rewards must have one of a weight"
             )
         reading = (self.reward_head, self.reward_label, self.standardise_reward, self.reward_model_weight)
-        if reading != (None, None, False, 1.0):
+        if (*reading, self.reward_model_where) != (None, None, False, 1.0, None):
             raise ValueError(
-                "reward_model names model itself, so that none takes part: set reward_head and reward_label to null, "
-                "standardise_reward to false, reward_model_weight to 1.0"
+                "reward_model names model itself, so that none takes part: set reward_head, reward_label and "
+                "reward_model_where to null, standardise_reward to false, reward_model_weight to 1.0"
             )
         return self
 

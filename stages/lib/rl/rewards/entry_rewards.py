@@ -111,10 +111,11 @@ def load_entry_rewards(
     if is_ensemble(path):
         for name, member in read_members(path).items():
             scores = load_reward_model(Path(member.reward_model), member, *how, standardise=member.standardise_reward)
-            models[name] = MixturePart(scores, settings.reward_model_weight * member.weight)
+            weight = settings.reward_model_weight * member.weight
+            models[name] = MixturePart(scores, weight, settings.reward_model_where)
     elif settings.has_reward_model:
         scores = loaded or load_reward_model(path, settings, *how, standardise=settings.standardise_reward)
-        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
+        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight, settings.reward_model_where)
     around = RewardSurroundings(policy, max_new_tokens, loading.runtime, processes)
     return Mixture({**models, **reward_parts(settings.rewards, around)}, kept if settings.rewards else None)
 
