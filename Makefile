@@ -215,7 +215,7 @@ lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff format --check benchmarks stages tests
 	.venv/bin/pyrefly check --summary=none
 
-clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
+clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/, models/ and answers of reward servers stay
 	rm -rf plots .pytest_cache .ruff_cache
 	test ! -d .scratch || find .scratch -mindepth 1 -maxdepth 1 ! -name runs.jsonl ! -name answers.sqlite -exec rm -rf {} +
 	find . -path ./.venv -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \

@@ -164,7 +164,7 @@ def main(
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
-        batching = micro_batching(runtime, sampler.pad_id, processes)
+        batching = micro_batching(runtime, sampler.pad_id, processes, *policy.read_beside(model, reference))
         of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
         reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)

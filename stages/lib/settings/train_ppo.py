@@ -129,7 +129,8 @@ class TrainPpo(SamplingSettings, MixedRewards):
     def _check(self) -> "TrainPpo":
         if self.reuse_sampler_logps and self.critic.type == "shared_trunk":
             raise ValueError(
-                "reuse_sampler_logps must be false with a critic of type shared_trunk: the pass that it saves gives the values"
+                "reuse_sampler_logps must be false with a critic of type shared_trunk: the pass that it saves also "
+                "gives the values"
             )
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
