@@ -10,7 +10,7 @@ import pytest
 
 from stages.lib.command.jsonl import read_jsonl
 from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
-from stages.lib.rl.pass_rates import chosen_prompts, drawn_places, pass_rate
+from stages.lib.rl.chosen_prompts import chosen_prompts, drawn_places, pass_rate
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.pass_rates import PassRates
