@@ -303,6 +303,14 @@ def test_gdpo_by_hand() -> None:
     assert found[1].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
+def test_gdpo_says_nothing_of_a_reward_that_is_alike(value: float) -> None:
+    """The mean of equal numbers is not always that number."""
+    for size in (3, 6, 7):
+        part = torch.full((2, size), value, dtype=torch.float64)
+        assert decoupled_advantages({"one": part}, {"one": 1.0}, epsilon=1e-12).count_nonzero() == 0
+
+
 def test_gdpo_of_one_reward_is_group_relative_over_the_phase() -> None:
     rollouts = group_rollouts([[0.0], [2.0], [1.0], [5.0]], 2)
     found = advantages_of(rollouts, "gdpo", epsilon=1e-9)
