@@ -30,7 +30,7 @@ from rewards.shared import WORTH
 
 def film(completion, facts):
     assert facts["task"] == "film_reviews"
-    return WORTH * completion.count(" ") + (facts["film"] in completion)
+    return WORTH * completion.count(" ")
 
 def later(completion):
     # from the ninth response on, while there is a file
@@ -70,8 +70,8 @@ def rollouts_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return rollout_rows(folder, name)
 
 
-def worth(rollout: dict[str, Any]) -> float:
-    return 0.25 * rollout["response"].removesuffix("<|im_end|>").count(" ")
+def worth(text: str) -> float:
+    return 0.25 * text.count(" ")
 
 
 def test_grpo_without_a_reward_model_is_paid_by_functions(copy_of_tiny: Copy) -> None:
@@ -165,23 +165,25 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     }
     change(folder / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})
     params = read_yaml(folder / "params.yaml")
-    params["evaluate"] |= {"rewards": rewards, "policies": {"sft": "models/sft", "grpo": "models/grpo"}}
+    params["evaluate"] |= {"rewards": rewards, "policies": {"grpo": "models/grpo"}}
     write_yaml(folder / "params.yaml", params | {"train_rm": {}, "train_dpo": {}, "train_ppo": {}, "evaluate_rm": {}})
-    for stage in ("evaluate@sft", "evaluate@grpo"):
-        call(folder, stage)
+    call(folder, "evaluate@grpo")
     found = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
     samples = [json.loads(line) for line in (folder / "data/samples/grpo.jsonl").open(encoding="utf-8")]
-    own = [sample["rewards"]["film"] for sample in samples]
-    assert own == pytest.approx([worth(sample) for sample in samples], abs=1)
-    assert len({*own}) > 1
-    assert found["reward_of_film_mean"] == pytest.approx(sum(own) / len(own), abs=1e-6)
-    assert found["reward_of_sum_mean"] == pytest.approx(2 * sum(own) / len(own), abs=1e-6)
-    of_sft = json.loads((folder / "metrics/evaluate/sft.json").read_text())
-    difference = found["reward_of_film_mean"] - of_sft["reward_of_film_mean"]
+    own, theirs = [[worth(sample[f"{side}response"]) for sample in samples] for side in ("", "reference_")]
+    assert [sample["rewards"]["film"] for sample in samples] == own
+    mean, difference = sum(own) / len(own), (sum(own) - sum(theirs)) / len(own)
+    assert found["reward_of_film_mean"] == pytest.approx(mean)
+    assert found["reward_of_sum_mean"] == pytest.approx(2 * mean)
     assert found["reward_of_film_minus_reference_mean"] == pytest.approx(difference)
     assert found["reward_of_failing_errors"] == len(samples)
     assert "reward_of_none_mean" not in found
-    for gone in (*folder.glob("metrics/*/ppo.*"), *folder.glob("metrics/*/dpo.*"), *folder.glob("metrics/*/rm.*")):
+    for gone in (
+        *folder.glob("metrics/*/ppo.*"),
+        *folder.glob("metrics/*/dpo.*"),
+        *folder.glob("metrics/*/rm.*"),
+        *folder.glob("metrics/evaluate/sft.*"),
+    ):
         gone.unlink()
     call(folder, "report")
     page = (folder / "metrics/report.html").read_text()
