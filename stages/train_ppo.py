@@ -18,14 +18,16 @@ adapters and with its first head: two models in memory instead of four.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
+from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
@@ -34,12 +36,13 @@ from stages.lib.settings.train_ppo import TrainPpo
 if not asks_for_help():
     import torch
 
-    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.batching import micro_batching, shared_among
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
     from stages.lib.data.token_tables import check_table_fits
+    from stages.lib.models.policy_with_values import PolicyWithValues
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.rl.advantages import gae
@@ -52,6 +55,7 @@ if not asks_for_help():
     from stages.lib.rl.policy_losses import policy_terms, ratio_sum
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
+    from stages.lib.rl.published_critic import PublishedCritic, published_critic
     from stages.lib.rl.reference_reset import ResetReference
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
@@ -61,7 +65,7 @@ if not asks_for_help():
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.step_back import LimitedUpdates
     from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
-    from stages.lib.rl.trained_critic import load_critic
+    from stages.lib.rl.trained_critic import TrainedCritic, load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
     from stages.lib.rl.value_loss import explained_variance, value_loss_terms
     from stages.lib.runs.policy_run import (
@@ -98,21 +102,23 @@ COLUMNS = (
 
 
 def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
-    """Of the curve, with those of what these settings add."""
+    """Of the curve, with those of what these settings add, and without those of an optimizer that there is not."""
     added = {
         "policy/kl": settings.kl.type == "in_loss",
         "policy/first_ratio": settings.reuse_sampler_logps,
         "objective/entropy_coef": settings.entropy_bonus.type != "none",
         "ptx/loss": settings.ptx is not None,
     }
-    return (*COLUMNS, *(name for name, is_there in added.items() if is_there))
+    absent = ("value/grad_norm", "value/learning_rate") if settings.critic.type == "shared_trunk" else ()
+    own = [name for name in COLUMNS if name not in absent]
+    return (*own, *(name for name, is_there in added.items() if is_there))
 
 
 class Parts(NamedTuple):
     """What a phase is made with."""
 
     policy: Engine
-    critic: Engine
+    critic: Engine | None  # None: the policy has a value head
     collector: Collector
     moments: RunningMoments
     kl_controller: AdaptiveKLController | FixedKLController
@@ -120,6 +126,7 @@ class Parts(NamedTuple):
     reference: ResetReference
     early_stop: EarlyStop
     ptx: Ptx | None
+    published_critic: PublishedCritic | None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -138,22 +145,28 @@ def load_parts(
     supervised: MappedTable | None,
 ) -> Parts:
     """`supervised` are the rows of `ptx`."""
-    updates, phases = settings.updates_per_iteration, settings.iterations
-    of_policy, of_critic = (phases - settings.critic_warmup_iterations) * updates, phases * updates
+    updates = settings.updates_per_iteration * settings.iterations  # at most; see plan_learning_rates
     model, reward_model = Path(settings.model), single_reward_model(settings)
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
-    of_policy = (settings.lora, settings.policy_optimizer, of_policy)
-    learns = settings.entropy_bonus.type != "none"
-    policy = load_policy(model, reference, *of_policy, *launch, entropy_gradient=learns)
+    of_policy = (settings.lora, settings.policy_optimizer, updates)
+    learns, shared = settings.entropy_bonus.type != "none", settings.critic.type == "shared_trunk"
+    policy = load_policy(model, reference, *of_policy, *launch, entropy_gradient=learns, value_head=shared)
     batching = micro_batching(loading.runtime, end_and_pad_ids(model)[1], processes)
-    folders = (Path(settings.critic), reward_model, model)
-    of_training = (settings.lora, settings.critic_optimizer, of_critic, seed, loading)
-    critic = load_critic(*folders, settings, *of_training, batching, processes)
+    if isinstance(settings.critic, SharedTrunk):
+        critic = TrainedCritic(None, None, None)
+    else:
+        folders = (Path(settings.critic.path), reward_model, model)
+        of_training = (settings.lora, settings.critic.optimizer, updates, seed, loading)
+        critic = load_critic(*folders, settings, *of_training, batching, processes)
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
-    collector = Collector(sampler, reward, policy, critic.engine, batching)
+    readers = [*policy.read_beside(model, reference)]
+    if critic.engine is not None:
+        readers.append(cast(Any, critic.engine.module).classifier)
+    sharing = replace(batching, longest_shared=shared_among(loading.runtime, *readers))
+    collector = Collector(sampler, reward, policy, critic.engine, sharing)
     return Parts(
         policy.engine,
         critic.engine,
@@ -164,6 +177,7 @@ def load_parts(
         ResetReference(settings.reference_reset, policy.reference, policy.engine, policy.language_model),
         EarlyStop(),
         Ptx(supervised, SftObjective(batching), settings.ptx, seed) if supervised and settings.ptx else None,
+        published_critic(policy, critic, Path(settings.critic.path)) if settings.critic.publish else None,
     )
 
 
@@ -210,7 +224,8 @@ def ppo_phases(
             this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
-            of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef)
+            warms_up = iteration < settings.critic_warmup_iterations
+            of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef, warms_up=warms_up)
             row |= update(settings, seed, iteration, *of_both)
             # 5. The coefficients of the next phase's KL and entropy.
             parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
@@ -241,10 +256,13 @@ def unscaled_scores(settings: TrainPpo, rollouts: Rollouts) -> torch.Tensor:
 def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
     """Let both end with the last phase, however many updates there have been. Returns those of the first updates."""
     updates, warmup = settings.updates_per_iteration, settings.critic_warmup_iterations
-    parts.policy.expect((settings.iterations - max(iteration, warmup)) * updates)
-    parts.critic.expect((settings.iterations - iteration) * updates)
-    rates = (parts.policy.learning_rate, parts.critic.learning_rate)
-    return dict(zip(("learning_rate", "value/learning_rate"), rates, strict=True))
+    first = iteration if parts.critic is None else max(iteration, warmup)
+    parts.policy.expect((settings.iterations - first) * updates)
+    rates = {"learning_rate": parts.policy.learning_rate}
+    if parts.critic is not None:
+        parts.critic.expect((settings.iterations - iteration) * updates)
+        rates["value/learning_rate"] = parts.critic.learning_rate
+    return rates
 
 
 def learners(
@@ -254,32 +272,50 @@ def learners(
     advantages: torch.Tensor,
     returns: torch.Tensor,
     entropy_coef: float,
-) -> tuple[Learner, Learner]:
-    """Of policy and critic."""
+    *,
+    warms_up: bool,
+) -> tuple[Learner, Learner | None]:
+    """Of policy and critic; where these share a body, one of both."""
+    beside, batching = parts.ptx.backward if parts.ptx else None, parts.collector.batching
     on_policy = partial(policy_loss, settings, advantages, entropy_coef)
-    on_critic, beside = partial(value_loss, settings, returns), parts.ptx.backward if parts.ptx else None
-    policy = Learner("policy", parts.policy, parts.collector.batching, rollouts, on_policy, beside)
-    return policy, Learner("value", parts.critic, parts.collector.batching, rollouts, on_critic)
+    if parts.critic is None:
+        body = parts.policy.module
+        assert isinstance(body, PolicyWithValues)
+        body.body_learns_values = not warms_up
+        on_both = partial(shared_loss, settings, advantages, entropy_coef, returns, warms_up)
+        return Learner("policy", parts.policy, batching, rollouts, on_both, None if warms_up else beside), None
+    policy = Learner("policy", parts.policy, batching, rollouts, on_policy, beside)
+    return policy, Learner("value", parts.critic, batching, rollouts, partial(value_loss, settings, returns))
 
 
-def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner) -> dict[str, float]:
+def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner | None) -> dict[str, float]:
     """Every minibatch of a phase. Returns means over them."""
+    learns = iteration >= settings.critic_warmup_iterations
     batches = [*minibatches(len(policy.rollouts.episodes), settings, seed, iteration)]
     of_policy, of_critic = LimitedUpdates(policy, settings.max_policy_kl), []
     for rows in batches:
-        if iteration >= settings.critic_warmup_iterations:
+        if learns or critic is None:
             of_policy.update(rows)
-        of_critic.append(critic.update(rows))
+        if critic is not None:
+            of_critic.append(critic.update(rows))
     of_policy.check(batches[0])
-    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": float(len(of_policy.found))}
+    updates = float(len(of_policy.found) if learns else 0)
+    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
 
 
 def policy_loss(
     settings: TrainPpo, advantages: torch.Tensor, entropy_coef: float, rollouts: Rollouts, one: Pass
 ) -> TokenSums:
     """L_π with what is added to it, and how far the policy is from the one that sampled."""
+    read = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
+    return policy_sums(settings, advantages, entropy_coef, rollouts, one, read)
+
+
+def policy_sums(
+    settings: TrainPpo, advantages: torch.Tensor, entropy_coef: float, rollouts: Rollouts, one: Pass, found: Any
+) -> TokenSums:
+    """The same of what a pass of the policy has `found`."""
     mask = rollouts.response_mask[one.rows]
-    found = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
     logps = one.batch.on_completions(found.logps, mask.shape[1])
     terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
     sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
@@ -295,10 +331,35 @@ def policy_loss(
 
 def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
     """L_V."""
+    return value_sums(settings, returns, rollouts, one, values_before(one.engine, one.batch))
+
+
+def value_sums(
+    settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass, values: torch.Tensor
+) -> TokenSums:
+    """The same of the values that a pass has found before each token, (b, t) of its batch."""
     mask = rollouts.response_mask[one.rows]
-    values = one.batch.on_completions(values_before(one.engine, one.batch), mask.shape[1])
+    values = one.batch.on_completions(values, mask.shape[1])
     terms = value_loss_terms(values, rollouts.values[one.rows], returns[one.rows], mask, settings.value_clip_range)
     return {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum}
+
+
+def shared_loss(
+    settings: TrainPpo,
+    advantages: torch.Tensor,
+    entropy_coef: float,
+    returns: torch.Tensor,
+    warms_up: bool,
+    rollouts: Rollouts,
+    one: Pass,
+) -> TokenSums:
+    """L_π + coef L_V of one pass of a body with two heads; while the value head warms up, coef L_V alone."""
+    assert isinstance(settings.critic, SharedTrunk)
+    found = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
+    of_policy = policy_sums(settings, advantages, entropy_coef, rollouts, one, found)
+    of_values = value_sums(settings, returns, rollouts, one, found.values)
+    loss = settings.critic.coef * of_values["loss"] + (0.0 if warms_up else of_policy["loss"])
+    return {**of_policy, "loss": loss, **{f"value/{name}": value for name, value in of_values.items()}}
 
 
 def main(
@@ -315,7 +376,7 @@ def main(
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime, kernels = read_runtime("train_ppo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
-    paths = (settings.model, settings.reference, settings.reward_model, settings.critic)
+    paths = (settings.model, settings.reference, settings.reward_model, settings.critic.path)
     model, reference = Path(settings.model), Path(settings.reference)
     prompts = read_prompts(tokens, model, reference)
     ptx_tokens = Path(settings.ptx_tokens)
@@ -352,7 +413,7 @@ def main(
         ppo_phases(settings, seed, prompts, parts, held_out, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
-        publish_policy(this_run, held_out, log, results, save_dtype=settings.save_dtype, tokenizer_from=model)
+        publish_policy(this_run, held_out, log, results, settings, parts.published_critic)
     processes.leave()
 
 

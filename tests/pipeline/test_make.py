@@ -65,6 +65,7 @@ STEPS = {
     "tokenize": "tokenize_data",
     **{name.replace("_", "-"): name for name in (key.partition("@")[0] for key in computing_stages())},
     "sample-pairs": "sample_pairs",  # without an entry in the default run
+    "pass-rates": "pass_rates",  # likewise
     "ref-logprobs": "ref_logprobs ref_logprobs_unpaired",
     "train-unpaired": "train_unpaired",  # likewise
     "evaluate": "evaluate score_samples evaluate_rm",

@@ -34,7 +34,7 @@ def scores_of_texts(folder: Path, texts: list[str], *, plain: bool = True) -> li
 
 def test_ppo_and_grpo_learn_from_it(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """And PPO's critic from the policy's own body."""
-    changes = {"train_ppo": {"ppo": GIVEN | {"critic": "models/sft"}}, "train_grpo": {"grpo": GIVEN}}
+    changes = {"train_ppo": {"ppo": GIVEN | {"critic": {"path": "models/sft"}}}, "train_grpo": {"grpo": GIVEN}}
     change(folder / "params.yaml", changes)
     prompts = {row: rows["prompt"] for row, rows in enumerate(read_jsonl(folder / "data/prepared/train/prompts.jsonl"))}
     for stage in ("train_ppo@ppo", "train_grpo@grpo"):
@@ -148,7 +148,7 @@ def test_samples_that_evaluate_does_not_write_are_refused(
 
 
 def test_its_tokenizer_makes_it_no_critic(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    change(folder / "params.yaml", {"train_ppo": {"ppo": GIVEN | {"critic": GIVEN["reward_model"]}}})
+    change(folder / "params.yaml", {"train_ppo": {"ppo": GIVEN | {"critic": {"path": GIVEN["reward_model"]}}}})
     message = refusal(folder, "train_ppo@ppo", capsys)
     assert "data/raw/classifier has another tokenizer than models/sft, and a critic judges each of the" in message
     assert (

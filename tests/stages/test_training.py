@@ -330,9 +330,9 @@ def test_an_update_that_leads_too_far_is_taken_back(copy_of_tiny: Copy) -> None:
     settings = read_yaml(folder / "params.yaml")["train_ppo"]["ppo"]
     for column, optimizer, places in (
         ("learning_rate", "policy_optimizer", ((0, 6), (0, 4), (0, 2))),
-        ("value/learning_rate", "critic_optimizer", ((0, 6), (2, 6), (4, 6))),
+        ("value/learning_rate", "critic", ((0, 6), (2, 6), (4, 6))),
     ):
-        of = settings[optimizer]
+        of = settings[optimizer].get("optimizer", settings[optimizer])
         schedule = (of["learning_rate"], of["warmup_ratio"], of["min_learning_rate_ratio"], of["schedule"])
         wanted = [learning_rate(step, total, *schedule) for step, total in places]
         assert rows[column].tolist() == pytest.approx(wanted, rel=1e-6)

@@ -45,7 +45,7 @@ class Learner:
 
     Args:
         name: of the metrics: `<name>/loss` and so on.
-        loss: what is summed over the tokens of a pass.
+        loss: what is summed over the tokens of a pass; a name with a slash is that of the metric itself.
         beside: adds what else the gradient of an update holds, and returns this process's parts of means, by name.
     """
 
@@ -92,7 +92,7 @@ class Learner:
                 if torch.is_grad_enabled():
                     self.engine.backward(sums["loss"] / tokens)
                 for name, value in sums.items():
-                    key = f"{self.name}/{name}"
+                    key = name if "/" in name else f"{self.name}/{name}"
                     totals[key] = totals.get(key, 0.0) + value.detach().double().cpu() / tokens
             return totals | (self.beside(self.engine) if self.beside and torch.is_grad_enabled() else {})
 

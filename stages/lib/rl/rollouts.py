@@ -87,7 +87,8 @@ def read_rollouts(
     Where the sampler kept log-probs and entropies, these stand for those of the policy.
 
     Args:
-        policy: a `TokenLogProbs` module, or what stands for it.
+        policy: a `TokenLogProbs` module, or what stands for it; if it gives values, they are read where there is no
+            critic.
         reference: another one, or None.
         critic: a `TokenScores` module, or None.
     """
@@ -102,7 +103,10 @@ def read_rollouts(
         for batch in batching.sequences(prompts, responses) if not kept or reference or critic else []:
             inputs, readings = (*batch.inputs, batch.completion_mask, temperature), dict[int, torch.Tensor]()
             if not kept:
-                readings[0], readings[2] = policy(*inputs)
+                read = policy(*inputs)
+                readings[0], readings[2] = read.logps, read.entropies
+                if critic is None and getattr(read, "values", None) is not None:
+                    readings[3] = read.values
             if reference:
                 readings[1] = reference(*inputs)[0]
             if critic:

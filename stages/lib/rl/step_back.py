@@ -62,7 +62,7 @@ class LimitedUpdates:
         """Take the last update back if it has led too far, by what these rows say."""
         if self.before is None or self.over or self.limit is None:
             return
-        if self.learner.measure([*rows])[f"{self.learner.name}/approxkl"] > self.limit:
+        if self.learner.measure([*rows])["policy/approxkl"] > self.limit:
             self.before.restore()
             self.found.pop()
             self.over = True

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class TrainedCritic(NamedTuple):
     """The engine gives a value at each token, the reward model a score of each response."""
 
-    engine: Engine
-    reward_model: RewardModel | None  # None where none takes part
+    engine: Engine | None  # None where the policy has a value head
+    reward_model: RewardModel | None  # None where none takes part, or it shares nothing with the critic
+    lora: Lora | None  # around what the engine trains
 
 
 def load_critic(
@@ -61,7 +62,8 @@ def load_critic(
     classifier = cast("PreTrainedModel", load_critic_start(critic, of_critic, loading, seed, policy))
     lora = Lora(classifier, lora_settings, seed, critic)
     if reward_model is None:
-        return TrainedCritic(new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes), None)
+        engine = new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes)
+        return TrainedCritic(engine, None, lora)
     # Under ZeRO 3 weights can only be read through the engine that shards them, which knows no second head.
     shared = lora_settings and loading.runtime.zero_stage < 3 and critic == reward_model
     head = find_reward_head(reward_model, reading)
@@ -69,11 +71,12 @@ def load_critic(
     engine = new_engine(TokenScores(classifier), optimizer, updates, loading.runtime, processes)
     if first_head is None:
         of_rewards = (reward_model, reading, loading, batching, processes, policy)
-        return TrainedCritic(engine, load_reward_model(*of_rewards, standardise=reading.standardise_reward))
+        return TrainedCritic(engine, load_reward_model(*of_rewards, standardise=reading.standardise_reward), lora)
     scores = SequenceScores(cast("PreTrainedModel", first_head))  # which reads its body and its head alone
     facts = facts_of_reward(reward_model, head, scores, None)
     scale = score_scale(reward_model, head) if reading.standardise_reward else None
-    return TrainedCritic(engine, RewardModel(WithoutAdapters(scores, lora), batching, None, reward_model, facts, scale))
+    unadapted = WithoutAdapters(scores, lora)
+    return TrainedCritic(engine, RewardModel(unadapted, batching, None, reward_model, facts, scale), lora)
 
 
 def reading_of_other(critic: Path, reward_model: Path) -> HeadReading:

@@ -11,6 +11,8 @@ from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
+from stages.lib.models.model_facts import read_config
+from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.samplers.own import OwnSampler
@@ -32,6 +34,15 @@ class TrainedPolicy(NamedTuple):
     engine: Engine
     reference: Callable | None
 
+    def read_beside(self, model: Path, reference: Path | None) -> "tuple[PreTrainedModel | None, ...]":
+        """What reads the same batches, as `micro_batching` asks: a reference of another kind may share no prompts.
+
+        Args:
+            model, reference: the folders of both.
+        """
+        alike = self.reference is None or reference is None or same_kind(model, reference)
+        return (self.language_model, *(() if alike else (None,)))
+
 
 def load_policy(
     path: Path,
@@ -44,6 +55,7 @@ def load_policy(
     processes: Processes,
     *,
     entropy_gradient: bool = False,
+    value_head: bool = False,
 ) -> TrainedPolicy:
     """Load a policy to be trained for so many updates, and its reference, if there is to be one.
 
@@ -52,12 +64,17 @@ def load_policy(
 
     Args:
         entropy_gradient: the engine's entropies carry gradient in updates.
+        value_head: the engine gives values, too, as `PolicyWithValues` does.
     """
     runtime = loading.runtime
     chunks = runtime.logits_chunk_tokens
     language_model = load_language_model(path, loading)
     lora = Lora(language_model, lora_settings, seed, path)
-    module = TokenLogProbs(language_model, chunk_tokens=chunks, with_entropies=True, entropy_gradient=entropy_gradient)
+    options = {"chunk_tokens": chunks, "entropy_gradient": entropy_gradient}
+    if value_head:
+        module = PolicyWithValues(language_model, **options, seed=seed)
+    else:
+        module = TokenLogProbs(language_model, **options, with_entropies=True)
     engine = new_engine(module, optimizer, updates, runtime, processes)
     if reference is None:
         return TrainedPolicy(language_model, lora, engine, None)
@@ -67,6 +84,12 @@ def load_policy(
     return TrainedPolicy(
         language_model, lora, engine, frozen(TokenLogProbs(other, chunk_tokens=chunks), runtime, processes)
     )
+
+
+def same_kind(one: Path, other: Path) -> bool:
+    """Whether the models of two folders attend alike."""
+    first, second = read_config(one), read_config(other)
+    return all(first.get(name) == second.get(name) for name in ("model_type", "sliding_window", "layer_types"))
 
 
 def own_sampler(

@@ -1,14 +1,17 @@
 """What an RL stage does at the end of a phase, and what it publishes: policy, adapter if asked for, and rollouts."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from stages.lib.compute.engine.base import Engine
 from stages.lib.rl.collector import Collector
 from stages.lib.rl.early_stop import EarlyStop
 from stages.lib.rl.held_out import Evaluated, HeldOutEvaluation, held_out_prompts
+from stages.lib.rl.published_critic import PublishedCritic
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.mixture import Mixture
@@ -125,19 +128,21 @@ def publish_policy(
     held_out: HeldOutEvaluation,
     log: RolloutLog,
     results: Mapping[str, float],
-    *,
-    save_dtype: str,
-    tokenizer_from: Path,
+    settings: Phased,
+    critic: PublishedCritic | None = None,
 ) -> None:
     """Publish "model", "metrics", "curve" and "rollouts": the last weights or the best ones that were evaluated.
 
-    Where the optimizer keeps an average, either are averaged weights.
+    Where the optimizer keeps an average, either are averaged weights. A critic goes into the model's folder as it is
+    at the end.
     """
+    tokenizer_from, save_dtype = Path(settings.model), settings.save_dtype
     policy = held_out.policy
     engine, lora = policy.engine, policy.lora
     logs = {"rollouts": log, **({"held_out": held_out.log} if held_out.settings else {})}
-    with engine.averaged():
+    with engine.averaged(), averaged(critic, engine):
         weights = engine.master_weights(policy.language_model)
+        write_critic = critic.writer(tokenizer_from, save_dtype) if critic else None
         kept = held_out.best.choose(lambda: lora.trained(weights))
 
         def build_others(staged: dict[str, Path]) -> None:
@@ -145,6 +150,8 @@ def publish_policy(
             for name, responses in logs.items():
                 responses.publish(staged["rollouts"] / f"{name}.parquet")
             lora.save_adapter(kept.weights, staged["model"], save_dtype)
+            if write_critic:
+                write_critic(staged["model"])
 
         this_run.publish_model(
             policy.language_model,
@@ -154,3 +161,8 @@ def publish_policy(
             tokenizer_from=tokenizer_from,
             build_others=build_others,
         )
+
+
+def averaged(critic: PublishedCritic | None, policy: Engine) -> AbstractContextManager[None]:
+    """`Engine.averaged` of a critic that has an engine of its own."""
+    return critic.engine.averaged() if critic and critic.engine is not policy else nullcontext()

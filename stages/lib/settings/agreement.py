@@ -90,8 +90,10 @@ def require_engine(runtime: Runtime, precision: str, where: str) -> None:
 
 def require_optimizers(settings: Any, runtime: Runtime, where: str) -> None:
     """bitsandbytes needs plain torch, and a GPU to page memory."""
-    for key in ("optimizer", "policy_optimizer", "critic_optimizer"):
-        held = getattr(settings, key).moments if hasattr(settings, key) else "float32"
+    own = {key: getattr(settings, key, None) for key in ("optimizer", "policy_optimizer")}
+    own["critic.optimizer"] = getattr(getattr(settings, "critic", None), "optimizer", None)
+    for key, optimizer in own.items():
+        held = optimizer.moments if optimizer else "float32"
         if held != "float32" and runtime.uses_deepspeed(1):
             raise StageError(
                 f"{where}: {key}.moments: {held} needs plain torch; set engine: torch, or moments: float32"

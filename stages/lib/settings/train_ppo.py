@@ -17,6 +17,7 @@ from stages.lib.settings.bounds import (
     Text,
     WholeNumber,
 )
+from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
 from stages.lib.settings.held_out import HeldOutSettings, held_out
@@ -40,10 +41,7 @@ class TrainPpo(SamplingSettings, MixedRewards):
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
-    critic: Text = key(
-        "models/rm",
-        "folder of the model that the critic starts from: a reward model, or a language model (with a new head)",
-    )
+    critic: Critic = key(block(SeparateCritic), "what foresees the returns")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(11, "rollout phases; in the default run 10 in which the policy learns")
     rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
@@ -126,14 +124,14 @@ class TrainPpo(SamplingSettings, MixedRewards):
         "later ones (policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv "
         "2403.17031, which damps weights with hardly any gradient",
     )
-    critic_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02, epsilon=1e-5),
-        "of the critic, which is to learn soon: a longer warm-up would cost what critic_warmup_iterations gains; its "
-        "ema_decay is null, since the critic is not published",
-    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainPpo":
+        if self.reuse_sampler_logps and self.critic.type == "shared_trunk":
+            raise ValueError(
+                "reuse_sampler_logps must be false with a critic of type shared_trunk: the pass that it saves also "
+                "gives the values"
+            )
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
@@ -141,8 +139,19 @@ class TrainPpo(SamplingSettings, MixedRewards):
             )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
-        if self.critic_optimizer.ema_decay is not None:
-            raise ValueError("critic_optimizer.ema_decay must be null: the critic is not published")
+        return self
+
+    @model_validator(mode="after")
+    def _check_critic(self) -> "TrainPpo":
+        if not isinstance(self.critic, SharedTrunk):
+            return self
+        if os.path.normpath(self.critic.path) != os.path.normpath(self.model):
+            raise ValueError(f"critic.path: a shared trunk is that of model ({self.model}), found {self.critic.path}")
+        if self.critic_warmup_iterations and self.policy_optimizer.weight_decay:
+            raise ValueError(
+                "critic_warmup_iterations: while the head of a shared_trunk warms up, policy_optimizer.weight_decay "
+                "would move the policy; set one of them to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_model_facts
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
+from stages.lib.settings.critic import SeparateCritic
 from stages.lib.settings.declaration import block
 from stages.lib.settings.named_models import NAMED
 from stages.lib.settings.optimizer import OptimizerSettings
@@ -144,9 +145,9 @@ def test_the_default_settings_agree() -> None:
             "runtime.yaml: train_rm: optimizer.moments: 8bit needs plain torch; set engine: torch, or moments: float32",
         ),
         (
-            {"train_ppo": {"critic_optimizer": block(OptimizerSettings, moments="paged")}},
+            {"train_ppo": {"critic": block(SeparateCritic, optimizer=block(OptimizerSettings, moments="paged"))}},
             {"train_ppo": {"device": "cpu"}},
-            "runtime.yaml: train_ppo: critic_optimizer.moments: paged needs a GPU; set device: cuda, or float32",
+            "runtime.yaml: train_ppo: critic.optimizer.moments: paged needs a GPU; set device: cuda, or float32",
         ),
     ],
 )
@@ -164,7 +165,7 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
             {"minibatch_size": 48},
             "rollout_batch_size (32) times samples_per_prompt (4) must be a multiple of minibatch_size (48)",
         ),
-        ("train_grpo", {"samples_per_prompt": 1}, "train_grpo.grpo.samples_per_prompt must be at least 2"),
+        ("train_grpo", {"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, found 1"),
         ("train_grpo", {"top_entropy_share": 0.0}, "train_grpo.grpo.top_entropy_share must be above 0"),
         ("train_ppo", {"minibatch_size": 7}, "must be a multiple of minibatch_size (7)"),
         (
