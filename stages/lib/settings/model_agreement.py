@@ -16,6 +16,7 @@ from stages.lib.settings.named_models import ENSEMBLES, MODELS, TRAINED, made_by
 SCORED = (
     "ensemble_member",
     "sample_pairs",
+    "pass_rates",
     "train_ppo",
     "train_grpo",
     "evaluate_rm",
