@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.hub_server import HubRepository, HubServer, repository_of_folder
 from tests.pipeline.graph import all_instances, load_graph
 from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_llama3 import save_llama3
-from tests.stages.tiny_pipeline import call, inside, new_project, start, use_base, write_yaml
+from tests.stages.tiny_pipeline import call, inside, new_project, use_base, write_yaml
 from tests.stages.tiny_qwen import save_qwen
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,15 @@ SHORT = {"max_rows": ROWS, "validation_fraction": 0.1, "test_fraction": 0.1, "ep
     "max_prompts": PROMPTS,
     "bootstrap_resamples": 100,
 }
+
+
+CALLS = """
+import sys
+from pathlib import Path
+from tests.stages.tiny_pipeline import call
+for stage in sys.argv[1:]:
+    call(Path.cwd(), stage)
+"""
 
 
 def shortened(settings: Any, section: str = "") -> Any:
@@ -60,12 +71,14 @@ def made(
     settings = shortened(settings_of(PROJECT / f"profiles/{profile}.yaml"))
     settings["tokenize_data"] |= {"max_length": 256, "max_prompt_length": 160, **more}
     write_yaml(project / "params.yaml", settings)
-    for stage in all_instances(load_graph(), settings):
-        if "_hub@" in stage or stage.startswith("fetch_model"):
-            process = start(project, stage, base_environment=hub)
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
-        else:
+    stages = all_instances(load_graph(), settings)
+    fetched = [stage for stage in stages if "_hub@" in stage or stage.startswith("fetch_model")]
+    if hub is not None:  # which is read where the Hub's library is imported: all that is fetched, in one process
+        words, environment = [sys.executable, "-c", CALLS, *fetched], {**hub, "PYTHONPATH": str(PROJECT)}
+        ended = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    for stage in stages:
+        if stage not in fetched:
             call(project, stage)
     return project
 

@@ -13,6 +13,7 @@ from stages.code_manifest import manifests
 from stages.lib.command.errors import StageError
 from stages.lib.operations.code_closure import code_hash
 from stages.lib.settings.check import check_settings
+from stages.lib.settings.critic import SeparateCritic
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.reward_part import RowsWhere
@@ -29,13 +30,14 @@ from rewards.shared import WORTH
 
 def film(completion, facts):
     assert facts["task"] == "film_reviews"
-    return WORTH * completion.count(" ") + (facts["film"] in completion)
+    return WORTH * completion.count(" ")
 
 def later(completion):
     # from the ninth response on, while there is a file
-    seen = Path("seen").read_text() if Path("seen").exists() else ""
-    Path("seen").write_text(seen + "x")
-    if len(seen) >= 8 and Path("fail").exists():
+    with Path("seen").open("a") as seen:  # by several processes
+        is_second_phase = seen.tell() >= 8
+        seen.write("x")
+    if is_second_phase and Path("fail").exists():
         raise OSError("the second phase fails")
     return len(completion)
 
@@ -68,8 +70,8 @@ def rollouts_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return rollout_rows(folder, name)
 
 
-def worth(rollout: dict[str, Any]) -> float:
-    return 0.25 * rollout["response"].removesuffix("<|im_end|>").count(" ")
+def worth(text: str) -> float:
+    return 0.25 * text.count(" ")
 
 
 def test_grpo_without_a_reward_model_is_paid_by_functions(copy_of_tiny: Copy) -> None:
@@ -98,7 +100,7 @@ def test_ppo_without_a_reward_model_stops_at_a_function_that_fails(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture
 ) -> None:
     folder = with_own_functions(copy_of_tiny())
-    changed = {"reward_model": "models/sft", "critic": "models/sft", "iterations": 1}
+    changed = {"reward_model": "models/sft", "critic": block(SeparateCritic, path="models/sft"), "iterations": 1}
     with_rewards(folder, "train_ppo", **changed, rewards={"own": function("broken")})
     said = refusal(folder, "train_ppo", capsys)
     assert "of the prompts, response" in said
@@ -163,23 +165,25 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     }
     change(folder / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})
     params = read_yaml(folder / "params.yaml")
-    params["evaluate"] |= {"rewards": rewards, "policies": {"sft": "models/sft", "grpo": "models/grpo"}}
+    params["evaluate"] |= {"rewards": rewards, "policies": {"grpo": "models/grpo"}}
     write_yaml(folder / "params.yaml", params | {"train_rm": {}, "train_dpo": {}, "train_ppo": {}, "evaluate_rm": {}})
-    for stage in ("evaluate@sft", "evaluate@grpo"):
-        call(folder, stage)
+    call(folder, "evaluate@grpo")
     found = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
     samples = [json.loads(line) for line in (folder / "data/samples/grpo.jsonl").open(encoding="utf-8")]
-    own = [sample["rewards"]["film"] for sample in samples]
-    assert own == pytest.approx([worth(sample) for sample in samples], abs=1)
-    assert len({*own}) > 1
-    assert found["reward_of_film_mean"] == pytest.approx(sum(own) / len(own), abs=1e-6)
-    assert found["reward_of_sum_mean"] == pytest.approx(2 * sum(own) / len(own), abs=1e-6)
-    of_sft = json.loads((folder / "metrics/evaluate/sft.json").read_text())
-    difference = found["reward_of_film_mean"] - of_sft["reward_of_film_mean"]
+    own, theirs = [[worth(sample[f"{side}response"]) for sample in samples] for side in ("", "reference_")]
+    assert [sample["rewards"]["film"] for sample in samples] == own
+    mean, difference = sum(own) / len(own), (sum(own) - sum(theirs)) / len(own)
+    assert found["reward_of_film_mean"] == pytest.approx(mean)
+    assert found["reward_of_sum_mean"] == pytest.approx(2 * mean)
     assert found["reward_of_film_minus_reference_mean"] == pytest.approx(difference)
     assert found["reward_of_failing_errors"] == len(samples)
     assert "reward_of_none_mean" not in found
-    for gone in (*folder.glob("metrics/*/ppo.*"), *folder.glob("metrics/*/dpo.*"), *folder.glob("metrics/*/rm.*")):
+    for gone in (
+        *folder.glob("metrics/*/ppo.*"),
+        *folder.glob("metrics/*/dpo.*"),
+        *folder.glob("metrics/*/rm.*"),
+        *folder.glob("metrics/evaluate/sft.*"),
+    ):
         gone.unlink()
     call(folder, "report")
     page = (folder / "metrics/report.html").read_text()
@@ -273,7 +277,8 @@ def test_rewards_that_cannot_be_obeyed_are_named(project: Path, changed: dict[st
 def test_a_pipeline_may_have_no_reward_model_at_all(project: Path) -> None:
     rewards = {"own": function("film")}
     with_rewards(project, "train_grpo", reward_model="models/sft", rewards=rewards)
-    with_rewards(project, "train_ppo", reward_model="models/sft", critic="models/sft", rewards=rewards)
+    critic = block(SeparateCritic, path="models/sft")
+    with_rewards(project, "train_ppo", reward_model="models/sft", critic=critic, rewards=rewards)
     params = read_yaml(project / "params.yaml") | {"train_rm": {}, "evaluate_rm": {}}
     write_yaml(project / "params.yaml", params)
     change(project / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})

@@ -121,7 +121,7 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
     rows = curve(folder, "train_grpo")
     assert rows["policy/clipfrac"].tolist() == [0, 0, 0]
     assert rows["policy/approxkl"].abs().max() < 1e-9
-    assert rows["policy/kl"][0] == 0
+    assert abs(rows["policy/kl"][0]) < 1e-9
     assert rows["policy/grad_norm"].min() > 0
 
 

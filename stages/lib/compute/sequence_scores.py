@@ -21,18 +21,25 @@ def all_scores(
 ) -> list[float]:
     """The score of each completion, in the order given, in all processes.
 
+    What comes several times is scored once: in another place of a pass it would have a score with other last digits.
+
     Args:
         scorer: a `SequenceScores` module, or an engine around one.
         prompts, completions: token ids, the same in all processes.
     """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    pairs = zip(prompts, completions, strict=True)
+    place_of = [places.setdefault((tuple(prompt), tuple(reply)), len(places)) for prompt, reply in pairs]
+    different = ([prompt for prompt, _ in places], [reply for _, reply in places])
 
     def passes() -> dict[int, float]:
         found = {}
-        for batch in batching.sequences(prompts, completions):
+        for batch in batching.sequences(*different):
             found |= dict(zip(batch.rows, scorer(*batch.inputs, batch.end_mask).tolist(), strict=True))
         return found
 
-    return batching.processes.gather_rows(batching.budget.attempt(passes))
+    scores = batching.processes.gather_rows(batching.budget.attempt(passes))
+    return [scores[place] for place in place_of]
 
 
 @torch.no_grad()
