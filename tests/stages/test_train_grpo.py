@@ -125,6 +125,16 @@ def test_the_first_minibatch_of_a_phase_is_on_policy(copy_of_tiny: Copy) -> None
     assert rows["policy/grad_norm"].min() > 0
 
 
+def test_log_probs_of_sampling_stand_for_those_of_a_pass(copy_of_tiny: Copy, tiny: Path) -> None:
+    folder = copy_of_tiny()
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"reuse_sampler_logps": True}}})
+    call(folder, "train_grpo")
+    rows, wanted = curve(folder, "train_grpo"), curve(tiny, "train_grpo")
+    assert rows["policy/first_ratio"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    for name in ("objective/scores", "objective/entropy", "policy/entropy", "policy/loss"):
+        assert rows[name].tolist() == pytest.approx(wanted[name].tolist(), rel=1e-3, abs=1e-5)
+
+
 def test_greedy_like_sampling_gives_groups_that_teach_nothing(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture
 ) -> None:
