@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
 # KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n, DATA=…, MODEL=…, LABEL=…,
-# PORT=n.
+# PORT=n, OF=…, SORT=…, WHERE=…, COUNT=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -9,9 +9,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
 USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT
+USER_VARIABLES += OF SORT WHERE COUNT
 MINUTES ?= 240
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT OF SORT WHERE COUNT
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -37,6 +38,9 @@ endif
 ifneq ($(and $(filter preview,$(MAKECMDGOALS)),$(if $(KIND),,missing)),)
 $(error say which rows, for instance: make preview KIND=sft ROW=3. There are: sft preference unpaired prompts)
 endif
+ifneq ($(and $(filter samples,$(MAKECMDGOALS)),$(if $(OF),,missing)),)
+$(error say of which policy, for instance: make samples OF=grpo SORT=-score WHERE='kl > 2' COUNT=5)
+endif
 ifneq ($(and $(filter bench,$(MAKECMDGOALS)),$(if $(DATA),,missing)),)
 $(error say which pairs, for instance: make bench DATA='hh=…/test.jsonl.gz demo=…/dpo_en_demo.json')
 endif
@@ -51,7 +55,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
 .PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
-        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview serve-rm test test-fast fuzz prove soak bench \
+        report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview samples serve-rm test test-fast fuzz prove soak bench \
         pass-cost losses lint clean
 
 help: ## Show this list
@@ -136,6 +140,9 @@ fetch: $(VENV) ## Download and check all that params.yaml names of the Hub; then
 
 preview: $(VENV) ## Show a row as its tokens, coloured by prompt, trained and masked: KIND=sft ROW=3 (SPLIT=test TOKENS=data/sampled/first)
 	.venv/bin/python -m stages.tools.preview_row --kind "$$KIND" $(if $(ROW),--row "$$ROW") $(if $(SPLIT),--split "$$SPLIT") $(if $(TOKENS),--tokens "$$TOKENS")
+
+samples: $(VENV) ## Show what a policy wrote in training: OF=grpo (SORT=-score WHERE='kl > 2' COUNT=5)
+	.venv/bin/python -m stages.tools.show_samples --of "$$OF" $(if $(SORT),--sort "$$SORT") $(if $(WHERE),--where "$$WHERE") $(if $(COUNT),--count "$$COUNT")
 
 serve-rm: $(VENV) ## Serve a reward model on loopback by OpenRLHF's /get_reward: MODEL=models/rm PORT=5000 (LABEL=POSITIVE)
 	.venv/bin/python -m stages.tools.serve_reward --model "$${MODEL:-models/rm}" $(if $(PORT),--port "$$PORT") $(if $(LABEL),--label "$$LABEL")

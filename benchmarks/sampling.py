@@ -29,7 +29,7 @@ from torch import nn
 from benchmarks.model_flops import Architecture, forward_flops
 from benchmarks.our_steps import matrix_flops
 from stages.lib.command.run import run
-from stages.lib.compute.batching import pad_left
+from stages.lib.compute.batching import pad_left, pass_cost_of
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
 from stages.lib.data.prompts import Prompt, prompts_of
@@ -37,6 +37,7 @@ from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.sampling import invert_distribution, uniform_draws
+from stages.lib.settings.runtime import read_runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,9 @@ def main(
     print("| samples a prompt | generate, s | ours, s | times | generate, share of peak | ours | same responses |")
     print("|---|---|---|---|---|---|---|")
     for samples in (1, 8):
-        asked = random_prompts(responses // samples) if prompts is None else given_prompts(prompts, responses // samples)
+        asked = (
+            random_prompts(responses // samples) if prompts is None else given_prompts(prompts, responses // samples)
+        )
         config: Any = language_model.config
         contest = Contest(language_model, asked, samples, new_tokens, (config.eos_token_id, config.pad_token_id))
         print(row_of(contest, *measured(contest, rounds), peak * threads), flush=True)
@@ -148,9 +151,9 @@ def by_ours(contest: Contest) -> Measured:
     policy = TokenLogProbs(contest.model)
     processes = Processes(0, 1, torch.device("cpu"))
     budget = MemoryBudget("generation_batch_size", 128)
-    sampler = OwnSampler(
-        policy, contest.model, SEED, 1.0, contest.new_tokens, eos_id, pad_id, lambda ids: "", budget, processes
-    )
+    options = (SEED, 1.0, contest.new_tokens, eos_id, pad_id, str, budget, processes)
+    cost = pass_cost_of(read_runtime("train_grpo"), processes.device)
+    sampler = OwnSampler(policy, contest.model, *options, cost=cost)
     started = time.process_time()
     episodes = sampler.sample(contest.prompts, 0, contest.samples)
     return Measured(time.process_time() - started, [episode.ids for episode in episodes])
@@ -166,7 +169,7 @@ class Forced:
         self.token = 0
         self.seconds = 0.0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         started = time.process_time()
         tokens = invert_distribution(scores, self.uniform[:, self.token], 1.0)
         forced = torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

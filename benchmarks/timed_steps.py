@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,7 +195,8 @@ def ppo(setup: Setup) -> dict[str, Part]:
         epochs=1,
         critic_warmup_iterations=0,
     )
-    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, lambda: None)
+    this_run = SimpleNamespace(scratch=None, processes=setup.processes, may_stop=lambda: None)
+    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, this_run, None)
     sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
     prompts = [Prompt(row, ids, [], {}) for row, ids in enumerate(sequences)]
     phases: list[Rollouts] = []
@@ -212,7 +214,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
 
     def update() -> Cost:
         phase = phases[-1]
-        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings))
+        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings), 0.0)
         train_ppo.update(settings, SEED, len(phases) - 1, *learners)
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]

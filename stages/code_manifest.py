@@ -19,10 +19,18 @@ from stages.lib.command.outputs import written_whole
 from stages.lib.command.params import GRAPH_FILE, read_params
 from stages.lib.command.run import run
 from stages.lib.command.strict_yaml import load_yaml
-from stages.lib.operations.code_closure import MANIFESTS, differing_files, lines_of, manifest_of, script_name
+from stages.lib.operations.code_closure import (
+    MANIFESTS,
+    differing_files,
+    lines_of,
+    manifest_of,
+    script_name,
+    with_files,
+)
 from stages.lib.settings.agreement import TEMPLATES
-from stages.lib.settings.check import check_settings
+from stages.lib.settings.check import check_settings, reward_files_of
 from stages.lib.settings.prepare_base import PrepareBase
+from stages.lib.settings.sections import read_all_params
 
 OWN_NAME = Path(__file__).stem
 
@@ -32,6 +40,8 @@ def manifests() -> dict[str, str]:
     stages = load_yaml(GRAPH_FILE)["stages"].values()
     names = dict.fromkeys(script_name(stage.get("do", stage)["cmd"]) for stage in stages)
     texts = {name: manifest_of(f"stages/{name}.py") for name in names if name != OWN_NAME}
+    params = read_all_params()
+    texts |= {name: with_files(text, reward_files_of(name, params)) for name, text in texts.items() if name in params}
     return texts | {"prepare_base": texts["prepare_base"] + lines_of(chat_templates())}
 
 

@@ -1,8 +1,9 @@
 """How good a policy is on test rows, beside a reference on the same rows with the same random numbers.
 
 On texts (kind sft) cross-entropy and perplexity. On prompts one response each: the grade of a prompt's task where it
-has one, with the difference from the reference's and the win rate against it (a tie counts half), the KL to it with
-95 % intervals, length, EOS rate, distinct-n; without rows of kind prompts the texts' own prompts are answered. On pairs
+has one, with the difference from the reference's and the win rate against it (a tie counts half), the same of each
+reward of evaluate.rewards, such as the accuracy by a verifier, the KL to the reference with 95 % intervals, length, EOS
+rate, distinct-n; without rows of kind prompts the texts' own prompts are answered. On pairs
 the accuracy of the implicit reward β log π/π_ref. Kinds that there are no rows of are left out; where rows are of
 several sources, each metric is also given for each of them.
 
@@ -29,6 +30,8 @@ from stages.lib.models.tokenizer_files import require_same_tokenizer
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.prepare_data import PrepareData
+from stages.lib.settings.reward_functions import reward_files
+from stages.lib.settings.rewards import SUM
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.tasks.table import grades, require_known_tasks
 
@@ -46,6 +49,7 @@ if not asks_for_help():
     from stages.lib.compute.sequence_logprobs import all_pair_logps, all_response_logps, all_text_logps
     from stages.lib.data.chat import decode_completion, load_tokenizer
     from stages.lib.evaluation.evaluation_rows import EvaluationRows
+    from stages.lib.evaluation.judged_replies import Judgements, judged_metrics, judged_record, weighted_sums
     from stages.lib.evaluation.metrics import (
         Responses,
         implicit_margins,
@@ -58,6 +62,8 @@ if not asks_for_help():
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.rl.episodes import Episode
+    from stages.lib.rl.rewards.entry_rewards import RewardSurroundings, reward_parts
+    from stages.lib.rl.rewards.mixture import Mixture
     from stages.lib.rl.samplers.own import OwnSampler
     from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
 
@@ -85,6 +91,7 @@ class Evaluation:
     decode: Callable[[list[int]], str]
     policy: Policy
     reference: Policy  # the same object where the reference itself is evaluated
+    judges: Mixture  # the rewards that judge responses; may be none
 
 
 def main(tokens: PathOption, metrics: PathOption, samples: PathOption, name: EntryOption = None) -> None:
@@ -103,6 +110,7 @@ def main(tokens: PathOption, metrics: PathOption, samples: PathOption, name: Ent
     own_settings = plain(settings) | {"policies": {name: settings.policies[name]}}
     declared = {"evaluate": own_settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
     inputs = [*dict.fromkeys(paths.values()), *rows.paths.values()]
+    inputs += map(Path, reward_files(settings.rewards, "evaluate.rewards"))
     outs = {"metrics": metrics / f"{name}.json", "samples": samples / f"{name}.jsonl"}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
     with PartialResults(f"evaluate@{name}", declared, inputs, outs, runtime, processes) as this_run:
@@ -116,13 +124,19 @@ def main(tokens: PathOption, metrics: PathOption, samples: PathOption, name: Ent
             results |= texts(this_run, evaluation, rows)
         if rows.prompts:
             own, theirs = answers(this_run, evaluation, rows)
+            judged = judgements(evaluation, rows, own)
+            others = None if theirs is None else judgements(evaluation, rows, theirs)
+            drawn = (settings.bootstrap_resamples, seed)
             results |= with_sources(
-                lambda places: response_metrics(
-                    own.of(places), theirs and theirs.of(places), settings.bootstrap_resamples, seed
-                ),
+                lambda places: {
+                    **response_metrics(own.of(places), theirs and theirs.of(places), *drawn),
+                    **judged_metrics(judged, others, places, *drawn),
+                },
                 [prompt.source for prompt in rows.prompts],
             )
             records = sample_records(rows.prompts, own, theirs)
+            for place, record in enumerate(records if settings.rewards else ()):
+                record["rewards"] = judged_record(judged, place)
         if "preference" in rows.tables and evaluation.policy is not evaluation.reference:
             results |= pairs(this_run, evaluation, rows)
 
@@ -147,6 +161,7 @@ def load(settings: Evaluate, seed: int, loading: Loading, processes: Processes, 
 
     reference = policy_at(paths["reference"])
     policy = reference if paths["policy"] == paths["reference"] else policy_at(paths["policy"])
+    around = RewardSurroundings(paths["reference"], settings.max_new_tokens, runtime, processes)
     return Evaluation(
         settings=settings,
         seed=seed,
@@ -157,6 +172,7 @@ def load(settings: Evaluate, seed: int, loading: Loading, processes: Processes, 
         decode=lambda ids: decode_completion(tokenizer, ids),
         policy=policy,
         reference=reference,
+        judges=Mixture(reward_parts(settings.rewards, around)),
     )
 
 
@@ -207,6 +223,14 @@ def answer(this_run: PartialResults, evaluation: Evaluation, rows: EvaluationRow
     return Responses(**found, texts=replies, ended=ended, grades=grades(prompts, replies, rows.where))
 
 
+def judgements(evaluation: Evaluation, rows: EvaluationRows, responses: Responses) -> Judgements:
+    """What each reward says of the responses to all prompts, and of several rewards their weighted sum."""
+    parts = zip(rows.prompts, responses.ids, responses.texts, responses.ended, strict=True)
+    episodes = [Episode(prompt, ids, text, ended, 0, None, [True] * len(ids)) for prompt, ids, text, ended in parts]
+    said = evaluation.judges.said(episodes)
+    return said if len(said) < 2 else said | {SUM: weighted_sums(evaluation.judges, said)}
+
+
 def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> list[Episode]:
     """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
     sampler = OwnSampler(
@@ -221,6 +245,7 @@ def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> lis
         evaluation.sampling,
         evaluation.processes,
         by_row=True,
+        cost=evaluation.batching.cost,
     )
     return sampler.sample(prompts, SAMPLING_STEP)
 

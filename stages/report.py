@@ -10,6 +10,7 @@ and data say is escaped; the same metrics give the same bytes.
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from stages.lib.operations.run_log import log_run
 from stages.lib.report.curve_tables import CurveTable, training_and_evaluation
 from stages.lib.report.figures import Line, left_out_note, line_figure, line_sample
 from stages.lib.report.number_formats import decimal, number, percent, signed
-from stages.lib.report.outcome import Measured, outcome, shown
+from stages.lib.report.outcome import Measured, judges_of, outcome, shown, shown_judge
 from stages.lib.report.pages import joined_names, render_page, write_page
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Named, read_inputs
 from stages.lib.rl.symptoms import of_run
@@ -56,12 +57,16 @@ def policies_table(measured: Mapping[str, Measured], reference: str) -> dict[str
     """One row for each policy, and below it one for each source of rows, if there are several."""
     rows = {shown(name): metrics for name, metrics in measured.items()}
     rows = {label: part for name, metrics in rows.items() for label, part in by_source(name, metrics).items()}
-    measure = next((name for name in ("gold", "reward") if any(f"{name}_mean" in row for row in rows.values())), "")
+    judged = judges_of(rows.values())
+    measure = next(
+        (name for name in ("gold", "reward", *judged) if any(f"{name}_mean" in row for row in rows.values())), ""
+    )
     columns: dict[str, Callable[[Measured], Cell]] = {
         "perplexity": lambda metrics: rounded(metrics, "sft_perplexity", 2),
         "reward": lambda metrics: with_difference(metrics, "reward"),
         "gold utility": lambda metrics: with_difference(metrics, "gold"),
-        f"win rate by {measure}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_reference"),
+        **{shown_judge(judge): partial(with_difference, measure=judge) for judge in judged},
+        f"win rate by {shown_judge(measure)}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_reference"),
         f"KL from {reference}, nats": kl_from_reference,
         "ends with EOS": lambda metrics: share(metrics, "eos_rate"),
         "length, tokens": lambda metrics: rounded(metrics, "length_mean", 1),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stages.lib.data.prompts import Prompt
 
 if not asks_for_help():
-    from stages.lib.compute.batching import epoch_order, micro_batching, sampling_budget
+    from stages.lib.compute.batching import epoch_order, micro_batching, pass_cost_of, sampling_budget
     from stages.lib.compute.frozen_model import frozen
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion, load_tokenizer
@@ -140,6 +140,7 @@ def sampler_of(model: Path, settings: SamplePairs, seed: int, loading: Loading, 
         sampling_budget(loading.runtime),
         processes,
         by_row=True,
+        cost=pass_cost_of(loading.runtime, processes.device),
     )
 
 

@@ -22,6 +22,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -40,10 +41,11 @@ if not asks_for_help():
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
-    from stages.lib.rl.learner import Learner, mean_of_each, minibatches
+    from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import shape_scores
@@ -84,7 +86,8 @@ def grpo_phases(
             continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
         #    loss; advantages of responses, most often within their group.
@@ -102,12 +105,12 @@ def grpo_phases(
         for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= mean_of_each(found)
+        row |= means_of_updates(found)
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
         row |= end_phase(this_run, held_out, early_stop, iteration, settings)
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
     return early_stop
 
 
@@ -139,10 +142,12 @@ def main(
         "metrics": metrics / f"{name}.json",
         "curve": curve / f"{name}.csv",
     }
-    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, paths)]
+    of_rewards = reward_files(settings.rewards, f"train_grpo.{name}.rewards")
+    inputs = [tokens, *([validation] if settings.held_out else []), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
+    columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:

@@ -28,6 +28,7 @@ from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
 
@@ -49,14 +50,15 @@ if not asks_for_help():
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, minibatches
-    from stages.lib.rl.policy_losses import policy_terms
+    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, means_of_updates, minibatches
+    from stages.lib.rl.policy_losses import policy_terms, ratio_sum
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.published_critic import PublishedCritic, published_critic
     from stages.lib.rl.reference_reset import ResetReference
-    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary, values_before
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
@@ -102,6 +104,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     """Of the curve, with those of what these settings add, and without those of an optimizer that there is not."""
     added = {
         "policy/kl": settings.kl.type == "in_loss",
+        "policy/first_ratio": settings.reuse_sampler_logps,
         "objective/entropy_coef": settings.entropy_bonus.type != "none",
         "ptx/loss": settings.ptx is not None,
     }
@@ -142,7 +145,7 @@ def load_parts(
 ) -> Parts:
     """`supervised` are the rows of `ptx`."""
     updates = settings.updates_per_iteration * settings.iterations  # at most; see plan_learning_rates
-    model, reward_model = Path(settings.model), Path(settings.reward_model) if settings.has_reward_model else None
+    model, reward_model = Path(settings.model), single_reward_model(settings)
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
     of_policy = (settings.lora, settings.policy_optimizer, updates)
@@ -189,7 +192,8 @@ def ppo_phases(
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
+        with this_run.keeping_state(RewardError):
+            rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
@@ -205,8 +209,9 @@ def ppo_phases(
         row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
         row |= {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
+        entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
         if settings.entropy_bonus.type != "none":
-            row["objective/entropy_coef"] = parts.entropy.of_phase(row["policy/entropy"])
+            row["objective/entropy_coef"] = entropy_coef
         row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
         require_finite(row["objective/rlhf_reward"], "reward", iteration)
         if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
@@ -214,7 +219,6 @@ def ppo_phases(
             this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
         else:
             # 4. Updates of policy and critic.
-            entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
             warms_up = iteration < settings.critic_warmup_iterations
             of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef, warms_up=warms_up)
             row |= update(settings, seed, iteration, *of_both)
@@ -225,7 +229,7 @@ def ppo_phases(
         row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
         if parts.reference.after_phase(iteration):
             this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
-        record_phase(this_run, log, iteration, rollouts, kl, row)
+        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
 
 
 def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
@@ -291,7 +295,7 @@ def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, criti
             of_critic.append(critic.update(rows))
     of_policy.check(batches[0])
     updates = float(len(of_policy.found) if learns else 0)
-    return mean_of_each(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
+    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
 
 
 def policy_loss(
@@ -310,6 +314,8 @@ def policy_sums(
     logps = one.batch.on_completions(found.logps, mask.shape[1])
     terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
     sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+    if settings.reuse_sampler_logps:
+        sums |= {"first_ratio": ratio_sum(logps, rollouts.logps[one.rows], mask)}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
         kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
         sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
@@ -377,7 +383,8 @@ def main(
         "curve": curve / f"{name}.csv",
     }
     of_settings = {validation: settings.held_out, ptx_tokens: settings.ptx}
-    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, paths)]
+    of_rewards = reward_files(settings.rewards, f"train_ppo.{name}.rewards")
+    inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")

@@ -60,8 +60,9 @@ def merged(default: Any, values: Any, declared: Declared) -> Any:
     if not is_mapping or not (declared.entry or declared.keys):  # a mapping of names to plain values is replaced
         return values
     if of_any_name(declared.node):
-        usual = declared.entry.defaults if declared.entry else None
-        own = {name: deepcopy(default.get(name, usual)) for name in values}  # or two names would share their blocks
+        entry = declared.entry
+        usual = {name: entry.narrowed(value).defaults if entry else None for name, value in values.items()}
+        own = {name: deepcopy(default.get(name, usual[name])) for name in values}  # or two names would share blocks
         return {name: merged(own[name], value, declared.below(name)) for name, value in values.items()}
     if values.get(KIND, default.get(KIND)) != default.get(KIND):
         default = declared.narrowed(values).defaults

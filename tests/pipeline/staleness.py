@@ -25,9 +25,11 @@ from stages.code_manifest import manifests
 from stages.lib.operations import code_closure
 from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
+from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.fetch_model import HubModel
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
 from stages.lib.settings.ref_logprobs import RefLogprobsUnpaired
+from stages.lib.settings.rewards import FunctionReward
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import FileSource, HubSource
@@ -37,6 +39,7 @@ from tests.pipeline.graph import FIRST, MANIFESTS, ROOT, all_instances, is_code,
 TABLE = ROOT / "tests/pipeline/staleness.md"
 RAW_DATA = {"own": "data/raw/own.jsonl", "exam": "data/raw/exam.jsonl"}  # of the sources of files
 RAW_MODEL = "data/raw/model"
+REWARD = "rewards/example.py"  # called by train_grpo
 # What no stage depends on: how it is started, where it came from, how it is tested and shown.
 IN_NO_DEPS = (
     *("runtime.yaml", "README.md", "Makefile", "pyproject.toml", "requirements.lock", "profiles/hh-local.yaml"),
@@ -61,7 +64,7 @@ again, and compares with the imports in the source and with what each stage read
 
 def copy_of_project(folder: Path) -> None:
     """What DVC looks at, with placeholders for all outs, every stage up to date."""
-    for name in ("stages", *(file for file in IN_NO_DEPS if (ROOT / file).is_file())):
+    for name in ("stages", "rewards", *(file for file in IN_NO_DEPS if (ROOT / file).is_file())):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         source = ROOT / name
@@ -139,7 +142,9 @@ def settings_of_copy() -> dict[str, Any]:
     params["prepare_base"]["files"] = {"given": block(ModelOfFolder, path=RAW_MODEL)}
     params["prepare_base"]["hub"] = {"far": block(ModelOfHub)}
     params["fetch_model"] = {"judge": block(HubModel)}
+    params["ensemble_member"] = {"first": block(EnsembleMember)}
     params["sample_pairs"] = {"first": block(SamplePairs)}
+    params["train_grpo"]["grpo"]["rewards"] = {"own": block(FunctionReward)}
     params["prepare_data"]["kinds"].append("unpaired")
     params["ref_logprobs_unpaired"] = {"sft": block(RefLogprobsUnpaired)}
     params["train_unpaired"] = {"kto": block(TrainUnpaired)}
@@ -171,6 +176,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "tokenize_data": ("tokenize_data.max_length", 100),
     "train_sft": ("train_sft.*.epochs", 7.0),
     "train_rm": ("train_rm.*.epochs", 7.0),
+    "ensemble_member": ("ensemble_member.*.weight", 2.0),
     "sample_pairs": ("sample_pairs.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
@@ -212,7 +218,7 @@ def changes_of(folder: Path) -> dict[str, tuple[Path, str]]:
     }
     changes[COMMENT] = (file, as_yaml(settings) + "# A comment.\n")
     code = sorted(path for path in (folder / "stages").rglob("*") if path.is_file())
-    for path in [*code, *(folder / name for name in (*RAW_DATA.values(), RAW_MODEL, *IN_NO_DEPS))]:
+    for path in [*code, *(folder / name for name in (REWARD, *RAW_DATA.values(), RAW_MODEL, *IN_NO_DEPS))]:
         more = "\nCHANGED = True\n" if path.suffix == ".py" else "\n"
         changes[path.relative_to(folder).as_posix()] = (path, path.read_text(encoding="utf-8") + more)
     return changes

@@ -48,7 +48,7 @@ TEMPLATED = re.compile(r"\$\{(?!item\.|key\})[\w.]+\}")
 OF_SECTION = re.compile(r"\$\{(?!item\b|key\})(\w+)")
 IN_GIT = ("metrics/", str(MANIFESTS))
 TOP_FOLDERS = ("data", "metrics", "models", str(MANIFESTS))
-BEFORE_ALL = {"params.yaml", "runtime.yaml", "stages"}  # deps of the first stage
+BEFORE_ALL = {"params.yaml", "rewards", "runtime.yaml", "stages"}  # deps of the first stage
 
 
 def paths_in_cmd(stage: dict[str, Any]) -> list[str]:
@@ -120,9 +120,12 @@ def test_dvc_yaml_reads_as_a_plan():
 
 
 def test_imports_are_such_as_the_closure_sees():
-    """Absolute, by a statement: neither relative nor by a call, which would be missing from the manifests."""
+    """Absolute, by a statement: neither relative nor by a call, which would be missing from the manifests.
+
+    But for a reward function, which a setting names; that is why the manifests list it.
+    """
     for file in (ROOT / "stages").rglob("*.py"):
-        for node in ast.walk(parsed(file)):
+        for node in ast.walk(parsed(file)) if file.name != "function_worker.py" else ():
             assert not (isinstance(node, ast.ImportFrom) and node.level), file
             assert not (isinstance(node, ast.Call) and called_name(node) in ("import_module", "__import__")), file
 

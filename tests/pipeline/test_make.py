@@ -225,6 +225,11 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
             ["preview", "KIND=preference", "TOKENS=data/sampled/first"],
             ["python -m stages.tools.preview_row --kind preference --tokens data/sampled/first"],
         ),
+        (["samples", "OF=ppo"], ["python -m stages.tools.show_samples --of ppo"]),
+        (
+            ["samples", "OF=ppo", "SORT=-score", "WHERE=kl > 2", "COUNT=5"],
+            ["python -m stages.tools.show_samples --of ppo --sort -score --where kl > 2 --count 5"],
+        ),
         (["serve-rm"], ["python -m stages.tools.serve_reward --model models/rm"]),
         (
             ["serve-rm", "MODEL=models/a b", "PORT=1", "LABEL=POSITIVE"],
@@ -263,6 +268,7 @@ def test_dag_lists_every_stage_after_those_it_needs(project):
         ("use", "make use PROFILE=default"),
         ("join", "make join STAGE=train_sft"),
         ("preview", "make preview KIND=sft ROW=3"),
+        ("samples", "make samples OF=grpo SORT=-score"),
     ],
 )
 def test_a_missing_variable_is_asked_for(project, target, message):
@@ -298,6 +304,7 @@ HOSTILE += ["x\ntouch pwned", "${IFS}&&touch pwned", "a b", "it's", 'say "x"', "
         ("lineage", "OUT", ["-m", "stages.tools.show_lineage"], "{}"),
         ("explain", "KEY", ["-m", "stages.tools.explain"], "{}"),
         ("preview", "KIND", ["-m", "stages.tools.preview_row", "--kind"], "{}"),
+        ("samples", "OF", ["-m", "stages.tools.show_samples", "--of"], "{}"),
         ("serve-rm", "MODEL", ["-m", "stages.tools.serve_reward", "--model"], "{}"),
         ("join", "STAGE", ["-m", "stages.tools.join_stage", "--stage"], "{}"),
         ("soak", "MINUTES", ["-m", "tests.proofs.kill_matrix", "--minutes"], "{}"),

@@ -31,6 +31,7 @@ from tests.pipeline.staleness import (
     RAW_DATA,
     RAW_MODEL,
     REMARK,
+    REWARD,
     SECTION,
     TABLE,
     instances_of_copy,
@@ -44,6 +45,10 @@ STAGES = stage_names()
 SHARDED = {"stages/lib/compute/engine/deepspeed_setup.py": "several processes or ZeRO"}
 DEEPSPEED = {"stages/lib/compute/engine/deepspeed.py": "several processes or ZeRO", **SHARDED}
 TOKEN_TABLES = ("stages/lib/data/token_tables.py", "stages/lib/data/mapped_table.py")
+IN_WORKERS = dict.fromkeys(
+    ("stages/lib/rl/rewards/math_answer.py", "stages/lib/rl/rewards/response_form.py"), "processes of rewards"
+)
+PAID = ("train_ppo@", "train_grpo@", "evaluate@")  # stages with rewards
 NOT_RUN = {
     "prepare_base@base": dict.fromkeys(
         (
@@ -53,8 +58,12 @@ NOT_RUN = {
         ),
         "for a model that was trained elsewhere; here a new one is made",
     ),
-    **dict.fromkeys(training_stages(), DEEPSPEED),
-    **{name: SHARDED for name in stage_names() if name.startswith(("ref_logprobs", "evaluate"))},
+    **{name: DEEPSPEED | (IN_WORKERS if name.startswith(PAID) else {}) for name in training_stages()},
+    **{
+        name: SHARDED | (IN_WORKERS if name.startswith(PAID) else {})
+        for name in stage_names()
+        if name.startswith(("ref_logprobs", "evaluate"))
+    },
     **{
         name: {**SHARDED, **dict.fromkeys(TOKEN_TABLES, "tables of tokens, by who reads them")}
         for name in stage_names()
@@ -142,7 +151,8 @@ def test_how_stages_are_started_described_and_tested_makes_nothing_stale(answers
     assert [row for row in (*IN_NO_DEPS, COMMENT, LAUNCHER, *left_out, *remarks) if answers[row] - {FIRST}] == []
     assert [row for row in IN_NO_DEPS if answers[row]] == ["runtime.yaml"]
     assert all(answers[row] == {FIRST} for row in (COMMENT, *remarks))
-    assert {row: answers[row] for row in (*RAW_DATA.values(), RAW_MODEL)} == {
+    assert {row: answers[row] for row in (REWARD, *RAW_DATA.values(), RAW_MODEL)} == {
+        REWARD: {FIRST, "train_grpo@grpo"},
         RAW_DATA["own"]: {"read_source@own"},
         RAW_DATA["exam"]: {"read_source@exam"},
         RAW_MODEL: {"prepare_base_files@given"},
@@ -175,7 +185,7 @@ def test_a_run_looks_up_the_params_that_are_declared(observed, name: str) -> Non
 def test_a_run_reads_the_data_and_models_that_are_declared_and_writes_its_outs_alone(observed, name: str) -> None:
     """Nothing else is read, though it lies there as in a project that has run; and each dep that is declared is."""
     seen = observed[name]
-    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep != "stages"]
+    data = [dep for dep in seen["declared"]["deps"] if not is_code(dep) and dep not in ("stages", "rewards")]
     unread = [dep for dep in data if not any(file == dep or file.startswith(f"{dep}/") for file in seen["data"])]
     assert unread == []
     assert seen["undeclared"] == []

@@ -16,8 +16,9 @@ IDENTITY = ["-c", "user.name=proof", "-c", "user.email=proof@localhost"]
 
 def dvc_project(tiny: Path, folder: Path) -> Path:
     """A copy of `tiny` under Git and DVC, with the stages' code, all outs committed to its cache."""
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns(".scratch", "stages"))
-    shutil.copytree(PROJECT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns(".scratch", "stages", "rewards"))
+    for code in ("stages", "rewards"):
+        shutil.copytree(PROJECT / code, folder / code, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", ".dvcignore"):
         shutil.copy(PROJECT / name, folder / name)
     (folder / ".dvc").mkdir()

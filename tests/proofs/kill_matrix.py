@@ -60,9 +60,14 @@ VARIANTS = {
             "normalise_scores": True,
             "kl": {"controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0}},
             "policy_optimizer": {"ema_decay": 0.9},
+            "entropy_bonus": {"type": "adaptive", "coef": 0.0, "target": 9.0, "step": 0.005},
+            "max_policy_kl": 1e-4,
+            "ptx": {"coef": 1.0, "batch_size": 8},
+            "ptx_tokens": "data/tokens/train/sft.arrow",
             "held_out": {"every": 1, "keep": "best"},
         },
     ),
+    "train_ppo@ppo, another reference": ("train_ppo@ppo", {"reference_reset": {"every": 1}}),
     "train_sft@sft, more state": (SFT, {"lora": LORA, "keep": "best", "optimizer": {"ema_decay": 0.9}}),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_table
@@ -281,8 +282,8 @@ def numbers_of(folder: Path, stage: str) -> list[float]:
             table = read_table(path / "train.arrow", REFERENCE_SCHEMA)
             found += table["reference_chosen_logps"][:] + table["reference_rejected_logps"][:]
         elif path.parent.name == "rollouts":
-            for line in (path / "rollouts.jsonl").read_text().splitlines():
-                found += json.loads(line)["response_ids"]
+            for ids in pq.read_table(path / "rollouts.parquet")["response_ids"].to_pylist():
+                found += ids
     return found
 
 

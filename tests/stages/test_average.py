@@ -32,7 +32,7 @@ Copy = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
 DECAY = 0.8
 EVALUATED = [(stage, keep) for stage in ("train_sft", "train_rm", "train_dpo") for keep in ("last", "best")]
-ROLLOUTS = "data/rollouts/ppo/rollouts.jsonl"
+ROLLOUTS = "data/rollouts/ppo/rollouts.parquet"
 
 
 class AveragedRun(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 from stages.lib.command.jsonl import read_jsonl
 from tests.given_reward_models import logits_of, save_classifier, save_tokenizer
 from tests.stages.tiny_pipeline import call, change, refusal
+from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 GIVEN = {"reward_model": "data/raw/classifier", "reward_label": "POSITIVE"}
@@ -45,7 +46,7 @@ def test_ppo_and_grpo_learn_from_it(folder: Path, capsys: pytest.CaptureFixture)
             "own forward pass; text is encoded with its own tokenizer, as plain text, since it has no chat template"
         ]
         name = stage.partition("@")[2]
-        rows = list(read_jsonl(folder / f"data/rollouts/{name}/rollouts.jsonl"))
+        rows = rollout_rows(folder, name)
         texts = [
             "\n".join([*(m["content"] for m in prompts[row["row"]]), row["response"].replace("<|pad|>", "")])
             for row in rows[:8]

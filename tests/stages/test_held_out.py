@@ -1,6 +1,5 @@
 """Held-out evaluation of a policy trained on its own responses: what it finds, keeps and stops, killed or not."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from stages.lib.rl.samplers.own import OwnSampler
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import curve, metrics, weights
 from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal
+from tests.tables import rollout_rows
 from tests.tiny_models import CPU
 
 Copy = Callable[..., Path]
@@ -44,8 +44,7 @@ def evaluated(folder: Path, stage: str, values: dict[str, Any] | None = None, **
 
 
 def held_out_rows(folder: Path, stage: str) -> pd.DataFrame:
-    file = folder / f"data/rollouts/{name_of(stage)}/held_out.jsonl"
-    return pd.DataFrame([json.loads(line) for line in file.open(encoding="utf-8")])
+    return pd.DataFrame(rollout_rows(folder, name_of(stage), "held_out"))
 
 
 def answers(folder: Path, model: Path) -> list[list[int]]:
@@ -127,7 +126,7 @@ def test_evaluating_changes_no_weight(tiny: Path, copy_of_tiny: Copy, stage: str
     name = name_of(stage)
     ours, theirs = weights(folder, name), weights(tiny, name)
     assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs)
-    assert not (folder / f"data/rollouts/{name}/held_out.jsonl").exists()
+    assert not (folder / f"data/rollouts/{name}/held_out.parquet").exists()
     assert not [column for column in curve(folder, stage) if column.startswith("validation/")]
 
 

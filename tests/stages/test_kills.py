@@ -13,7 +13,7 @@ from tests.proofs.dvc_projects import dvc_project
 from tests.stages.tiny_pipeline import PROJECT
 
 STAGES = ("tokenize_data@preference", "train_rm@rm", "ref_logprobs@sft", "train_grpo@grpo")
-# With adapters, an adaptive KL coefficient, running moments of the scores and averaged weights.
+# With adapters, adaptive coefficients of KL and entropy, running moments of the scores, averaged weights, steps back.
 WITH_MORE_STATE = "train_ppo@ppo, more state"
 
 

@@ -29,8 +29,9 @@ BEHIND_PPO += ["prepare_base@base", "tokenize_data@preference", "tokenize_data@s
 def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny project with its own code and the lock that DVC writes of it. Read only."""
     folder = tmp_path_factory.mktemp("recorded") / "project"
-    shutil.copytree(tiny, folder, symlinks=True, ignore=shutil.ignore_patterns("stages", "train_*-*"))
-    shutil.copytree(PROJECT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tiny, folder, symlinks=True, ignore=shutil.ignore_patterns("stages", "rewards", "train_*-*"))
+    for code in ("stages", "rewards"):
+        shutil.copytree(PROJECT / code, folder / code, ignore=shutil.ignore_patterns("__pycache__"))
     dvc(folder, "init", "--no-scm", "--quiet")
     dvc(folder, "config", "core.analytics", "false")
     dvc(folder, "commit", "--force", "--quiet")

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.stages.test_training import (
     weights,
 )
 from tests.stages.tiny_pipeline import call, change, change_entries, inside, start
+from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 RANK = 2
@@ -130,7 +132,7 @@ def test_preference_optimization_starts_at_the_cached_reference(adapted: Path) -
 
 
 def rollouts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data/rollouts/ppo/rollouts.jsonl").open()]
+    return rollout_rows(folder, "ppo")
 
 
 def test_the_policy_starts_at_its_base_and_is_measured_against_it(tiny: Path, adapted: Path) -> None:
@@ -170,7 +172,8 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
         _, settings = read_entry("train_ppo", TrainPpo, None)
         settings = settings.model_copy(update={"model": "models/ppo", "reference": "models/ppo"})
         loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
-        parts = load_parts(settings, 17, loading, alone, str, lambda: None)
+        this_run = SimpleNamespace(scratch=None, processes=alone, may_stop=lambda: None)
+        parts = load_parts(settings, 17, loading, alone, str, this_run, None)
     trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.module.parameters()}
     frozen = [
         weight

@@ -29,7 +29,7 @@ from stages.lib.settings.reading import Threshold
 from stages.lib.settings.sources import FileSource
 from tests.stages.data_stages import write_rows
 from tests.stages.tiny_pipeline import call, change, change_entries, inside, read_yaml, refusal, write_yaml
-from tests.tables import rewrite
+from tests.tables import rewrite, rollout_rows
 
 Copy = Callable[..., Path]
 
@@ -104,11 +104,11 @@ def test_scores_are_standardised_where_that_is_asked_for(copy_of_tiny: Copy, tin
     change_entries(folder, {"train_grpo": {"standardise_reward": True}})
     call(folder, "score_samples@sft")
     call(folder, "train_grpo")
-    for name, key, of_first in (
-        ("data/sample_scores/sft.jsonl", "score", 12),
-        ("data/rollouts/grpo/rollouts.jsonl", "score", 8),
+    for read, of_first in (
+        (lambda place: read_jsonl(place / "data/sample_scores/sft.jsonl"), 12),
+        (lambda place: rollout_rows(place, "grpo"), 8),
     ):
-        plain, scaled = ([row[key] for row in read_jsonl(place / name)][:of_first] for place in (tiny, folder))
+        plain, scaled = ([row["score"] for row in read(place)][:of_first] for place in (tiny, folder))
         assert scaled == pytest.approx([(score - config["mean"]) / config["std"] for score in plain], abs=1e-4)
 
 

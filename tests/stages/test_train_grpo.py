@@ -1,6 +1,5 @@
 """train_grpo: its loss, what it logs, and that a run that was stopped or spread out ends as any other."""
 
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,14 @@ from tests.stages.test_training import (
     weights,
 )
 from tests.stages.tiny_pipeline import call, change, change_entries, refusal, start
+from tests.tables import rollout_rows
 from tests.tiny_models import batching, tiny_llama
 
 Copy = Callable[..., Path]
 
 
 def rollouts_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data/rollouts/grpo/rollouts.jsonl").open(encoding="utf-8")]
+    return rollout_rows(folder, "grpo")
 
 
 def grpo_settings(**changed: Any) -> TrainGrpo:

@@ -25,7 +25,7 @@ from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
-from tests.tables import rewrite
+from tests.tables import rewrite, rollout_rows
 from tests.tiny_models import batching
 
 Copy = Callable[..., Path]
@@ -74,8 +74,7 @@ def test_policy_optimization_starts_at_the_reference(tiny: Path) -> None:
 
 
 def test_every_rollout_is_published(tiny: Path) -> None:
-    lines = (tiny / "data/rollouts/ppo/rollouts.jsonl").read_text().splitlines()
-    rollouts = [json.loads(line) for line in lines]
+    rollouts = rollout_rows(tiny, "ppo")
     assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
     mean = sum(rollout["score"] for rollout in rollouts[:8]) / 8
     assert curve(tiny, "train_ppo")["objective/scores"][0] == pytest.approx(mean, abs=1e-5)

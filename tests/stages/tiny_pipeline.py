@@ -48,6 +48,7 @@ TINY = {
     "train_dpo": {"dpo": {"batch_size": 8, "eval_every": 3, "epochs": 1.0}},
     "train_ppo": {
         "ppo": {"iterations": 3, "rollout_batch_size": 8, "minibatch_size": 4, "max_new_tokens": 12, "epochs": 2}
+        | {"critic_warmup_iterations": 0}
     },
     "train_grpo": {
         "grpo": {"iterations": 3, "rollout_batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 4}
@@ -114,7 +115,8 @@ def new_project(folder: Path) -> Path:
     for kept in REPORT_FOLDERS:
         (folder / kept).mkdir(parents=True)
         (folder / kept / ".gitkeep").touch()
-    (folder / "stages").symlink_to(PROJECT / "stages")
+    for code in ("stages", "rewards"):
+        (folder / code).symlink_to(PROJECT / code)
     shutil.copytree(PROJECT / "code_manifests", folder / "code_manifests")
     return folder
 

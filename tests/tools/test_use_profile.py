@@ -196,7 +196,7 @@ def test_a_file_called_default_would_be_a_second_copy(project: Path) -> None:
 def test_edits_that_no_profile_has_are_kept_unless_dropped(project: Path) -> None:
     use(project, "small")
     text = (project / "params.yaml").read_text()
-    edited = text.replace("seed: 17", "seed: 18").replace("    iterations: 10  ", "    iterations: 11  ", 1)
+    edited = text.replace("seed: 17", "seed: 18").replace("    iterations: 11  ", "    iterations: 12  ", 1)
     (project / "params.yaml").write_text(edited)
     done = use(project, "default")
     assert done.returncode == 2

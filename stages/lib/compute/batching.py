@@ -282,11 +282,17 @@ def micro_batching(
     Args:
         model: that reads the batches, where pairs of them may share prompts.
     """
-    cost = runtime.pass_cost.gpu if processes.device.type == "cuda" else runtime.pass_cost.cpu
-    if runtime.attention == "flash_attention_2":  # it computes nothing for padding, nor between sequences of one row
-        cost = cost.model_copy(update={"attention": FEWEST_PASSES.attention})
+    cost = pass_cost_of(runtime, processes.device)
     shared = longest_shared(model) if model is not None and runtime.share_prompts else 0
     return MicroBatching(_budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes, cost, shared)
+
+
+def pass_cost_of(runtime: Runtime, device: torch.device) -> PassCost:
+    """By which rows are cut into passes."""
+    cost = runtime.pass_cost.gpu if device.type == "cuda" else runtime.pass_cost.cpu
+    if runtime.attention == "flash_attention_2":  # it computes nothing for padding, nor between sequences of one row
+        cost = cost.model_copy(update={"attention": FEWEST_PASSES.attention})
+    return cost
 
 
 def sampling_budget(runtime: Runtime) -> MemoryBudget:

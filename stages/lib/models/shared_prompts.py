@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "shared_prompts"  # its name among the kernels of transformers
-PIECE = 64  # tokens by which the room of the rows grows
+PIECE = 64  # tokens for which each row has room at first
 DECODED: ContextVar["SharedPrompts"] = ContextVar("the rows whose next token is computed")
 
 
@@ -34,30 +34,37 @@ class PromptLayer:
 
     def add(self, place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The states of the rows' token number `place`, each (n, heads, 1, d)."""
-        if place == 0:
-            self.own_keys, self.own_values = (states.new_empty(roomy(states, PIECE)) for states in (keys, values))
-        elif place == self.own_keys.shape[2]:
-            self.own_keys, self.own_values = map(with_more_room, (self.own_keys, self.own_values))
+        if place == self.own_keys.shape[2] or place == 0:
+            self.own_keys, self.own_values = with_room(self.own_keys, keys), with_room(self.own_values, values)
         self.own_keys[:, :, place : place + 1] = keys
         self.own_values[:, :, place : place + 1] = values
 
-    def keep(self, rows: torch.Tensor, prompts: torch.Tensor | None, width: int) -> None:
-        """Forget all other rows, all other prompts (None: keep them), and what is behind `width` tokens of these."""
-        if len(self.own_keys):
-            self.own_keys, self.own_values = self.own_keys[rows], self.own_values[rows]
+    def keep(self, rows: torch.Tensor, tokens: int, prompts: torch.Tensor | None, width: int) -> None:
+        """Forget all other rows, which have so many tokens, and all other prompts (None: keep them).
+
+        Args:
+            width: of the prompts that are kept.
+        """
+        if tokens:
+            room = self.own_keys.shape[2]
+            own = (states[:, :, :tokens].index_select(0, rows) for states in (self.own_keys, self.own_values))
+            self.own_keys, self.own_values = (with_room(states, states, room) for states in own)
         if prompts is not None:
-            self.prompt_keys = self.prompt_keys[prompts, :, :width].contiguous()
-            self.prompt_values = self.prompt_values[prompts, :, :width].contiguous()
+            self.prompt_keys = self.prompt_keys[:, :, :width].index_select(0, prompts)
+            self.prompt_values = self.prompt_values[:, :, :width].index_select(0, prompts)
 
 
-def roomy(states: torch.Tensor, room: int) -> tuple[int, ...]:
-    return (*states.shape[:2], room, states.shape[3])
+def with_room(states: torch.Tensor, more: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """The same states of tokens with room for others behind them, (n, heads, tokens, d) → (n, heads, room, d).
 
-
-def with_more_room(states: torch.Tensor) -> torch.Tensor:
-    """Twice as many tokens, or a thousand more."""
-    wider = states.new_empty(roomy(states, states.shape[2] + min(states.shape[2], 1024)))
-    wider[:, :, : states.shape[2]] = states
+    Args:
+        more: states of the rows, as many as there will be, of at least one token.
+        room: by default twice as many tokens, or a thousand more.
+    """
+    tokens = states.shape[2] if len(states) else 0
+    wider = more.new_empty((*more.shape[:2], room or max(PIECE, tokens + min(tokens, 1024)), more.shape[3]))
+    if tokens:
+        wider[:, :, :tokens] = states
     return wider
 
 
@@ -91,9 +98,9 @@ class SharedPrompts:
         self.layers[layer_idx].add(self.tokens - 1, keys, values)
         return keys, values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any) -> int:
         """Of the longest row; nothing is computed from it, since positions are given."""
-        return int(self.width + self.tokens)
+        return self.width + self.tokens
 
     def keep(self, rows: torch.Tensor) -> None:
         """Forget all but these rows, in rising order, and prompts that none of them has."""
@@ -102,8 +109,9 @@ class SharedPrompts:
         if fewer:
             self.lengths = self.lengths[kept]
         self.prompt_of = prompt_of
+        width = int(self.lengths.max())
         for layer in self.layers:
-            layer.keep(rows, kept if fewer else None, int(self.lengths.max()))
+            layer.keep(rows, self.tokens, kept if fewer else None, width)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -168,12 +176,10 @@ class SharedPrompts:
 def shared_prompt_attention(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    *_: Any,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' models call in place of their attention; keys and values are in the cache already."""
     cache = DECODED.get()

@@ -49,8 +49,8 @@ class TokenLogProbs(nn.Module):
     Hidden states are selected before the LM head, which computes in float32 (`LogitHead`), as the log-softmax does,
     over chunks of tokens that the backward pass recomputes, so no (b, t, vocabulary) tensor exists.
 
-    There are five passes: `log_probs`, `predictions`, `details`, and for sampling `prompt_logits` and `next_logits`. All
-    go through `forward`, which an engine calls and into which DeepSpeed hooks; it takes the pass by its name.
+    There are five passes: `log_probs`, `predictions`, `details`, and for sampling `prompt_logits` and `next_logits`.
+    All go through `forward`, which an engine calls and into which DeepSpeed hooks; it takes the pass by its name.
 
     Args:
         language_model: a transformers causal language model.

@@ -22,6 +22,7 @@ LEFT_OUT = "stages/lib/operations/"
 MANIFESTS = Path("code_manifests")
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGE = "stages"
+REWARDS = "rewards"  # the user's own functions, which the manifests of the stages that call them list
 # A comment, or a string as a whole, so that a # within one is none. No string of ours holds quotes of its own kind in
 # braces, which Python before 3.12 does not read either.
 _COMMENT_OR_STRING = re.compile(
@@ -76,9 +77,23 @@ def running_hash() -> str:
 
 @cache
 def running_manifest() -> str | None:
-    """The manifest of the stage that this process was started as, or None if it was started as something else."""
+    """The manifest of the stage that this process was started as, or None if it was started as something else.
+
+    With the reward functions that the one on disk lists: settings choose them, and so it does not follow from the code.
+    """
     name = _own_name()
-    return manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT) if name else None
+    if not name:
+        return None
+    own, recorded = manifest_of(f"{PACKAGE}/{name.replace('.', '/')}.py", PROJECT), MANIFESTS / f"{name}.txt"
+    listed = recorded.read_text(encoding="utf-8").splitlines() if recorded.is_file() else []
+    files = [line.partition(" ")[2] for line in listed]
+    return with_files(own, closure(file for file in files if file.startswith(f"{REWARDS}/") and Path(file).is_file()))
+
+
+def with_files(manifest: str, files: Iterable[str], root: Path = Path()) -> str:
+    """A manifest that lists these files below `root`, too, behind its own."""
+    own = {line.partition(" ")[2] for line in manifest.splitlines()}
+    return manifest + lines_of([file for file in files if file not in own and not file.startswith(LEFT_OUT)], root)
 
 
 def _own_name() -> str:
@@ -214,7 +229,8 @@ def _templates(root: Path) -> list[tuple[str, str]]:
 
 def _path_of(module: str, root: Path) -> str | None:
     path = f"{module.replace('.', '/')}.py"
-    return path if _is_ours(module) and (root / path).is_file() else None
+    is_known = _is_ours(module) or module.startswith(f"{REWARDS}.")
+    return path if is_known and (root / path).is_file() else None
 
 
 def _is_ours(module: str) -> bool:

@@ -4,12 +4,14 @@ A difference counts as one only if its 95 % interval leaves out zero, an accurac
 interval lies above one half.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from stages.lib.report.number_formats import decimal, number, percent, signed
 
 KNOWN = ("sft", "dpo", "ppo", "grpo")  # whose names their field writes in capitals
 Measured = Mapping[str, float]
+JUDGE = re.compile(r"reward_of_.+(?<!_minus_reference)_mean")
 
 
 def outcome(
@@ -48,21 +50,33 @@ def of_comparisons(compared: Mapping[str, Measured], reference: str) -> str:
     count = number(next(iter(compared.values()))["prompts"])
     clauses = [comparison(name, compared[name], measure, reference) for name, measure in measured.items() if measure]
     sentence = f"On {count} test prompts, {'; '.join(clauses)}"
-    if "gold" not in measured.values():
+    if "gold" not in measured.values() and "reward" in measured.values():
         sentence += "; that is the reward model's own opinion, as this data has no gold utility to check it against"
     return f"{sentence}."
 
 
 def measure_of(metrics: Measured) -> str | None:
     """What a policy is judged by: the gold utility where there is one, or a reward model, or nothing."""
-    return next((name for name in ("gold", "reward") if f"{name}_minus_reference_mean" in metrics), None)
+    judges = ("gold", "reward", *judges_of([metrics]))
+    return next((name for name in judges if f"{name}_minus_reference_mean" in metrics), None)
+
+
+def judges_of(measured: Iterable[Measured]) -> list[str]:
+    """The measures that are rewards of evaluate.rewards."""
+    keys = dict.fromkeys(key for metrics in measured for key in metrics)
+    return [key.removesuffix("_mean") for key in keys if JUDGE.fullmatch(key)]
+
+
+def shown_judge(measure: str) -> str:
+    """A measure's name without what says that it is a reward of evaluate.rewards."""
+    return measure.removeprefix("reward_of_")
 
 
 def comparison(name: str, metrics: Measured, measure: str, reference: str) -> str:
     """What became of one policy."""
     said = f"{shown(name)} {verdict(metrics, measure, reference)} in mean"
-    if measure == "reward":
-        return f"{said} reward ({evidence(metrics, 'reward', reference)})"
+    if measure != "gold":
+        return f"{said} {shown_judge(measure)} ({evidence(metrics, measure, reference)})"
     graded = f" on {number(metrics['gold_prompts'])} of them" if "gold_prompts" in metrics else ""
     text = f"{said} gold utility{graded} ({evidence(metrics, 'gold', reference)})"
     beats = f"beats {reference}"

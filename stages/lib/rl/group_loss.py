@@ -6,7 +6,7 @@ import torch
 
 from stages.lib.rl.kl_control import kl_estimate, kl_loss
 from stages.lib.rl.learner import Pass, TokenSums
-from stages.lib.rl.policy_losses import policy_terms, token_weights
+from stages.lib.rl.policy_losses import policy_terms, ratio_sum, token_weights
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.token_masks import highest_entropy, still_on_policy
 from stages.lib.settings.kl_penalty import KlInLoss
@@ -37,6 +37,8 @@ class StepLoss:
         logps = one.batch.on_completions(logps, mask.shape[1])  # 0 beyond a response's end, as the reference's: KL 0
         terms = policy_terms(logps, old_logps, advantages, mask, settings.loss)
         sums = {"clipfrac": (terms.clipped * counted).sum(), "approxkl": terms.approx_kl.sum()}
+        if settings.reuse_sampler_logps:
+            sums["first_ratio"] = ratio_sum(logps, old_logps, mask)
         if settings.off_policy_limit is not None:
             counted = counted & still_on_policy(logps, old_logps, advantages, mask, settings.off_policy_limit)
             sums["left_out"] = (self.counted[rows] & ~counted).sum()

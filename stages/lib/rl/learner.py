@@ -101,6 +101,12 @@ class Learner:
         return dict(zip(totals, sums, strict=True))
 
 
+def means_of_updates(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over the updates of a phase; of a name that says so, the value in the first of them."""
+    first = found[0] if found else {}
+    return mean_of_each(found) | {name: value for name, value in first.items() if "/first_" in name}
+
+
 def mean_of_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of each name, the mean over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)

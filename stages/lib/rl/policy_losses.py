@@ -38,6 +38,12 @@ class Sampled(NamedTuple):
 Losses = tuple[torch.Tensor, torch.Tensor]  # of each token the loss, and whether a bound acts, (b, t)
 
 
+def ratio_sum(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Σ π(y_t) / π_old(y_t) over the masked tokens, without gradient. (b, t) each → a scalar."""
+    ratios = torch.where(mask, logps.detach() - old_logps, 0.0).exp()
+    return torch.where(mask, ratios, 0.0).sum()
+
+
 def policy_terms(
     logps: torch.Tensor,
     old_logps: torch.Tensor,

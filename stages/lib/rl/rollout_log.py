@@ -1,13 +1,27 @@
-"""The log of what a policy wrote in training: a line of JSON for each response, and what the lines add up to."""
+"""The log of what a policy wrote in training: a line of JSON for each response, and what the lines add up to.
+
+A file of lines can be cut where a checkpoint was made; what is published of it is one table (`publish`).
+"""
 
 import json
+import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from stages.lib.data.chat import load_tokenizer
+from stages.lib.data.prompts import json_text
 from stages.lib.rl.rollouts import Rollouts
+
+SUMMED = ("iteration", "sample", "response_ids", "score", "kl", "ended")
+TOKEN_IDS = pa.list_(pa.int32())
+TYPES = {"iteration": pa.int64(), "row": pa.int64(), "sample": pa.int32(), "length": pa.int32(), "ended": pa.bool_()}
+TYPES |= {"prompt_ids": TOKEN_IDS, "response_ids": TOKEN_IDS}
+TYPES |= dict.fromkeys(("source", "facts", "prompt", "response"), pa.string())  # numbers are all others
+ROWS_TOGETHER = 1024
 
 
 class RolloutLog:
@@ -16,7 +30,7 @@ class RolloutLog:
     Args:
         path: of the file, or None in a process that writes none.
         tokenizer_from: folder of the policy's tokenizer; special tokens stay visible in the log.
-        with_samples: a line says which of a prompt's samples it is.
+        with_samples: a prompt has several, which are compared in the results.
     """
 
     def __init__(self, path: Path | None, tokenizer_from: Path, *, with_samples: bool = False) -> None:
@@ -24,24 +38,42 @@ class RolloutLog:
         self.with_samples = with_samples
         self.tokenizer = load_tokenizer(tokenizer_from)
 
-    def append(self, iteration: int, rollouts: Rollouts, kl: torch.Tensor | None) -> None:
-        """Add the responses of a phase (0-based); `kl` is that of each token, (b, t), if there is a reference."""
+    def append(
+        self,
+        iteration: int,
+        rollouts: Rollouts,
+        kl: torch.Tensor | None,
+        advantages: torch.Tensor | None = None,
+    ) -> None:
+        """Add the responses of a phase (0-based).
+
+        Args:
+            kl: of each token, (b, t), if there is a reference.
+            advantages: of each token, (b, t), if there are any.
+        """
         if self.path is None:
             return
-        sums = [None] * len(rollouts.episodes) if kl is None else kl.sum(dim=-1).tolist()
-        numbers = zip(rollouts.episodes, rollouts.scores.tolist(), sums, strict=True)
+        lengths = rollouts.response_mask.sum(dim=-1)
+        columns = {"score": rollouts.scores, **{f"rewards/{name}": part for name, part in rollouts.parts.items()}}
+        columns |= {} if advantages is None else {"advantage": advantages.sum(dim=-1) / lengths}
+        columns |= {} if kl is None else {"kl": kl.sum(dim=-1)}
+        numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for episode, score, divergence in numbers:
+            for episode, values in zip(rollouts.episodes, numbers, strict=True):
                 record = {
                     "iteration": iteration + 1,
                     "row": episode.prompt.row,
-                    **({"sample": episode.sample} if self.with_samples else {}),
+                    "sample": episode.sample,
+                    "source": episode.prompt.source,
+                    "facts": json_text(episode.prompt.facts),
+                    "prompt": self._text(episode.prompt.ids),
+                    "prompt_ids": episode.prompt.ids,
                     "response": self._text(episode.ids),
                     "response_ids": episode.ids,
-                    "score": round(score, 6),
-                    **({} if divergence is None else {"kl": round(divergence, 6)}),
+                    "length": len(episode.ids),
                     "ended": episode.ended,
                 }
+                record |= {name: rounded(value) for name, value in zip(columns, values, strict=True)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def samples(self, rollouts: Rollouts, kl: torch.Tensor | None, count: int) -> list[str]:
@@ -57,18 +89,45 @@ class RolloutLog:
         if self.path is None:
             return {}
         with self.path.open(encoding="utf-8") as lines:
-            rollouts = [json.loads(line) for line in lines]
-        found: dict[str, float] = {"rollouts": len(rollouts)}
-        for name, phase in (("first", rollouts[0]["iteration"]), ("last", rollouts[-1]["iteration"])):
-            own = [rollout for rollout in rollouts if rollout["iteration"] == phase]
-            for key in ("score", "kl", "ended") if "kl" in own[0] else ("score", "ended"):
-                found[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in own) / len(own)
+            own: dict[int, list[dict[str, Any]]] = {}  # of the first phase and of the last one so far
+            count = 0
+            for line in lines:
+                count += 1
+                rollout = {name: value for name, value in json.loads(line).items() if name in SUMMED}
+                phase = rollout["iteration"]
+                if phase not in own and len(own) == 2:
+                    own.popitem()
+                own.setdefault(phase, []).append(rollout)
+        found: dict[str, float] = {"rollouts": count}
+        for name, phase in (("first", min(own)), ("last", max(own))):
+            rollouts = own[phase]
+            for key in ("score", "kl", "ended") if "kl" in rollouts[0] else ("score", "ended"):
+                found[f"{name}_{key}_mean"] = sum(rollout[key] for rollout in rollouts) / len(rollouts)
             if self.with_samples:
-                found |= {f"{name}_{key}": value for key, value in shares_of_groups(own).items()}
+                found |= {f"{name}_{key}": value for key, value in shares_of_groups(rollouts).items()}
         return found
+
+    def publish(self, out: Path) -> None:
+        """Write all responses as a Parquet table, a row each in the order of the log; nothing without a file."""
+        import pyarrow.parquet as pq
+
+        if self.path is None:
+            return
+        with self.path.open(encoding="utf-8") as lines:
+            names = [*json.loads(next(lines))]
+            lines.seek(0)
+            schema = pa.schema([(name, TYPES.get(name, pa.float64())) for name in names])
+            with pq.ParquetWriter(out, schema, compression="zstd") as writer:
+                while some := [json.loads(line) for line in islice(lines, ROWS_TOGETHER)]:
+                    writer.write_table(pa.Table.from_pylist(some, schema=schema))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def rounded(value: float) -> float | None:
+    """To 6 digits; None for NaN, which a reward says where it does not apply."""
+    return None if math.isnan(value) else round(value, 6)
 
 
 def shares_of_groups(rollouts: list[dict[str, Any]]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
+from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.kl_control import kl_estimate
 from stages.lib.rl.token_rewards import token_rewards
@@ -84,9 +85,11 @@ def read_rollouts(
 ) -> Rollouts:
     """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
+    Where the sampler kept log-probs and entropies, these stand for those of the policy.
+
     Args:
-        policy: a `TokenLogProbs` module, or what stands for it; if it gives values, they are read where there is no
-            critic.
+        policy: a `TokenLogProbs` module, or what stands for it; the values are those of its head, if it has one, where
+            there is no critic.
         reference: another one, or None.
         critic: a `TokenScores` module, or None.
     """
@@ -94,20 +97,31 @@ def read_rollouts(
     lengths = torch.tensor([len(ids) for ids in responses], device=batching.processes.device)
     width = int(lengths.max())
 
+    kept = all(episode.engine_logps is not None for episode in episodes)
+    of_policy = critic is None and isinstance(getattr(policy, "module", policy), PolicyWithValues)
+
     def passes() -> torch.Tensor:
         found = torch.zeros((4, len(episodes), width), device=lengths.device)
-        for batch in batching.sequences(prompts, responses):
-            inputs = (*batch.inputs, batch.completion_mask, temperature)
-            read = policy(*inputs)
-            reference_logps = reference(*inputs)[0] if reference else torch.zeros_like(read.logps)
-            values = values_before(critic, batch) if critic else getattr(read, "values", None)
-            readings = [read.logps, reference_logps, read.entropies, *([] if values is None else [values])]
-            for place, reading in enumerate(readings):
+        for batch in batching.sequences(prompts, responses) if not kept or reference or critic or of_policy else []:
+            inputs, readings = (*batch.inputs, batch.completion_mask, temperature), dict[int, torch.Tensor]()
+            if not kept or of_policy:
+                read = policy(*inputs)
+                readings = {} if kept else {0: read.logps, 2: read.entropies}
+                readings |= {3: read.values} if of_policy else {}
+            if reference:
+                readings[1] = reference(*inputs)[0]
+            if critic:
+                readings[3] = values_before(critic, batch)
+            for place, reading in readings.items():
                 found[place, batch.rows] = batch.on_completions(reading, width).to(found.dtype)
         return found
 
     found = batching.budget.attempt(passes)
     batching.processes.sum_tensor(found)  # each row is 0 in all processes but one
+    if kept:
+        for row, episode in enumerate(episodes):
+            own = torch.tensor([episode.engine_logps, episode.engine_entropies], device=lengths.device)
+            found[[0, 2], row, : len(episode.ids)] = own
     scored = torch.tensor(scores, device=lengths.device)
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
     rewards = token_rewards(None, scored, mask, kl_coef=0.0)

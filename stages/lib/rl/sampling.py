@@ -77,6 +77,13 @@ def likeliest(weights: torch.Tensor, top_k: int | None, top_p: float) -> torch.T
     return torch.zeros_like(weights).scatter_(1, tokens, ordered)
 
 
+def statistics_of(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of tokens, and entropies of the distributions they are of, in nats. (b, vocabulary), (b,) → (2, b)."""
+    log_probs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    logps = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+    return torch.stack([logps, -torch.linalg.vecdot(log_probs.exp(), log_probs)])
+
+
 def running_sums(rows: torch.Tensor) -> torch.Tensor:
     """Cumulative sums along each row in float64, the same bytes at every call. Shapes: (b, n) → (b, n).
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-from stages.lib.compute.batching import sampling_budget
+from stages.lib.compute.batching import pass_cost_of, sampling_budget
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
@@ -19,6 +19,7 @@ from stages.lib.rl.shared_base import WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.runtime import Runtime
+from stages.lib.settings.sampling import SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,20 +76,10 @@ def load_policy(
     )
 
 
-class Sampling(Protocol):
-    """What `own_sampler` reads of a section of params.yaml."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def max_new_tokens(self) -> int: ...
-
-
 def own_sampler(
     policy: TrainedPolicy,
     model: Path,
-    settings: Sampling,
+    settings: SamplingSettings,
     seed: int,
     runtime: Runtime,
     processes: Processes,
@@ -109,4 +100,10 @@ def own_sampler(
         sampling_budget(runtime),
         processes,
         after_batch=after_batch,
+        cost=pass_cost_of(runtime, processes.device),
+        min_new_tokens=settings.min_new_tokens,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_strings=settings.stop_strings,
+        keeps_logps=settings.reuse_sampler_logps,
     )

@@ -31,13 +31,14 @@ def record_phase(
     iteration: int,
     rollouts: Rollouts,
     kl: torch.Tensor | None,
+    advantages: torch.Tensor,
     row: Mapping[str, float],
 ) -> None:
     """Add a phase (0-based) to the log and to the curve, show some of both, and say what begins to go wrong.
 
     `kl` is as `Rollouts.kl` gives it.
     """
-    log.append(iteration, rollouts, kl)
+    log.append(iteration, rollouts, kl, advantages)
     this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
     if this_run.curve:
         for seen in new_in([values for _, values in this_run.curve.rows()], iteration + 1):
@@ -138,7 +139,7 @@ def publish_policy(
     tokenizer_from, save_dtype = Path(settings.model), settings.save_dtype
     policy = held_out.policy
     engine, lora = policy.engine, policy.lora
-    logs = {"rollouts.jsonl": log.path, "held_out.jsonl": held_out.log.path if held_out.settings else None}
+    logs = {"rollouts": log, **({"held_out": held_out.log} if held_out.settings else {})}
     with engine.averaged(), averaged(critic, engine):
         weights = engine.master_weights(policy.language_model)
         write_critic = critic.writer(tokenizer_from, save_dtype) if critic else None
@@ -146,9 +147,8 @@ def publish_policy(
 
         def build_others(staged: dict[str, Path]) -> None:
             staged["rollouts"].mkdir()
-            for name, path in logs.items():
-                if path is not None:
-                    (staged["rollouts"] / name).write_bytes(path.read_bytes())
+            for name, responses in logs.items():
+                responses.publish(staged["rollouts"] / f"{name}.parquet")
             lora.save_adapter(kept.weights, staged["model"], save_dtype)
             if write_critic:
                 write_critic(staged["model"])

@@ -165,9 +165,24 @@ class TrainingRun(StageRun):
         All processes call this together.
         """
         if self.stop.agreed():
-            if self.saved_step != self.step:
-                self._save_now()
+            self._keep_state()
             self.stop.leave(f"state saved at step {self.step}")
+
+    @contextmanager
+    def keeping_state(self, error: type[Exception]) -> Iterator[None]:
+        """Save the state before such an error ends the run, of the last step that is over.
+
+        For a part of a step that changes nothing a checkpoint holds, and for an error that all processes raise.
+        """
+        try:
+            yield
+        except error:
+            self._keep_state()
+            raise
+
+    def _keep_state(self) -> None:
+        if self.saved_step != self.step:
+            self._save_now()
 
     def _save_now(self) -> None:
         with self.stop.saving():

@@ -1,6 +1,6 @@
 """The check of all of params.yaml and runtime.yaml, with each other and with the base model, before anything runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from stages.lib.models.model_facts import ModelFacts, read_config, read_model_fa
 from stages.lib.operations.scratch_root import scratch_root
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
 from stages.lib.settings.model_agreement import require_models_on_the_way, require_readable_reward_models
+from stages.lib.settings.named_models import settings_by_key
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtimes
 from stages.lib.settings.sections import read_all_params
 from stages.lib.settings.source_agreement import require_served
@@ -73,12 +75,22 @@ def cached_config(model: ModelOfHub) -> dict[str, Any] | None:
     return read_object(Path(file)) if isinstance(file, str) else None
 
 
+def reward_files_of(section: str, params: Mapping[str, Any]) -> list[str]:
+    """The files of the reward functions of a section. Raises StageError as `reward_files` does."""
+    files: set[str] = set()
+    for key, settings in settings_by_key(section, params).items():
+        files.update(reward_files(getattr(settings, "rewards", {}), f"{key}.rewards"))
+    return sorted(files)
+
+
 def check_settings() -> list[str]:
     """Raise a StageError for the first fault. Returns warnings."""
     params, runtimes = read_all_params(), read_runtimes()
     sources, data, base = params["sources"], params["prepare_data"], params["prepare_base"]
     require_agreement(params, runtimes)
     require_served(data, sources)
+    for section in params:
+        reward_files_of(section, params)
     require_paths(sources, data, base, outs_of_graph(load_yaml(GRAPH_FILE), load_yaml(PARAMS_FILE)))
     require_models_on_the_way(params)
     require_readable_reward_models(params)

@@ -11,9 +11,10 @@ from typing import Any
 
 from stages.lib.command.errors import StageError
 from stages.lib.models.reward_head import find_reward_head, score_scale
-from stages.lib.settings.named_models import MODELS, TRAINED, made_by_stages, named_paths, settings_by_key
+from stages.lib.settings.named_models import ENSEMBLES, MODELS, TRAINED, made_by_stages, named_paths, settings_by_key
 
 SCORED = (
+    "ensemble_member",
     "sample_pairs",
     "train_ppo",
     "train_grpo",
@@ -33,9 +34,14 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
         if stage == "score_samples" and not params[stage].policies:
             continue
         for key, settings in settings_by_key(stage, params).items():
+            if not getattr(settings, "has_reward_model", True):
+                continue
             path = Path(os.path.normpath(settings.reward_model))
             maker = next((made[folder][0] for folder in (path, *path.parents) if folder in made), None)
             standardise = getattr(settings, "standardise_reward", False)
+            if path.parent == ENSEMBLES:
+                require_plain_ensemble(path.name, key, settings, params)
+                continue
             if standardise and maker is not None and path not in made:
                 raise StageError(
                     f"params.yaml: {key}.standardise_reward: {path} is a model on the way, of which {maker} leaves no "
@@ -53,6 +59,19 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
                         score_scale(path, head)
                 except StageError as error:
                     raise StageError(f"params.yaml: {key}: {error}") from None
+
+
+def require_plain_ensemble(name: str, key: str, settings: Any, params: Mapping[str, Any]) -> None:
+    """Raise StageError where an entry says of an ensemble what each member says of itself, or has a member's name."""
+    if (settings.reward_head, settings.reward_label, settings.standardise_reward) != (None, None, False):
+        raise StageError(
+            f"params.yaml: {key}: reward_head, reward_label and standardise_reward are those of each member of an "
+            f"ensemble (ensemble_member); set null, null and false"
+        )
+    members = [member for member, own in params["ensemble_member"].items() if own.ensemble == name]
+    twice = [member for member in members if member in settings.rewards]
+    if twice:
+        raise StageError(f"params.yaml: {key}.rewards.{twice[0]}: a member of the ensemble has that name; rename one")
 
 
 def require_models_on_the_way(params: Mapping[str, Any]) -> None:

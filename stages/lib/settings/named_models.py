@@ -20,6 +20,7 @@ TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
 MODELS, TOKENS, SAMPLED = Path("models"), Path("data/tokens"), Path("data/sampled")
+ENSEMBLES = Path("data/ensembles")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
@@ -34,10 +35,12 @@ NEEDED_KIND = {
 }
 
 LANGUAGE_MODEL, REWARD_MODEL, TABLES = "a language model", "a reward model", "token tables"
+ENSEMBLE = "an ensemble of reward models"
 LOG_PROBS, UNPAIRED_LOG_PROBS = "log-probs of a reference", "log-probs of a reference on unpaired rows"
 Wanted = Literal[
     "a language model",
     "a reward model",
+    "an ensemble of reward models",
     "token tables",
     "log-probs of a reference",
     "log-probs of a reference on unpaired rows",
@@ -61,6 +64,8 @@ OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
     ("train_dpo", "reference"): (LOG_PROBS,),
     ("train_unpaired", "reference"): (UNPAIRED_LOG_PROBS,),
     ("train_rm", "model"): (LANGUAGE_MODEL, REWARD_MODEL),
+    ("train_ppo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
+    ("train_grpo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
 }
 
 
@@ -92,6 +97,8 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         for where, settings in settings_by_key(stage, params).items():
             for key, wanted in of_key.items():
                 is_read = key != "reference" or getattr(settings, "reads_reference", True)
+                if key == "reward_model" and not getattr(settings, "has_reward_model", True):
+                    continue  # the entry's own model stands there
                 if hasattr(settings, key) and is_read:
                     own = OF_SECTIONS.get((stage, key), wanted)
                     yield NamedPath(f"{where}.{key}", getattr(settings, key), own)
@@ -118,6 +125,8 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
     for stage in TRAINED:
         for name in params[stage]:
             made[MODELS / name] = (f"{stage}.{name}", REWARD_MODEL if stage == "train_rm" else LANGUAGE_MODEL)
+    for name, member in params["ensemble_member"].items():
+        made[ENSEMBLES / member.ensemble] = (f"ensemble_member.{name}", ENSEMBLE)
     made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
     for section, tables in REFERENCES.items():
         for name in params[section]:

@@ -1,20 +1,21 @@
 """The rewards of an entry beside its reward model, by name, each type with the keys it has."""
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from stages.lib.command.wrong_values import FUNCTION_PATH
 from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
 from stages.lib.settings.declaration import key
-from stages.lib.settings.reward_part import RewardPart, Weight
+from stages.lib.settings.reward_part import RewardPart, RowsWhere, Weight
 from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
-REWARD_MODEL = "reward_model"  # the name of the reward model among the parts of a reward
-FunctionPath = Annotated[
-    str, StringConstraints(pattern=r"^rewards/(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py:[A-Za-z_]\w*$", max_length=500)
-]
+REWARD_MODEL, SUM = "reward_model", "sum"  # names of the reward model, and of the sum, among rewards
+FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION_PATH, max_length=500)]
 
 
 class FunctionReward(RewardPart):
@@ -34,17 +35,34 @@ class MathReward(RewardPart):
     )
     answer: Text = key("answer", "the fact that holds the right answer")
     answer_after: Text | None = key(None, "of the fact, the answer is what follows this, such as ####; null: all of it")
-    read: Literal["anywhere", "boxed"] = key(
-        "anywhere", "the response's answer: its last formula or number | boxed: in its last \\boxed{} alone"
+    read: Literal["anywhere", "boxed", "after"] = key(
+        "anywhere",
+        "of the response: anywhere: its last formula or number | boxed: what is in its last \\boxed{} | after: what "
+        "follows the last answer_after in it",
     )
     seconds: Positive = key(5.0, "for one response", unit="seconds")
+
+    @model_validator(mode="after")
+    def _check_mark(self) -> Self:
+        if self.read == "after" and self.answer_after is None:
+            raise ValueError("read: after needs answer_after, which says after what")
+        return self
+
+
+def expression(text: str) -> str:
+    """Raise ValueError unless Python's re can read it."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 class FormatReward(RewardPart):
     """1 for a response of a form, else 0."""
 
     type: Literal["format"] = key("format", "1 for a response that a regular expression matches, else 0")
-    pattern: Text = key(
+    pattern: Annotated[Text, AfterValidator(expression)] = key(
         r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*",
         "of Python's re, which matches the whole response; a dot matches line ends, too",
     )
@@ -106,21 +124,28 @@ AnyReward = Annotated[
 ]
 
 
+def refuse_unjudged(rewards: Mapping[str, AnyReward]) -> None:
+    """Raise ValueError for a name that is a reward model's, or a reward whose judge is none."""
+    for taken, why in ((REWARD_MODEL, "the reward model's score"), (SUM, "the sum of all")):
+        if taken in rewards:
+            raise ValueError(f"rewards must not have the name {taken}, which {why} has")
+    for name, reward in rewards.items():
+        judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
+        if judge is not None and isinstance(rewards.get(judge), CosineLengthReward | None):
+            raise ValueError(f"rewards.{name}.judged_by must name a reward of another type, and {judge} is none")
+
+
 class MixedRewards(RewardSettings):
     """Of a section whose reward is a sum: the score of a reward model, and what these rewards say."""
 
     reward_model: Text = key("models/rm", "folder of the reward model; that of model itself: none takes part")
     reward_model_weight: NotNegative = key(1.0, "of the reward model's score in the sum")
+    reward_model_where: RowsWhere | None = key(None, "the rows that the reward model scores; null: all")
     rewards: dict[Name, AnyReward] = key({}, "more of the reward, by name: functions, verifiers, rules")
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
-        if REWARD_MODEL in self.rewards:
-            raise ValueError(f"rewards must not have the name {REWARD_MODEL}, which the reward model's score has")
-        for name, reward in self.rewards.items():
-            judge = reward.judged_by if isinstance(reward, CosineLengthReward) else None
-            if judge is not None and isinstance(self.rewards.get(judge), CosineLengthReward | None):
-                raise ValueError(f"rewards.{name}.judged_by must name another reward that is no cosine_length: {judge}")
+        refuse_unjudged(self.rewards)
         if self.has_reward_model:
             return self
         if not any(reward.weight for reward in self.rewards.values()):
@@ -128,10 +153,10 @@ class MixedRewards(RewardSettings):
                 "reward_model names model itself, so that none takes part; then rewards must have one of a weight"
             )
         reading = (self.reward_head, self.reward_label, self.standardise_reward, self.reward_model_weight)
-        if reading != (None, None, False, 1.0):
+        if (*reading, self.reward_model_where) != (None, None, False, 1.0, None):
             raise ValueError(
-                "reward_model names model itself, so that none takes part: set reward_head and reward_label to null, "
-                "standardise_reward to false, reward_model_weight to 1.0"
+                "reward_model names model itself, so that none takes part: set reward_head, reward_label and "
+                "reward_model_where to null, standardise_reward to false, reward_model_weight to 1.0"
             )
         return self
 

@@ -12,6 +12,7 @@ from stages.lib.command.quoted import nearest
 from stages.lib.command.strict_yaml import load_yaml, short
 from stages.lib.settings.bounds import Name
 from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.fetch_model import HubModel
@@ -51,6 +52,9 @@ class Params(Settings):
     # Each of these maps the name of what is made to its settings; an empty one makes nothing.
     train_sft: dict[Name, TrainSft] = key({"sft": block(TrainSft)}, "supervised fine-tuning, by the model's name")
     train_rm: dict[Name, TrainRm] = key({"rm": block(TrainRm)}, "reward models, by name")
+    ensemble_member: dict[Name, EnsembleMember] = key(
+        {}, "reward models that score together, as the reward model of train_ppo or train_grpo, by member's name"
+    )
     sample_pairs: dict[Name, SamplePairs] = key(
         {}, "rounds of rows made of a policy's own replies, as a reward model ranks them, by the rows' name"
     )

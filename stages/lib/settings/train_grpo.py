@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
-from stages.lib.settings.bounds import Count, NewTokens, Positive, Precision, SaveDtype, Temperature, Text
+from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
@@ -22,11 +22,12 @@ from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
 from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
+from stages.lib.settings.sampling import SamplingSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.truncated import MissingEos, Truncated
 
 
-class TrainGrpo(MixedRewards):
+class TrainGrpo(SamplingSettings, MixedRewards):
     """A policy trained on groups of its own responses, without a critic (arXiv 2402.03300)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
@@ -37,8 +38,6 @@ class TrainGrpo(MixedRewards):
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(
         4, "to each prompt, which are compared with each other; 1 with advantages of type reinforce", unit="responses"
     )
-    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     epochs: Count = key(2, "passes over the rollouts of a phase")
     minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
     advantages: Advantages = key(block(GroupRelative), "how rewards become advantages")

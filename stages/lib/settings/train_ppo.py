@@ -10,12 +10,10 @@ from pydantic import model_validator
 from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import (
     Count,
-    NewTokens,
     Positive,
     Precision,
     SaveDtype,
     Share,
-    Temperature,
     Text,
     WholeNumber,
 )
@@ -31,35 +29,43 @@ from stages.lib.settings.policy_loss import ClipLoss
 from stages.lib.settings.ptx import PtxSettings
 from stages.lib.settings.reference_reset import ReferenceReset
 from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.sampling import SamplingSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.truncated import MissingEos, Truncated
 
 PROMPTS = "data/tokens/train/prompts.arrow"
 
 
-class TrainPpo(MixedRewards):
+class TrainPpo(SamplingSettings, MixedRewards):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
     critic: Critic = key(block(SeparateCritic), "what foresees the returns")
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
-    iterations: Count = key(10, "rollout phases")
+    iterations: Count = key(11, "rollout phases; in the default run 10 in which the policy learns")
     rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(1, "to each prompt", unit="responses")
-    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
-    epochs: Count = key(2, "passes over the rollouts of a phase")
+    epochs: Count = key(2, "passes over the rollouts of a phase; the later ones are on tokens of an earlier policy")
     minibatch_size: Count = key(
         64,
         "in an optimizer step, over all processes; rollout_batch_size times samples_per_prompt is a multiple of it",
         unit="rollouts",
     )
-    gamma: Share = key(1.0, "discount", source="arXiv 1506.02438, Eq 16")
-    lam: Share = key(0.95, "λ of the advantage estimator", source="arXiv 1506.02438, Eq 16")
+    gamma: Share = key(
+        1.0, "discount; 1: a response is short, and its score comes at its end", source="arXiv 1506.02438, Eq 16"
+    )
+    lam: Share = key(
+        0.95,
+        "λ of the advantage estimator: 1 trusts what came out, 0 the critic",
+        source="arXiv 1506.02438, Eq 16; the value of arXiv 2403.17031",
+    )
     loss: ClipLoss = key(block(ClipLoss), "of the policy, a mean over the tokens of an optimizer step")
     value_clip_range: Positive = key(
-        0.5, "how far a value may move from the rollout's", unit="of the reward", source="arXiv 2005.12729"
+        0.5,
+        "how far a value may move from the rollout's in a phase: half the deviation of the default run's scores",
+        unit="of the reward",
+        source="arXiv 2005.12729",
     )
     whiten_rewards: bool = key(
         False, "the tokens' rewards to variance 1 over a phase, their mean as it is", source="arXiv 2403.17031"
@@ -89,12 +95,20 @@ class TrainPpo(MixedRewards):
         "of its weights and moments is held on the CPU; null: never",
         unit="nats per token",
     )
-    score_clip: Positive | None = key(10.0, "scores are held within ± this, after normalisation; null: no clipping")
+    score_clip: Positive | None = key(
+        10.0,
+        "scores are held within ± this, after normalisation and before all else: what is this far out is no "
+        "preference; null: no clipping",
+    )
     normalise_scores: bool = key(False, "to running mean 0 and standard deviation 1")
     truncated: Truncated = key(
         block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )
-    critic_warmup_iterations: WholeNumber = key(0, "first phases in which only the critic learns; below iterations")
+    critic_warmup_iterations: WholeNumber = key(
+        1,
+        "first phases in which only the critic learns; below iterations. One that starts from a reward model at first "
+        "foresees returns worse than a constant would (value/explained_variance below 0)",
+    )
     precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
     save_dtype: SaveDtype = key("float32", "of the saved weights")
     held_out: HeldOutSettings | None = held_out()
@@ -105,7 +119,10 @@ class TrainPpo(MixedRewards):
         "serve as reference and reward model where these are the same models",
     )
     policy_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.02), "of the policy"
+        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.1, epsilon=1e-5),
+        "of the policy. warmup_ratio: in the default run its first phase, which else takes it several times as far as "
+        "later ones (policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv "
+        "2403.17031, which damps weights with hardly any gradient",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,9 @@ class MissingEos(Settings):
     """The score less a penalty."""
 
     type: Literal["missing_eos"] = key("missing_eos", "the score less a penalty")
-    penalty: NotNegative = key(2.0, "taken off; 0: nothing is", unit="of the reward")
+    penalty: NotNegative = key(
+        2.0, "taken off, two deviations of the default run's scores; 0: nothing is", unit="of the reward"
+    )
 
 
 class StopProperly(Settings):

@@ -1,14 +1,17 @@
 """What is written of rollouts, and what it adds up to."""
 
 import json
+import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stages.lib.data.prompts import Prompt
+from stages.lib.rl import rollout_log
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
@@ -44,7 +47,6 @@ def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_fol
     assert lines[0]["response_ids"] == [1, 0]
     assert lines[0]["response"] == "good <end>"
     assert [line["ended"] for line in lines[:2]] == [True, False]
-    assert "sample" not in lines[0]
     assert [line["kl"] for line in lines[:2]] == [0.5, -0.25]
     assert log.results() == {
         "rollouts": 6,
@@ -58,10 +60,12 @@ def test_each_response_is_a_line_and_first_and_last_phase_are_averaged(model_fol
     assert log.samples(phase([1.0, 2.0]), KL, 1) == ["    score +1.00  kl +0.50  'good <end>'"]
 
 
-def test_a_process_without_a_file_writes_nothing(model_folder: Path) -> None:
+def test_a_process_without_a_file_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
     log = RolloutLog(None, model_folder)
     log.append(0, phase([1.0, 2.0]), KL)
+    log.publish(tmp_path / "rollouts.parquet")
     assert log.results() == {}
+    assert not (tmp_path / "rollouts.parquet").exists()
 
 
 def test_a_line_says_which_sample_it_is_where_there_are_several(model_folder: Path, tmp_path: Path) -> None:
@@ -69,3 +73,40 @@ def test_a_line_says_which_sample_it_is_where_there_are_several(model_folder: Pa
     log.append(0, phase([1.0, 2.0]), KL)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [(line["row"], line["sample"]) for line in lines] == [(7, 0), (4, 1)]
+
+
+def test_a_table_of_all_responses_is_published(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_log, "ROWS_TOGETHER", 3)  # of four
+    log = RolloutLog(tmp_path / "rollouts.jsonl", model_folder)
+    parts = {"length": torch.tensor([0.5, math.nan])}
+    first, second = (phase(scores)._replace(parts=parts) for scores in ([1.0, 2.0], [3.0, 4.0]))
+    advantages = torch.tensor([[1.0, 3.0, 0.0], [-1.0, -2.0, -3.0]])
+    log.append(0, first, KL, advantages)
+    log.append(1, second, None, advantages)  # no reference
+    for name in ("one", "two"):
+        log.publish(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    rows = pq.read_table(tmp_path / "one").to_pylist()
+    assert rows[0] == {
+        "iteration": 1,
+        "row": 7,
+        "sample": 0,
+        "source": "",
+        "facts": "{}",
+        "prompt": "good",
+        "prompt_ids": [1],
+        "response": "good <end>",
+        "response_ids": [1, 0],
+        "length": 2,
+        "ended": True,
+        "score": 1.0,
+        "rewards/length": 0.5,
+        "advantage": 2.0,
+        "kl": 0.5,
+    }
+    assert [row["score"] for row in rows] == [1, 2, 3, 4]
+    assert [row["rewards/length"] for row in rows] == [0.5, None, 0.5, None]
+    assert [row["advantage"] for row in rows[:2]] == [2, -2]
+    assert [row["kl"] for row in rows] == [0.5, -0.25, None, None]

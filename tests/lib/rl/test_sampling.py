@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.lib.command.errors import StageError
-from stages.lib.rl.sampling import invert_distribution, positions_of, require_room, uniform_draws
+from stages.lib.rl.sampling import invert_distribution, likeliest, positions_of, require_room, uniform_draws
 from tests.tiny_models import tiny_llama
 
 
@@ -24,6 +24,25 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for draw in (0.0, 0.5, 1.0 - 2**-53):
         assert invert_distribution(logits, torch.tensor([draw], dtype=torch.float64), 1.0).tolist() == [1]
+
+
+def test_the_likeliest_tokens_are_kept() -> None:
+    weights = torch.tensor([[1.0, 4.0, 2.0, 2.0, 1.0], [0.0, 0.0, 5.0, 0.0, 0.0]])
+    assert likeliest(weights, 3, 1.0).tolist() == [[0, 4, 2, 2, 0], [0, 0, 5, 0, 0]]
+    assert likeliest(weights, 2, 1.0).tolist()[0] == [0, 4, 2, 0, 0]  # of equals the first
+    assert likeliest(weights, 9, 1.0).tolist() == weights.tolist()
+    # Shares 0.4, 0.2, 0.2, 0.1, 0.1: 0.6 is reached by two tokens, anything above it needs a third one.
+    assert likeliest(weights, None, 0.6).tolist()[0] == [0, 4, 2, 0, 0]
+    assert likeliest(weights, None, 0.61).tolist() == [[0, 4, 2, 2, 0], [0, 0, 5, 0, 0]]
+    assert likeliest(weights, None, 1e-9).tolist() == [[0, 4, 0, 0, 0], [0, 0, 5, 0, 0]]
+    assert likeliest(weights, 3, 0.5).tolist()[0] == [0, 4, 0, 0, 0]  # of the 8 that top_k leaves
+
+
+def test_draws_are_among_the_likeliest() -> None:
+    logits, uniform = torch.tensor([[1.0, 4.0, 2.0, 2.0, 1.0]]).log().expand(4, 5), torch.tensor([0.0, 0.6, 0.7, 0.999])
+    assert invert_distribution(logits, uniform, 1.0, top_k=2).tolist() == [1, 1, 2, 2]  # 4 and 2 of 6
+    assert invert_distribution(logits, uniform, 1.0, top_p=0.5).tolist() == [1, 1, 2, 2]
+    assert invert_distribution(logits, uniform, 1.0, top_k=1).tolist() == [1, 1, 1, 1]
 
 
 def test_draws_belong_to_seed_step_row_and_sample() -> None:

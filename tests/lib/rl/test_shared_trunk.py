@@ -24,6 +24,7 @@ SETTINGS: Any = SimpleNamespace(
     loss=ClipLoss(**block(ClipLoss)),
     kl=NoKl(**block(NoKl)),
     temperature=1.0,
+    reuse_sampler_logps=False,
     value_clip_range=0.5,
 )
 

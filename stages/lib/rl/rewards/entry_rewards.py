@@ -9,6 +9,7 @@ from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.processes import Processes
 from stages.lib.data.chat import load_tokenizer
 from stages.lib.data.encoding import decode
+from stages.lib.models.ensembles import is_ensemble, member_names, read_members
 from stages.lib.models.pretrained import Loading
 from stages.lib.rl.rewards.function_rewards import format_verifier, math_verifier, user_function
 from stages.lib.rl.rewards.judge import JudgeScores
@@ -73,7 +74,16 @@ MAKERS: dict[type, Callable[[Any, RewardSurroundings], Any]] = {
 
 def part_names(settings: MixedRewards) -> list[str]:
     """The names of the parts of an entry's reward, before it is loaded."""
-    return [*([REWARD_MODEL] if settings.has_reward_model else []), *settings.rewards]
+    models = [REWARD_MODEL] if settings.has_reward_model else []
+    if is_ensemble(Path(settings.reward_model)):
+        models = member_names(Path(settings.reward_model))
+    return [*models, *settings.rewards]
+
+
+def single_reward_model(settings: MixedRewards) -> Path | None:
+    """The folder of an entry's reward model; None where none takes part, or several do."""
+    path = Path(settings.reward_model)
+    return path if settings.has_reward_model and not is_ensemble(path) else None
 
 
 def load_entry_rewards(
@@ -96,11 +106,16 @@ def load_entry_rewards(
     Raises:
         StageError: as `load_reward_model`.
     """
-    models = {}
-    if settings.has_reward_model:
-        of_model = (Path(settings.reward_model), settings, loading, batching, processes, policy)
-        scores = loaded or load_reward_model(*of_model, standardise=settings.standardise_reward)
-        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight)
+    path, models = Path(settings.reward_model), {}
+    how = (loading, batching, processes, policy)
+    if is_ensemble(path):
+        for name, member in read_members(path).items():
+            scores = load_reward_model(Path(member.reward_model), member, *how, standardise=member.standardise_reward)
+            weight = settings.reward_model_weight * member.weight
+            models[name] = MixturePart(scores, weight, settings.reward_model_where)
+    elif settings.has_reward_model:
+        scores = loaded or load_reward_model(path, settings, *how, standardise=settings.standardise_reward)
+        models[REWARD_MODEL] = MixturePart(scores, settings.reward_model_weight, settings.reward_model_where)
     around = RewardSurroundings(policy, max_new_tokens, loading.runtime, processes)
     return Mixture({**models, **reward_parts(settings.rewards, around)}, kept if settings.rewards else None)
 

@@ -7,7 +7,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.processes import Processes
 from stages.lib.operations.run_log import note_versions
 from stages.lib.rl.episodes import Episode
-from stages.lib.rl.rewards.scoring import RewardScore, told_episode
+from stages.lib.rl.rewards.scoring import RewardError, RewardScore, told_episode
 from stages.lib.rl.rewards.worker_pool import Arguments, WorkerPool
 from stages.lib.settings.rewards import FormatReward, FunctionReward, MathReward
 
@@ -28,7 +28,11 @@ class PooledReward:
         self.pool, self.arguments, self.processes = pool, arguments, processes
 
     def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
-        return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes))) or []
+        try:
+            found = self.processes.in_main(lambda: self._scores(episodes))
+        except StageError as error:
+            raise RewardError(str(error)) from None
+        return self.processes.broadcast(found) or []
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         scores = self.pool.scores([self.arguments(episode) for episode in episodes])
@@ -69,7 +73,11 @@ def math_verifier(settings: MathReward, processes: Processes, workers: int) -> P
     """1 for the right answer."""
 
     def arguments(episode: Episode) -> dict[str, Any]:
-        return {"completion": episode.text, "answer": right_answer_of(episode, settings), "read": settings.read}
+        text, read = episode.text, settings.read
+        if settings.answer_after is not None and read == "after":
+            _, mark, after = text.rpartition(settings.answer_after)
+            text, read = after if mark else "", "anywhere"
+        return {"completion": text, "answer": right_answer_of(episode, settings), "read": read}
 
     pool = WorkerPool(f"{OWN}.math_answer", "score_answer", settings.seconds, workers, "math-verify")
     return PooledReward(pool, arguments, processes)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_REASON = 500
-# What the film reviews' gold utility is in: it exists to measure policies, and none may be trained on it.
+# The tasks grade responses: that exists to measure policies, and none may be trained on it.
 NOT_FOR_TRAINING = "stages.lib.tasks"
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         function = getattr(importlib.import_module(module), name)
         write(out, {**arguments_of(function), "is_async": is_async(function), "versions": versions_of_imports()})
     except BaseException as error:  # of the user's code, sys.exit among them
-        write(out, {"error": reason_of(error)})
+        write(out, {"error": told_error(error)})
         return
     if is_async(function):
         asyncio.run(answer_side_by_side(function, out))
@@ -120,10 +120,10 @@ def answered_with(request: dict[str, Any], score: Any) -> dict[str, Any]:
 
 
 def failed(request: dict[str, Any], error: BaseException) -> dict[str, Any]:
-    return {"id": request["id"], "error": reason_of(error), "kind": getattr(error, "kind", "error")}
+    return {"id": request["id"], "error": told_error(error), "kind": getattr(error, "kind", "error")}
 
 
-def reason_of(error: BaseException) -> str:
+def told_error(error: BaseException) -> str:
     """One line: what was raised, and where in the user's own code."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     place = next((frame for frame in reversed(own) if Path(frame.filename).is_relative_to(Path.cwd())), None)

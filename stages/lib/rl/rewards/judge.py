@@ -1,7 +1,7 @@
 """A language model as judge, behind an OpenAI-compatible endpoint (POST …/chat/completions).
 
-It is told a rubric with the row's prompt, response and facts in it, and ends its answer with `Score: n`. Answers are
-kept as text, so another reading of the score asks nothing again.
+It is told a rubric with the row's prompt, response and facts in it, and ends its answer with `Score: n`. Answers that
+have a score are kept as text, so another scale asks nothing again.
 """
 
 import math
@@ -17,7 +17,7 @@ from stages.lib.data.reward_texts import said_in
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.scoring import Failure, RewardScore, told_episode
-from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls
+from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls, asked_by_main
 from stages.lib.settings.served_rewards import JudgeReward
 
 PLACE = re.compile(r"\{(\w+)\}")
@@ -35,8 +35,8 @@ class JudgeScores:
         self.kept = kept
 
     def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
-        """As `Reward` says. Raises StageError for a fact that the rubric names and a row lacks."""
-        return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes)) or [])
+        """As `Reward` says. Raises RewardError for a fact that the rubric names and a row lacks."""
+        return asked_by_main(self.processes, lambda: self._scores(episodes))
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         bodies = [self.body(episode) for episode in episodes]
@@ -46,7 +46,7 @@ class JudgeScores:
 
         async def ask(caller: Caller, key: str) -> str:
             answer = text_of_answer(caller, await caller.post(self.calls.server.address + ROUTE, body_of[key]))
-            return self.kept.add({key: answer})[key]
+            return answer if isinstance(self.score(answer), Failure) else self.kept.add({key: answer})[key]
 
         stop = self.settings.missing == "stop"
         known |= dict(zip(body_of, self.calls.for_each([*body_of], ask, stop_at_failure=stop), strict=True))

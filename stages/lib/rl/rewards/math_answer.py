@@ -30,24 +30,24 @@ def score_answer(completion: str, answer: str, read: Literal["anywhere", "boxed"
     Raises:
         UnreadableAnswerError: the right answer cannot be read.
     """
-    given = parsed_box(completion) if read == "boxed" else parsed(completion)
+    given = formula_in_box(completion) if read == "boxed" else formula_in(completion)
     return float(bool(given) and verify(right_answer(answer), given, timeout_seconds=None, raise_on_error=True))
 
 
 @cache
 def right_answer(text: str) -> list[Any]:
     is_marked = any(mark in text for mark in MARKS)
-    found = parsed(text) if is_marked else parsed(f"${text}$")  # it is a formula as a whole, not a text with one in it
+    found = formula_in(text) if is_marked else formula_in(f"${text}$")  # a formula as a whole
     if not found:
         raise UnreadableAnswerError(f"the right answer {text!r} cannot be read as mathematics")
     return found
 
 
-def parsed(text: str) -> list[Any]:
+def formula_in(text: str) -> list[Any]:
     return parse(text, parsing_timeout=0, raise_on_error=True)
 
 
-def parsed_box(text: str) -> list[Any]:
+def formula_in_box(text: str) -> list[Any]:
     """What is in the last box of a text; nothing without one."""
     start = text.rfind(BOXED)
     if start < 0:

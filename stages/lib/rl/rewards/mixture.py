@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-from stages.lib.command.errors import StageError
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
-from stages.lib.rl.rewards.scoring import Failure, Reward, RewardScore, ScoredEpisodes, told_episode
+from stages.lib.rl.rewards.scoring import Failure, Reward, RewardError, RewardScore, ScoredEpisodes, told_episode
 from stages.lib.settings.reward_part import RowsWhere
 
 
@@ -50,16 +49,20 @@ class Mixture(NamedTuple):
         """The sums, and what each part said.
 
         Raises:
-            StageError: a part fails where it must not, or none applies to an episode.
+            RewardError: a part fails where it must not, or none applies to an episode.
         """
         return self._scored(episodes) if self.kept is None else self.kept.scored(episodes, self._scored)
 
     def _scored(self, episodes: Sequence[Episode]) -> ScoredEpisodes:
+        parts = self.said(episodes)
+        return ScoredEpisodes([self._total(row, episodes, parts) for row in range(len(episodes))], parts)
+
+    def said(self, episodes: Sequence[Episode]) -> dict[str, list[RewardScore]]:
+        """What each part says of the episodes, by name. Raises RewardError if one fails where it must not."""
         parts: dict[str, list[RewardScore]] = {}
         for name in self._in_order():
             parts[name] = self._scores_of_part(name, episodes, parts)
-        parts = {name: parts[name] for name in self.by_name}
-        return ScoredEpisodes([self._total(row, episodes, parts) for row in range(len(episodes))], parts)
+        return {name: parts[name] for name in self.by_name}
 
     def _in_order(self) -> Iterator[str]:
         judged = [name for name, part in self.by_name.items() if hasattr(part.reward, "judged_by")]
@@ -79,14 +82,14 @@ class Mixture(NamedTuple):
         for row, given in zip(rows, part.reward(*asked) if rows else (), strict=True):
             score = finite_score(given)
             if isinstance(score, Failure) and (part.missing == "stop" or score.kind == "row"):
-                raise StageError(f"{told_episode(episodes[row])}: the reward {name} fails: {score.reason}")
+                raise RewardError(f"{told_episode(episodes[row])}: the reward {name} fails: {score.reason}")
             scores[row] = score
         return scores
 
     def _total(self, row: int, episodes: Sequence[Episode], parts: Mapping[str, list[RewardScore]]) -> float:
         said = {name: scores[row] for name, scores in parts.items() if scores[row] is not None}
         if not any(self.by_name[name].weight for name in said):
-            raise StageError(
+            raise RewardError(
                 f"{told_episode(episodes[row])}: no reward applies to it ({', '.join(self.by_name)}); there is nothing "
                 "to learn from it"
             )
@@ -96,9 +99,11 @@ class Mixture(NamedTuple):
 
 
 def finite_score(score: RewardScore) -> RewardScore:
-    """The same, or a failure for NaN and infinity."""
-    if score is None or isinstance(score, Failure) or math.isfinite(score):
+    """The same as a float, or a failure for NaN and infinity."""
+    if score is None or isinstance(score, Failure):
         return score
+    if math.isfinite(score):
+        return float(score)
     return Failure("error", f"it gives {score}, which is no number to learn from")
 
 

@@ -17,7 +17,7 @@ from stages.lib.compute.processes import Processes
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.scoring import Failure, RewardScore
-from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls
+from stages.lib.rl.rewards.server_calls import Caller, NoAnswerError, ServerCalls, asked_by_main
 from stages.lib.settings.served_rewards import RemoteReward
 
 Question = dict[str, Any]
@@ -46,8 +46,8 @@ class RemoteScores:
         self.kept = kept
 
     def __call__(self, episodes: Sequence[Episode]) -> list[RewardScore]:
-        """As `Reward` says. Raises StageError if the server is of another revision, or has an episode no label."""
-        return self.processes.broadcast(self.processes.in_main(lambda: self._scores(episodes)) or [])
+        """As `Reward` says. Raises RewardError if the server is of another revision, or has an episode no label."""
+        return asked_by_main(self.processes, lambda: self._scores(episodes))
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         questions = [self.question(episode) for episode in episodes]

@@ -7,6 +7,10 @@ from stages.lib.command.errors import StageError
 from stages.lib.rl.episodes import Episode
 
 
+class RewardError(StageError):
+    """A response has no reward, in all processes alike."""
+
+
 class Failure(NamedTuple):
     """Why a reward that was asked gave no number."""
 
@@ -33,12 +37,12 @@ class ScoredEpisodes(NamedTuple):
 
 
 def scores_of(reward: Reward, episodes: Sequence[Episode]) -> list[float]:
-    """The score of each episode. Raises StageError if one has none: there is nothing to learn from it."""
+    """The score of each episode. Raises RewardError if one has none: there is nothing to learn from it."""
     scores = []
     for episode, score in zip(episodes, reward(episodes), strict=True):
         if score is None or isinstance(score, Failure):
             why = "" if score is None else f": {score.reason}"
-            raise StageError(f"{told_episode(episode)}: the reward gives no score to it{why}")
+            raise RewardError(f"{told_episode(episode)}: the reward gives no score to it{why}")
         scores.append(score)
     return scores
 

@@ -12,7 +12,8 @@ import httpx
 
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.quoted import nearest
-from stages.lib.rl.rewards.scoring import Failure
+from stages.lib.compute.processes import Processes
+from stages.lib.rl.rewards.scoring import Failure, RewardError, RewardScore
 from stages.lib.settings.reward_servers import RewardServer
 from stages.lib.settings.runtime import Runtime
 
@@ -120,6 +121,15 @@ class ServerCalls:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             return outcomes(tasks)
+
+
+def asked_by_main(processes: Processes, ask: Callable[[], list[RewardScore]]) -> list[RewardScore]:
+    """What the main process learns from a server, in all processes. Raises a StageError of `ask` as RewardError."""
+    try:
+        found = processes.in_main(ask)
+    except StageError as error:
+        raise RewardError(str(error)) from None
+    return processes.broadcast(found) or []
 
 
 def outcomes(tasks: Sequence[asyncio.Task[Found]]) -> list[Found | Failure]:

@@ -71,7 +71,7 @@ class BehindSharedPrompts:
             states, after = self._read([prompts[place] for place in own or [0]], pad_id, device)
             if not layers:
                 first = after.new_empty((len(prompts), after.shape[1]))
-                layers = [tuple(room_for(one, lengths) for one in layer) for layer in states]
+                layers = [(room_for(keys, lengths), room_for(values, lengths)) for keys, values in states]
             if own:
                 first[own] = after
                 for room, filled in zip(layers, states, strict=True):

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,9 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.processes import Processes
 from stages.lib.data.prompts import Prompt
 from stages.lib.rl.episodes import Episode
-from stages.lib.rl.rewards.function_rewards import format_verifier, math_verifier, user_function
+from stages.lib.rl.rewards.function_rewards import PooledReward, format_verifier, math_verifier, user_function
 from stages.lib.rl.rewards.scoring import Failure
+from stages.lib.rl.rewards.worker_pool import WorkerPool
 from stages.lib.settings.declaration import block
 from stages.lib.settings.rewards import FormatReward, FunctionReward, MathReward
 from tests.tiny_models import CPU
@@ -102,15 +104,15 @@ def test_failures_are_of_single_responses(project: Path) -> None:
 def test_a_hung_process_is_killed_and_replaced(project: Path) -> None:
     """Also where it catches what is thrown at it; the others are scored meanwhile."""
     started = time.monotonic()
-    found = scores(project, "own.py:by_word", ["spin", *["x"] * 6], seconds=1.0, workers=2)
-    assert found == [Failure("timeout", "it took more than 1 s"), *[0.5] * 6]
+    found = scores(project, "own.py:by_word", ["spin", *["x"] * 6], seconds=2.0, workers=2)
+    assert found == [Failure("timeout", "it took more than 2 s"), *[0.5] * 6]
     assert time.monotonic() - started < 30
 
 
 def test_async_functions_run_side_by_side(project: Path) -> None:
     started = time.monotonic()
-    found = scores(project, "own.py:waiting", ["a" * n for n in range(40)] + ["hang"], seconds=4.0)
-    assert found == [*map(float, range(40)), Failure("timeout", "it took more than 4 s")]
+    found = scores(project, "own.py:waiting", ["a" * n for n in range(40)] + ["hang"], seconds=2.5)
+    assert found == [*map(float, range(40)), Failure("timeout", "it took more than 2.5 s")]
     assert time.monotonic() - started < 30  # 8 s one after the other, and 4 for the last
 
 
@@ -133,6 +135,13 @@ def test_no_reward_function_sees_the_gold_utility(project: Path) -> None:
     assert "stages.lib.tasks" in failure.reason
 
 
+def of_answers(pool: WorkerPool | None = None, **changed: Any) -> PooledReward:
+    """With the processes of another one, since math-verify takes a second to load."""
+    reward = math_verifier(MathReward(**block(MathReward, **changed)), ALONE, 1)
+    reward.pool = pool or reward.pool
+    return reward
+
+
 def test_answers_are_compared_as_mathematics() -> None:
     cases = [
         ("The answer is 72.", "72", 1),
@@ -145,29 +154,31 @@ def test_answers_are_compared_as_mathematics() -> None:
         ("\\boxed{71}", "72", 0),
         ("", "72", 0),
     ]
-    reward = math_verifier(MathReward(**block(MathReward)), ALONE, 1)
+    reward = of_answers()
     assert reward([episode(text, answer) for text, answer, _ in cases]) == [right for *_, right in cases]
-    (fault,) = reward([episode("72", "—")])
+    (fault,) = reward([episode("72", "")])
     assert fault == Failure("row", fault.reason)
-    assert "the right answer '—' cannot be read as mathematics" in fault.reason
+    assert "the right answer '' cannot be read as mathematics" in fault.reason
     with pytest.raises(StageError, match=r"row 7 .*expected a text or a number in the fact answer, found none"):
         reward([episode("72", None)])
-    boxed = math_verifier(MathReward(**block(MathReward, read="boxed", answer_after="####")), ALONE, 1)
+    boxed = of_answers(reward.pool, read="boxed", answer_after="####")
     texts = ["\\boxed{1} or \\boxed{72}", "72", "\\boxed{72} or \\boxed{1}"]
     assert boxed([episode(text, "70 + 2 = 72 #### 72") for text in texts]) == [1, 0, 0]
+    after = of_answers(reward.pool, read="after", answer_after="####")
+    texts = ["pay $3.50 + $2\n#### 72", "72", "#### 3 or #### 72", "#### 72 or #### 3"]
+    assert after([episode(text, "#### 72") for text in texts]) == [1, 0, 1, 0]
     with pytest.raises(StageError, match=r"the fact answer has no '####' in it"):
         boxed([episode("72", "72")])
-
-
-def test_a_comparison_that_never_ends_is_a_time_out_and_no_wrong_answer() -> None:
-    reward = math_verifier(MathReward(**block(MathReward, seconds=3.0)), ALONE, 1)
-    found = reward([episode("72", "72"), episode("$\\sum_{k=1}^{10^{12}} \\frac{1}{k}$", "72"), episode("1", "72")])
-    assert found == [1.0, Failure("timeout", "it took more than 3 s"), 0.0]
+    # What never ends is a time-out, and no wrong answer.
+    reward.pool.seconds = 2.5
+    found = reward([episode("72", "72"), episode("1", "72"), episode("$\\sum_{k=1}^{10^{12}} \\frac{1}{k}$", "72")])
+    assert found == [1.0, 0.0, Failure("timeout", "it took more than 2.5 s")]
 
 
 def test_a_form_is_that_of_the_whole_response() -> None:
-    reward = format_verifier(FormatReward(**block(FormatReward)), ALONE, 1)
+    reward = format_verifier(FormatReward(**block(FormatReward, seconds=2.0)), ALONE, 1)
     whole = "<think>a\nb</think>\n<answer>c</answer>"
     assert reward([episode(text) for text in (whole, f"{whole} more", "<answer>c</answer>")]) == [1.0, 0.0, 0.0]
-    slow = format_verifier(FormatReward(**block(FormatReward, pattern="(a+)+b", seconds=1.0)), ALONE, 1)
-    assert slow([episode("a" * 40), episode("aab")]) == [Failure("timeout", "it took more than 1 s"), 1.0]
+    slow = format_verifier(FormatReward(**block(FormatReward, pattern="(a+)+b")), ALONE, 1)
+    slow.pool = reward.pool
+    assert slow([episode("aab"), episode("a" * 40)]) == [1.0, Failure("timeout", "it took more than 2 s")]

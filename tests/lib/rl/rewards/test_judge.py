@@ -80,6 +80,13 @@ def test_how_an_answer_is_read(answer: str, score: float | str, tmp_path: Path) 
         assert found == pytest.approx(score)
 
 
+def test_an_answer_without_a_score_is_not_kept(tmp_path: Path) -> None:
+    with StandIn(lambda number, _: completion(("I cannot say.", "Score: 10")[number])) as server:
+        (first,) = judge(server.address, tmp_path)(EPISODES[:1])
+        assert isinstance(first, Failure)
+        assert judge(server.address, tmp_path)(EPISODES[:1]) == [1.0]
+
+
 def test_an_answer_without_a_message_is_a_failure(tmp_path: Path) -> None:
     with StandIn(lambda number, _: (Told({"choices": []}), completion(None))[number]) as server:
         asked = judge(server.address, tmp_path, missing="skip")
