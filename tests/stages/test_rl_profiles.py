@@ -1,4 +1,4 @@
-"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, and small models behind the names.
+"""The profiles of RL, cut short, from a Hub to the report: real reviews and problems, small models behind the names.
 
 The classifier of gpt2-imdb is trained here, on sentences of other reviews than those that the prompts are taken from.
 """
@@ -49,7 +49,7 @@ def sentences(of: list[Review]) -> list[Review]:
 
 
 def save_sentiment(folder: Path, of: list[Review]) -> float:
-    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, which it never saw."""
+    """A DistilBERT trained on sentences of reviews. Returns its accuracy on those of the last 200, not seen before."""
     train, test = sentences(of[:-200])[:16000], sentences(of[-200:])[:2000]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

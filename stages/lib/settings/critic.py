@@ -20,7 +20,7 @@ class SeparateCritic(Settings):
     publish: bool = key(False, "also write it to models/<name>/critic, a reward model's folder")
     optimizer: OptimizerSettings = key(
         block(OptimizerSettings, learning_rate=5e-4, schedule="linear", warmup_ratio=0.02, epsilon=1e-5),
-        "of the critic, which is to learn soon: a longer warm-up would cost what critic_warmup_iterations gains; its "
+        "of the critic, which is to learn soon: a longer warm-up would cost what critic_warmup_iterations gains; "
         "ema_decay needs publish: true, since an average is for publishing alone",
     )
 
