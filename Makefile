@@ -54,7 +54,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
   $(if $(1),targets="$$(.venv/bin/python -m stages.tools.targets $(1))" && )\
   $(dvc_repro) $(if $(ONLY),--single-item) $(if $(1),$$targets) && .venv/bin/python -m stages.tools.prune_scratch
 
-.PHONY: help setup repro tokenize train-sft train-rm sample-pairs ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
+.PHONY: help setup repro tokenize train-sft train-rm sample-pairs pass-rates ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
         report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview samples serve-rm test test-fast fuzz prove soak bench \
         pass-cost losses lint clean
 
@@ -78,6 +78,9 @@ train-rm: $(VENV) ## Up to the reward models
 
 sample-pairs: $(VENV) ## Up to the rows made of policies' own replies
 	$(call repro,sample_pairs)
+
+pass-rates: $(VENV) ## Up to the prompts that a policy finds neither too easy nor too hard
+	$(call repro,pass_rates)
 
 ref-logprobs: $(VENV) ## Up to the reference log-probs that DPO and train-unpaired need
 	$(call repro,ref_logprobs ref_logprobs_unpaired)
@@ -212,7 +215,7 @@ lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff format --check benchmarks stages tests
 	.venv/bin/pyrefly check --summary=none
 
-clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/ and models/ stay
+clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/, models/ and answers of reward servers stay
 	rm -rf plots .pytest_cache .ruff_cache
 	test ! -d .scratch || find .scratch -mindepth 1 -maxdepth 1 ! -name runs.jsonl ! -name answers.sqlite -exec rm -rf {} +
 	find . -path ./.venv -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \

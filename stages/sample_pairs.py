@@ -35,20 +35,18 @@ if TYPE_CHECKING:
     from stages.lib.data.prompts import Prompt
 
 if not asks_for_help():
-    from stages.lib.compute.batching import epoch_order, micro_batching, pass_cost_of, sampling_budget
-    from stages.lib.compute.frozen_model import frozen
-    from stages.lib.compute.processes import Processes, join_processes
-    from stages.lib.data.chat import decode_completion, load_tokenizer
+    from stages.lib.compute.batching import epoch_order, micro_batching
+    from stages.lib.compute.processes import join_processes
     from stages.lib.data.prompts import prompts_of
     from stages.lib.data.token_tables import TOKENIZER_NOTE, write_table_rows
-    from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
-    from stages.lib.models.token_logprobs import TokenLogProbs
+    from stages.lib.models.pretrained import Loading
     from stages.lib.operations.progress import Progress
     from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.ranked_replies import REASONS, ScoredReply
     from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
     from stages.lib.rl.rewards.scoring import scores_of
     from stages.lib.rl.sampled_rows import SCHEMAS, SampledRows, sample_metrics
+    from stages.lib.rl.samplers.frozen_policy import frozen_sampler
     from stages.lib.rl.samplers.own import OwnSampler
     from stages.lib.runs.partial_results import NUMBERS, SEVERAL_IDS, PartialResults
 
@@ -75,7 +73,7 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
     ) as this_run:
         if this_run.already_complete():
             return
-        sampler = sampler_of(model, settings, seed, loading, processes)
+        sampler = frozen_sampler(model, settings, seed, loading, processes)
         require_fit(table, path, sampler.language_model, settings.max_new_tokens, f"sample_pairs.{name}")
         batching = micro_batching(runtime, sampler.pad_id, processes)
         of_rewards = (reward_model, settings, loading, batching, processes, model)
@@ -121,27 +119,6 @@ def prompts_of_round(table: MappedTable, path: Path, settings: SamplePairs, seed
         )
     order = epoch_order(len(places), seed, 0)
     return prompts_of(table[sorted(places[int(order[place])] for place in settings.asked)])
-
-
-def sampler_of(model: Path, settings: SamplePairs, seed: int, loading: Loading, processes: Processes) -> OwnSampler:
-    """What samples from the policy, which nothing trains."""
-    language_model, tokenizer = load_language_model(model, loading), load_tokenizer(model)
-    eos_id, pad_id = end_and_pad_ids(model)
-    log_probs = TokenLogProbs(language_model, chunk_tokens=loading.runtime.logits_chunk_tokens)
-    return OwnSampler(
-        frozen(log_probs, loading.runtime, processes),
-        language_model,
-        seed,
-        settings.temperature,
-        settings.max_new_tokens,
-        eos_id,
-        pad_id,
-        partial(decode_completion, tokenizer),
-        sampling_budget(loading.runtime),
-        processes,
-        by_row=True,
-        cost=pass_cost_of(loading.runtime, processes.device),
-    )
 
 
 def replies_to(

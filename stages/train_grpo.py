@@ -7,9 +7,8 @@ R is the reward of a response, less a penalty if it does not end, and less its K
 the loss. What advantages, loss and KL are is chosen by blocks of params.yaml, which list the papers; the mean of L is
 over a whole optimizer step. With LoRA a reference that is the policy's start is the policy without its adapters.
 
-    python -m stages.train_grpo --tokens data/tokens/train/prompts.arrow \\
-        --validation data/tokens/validation/prompts.arrow --out models --rollouts data/rollouts \\
-        --metrics metrics/training --curve metrics/curves --name grpo
+    python -m stages.train_grpo --validation data/tokens/validation/prompts.arrow --out models \\
+        --rollouts data/rollouts --metrics metrics/training --curve metrics/curves --name grpo
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.chat import decode_completion
-    from stages.lib.data.mapped_table import MappedTable
     from stages.lib.models.pretrained import Loading
     from stages.lib.rl.advantages import advantages_of, group_summary
     from stages.lib.rl.collector import Collector
+    from stages.lib.rl.dynamic_sampling import GROUP_COLUMNS, GroupSampling
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
     from stages.lib.rl.learner import Learner, means_of_updates, minibatches
-    from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
+    from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rewards.scoring import RewardError
@@ -64,30 +63,30 @@ if not asks_for_help():
 
 COLUMNS = ("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "response/length")
 COLUMNS += ("response/eos_rate", "group/distinct", "group/without_variance", "policy/entropy", "policy/loss")
-COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "learning_rate", "objective/kl_coef")
+COLUMNS += ("policy/clipfrac", "policy/approxkl", "policy/kl", "policy/grad_norm", "policy/updates")
+COLUMNS += ("learning_rate", "objective/kl_coef")
 
 
 def grpo_phases(
     settings: TrainGrpo,
     seed: int,
-    prompts: MappedTable,
-    collector: Collector,
+    sampling: GroupSampling,
     held_out: HeldOutEvaluation,
     this_run: TrainingRun,
     log: RolloutLog,
 ) -> EarlyStop:
     """The phases that are left. Returns whether training ended early."""
-    engine, batching, early_stop = collector.policy.engine, collector.batching, EarlyStop()
-    controller = new_controller(settings.kl)
-    state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget}
+    collector, controller, early_stop = sampling.collector, new_controller(settings.kl), EarlyStop()
+    engine, batching = collector.policy.engine, collector.batching
+    state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget, "prompts": sampling}
     state |= {"kl_controller": controller, "early_stop": early_stop}
     for iteration in this_run.steps(settings.iterations, **state, **held_out.state):
         if early_stop.stopped_after:
             continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
-        asked = prompts_of_phase(prompts, iteration, settings, seed)
         with this_run.keeping_state(RewardError):
-            rollouts = collector.collect(asked, iteration, settings.samples_per_prompt)
+            phase = sampling.phase(iteration)
+        rollouts = phase.rollouts
         this_run.may_stop()
         # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
         #    loss; advantages of responses, most often within their group.
@@ -97,15 +96,17 @@ def grpo_phases(
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
         advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
-        row |= {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
         require_finite(row["objective/rewards"], "reward", iteration)
-        # 3. Updates of the policy.
+        # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.
+        sampling.count(phase)
+        engine.expect((settings.iterations - iteration) * settings.updates_per_iteration)
+        row |= phase.metrics | {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
         counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
         found = []
-        for rows in minibatches(len(rollouts.episodes), settings, seed, iteration):
+        for rows in minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration):
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= means_of_updates(found)
+        row |= means_of_updates(found) | {"policy/updates": float(len(found))}
         # 4. The coefficient of the next phase's KL.
         controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
@@ -120,7 +121,6 @@ def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
 
 
 def main(
-    tokens: PathOption,
     validation: PathOption,
     out: PathOption,
     rollouts: PathOption,
@@ -128,13 +128,14 @@ def main(
     curve: PathOption,
     name: EntryOption = None,
 ) -> None:
-    """Train a policy on the prompts in TOKENS to please a reward model."""
+    """Train a policy to please its rewards."""
     name, settings = read_entry("train_grpo", TrainGrpo, name)
     seed, trust_remote_code = read_seed(settings), read_value("trust_remote_code", bool)
     runtime, kernels = read_runtime("train_grpo"), read_value("kernels", Kernels)
     processes = join_processes(runtime)
     paths = (settings.model, settings.reference, settings.reward_model)
     model, reference = Path(settings.model), Path(settings.reference)
+    tokens = Path(settings.tokens) / "train/prompts.arrow"
     prompts = read_prompts(tokens, model, reference)
     outs = {
         "model": out / name,
@@ -147,6 +148,7 @@ def main(
     declared = {f"train_grpo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
+    columns += GROUP_COLUMNS if settings.dynamic_sampling else ()
     columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, f"train_grpo.{name}")
@@ -162,14 +164,16 @@ def main(
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)
         sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
-        batching = micro_batching(runtime, sampler.pad_id, processes)
+        batching = micro_batching(runtime, sampler.pad_id, processes, *policy.read_beside(model, reference))
         of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
         reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)
         collector = Collector(sampler, reward, policy, None, batching)
         held_out = held_out_evaluation(this_run, settings, validation, collector, partial(penalised_scores, settings))
-        stopped = grpo_phases(settings, seed, prompts, collector, held_out, this_run, log).stopped_after
+        sampling = GroupSampling(settings, prompts, collector, seed)
+        stopped = grpo_phases(settings, seed, sampling, held_out, this_run, log).stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}
+        results |= sampling.results()
         publish_policy(this_run, held_out, log, results, settings)
     processes.leave()
 

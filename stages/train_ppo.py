@@ -18,9 +18,10 @@ adapters and with its first head: two models in memory instead of four.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
@@ -35,7 +36,7 @@ from stages.lib.settings.train_ppo import TrainPpo
 if not asks_for_help():
     import torch
 
-    from stages.lib.compute.batching import micro_batching
+    from stages.lib.compute.batching import micro_batching, shared_among
     from stages.lib.compute.engine.base import Engine, require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
@@ -161,7 +162,11 @@ def load_parts(
     sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
-    collector = Collector(sampler, reward, policy, critic.engine, batching)
+    readers = [*policy.read_beside(model, reference)]
+    if critic.engine is not None:
+        readers.append(cast(Any, critic.engine.module).classifier)
+    sharing = replace(batching, longest_shared=shared_among(loading.runtime, *readers))
+    collector = Collector(sampler, reward, policy, critic.engine, sharing)
     return Parts(
         policy.engine,
         critic.engine,

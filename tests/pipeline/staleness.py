@@ -27,6 +27,7 @@ from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.fetch_model import HubModel
+from stages.lib.settings.pass_rates import PassRates
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
 from stages.lib.settings.ref_logprobs import RefLogprobsUnpaired
 from stages.lib.settings.rewards import FunctionReward
@@ -144,6 +145,7 @@ def settings_of_copy() -> dict[str, Any]:
     params["fetch_model"] = {"judge": block(HubModel)}
     params["ensemble_member"] = {"first": block(EnsembleMember)}
     params["sample_pairs"] = {"first": block(SamplePairs)}
+    params["pass_rates"] = {"first": block(PassRates)}
     params["train_grpo"]["grpo"]["rewards"] = {"own": block(FunctionReward)}
     params["prepare_data"]["kinds"].append("unpaired")
     params["ref_logprobs_unpaired"] = {"sft": block(RefLogprobsUnpaired)}
@@ -178,6 +180,7 @@ EDITED_KEYS: dict[str, tuple[str, Any]] = {
     "train_rm": ("train_rm.*.epochs", 7.0),
     "ensemble_member": ("ensemble_member.*.weight", 2.0),
     "sample_pairs": ("sample_pairs.*.temperature", 0.5),
+    "pass_rates": ("pass_rates.*.temperature", 0.5),
     "ref_logprobs": ("ref_logprobs.*.precision", "bf16"),
     "train_dpo": ("train_dpo.*.epochs", 7.0),
     "ref_logprobs_unpaired": ("ref_logprobs_unpaired.*.mismatched", False),

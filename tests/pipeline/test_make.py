@@ -65,6 +65,7 @@ STEPS = {
     "tokenize": "tokenize_data",
     **{name.replace("_", "-"): name for name in (key.partition("@")[0] for key in computing_stages())},
     "sample-pairs": "sample_pairs",  # without an entry in the default run
+    "pass-rates": "pass_rates",  # likewise
     "ref-logprobs": "ref_logprobs ref_logprobs_unpaired",
     "train-unpaired": "train_unpaired",  # likewise
     "evaluate": "evaluate score_samples evaluate_rm",
@@ -401,7 +402,7 @@ def test_a_missing_python_is_said_so(project):
 
 def test_clean_leaves_data_models_and_the_cache(project):
     kept = ["data/prepared/sft/train.jsonl", "models/sft/model.safetensors", "dvc.lock", ".dvc/cache/a"]
-    kept += [".scratch/runs.jsonl"]
+    kept += [".scratch/runs.jsonl", ".scratch/answers.sqlite"]
     removed = [".scratch/train_rm-1/state.pt", "plots/a.html", "models/.sft.partial/x", "stages/__pycache__/a.pyc"]
     for file in [*kept, *removed]:
         (project / file).parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stages.lib.settings.advantages import ReinforceBaseline
+from stages.lib.settings.critic import SharedTrunk
+from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInReward
+from stages.lib.settings.policy_loss import GspoLoss
 from tests.pipeline.graph import stage_names
 from tests.proofs.dvc_kills import SFT, killed_in_commit, killed_in_queue, killed_in_record, killed_in_temp
 from tests.proofs.dvc_projects import dvc_project
@@ -68,6 +74,23 @@ VARIANTS = {
         },
     ),
     "train_ppo@ppo, another reference": ("train_ppo@ppo", {"reference_reset": {"every": 1}}),
+    "train_ppo@ppo, one trunk": (
+        "train_ppo@ppo",
+        {"critic": block(SharedTrunk, publish=True), "samples_per_prompt": 2, "whiten_rewards": True},
+    ),
+    "train_grpo@grpo, more state": (
+        "train_grpo@grpo",
+        {
+            "advantages": block(ReinforceBaseline),
+            "loss": block(GspoLoss),
+            "kl": block(KlInReward, controller=block(AdaptiveKl, target=1.0, horizon=100.0)),
+            "mask_truncated": True,
+            "top_entropy_share": 0.5,
+            "off_policy_limit": 0.01,
+            "optimizer": {"ema_decay": 0.9},
+            "held_out": {"every": 1, "keep": "best"},
+        },
+    ),
     "train_sft@sft, more state": (SFT, {"lora": LORA, "keep": "best", "optimizer": {"ema_decay": 0.9}}),
 }
 

@@ -153,6 +153,34 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
     assert outs(folder, "train_grpo") == outs(tiny, "train_grpo")
 
 
+def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked(
+    copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About half of the groups are left out: those whose mean reward is not above that of the others."""
+    rewards = [rollout["score"] - 2.0 * (not rollout["ended"]) for rollout in rollouts_of(tiny)]
+    means = sorted((one + other) / 2 for one, other in zip(rewards[::2], rewards[1::2], strict=True))
+    filtering = {"refill_rounds": 1, "above": round(means[len(means) // 2], 4), "below": None}
+    whole, folder = copy_of_tiny("whole"), copy_of_tiny()
+    for project in (whole, folder):
+        # Its own learning rate ends with the steps that there are; the KL in the reward has a state of its own, too.
+        kl = {"type": "in_reward", "estimator": "k1"}
+        kl |= {"controller": {"type": "adaptive", "coef": 0.05, "target": 0.1, "horizon": 20.0}}
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"dynamic_sampling": filtering, "kl": kl}}})
+        change(project / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    call(whole, "train_grpo")
+    cut_short(folder, "train_grpo", monkeypatch, after=2)
+    call(folder, "train_grpo")
+    assert outs(folder, "train_grpo") == outs(whole, "train_grpo")
+    rows, results = curve(whole, "train_grpo"), metrics(whole, "train_grpo")
+    kept, asked = rows["dynamic_sampling/kept"], rows["dynamic_sampling/prompts"]
+    assert (results["prompts_asked"], results["prompts_left_out"]) == (asked.sum(), asked.sum() - kept.sum())
+    assert 0 < kept.sum() < asked.sum()
+    assert (asked > 4).any()
+    assert (rows["policy/updates"] > 0).tolist() == (kept > 0).tolist()
+    assert rows["objective/rewards"].mean() > rows["dynamic_sampling/unfiltered_rewards"].mean()
+    assert rows["objective/kl_coef"].nunique() > 1
+
+
 def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny: Path) -> None:
     folder = copy_of_tiny()
     change(folder / "runtime.yaml", {"default": {"micro_batch_tokens": 1, "generation_batch_size": 3}})
@@ -228,7 +256,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
     tensors["score.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     before = outs(folder, "train_grpo")
-    assert "reward is nan at optimizer step 1" in refusal(folder, "train_grpo", capsys)
+    assert "the reward reward_model fails: it gives nan" in refusal(folder, "train_grpo", capsys)
     assert outs(folder, "train_grpo") == before
 
 

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss, SigmoidLoss
+from stages.lib.settings.rewards import MathReward, OverlongReward
 from stages.lib.settings.sections import default_params
 from stages.tools.params_text import params_text
 from stages.tools.use_profile import declared_params, merged, settings_of
@@ -65,6 +66,12 @@ def use(project: Path, name: str, *options: str) -> subprocess.CompletedProcess:
 
 def values(text: str) -> dict:
     return YAML(typ="safe", pure=True).load(text)
+
+
+def test_a_named_block_of_any_type_has_the_defaults_of_its_type() -> None:
+    rewards = {"right": {"type": "math", "answer_after": "####"}, "brief": {"type": "overlong"}}
+    found = laid_over({"train_grpo": {"grpo": {"rewards": rewards}}})["train_grpo"]["grpo"]["rewards"]
+    assert found == {"right": block(MathReward, answer_after="####"), "brief": block(OverlongReward)}
 
 
 def test_a_profile_changes_its_keys_alone(project: Path) -> None:

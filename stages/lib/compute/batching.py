@@ -110,8 +110,8 @@ class MicroBatching:
         budget: tokens of one pass on one process, padding included.
         packing: lay sequences end to end in one row instead of padding them to one length.
         cost: by which the rows are cut, within the budget.
-        longest_shared: the most tokens that a prompt and its longer reply may have for both replies to share one copy
-            of the prompt, which they do where that costs less; 0: prompts are never shared.
+        longest_shared: the most tokens that a prompt and its longest reply may have for replies to share one copy of
+            the prompt, which they do where that costs less; 0: prompts are never shared.
     """
 
     budget: MemoryBudget
@@ -130,10 +130,65 @@ class MicroBatching:
     def sequences(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> Iterator[SequenceBatch]:
-        """This process's forward passes over (prompt, completion) sequences."""
-        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        for rows in self._own(self._cut(lengths).groups, lengths):
-            yield self._joined(rows, [prompts[row] for row in rows], [completions[row] for row in rows], prompts[0])
+        """This process's forward passes over (prompt, completion) sequences; equal prompts may share one copy."""
+        bundles = self._cheaper_bundles(prompts, completions)
+        widths = [shared_width(bundle, prompts, completions) for bundle in bundles]
+        for places in self._own(self._cut(widths).groups, widths):
+            some = [bundles[place] for place in places]
+            rows = [row for bundle in some for row in bundle]
+            if len(rows) == len(some):
+                yield self._joined(rows, [prompts[row] for row in rows], [completions[row] for row in rows], prompts[0])
+            else:
+                yield self._bundled(some, prompts, completions)
+
+    def _cheaper_bundles(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Rows that lie behind one prompt together, where that costs less than each for itself."""
+        apart = [[row] for row in range(len(prompts))]
+        if not self.longest_shared or not all(prompts):
+            return apart
+        together = self._bundles(prompts, completions)
+        if len(together) == len(apart):
+            return apart
+        costs = [
+            self._cut([shared_width(bundle, prompts, completions) for bundle in bundles]).cost
+            for bundles in (together, apart)
+        ]
+        return together if costs[0] < costs[1] else apart
+
+    def _bundles(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Each row behind the copy of its prompt that is there already, if that is cheaper than a copy of its own."""
+        bundles: list[list[int]] = []
+        last: dict[tuple[int, ...], list[int]] = {}  # of each prompt
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            own = len(prompt) + len(completion)
+            bundle = last.get(key := tuple(prompt))
+            if bundle is not None and own <= self.longest_shared:
+                before, after = (shared_width(rows, prompts, completions) for rows in (bundle, [*bundle, row]))
+                gain = row_cost(before, self.cost) + row_cost(own, self.cost) - row_cost(after, self.cost)
+                if gain > 0 and after <= self.budget.size:
+                    bundle.append(row)
+                    continue
+            bundles.append([row])
+            if own <= self.longest_shared:
+                last[key] = bundles[-1]
+        return bundles
+
+    def _bundled(
+        self, bundles: list[list[int]], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> SequenceBatch:
+        rows = [row for bundle in bundles for row in bundle]
+        places = {row: number for number, row in enumerate(rows, start=1)}
+        laid = [
+            shared_row(prompts[bundle[0]], [completions[row] for row in bundle], [places[row] for row in bundle])
+            for bundle in bundles
+        ]
+        tensors = self._tensors(laid)
+        lengths = [len(completions[row]) for row in rows]
+        return SequenceBatch(
+            rows, tensors.ids, tensors.parts, tensors.positions, tensors.completions, tensors.ends > 0, lengths
+        )
 
     def pairs(
         self, prompts: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]
@@ -243,6 +298,12 @@ class MicroBatching:
         return Laid(*(torch.from_numpy(array).to(self.processes.device) for array in arrays))
 
 
+def shared_width(rows: Sequence[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> int:
+    """Tokens of a row of a batch in which these rows lie behind one prompt, as `shared_row` lays them."""
+    prompt, replies = len(prompts[rows[0]]), sum(len(completions[row]) for row in rows)
+    return prompt + replies if len(rows) == 1 else prompt - 1 + len(rows) + replies
+
+
 def balanced_shares(groups: list[list[int]], lengths: Sequence[int], world_size: int) -> list[list[list[int]]]:
     """Deal groups out to processes, as many to each, with about as many tokens.
 
@@ -275,16 +336,23 @@ def balanced_shares(groups: list[list[int]], lengths: Sequence[int], world_size:
 
 
 def micro_batching(
-    runtime: Runtime, pad_id: int, processes: Processes, model: "PreTrainedModel | None" = None
+    runtime: Runtime, pad_id: int, processes: Processes, *models: "PreTrainedModel | None"
 ) -> MicroBatching:
     """The plan-maker that `runtime.yaml` asks for.
 
     Args:
-        model: that reads the batches, where pairs of them may share prompts.
+        models: all that read the batches, where sequences of them may share prompts; None: one that must not.
     """
     cost = pass_cost_of(runtime, processes.device)
-    shared = longest_shared(model) if model is not None and runtime.share_prompts else 0
-    return MicroBatching(_budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes, cost, shared)
+    return MicroBatching(
+        _budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes, cost, shared_among(runtime, *models)
+    )
+
+
+def shared_among(runtime: Runtime, *models: "PreTrainedModel | None") -> int:
+    """`MicroBatching.longest_shared` of batches that all these models read; None: one that must not share prompts."""
+    limits = [0 if model is None else longest_shared(model) for model in models]
+    return min(limits, default=0) if runtime.share_prompts else 0
 
 
 def pass_cost_of(runtime: Runtime, device: torch.device) -> PassCost:

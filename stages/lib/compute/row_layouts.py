@@ -1,14 +1,15 @@
-"""What lies in the rows of a forward pass: sequences, or a prompt with both replies behind it, padded or end to end.
+"""What lies in the rows of a forward pass: sequences, or a prompt with several replies behind it, padded or end to end.
 
-Two replies behind one prompt. Each begins with the prompt's last token, from whose state its first token is predicted;
-so the prompt of p tokens counts once, and its last token twice:
+Replies behind one prompt, here two. Each begins with the prompt's last token, from whose state its first token is
+predicted; so the prompt of p tokens counts once, and its last token once for each reply:
 
     ids        x_1 … x_{p-1}   x_p y_1 … y_c   x_p z_1 … z_r
     positions  0 … p-2         p-1 … p-1+c     p-1 … p-1+r
     parts      1 … 1           2 … 2           3 … 3
 
 A token sees those before it of its own part and of the prompt (`lib/models/attention_masks.py`), so every state is that
-of the reply alone. In a row with several pairs the parts go on with 5, 6, 7, then 9, 10, 11, and so on.
+of the reply alone. In a row with several prompts the parts of the second one are as many
+more as `PARTS` says, and so on.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 import torch
 
-PARTS = 4  # of a prompt and what lies behind it in a row; padding is part 0
+PARTS = 2**20  # at most, of a prompt and what lies behind it in a row; padding is part 0
 PROMPT = 1
 
 

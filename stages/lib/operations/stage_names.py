@@ -8,6 +8,7 @@ STAGES = (
     "train_sft",
     "train_rm",
     "sample_pairs",
+    "pass_rates",
     "ref_logprobs",
     "train_dpo",
     "ref_logprobs_unpaired",

@@ -26,7 +26,10 @@ class Collector(NamedTuple):
     def collect(self, prompts: Sequence[Prompt], phase: int, samples_per_prompt: int = 1) -> Rollouts:
         """Responses from the policy as it is, in a phase (0-based). Nothing that a checkpoint holds changes in it."""
         episodes = self.sampler.sample(prompts, phase, samples_per_prompt)
-        scored = self.scored(episodes)
+        return self.read(episodes, self.scored(episodes))
+
+    def read(self, episodes: list[Episode], scored: ScoredEpisodes) -> Rollouts:
+        """What the models say of episodes."""
         engine, reference = self.policy.engine, self.policy.reference
         temperature = self.sampler.temperature
         rollouts = read_rollouts(episodes, scored.totals, engine, reference, self.critic, temperature, self.batching)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from stages.lib.compute.batching import rows_of_step
+from stages.lib.compute.batching import epoch_order, rows_of_step
 from stages.lib.data.mapped_table import MappedTable
 from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.data.token_tables import PROMPT_SCHEMA, check_table_fits, read_table
@@ -43,3 +43,10 @@ def prompts_of_phase(table: MappedTable, phase: int, settings: Phases, seed: int
     """The prompts of a phase (0-based); as many passes are made over the table as all phases take."""
     passes = math.ceil(settings.iterations * settings.rollout_batch_size / len(table))
     return prompts_of(table[rows_of_step(phase, len(table), settings.rollout_batch_size, passes, seed)])
+
+
+def prompts_from(table: MappedTable, first: int, count: int, seed: int) -> list[Prompt]:
+    """Some prompts from the `first` (0-based) on, of passes over the table in the order of `prompts_of_phase`."""
+    rows = len(table)
+    places = range(first, first + count)
+    return prompts_of(table[[int(epoch_order(rows, seed, place // rows)[place % rows]) for place in places]])

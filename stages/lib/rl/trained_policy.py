@@ -11,6 +11,7 @@ from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
 from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
+from stages.lib.models.model_facts import read_config
 from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
@@ -32,6 +33,15 @@ class TrainedPolicy(NamedTuple):
     lora: Lora
     engine: Engine
     reference: Callable | None
+
+    def read_beside(self, model: Path, reference: Path | None) -> "tuple[PreTrainedModel | None, ...]":
+        """What reads the same batches, as `micro_batching` asks: a reference of another kind may share no prompts.
+
+        Args:
+            model, reference: the folders of both.
+        """
+        alike = self.reference is None or reference is None or same_kind(model, reference)
+        return (self.language_model, *(() if alike else (None,)))
 
 
 def load_policy(
@@ -74,6 +84,12 @@ def load_policy(
     return TrainedPolicy(
         language_model, lora, engine, frozen(TokenLogProbs(other, chunk_tokens=chunks), runtime, processes)
     )
+
+
+def same_kind(one: Path, other: Path) -> bool:
+    """Whether the models of two folders attend alike."""
+    first, second = read_config(one), read_config(other)
+    return all(first.get(name) == second.get(name) for name in ("model_type", "sliding_window", "layer_types"))
 
 
 def own_sampler(

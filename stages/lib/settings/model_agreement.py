@@ -16,6 +16,7 @@ from stages.lib.settings.named_models import ENSEMBLES, MODELS, TRAINED, made_by
 SCORED = (
     "ensemble_member",
     "sample_pairs",
+    "pass_rates",
     "train_ppo",
     "train_grpo",
     "evaluate_rm",
@@ -37,7 +38,8 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
             if not getattr(settings, "has_reward_model", True):
                 continue
             path = Path(os.path.normpath(settings.reward_model))
-            maker = next((made[folder][0] for folder in (path, *path.parents) if folder in made), None)
+            makers = [made[folder] for folder in (path, *path.parents) if folder in made]
+            maker = next((name for name, what in makers if what is not None), None)  # a fetched model is from elsewhere
             standardise = getattr(settings, "standardise_reward", False)
             if path.parent == ENSEMBLES:
                 require_plain_ensemble(path.name, key, settings, params)

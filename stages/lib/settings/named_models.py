@@ -20,11 +20,12 @@ TRAINED = tuple(section for section in KINDS if section.startswith("train_"))
 # Sections that map names to settings of what is trained or measured.
 NAMED = tuple(name for name, kind in KINDS.items() if get_origin(kind) is dict and name != "fetch_model")
 MODELS, TOKENS, SAMPLED = Path("models"), Path("data/tokens"), Path("data/sampled")
-ENSEMBLES = Path("data/ensembles")
+PASS_RATES, ENSEMBLES = Path("data/pass_rates"), Path("data/ensembles")
 NEEDED_KIND = {
     "train_sft": "sft",
     "train_rm": "preference",
     "sample_pairs": "prompts",
+    "pass_rates": "prompts",
     "ref_logprobs": "preference",
     "train_dpo": "preference",
     "ref_logprobs_unpaired": "unpaired",
@@ -128,6 +129,9 @@ def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | 
     for name, member in params["ensemble_member"].items():
         made[ENSEMBLES / member.ensemble] = (f"ensemble_member.{name}", ENSEMBLE)
     made |= {SAMPLED / name: (f"sample_pairs.{name}", TABLES) for name in params["sample_pairs"]}
+    for name in params["pass_rates"]:
+        for part in ("kept", "control"):
+            made[PASS_RATES / name / part] = (f"pass_rates.{name}", TABLES)
     for section, tables in REFERENCES.items():
         for name in params[section]:
             made[tables.folder / name] = (f"{section}.{name}", tables.held)

@@ -16,6 +16,7 @@ from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.evaluate_rm import EvaluateRm
 from stages.lib.settings.fetch_model import HubModel
+from stages.lib.settings.pass_rates import PassRates
 from stages.lib.settings.prepare_base import PrepareBase
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.ref_logprobs import RefLogprobs, RefLogprobsUnpaired
@@ -57,6 +58,9 @@ class Params(Settings):
     )
     sample_pairs: dict[Name, SamplePairs] = key(
         {}, "rounds of rows made of a policy's own replies, as a reward model ranks them, by the rows' name"
+    )
+    pass_rates: dict[Name, PassRates] = key(
+        {}, "prompts that a policy finds neither too easy nor too hard, for train_grpo, by their name"
     )
     ref_logprobs: dict[Name, RefLogprobs] = key(
         {"sft": block(RefLogprobs)}, "log-probs of reference models, for DPO, by name"

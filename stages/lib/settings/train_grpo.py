@@ -9,6 +9,7 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.advantages import Advantages, GroupRelative, needs_groups
 from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import block, key
+from stages.lib.settings.dynamic_sampling import DynamicSampling
 from stages.lib.settings.held_out import HeldOutSettings, held_out
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import (
@@ -32,11 +33,19 @@ class TrainGrpo(SamplingSettings, MixedRewards):
 
     model: Text = key("models/sft", "folder of the language model that training starts from")
     reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
+    tokens: Text = key(
+        "data/tokens",
+        "folder of the token tables whose train prompts are asked: data/tokens, or data/pass_rates/<name>/kept, or its "
+        "control",
+    )
     seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(10, "rollout phases")
     rollout_batch_size: Count = key(32, "of a rollout phase, over all processes", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(
         4, "to each prompt, which are compared with each other; 1 with advantages of type reinforce", unit="responses"
+    )
+    dynamic_sampling: DynamicSampling | None = key(
+        None, "a block: groups that teach nothing are replaced by those of further prompts; null: they stay"
     )
     epochs: Count = key(2, "passes over the rollouts of a phase")
     minibatch_size: Count = key(64, "in an optimizer step, over all processes", unit="rollouts")
@@ -79,15 +88,19 @@ class TrainGrpo(SamplingSettings, MixedRewards):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainGrpo":
+        if needs_groups(self.advantages) and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantages of type {self.advantages.type} compare a prompt's samples: samples_per_prompt must be at "
+                f"least 2, found {self.samples_per_prompt}"
+            )
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
                 f"must be a multiple of minibatch_size ({self.minibatch_size})"
             )
-        if needs_groups(self.advantages) and self.samples_per_prompt < 2:
+        if self.dynamic_sampling and self.samples_per_prompt < 2:
             raise ValueError(
-                f"advantages of type {self.advantages.type} compare a prompt's samples: samples_per_prompt must be at "
-                f"least 2, found {self.samples_per_prompt}"
+                "dynamic_sampling keeps groups whose rewards differ: samples_per_prompt must be at least 2"
             )
         if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")

@@ -1,4 +1,4 @@
-"""Two replies behind one prompt: log-probs, scores and gradients are those of each sequence alone."""
+"""Several replies behind one prompt: log-probs, scores and gradients are those of each sequence alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,12 +9,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from stages.lib.compute.batching import MicroBatching
+from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.processes import Processes
 from stages.lib.compute.sequence_logprobs import all_pair_logps, pair_logps
-from stages.lib.compute.sequence_scores import all_pair_scores
+from stages.lib.compute.sequence_scores import all_pair_scores, all_scores
 from stages.lib.models.model_traits import NO_LIMIT, longest_shared
-from stages.lib.models.scalar_scores import SequenceScores
+from stages.lib.models.scalar_scores import SequenceScores, TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.rollouts import values_before
 from stages.lib.settings.runtime import PassCost
 from tests.tiny_models import CPU, EOS, PAD, batching, tiny_classifier, tiny_llama
 
@@ -160,3 +162,52 @@ def test_every_process_makes_as_many_passes(world_size: int) -> None:
     expected = all_pair_logps(module, PAIRS, replace(plan, longest_shared=0)).chosen
     for batch in (batch for part in parts for batch in part):
         assert pair_logps(module, batch).chosen.tolist() == pytest.approx(expected[batch.rows].tolist(), abs=1e-5)
+
+
+# Four responses to one prompt and two to another one, among those of others, and one that is longer than it may be.
+GROUPS = ([[3, 4, 5, 6, 7], [5, 6], [3, 4, 5, 6, 7], [8], [5, 6], *[[3, 4, 5, 6, 7]] * 3], [[9, EOS], [10] * 3, [11]])
+GROUPS[1].extend([[12, 13, EOS], [14, EOS], [15] * 12, [EOS], [16, 9]])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_responses_to_one_prompt_read_it_once(budget: int, packing: bool) -> None:
+    module, critic = TokenLogProbs(tiny_llama(), with_entropies=True), TokenScores(tiny_classifier())
+    plan = replace(batching(budget, packing), cost=CHEAP, longest_shared=12)
+    apart = batching(budget, packing)
+
+    def read(how: MicroBatching) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        module.zero_grad()
+        logps, values, tokens = torch.zeros(8, 12), torch.zeros(8, 12), 0
+        for batch in how.sequences(*GROUPS):
+            found = batch.on_completions(module(*batch.inputs, batch.completion_mask).logps, 12)
+            (found * torch.linspace(-1, 2, 8)[batch.rows, None]).sum().backward()
+            logps[batch.rows] = found.detach()
+            values[batch.rows] = batch.on_completions(values_before(critic, batch), 12).detach()
+            tokens += batch.input_ids.numel()
+        gradient = torch.cat([weight.grad.flatten() for weight in module.parameters()])
+        return logps, values, gradient, tokens
+
+    (*ours, fewer), (*theirs, more) = read(plan), read(apart)
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own - other).norm() < 1e-5 * other.norm()
+    assert fewer < 0.85 * more
+    scorer = SequenceScores(tiny_classifier())
+    assert all_scores(scorer, *GROUPS, plan) == pytest.approx(all_scores(scorer, *GROUPS, apart), abs=1e-5)
+
+
+def test_a_prompt_is_shared_where_that_is_cheaper() -> None:
+    plan = replace(batching(1000), cost=CHEAP, longest_shared=NO_LIMIT)
+
+    def rows(how: MicroBatching, prompt: int, replies: list[int]) -> list[int]:
+        """How many tokens each row of the passes has."""
+        ids = [[3] * prompt] * len(replies)
+        return [
+            shape for batch in how.sequences(ids, [[4] * reply for reply in replies]) for shape in batch.input_ids.shape
+        ]
+
+    assert rows(plan, 10, [3, 3, 3]) == [1, 9 + 3 * 4]
+    assert rows(plan, 1, [3, 3, 3]) == [3, 4]  # nothing to share
+    assert rows(replace(plan, longest_shared=12), 10, [3, 3, 3]) == [3, 13]
+    assert rows(replace(plan, cost=PassCost(overhead=3, attention=5)), 10, [9, 9]) == [2, 19]  # attention costs more
+    assert rows(replace(plan, budget=MemoryBudget("micro_batch_tokens", 17)), 10, [3, 3, 3]) == [1, 17, 1, 13]

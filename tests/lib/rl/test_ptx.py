@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_tokens(budget: int) -> N
         total = total - sum(log_probs[place - 1, ids[place]] for place in places)
         count += len(places)
     (0.5 * total / count).backward()
-    assert float(found["ptx/loss"]) == pytest.approx(float(total) / count, rel=1e-5)
+    assert float(found["ptx/loss"]) == pytest.approx(total.item() / count, rel=1e-5)
     own = engine.module.language_model.lm_head.weight.grad
     torch.testing.assert_close(own, model.lm_head.weight.grad, atol=1e-5, rtol=1e-4)
 

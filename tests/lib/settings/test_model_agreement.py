@@ -44,6 +44,14 @@ def test_a_reward_model_of_the_pipeline_has_no_labels() -> None:
         require_readable_reward_models(params({"train_ppo": {"ppo": {"reward_label": "good"}}}))
 
 
+def test_a_fetched_reward_model_may_have_labels() -> None:
+    fetched = {"fetch_model": {"good": {"model": "a/b", "revision": "0" * 40}}}
+    ppo = {"train_ppo": {"ppo": {"reward_model": "models/good", "reward_label": "good"}}}
+    values = default_params()
+    lay_over(values, ppo)
+    require_readable_reward_models(build_all(values | fetched, Path("params.yaml")))
+
+
 @pytest.mark.parametrize("section", ["train_ppo", "train_grpo", "score_samples"])
 def test_what_scores_would_be_standardised_by_must_be_there(section: str, tmp_path: Path) -> None:
     def asking_of(model: str) -> dict[str, Any]:

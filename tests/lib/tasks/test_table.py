@@ -11,7 +11,7 @@ from tests.lib.tasks.test_film_gold import FACTS, GOOD
 from tests.pipeline.graph import ROOT, code_of
 
 TASKS_ROOM = "stages/lib/tasks/"
-TRAINING = [path.stem for path in (ROOT / "stages").glob("train_*.py")] + ["ref_logprobs", "sample_pairs"]
+TRAINING = [path.stem for path in (ROOT / "stages").glob("train_*.py")] + ["ref_logprobs", "sample_pairs", "pass_rates"]
 
 
 def prompt(row, **facts):
