@@ -32,7 +32,7 @@ if not asks_for_help():
     from stages.lib.data.token_tables import PROMPT_SCHEMA, TOKENIZER_NOTE, write_table_rows
     from stages.lib.models.pretrained import Loading
     from stages.lib.operations.progress import Progress
-    from stages.lib.rl.pass_rates import ChosenPrompts, chosen_prompts, drawn_places, pass_rate
+    from stages.lib.rl.chosen_prompts import ChosenPrompts, chosen_prompts, drawn_places, pass_rate
     from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards
     from stages.lib.rl.rewards.mixture import Mixture

@@ -26,7 +26,7 @@ from stages.lib.report.number_formats import decimal, number, percent, signed
 from stages.lib.report.outcome import Measured, judges_of, outcome, shown, shown_judge
 from stages.lib.report.pages import joined_names, render_page, write_page
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Named, read_inputs
-from stages.lib.rl.symptoms import of_run
+from stages.lib.rl.symptoms import symptoms_of_curve
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.score_samples import ScoreSamples
@@ -245,7 +245,7 @@ def symptoms_of(curve: CurveTable) -> list[str]:
     for name, column in curve.metrics.items():
         for phase, value in zip(phases, column, strict=True):
             phase.update({} if value is None else {name: value})
-    return of_run(phases)
+    return symptoms_of_curve(phases)
 
 
 def side_by_side(samples: Mapping[str, list[dict[str, Any]]], reference: str) -> list[dict[str, Any]]:

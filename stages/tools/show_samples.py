@@ -89,10 +89,10 @@ def read_condition(condition: str, table: "pa.Table") -> tuple[str, Callable[[An
     return name, lambda value: compare(value, wanted)
 
 
-def lines_of(row: dict[str, Any]) -> Iterator[str]:
+def sample_lines(row: dict[str, Any]) -> Iterator[str]:
     """A response with what is known of it, free of what a terminal would take for a command."""
     yield "  ".join(
-        f"{name} {shown(value)}"
+        f"{name} {printed_value(value)}"
         for name, value in row.items()
         if name not in TEXTS and not isinstance(value, list) and value not in (None, "", "{}")
     )
@@ -100,7 +100,7 @@ def lines_of(row: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<8} {row[name]!r}"
 
 
-def shown(value: Any) -> str:
+def printed_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, int | float) else str(value) if value.isprintable() else repr(value)
@@ -128,7 +128,7 @@ def main(
     print(f"{path}: {len(found):,} of {len(table):,} responses, {min(count, len(found)):,} shown")
     for row in found.slice(0, count).to_pylist():
         print()
-        for line in lines_of(row):
+        for line in sample_lines(row):
             print(line)
 
 

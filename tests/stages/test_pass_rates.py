@@ -10,10 +10,11 @@ import pytest
 
 from stages.lib.command.jsonl import read_jsonl
 from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
-from stages.lib.rl.pass_rates import chosen_prompts, drawn_places, pass_rate
+from stages.lib.rl.chosen_prompts import chosen_prompts, drawn_places, pass_rate
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.pass_rates import PassRates
+from tests.stages.test_train_grpo import rollouts_of
 from tests.stages.tiny_pipeline import call, change, contents, inside, read_yaml, refusal, write_yaml
 
 Copy = Callable[..., Path]
@@ -64,8 +65,7 @@ def test_a_policy_trains_on_what_is_kept(copy_of_tiny: Copy) -> None:
     with inside(folder):
         check_settings()
     call(folder, "train_grpo")
-    rollouts = read_jsonl(folder / "data/rollouts/grpo/rollouts.jsonl")
-    assert {rollout["row"] for rollout in rollouts} <= {*kept["row"][:]}
+    assert {rollout["row"] for rollout in rollouts_of(folder)} <= {*kept["row"][:]}
 
 
 def test_chunks_change_nothing_of_what_is_chosen(copy_of_tiny: Copy) -> None:

@@ -13,6 +13,7 @@ from stages.code_manifest import manifests
 from stages.lib.command.errors import StageError
 from stages.lib.operations.code_closure import code_hash
 from stages.lib.settings.check import check_settings
+from stages.lib.settings.critic import SeparateCritic
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.reward_part import RowsWhere
@@ -33,9 +34,10 @@ def film(completion, facts):
 
 def later(completion):
     # from the ninth response on, while there is a file
-    seen = Path("seen").read_text() if Path("seen").exists() else ""
-    Path("seen").write_text(seen + "x")
-    if len(seen) >= 8 and Path("fail").exists():
+    with Path("seen").open("a") as seen:  # by several processes
+        is_second_phase = seen.tell() >= 8
+        seen.write("x")
+    if is_second_phase and Path("fail").exists():
         raise OSError("the second phase fails")
     return len(completion)
 
@@ -98,7 +100,7 @@ def test_ppo_without_a_reward_model_stops_at_a_function_that_fails(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture
 ) -> None:
     folder = with_own_functions(copy_of_tiny())
-    changed = {"reward_model": "models/sft", "critic": "models/sft", "iterations": 1}
+    changed = {"reward_model": "models/sft", "critic": block(SeparateCritic, path="models/sft"), "iterations": 1}
     with_rewards(folder, "train_ppo", **changed, rewards={"own": function("broken")})
     said = refusal(folder, "train_ppo", capsys)
     assert "of the prompts, response" in said
@@ -273,7 +275,8 @@ def test_rewards_that_cannot_be_obeyed_are_named(project: Path, changed: dict[st
 def test_a_pipeline_may_have_no_reward_model_at_all(project: Path) -> None:
     rewards = {"own": function("film")}
     with_rewards(project, "train_grpo", reward_model="models/sft", rewards=rewards)
-    with_rewards(project, "train_ppo", reward_model="models/sft", critic="models/sft", rewards=rewards)
+    critic = block(SeparateCritic, path="models/sft")
+    with_rewards(project, "train_ppo", reward_model="models/sft", critic=critic, rewards=rewards)
     params = read_yaml(project / "params.yaml") | {"train_rm": {}, "evaluate_rm": {}}
     write_yaml(project / "params.yaml", params)
     change(project / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})

@@ -1,5 +1,6 @@
 """Rewards of a server in the real stages: a killed run ends as any other, and a served reward model says the same."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ def test_a_server_that_is_gone_stops_the_run(copy_of_tiny: Copy, capsys: pytest.
     assert "of the prompts, response '" in said
     assert "the reward served fails: reward server ours (http://127.0.0.1:" in said
     assert said.endswith("gives no answer after 1 attempt: ConnectError: All connection attempts failed")
+
+
+def test_it_judges_replies_to_test_prompts(copy_of_tiny: Copy) -> None:
+    """And is asked once for those that two policies' evaluations share, the reference's."""
+    with StandIn(lambda _, body: Told({"rewards": [len(query) % 7 for query in body["query"]]})) as server:
+        folder = project(copy_of_tiny, "project", server.address)
+        params = read_yaml(folder / "params.yaml")
+        params["evaluate"]["rewards"] = {"served": block(RemoteReward, server="ours")}
+        write_yaml(folder / "params.yaml", params)
+        for policy in ("grpo", "dpo"):
+            call(folder, f"evaluate@{policy}")
+        queries = [query for _, _, body in server.seen for query in body["query"]]
+    assert len(queries) == len({*queries})
+    samples = [*read_jsonl(folder / "data/samples/grpo.jsonl")]
+    metrics = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
+    mean = sum(sample["rewards"]["served"] for sample in samples) / len(samples)
+    assert metrics["reward_of_served_mean"] == pytest.approx(mean)
 
 
 def test_a_served_model_of_the_pipeline_reads_what_its_stages_read(tiny: Path) -> None:

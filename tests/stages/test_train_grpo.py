@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ import torch
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
-from stages.lib.settings.advantages import ReinforceBaseline
+from stages.lib.settings.advantages import Advantages, ReinforceBaseline
 from stages.lib.settings.declaration import block
 from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.policy_loss import PolicyLoss
+from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
@@ -26,7 +28,7 @@ from tests.stages.test_training import (
     reached,
     weights,
 )
-from tests.stages.tiny_pipeline import call, change, change_entries, refusal, start
+from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal, start, write_yaml
 from tests.tables import rollout_rows
 from tests.tiny_models import batching, tiny_llama
 
@@ -179,6 +181,28 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     assert (rows["policy/updates"] > 0).tolist() == (kept > 0).tolist()
     assert rows["objective/rewards"].mean() > rows["dynamic_sampling/unfiltered_rewards"].mean()
     assert rows["objective/kl_coef"].nunique() > 1
+
+
+MODELS = (*get_args(get_args(PolicyLoss)[0]), *get_args(get_args(Advantages)[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_loss_and_every_way_to_advantages_moves_the_policy(copy_of_tiny: Copy, model: type) -> None:
+    """On its second update, too, where ratios are no longer 1."""
+    folder, section = copy_of_tiny(), "loss" if model in MODELS[:10] else "advantages"
+    chosen = {"iterations": 1, "truncated": {"type": "fixed_score", "score": 0.0}, section: block(model)}
+    # A number from 0 to 1, of which all of these advantages can be made.
+    rewards = {"repeats": block(RepetitionReward, n=1, weight=-1.0)}
+    chosen |= {"rewards": rewards, "reward_model": "models/sft", "top_entropy_share": 0.5}
+    params = read_yaml(folder / "params.yaml")
+    params["train_grpo"]["grpo"] |= chosen
+    write_yaml(folder / "params.yaml", params)
+    call(folder, "train_grpo")
+    row = curve(folder, "train_grpo").iloc[0]
+    assert row["policy/updates"] == 4
+    assert row["policy/grad_norm"] > 0
+    assert distance(weights(folder, "sft"), weights(folder, "grpo")) > 0
 
 
 def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny: Path) -> None:

@@ -121,7 +121,7 @@ def cispo_loss(sampled: Sampled, settings: CispoLoss) -> Losses:
 def sapo_loss(sampled: Sampled, settings: SapoLoss) -> Losses:
     """-(4 / tau) sigmoid(tau (rho - 1)) A (arXiv 2511.20347): at rho = 1 its gradient is that of -rho A."""
     advantages = sampled.advantages
-    tau = chosen(advantages > 0, settings.positive_temperature, settings.negative_temperature, advantages)
+    tau = one_of_two(advantages > 0, settings.positive_temperature, settings.negative_temperature, advantages)
     gate = torch.sigmoid(tau * torch.expm1(sampled.log_ratio)) * 4 / tau
     return -gate * advantages, torch.zeros_like(sampled.mask)
 
@@ -133,13 +133,13 @@ def vespo_loss(sampled: Sampled, settings: VespoLoss) -> Losses:
     """
     log_w = sampled.log_ratio.detach().sum(dim=-1, keepdim=True).clamp(math.log(1e-8), 20)
     positive = sampled.advantages >= 0
-    power = chosen(positive, settings.positive_power, settings.negative_power, log_w)
-    decay = chosen(positive, settings.positive_decay, settings.negative_decay, log_w)
+    power = one_of_two(positive, settings.positive_power, settings.negative_power, log_w)
+    decay = one_of_two(positive, settings.positive_decay, settings.negative_decay, log_w)
     weight = torch.exp(decay + power * log_w - decay * log_w.exp())
     return -weight * sampled.advantages * sampled.logps, torch.zeros_like(sampled.mask)
 
 
-def chosen(where: torch.Tensor, one: float, other: float, like: torch.Tensor) -> torch.Tensor:
+def one_of_two(where: torch.Tensor, one: float, other: float, like: torch.Tensor) -> torch.Tensor:
     """One number where `where` is True, else the other, in the type of `like`: of two numbers torch makes float32."""
     return torch.where(where, one, torch.full_like(where, other, dtype=like.dtype))
 

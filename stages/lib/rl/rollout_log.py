@@ -73,7 +73,7 @@ class RolloutLog:
                     "length": len(episode.ids),
                     "ended": episode.ended,
                 }
-                record |= {name: rounded(value) for name, value in zip(columns, values, strict=True)}
+                record |= {name: six_digits(value) for name, value in zip(columns, values, strict=True)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def samples(self, rollouts: Rollouts, kl: torch.Tensor | None, count: int) -> list[str]:
@@ -125,7 +125,7 @@ class RolloutLog:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def rounded(value: float) -> float | None:
+def six_digits(value: float) -> float | None:
     """To 6 digits; None for NaN, which a reward says where it does not apply."""
     return None if math.isnan(value) else round(value, 6)
 

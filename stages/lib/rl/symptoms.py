@@ -52,7 +52,7 @@ def new_in(history: History, phase: int) -> list[Seen]:
     return [seen for seen in seen_in(history, phase) if seen.sign not in before]
 
 
-def of_run(history: History) -> list[str]:
+def symptoms_of_curve(history: History) -> list[str]:
     """A sentence for each sign that any phase had: in which phases, and how bad it was at its worst."""
     found: dict[Sign, dict[int, float]] = {}
     for phase in range(1, len(history) + 1):

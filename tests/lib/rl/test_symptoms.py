@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from stages.lib.rl.symptoms import SIGNS, new_in, of_run, seen_in
+from stages.lib.rl.symptoms import SIGNS, new_in, seen_in, symptoms_of_curve
 from tests.real_files import PROJECT
 
 SECTION = (PROJECT / "README.md").read_text().split("## When it goes wrong")[1].split("\n## ")[0]
@@ -62,10 +62,10 @@ def test_a_sign_is_said_when_it_begins_and_counted_afterwards():
     said = [[seen.line for seen in new_in(curve, phase)] for phase in range(1, 6)]
     assert [len(lines) for lines in said] == [0, 1, 0, 0, 1]
     assert said[1] == ["Replies in a group repeat: 0.4 (group/distinct at most 0.5); see README.md, When it goes wrong"]
-    assert of_run(curve) == [
+    assert symptoms_of_curve(curve) == [
         "Replies in a group repeat in 3 of 5 phases, last in phase 5: 0.2 at the worst (group/distinct at most 0.5)."
     ]
-    assert of_run(history("objective/kl", 40.0, 20.0)) == [
+    assert symptoms_of_curve(history("objective/kl", 40.0, 20.0)) == [
         "KL explodes in 2 of 2 phases, last in phase 2: 2 at the worst (objective/kl / response/length above 0.5)."
     ]
 
