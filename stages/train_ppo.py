@@ -203,7 +203,8 @@ def ppo_phases(
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
         # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
         #    normalised, clipped, and changed where the response does not end.
-        parts.moments.update(rollouts.scores)
+        if iteration == 0 or settings.normalise_scores != "start":
+            parts.moments.update(rollouts.scores)
         scores = shaped_scores(settings, parts.moments, rollouts)
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
         rewards = token_rewards(kl, scores, rollouts.response_mask, in_rewards)

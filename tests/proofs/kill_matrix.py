@@ -63,7 +63,7 @@ VARIANTS = {
         "train_ppo@ppo",
         {
             "lora": LORA,
-            "normalise_scores": True,
+            "normalise_scores": "running",
             "kl": {"controller": {"type": "adaptive", "coef": 0.05, "target": 1.0, "horizon": 100.0}},
             "policy_optimizer": {"ema_decay": 0.9},
             "entropy_bonus": {"type": "adaptive", "coef": 0.0, "target": 9.0, "step": 0.005},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from stages.lib.command.errors import StageError
 from stages.lib.settings.check import check_settings
+from stages.lib.settings.critic import SeparateCritic
 from stages.lib.settings.declaration import block
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.ref_logprobs import RefLogprobs
@@ -184,7 +185,7 @@ def test_policies_of_a_given_reward_model_run_to_the_report_without_sft(copy_of_
     with_sections(
         folder,
         {
-            "train_ppo": {"ppo": start | {"critic": {"path": "models/base"}}},
+            "train_ppo": {"ppo": start | {"critic": block(SeparateCritic, path="models/base")}},
             "train_grpo": {"grpo": start},
             "evaluate": {"policies": {"ppo": "models/ppo", "grpo": "models/grpo"}, "reference": "models/base"},
             "score_samples": {"policies": ["ppo", "grpo"], "reward_model": "data/raw/given"},

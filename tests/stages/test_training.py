@@ -23,7 +23,9 @@ from stages.lib.models.scalar_scores import TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.models.tokenizer_files import TOKENIZER_FILES
 from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import NoKl
 from stages.lib.settings.preference_loss import IpoLoss
+from stages.lib.settings.truncated import MissingEos
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
 from tests.tables import rewrite, rollout_rows
 from tests.tiny_models import batching
@@ -78,6 +80,16 @@ def test_every_rollout_is_published(tiny: Path) -> None:
     assert [rollout["iteration"] for rollout in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
     mean = sum(rollout["score"] for rollout in rollouts[:8]) / 8
     assert curve(tiny, "train_ppo")["objective/scores"][0] == pytest.approx(mean, abs=1e-5)
+
+
+def test_scores_are_normalised_by_those_of_the_first_phase(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    changes = {"normalise_scores": "start", "score_clip": None, "truncated": block(MissingEos, penalty=0.0)}
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {**changes, "kl": block(NoKl)}}})
+    call(folder, "train_ppo")
+    scores = torch.tensor([rollout["score"] for rollout in rollout_rows(folder, "ppo")]).view(3, 8)
+    wanted = (scores - scores[0].mean()) / scores[0].std()
+    assert curve(folder, "train_ppo")["objective/rlhf_reward"].tolist() == pytest.approx(wanted.mean(dim=1), abs=1e-4)
 
 
 def test_models_load_as_they_are_with_the_tokenizer_of_the_base(tiny: Path) -> None:

@@ -14,12 +14,15 @@ from stages.lib.data.prompts import Prompt, prompts_of
 from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
 from stages.lib.rl.collector import Collector
 from stages.lib.rl.prompt_table import read_prompts, require_fit
+from stages.lib.rl.rewards.entry_rewards import part_names
+from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts, summary
 from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.epochs import BestBy
 from stages.lib.settings.held_out import HeldOutSettings
+from stages.lib.settings.rewards import MixedRewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +41,7 @@ NOTHING_TO_COMPARE = BestBy(metric=METRICS[0], better="higher")
 
 
 class Evaluated(Protocol):
-    """What `held_out_prompts` reads of a section of params.yaml."""
+    """What is read here of a section of params.yaml, which is one of `MixedRewards`, too."""
 
     @property
     def held_out(self) -> HeldOutSettings | None: ...
@@ -49,14 +52,22 @@ class Evaluated(Protocol):
     @property
     def max_new_tokens(self) -> int: ...
 
+    @property
+    def reads_reference(self) -> bool: ...
+
+
+def held_out_metrics(settings: Evaluated) -> list[str]:
+    """What an evaluation finds: `METRICS`, and where there are several rewards the mean of each, as of a verifier."""
+    metrics = [metric for metric in METRICS if settings.reads_reference or metric != "objective/kl"]
+    columns = reward_columns(part_names(cast(MixedRewards, settings)), ())
+    return metrics + [column for column in columns if column.startswith("rewards/")]
+
 
 def held_out_columns(settings: Evaluated, where: str) -> tuple[str, ...]:
     """The columns of the curve. Raises StageError, naming the entry `where`, for a metric that there is not."""
     if settings.held_out is None:
         return ()
-    has_reference = getattr(settings, "reads_reference", True)
-    name = settings.held_out.best_by.metric
-    metrics = [metric for metric in METRICS if has_reference or metric != "objective/kl"]
+    name, metrics = settings.held_out.best_by.metric, held_out_metrics(settings)
     if name not in metrics:
         raise StageError(
             f"params.yaml: {where}.held_out.best_by.metric: there is no metric {name!r} here"
@@ -88,7 +99,7 @@ class HeldOutEvaluation:
     """Evaluates the policy as it stands, on the same prompts with the same random numbers every time.
 
     Args:
-        settings: None: nothing is evaluated, and the last weights are kept.
+        section: whose key `held_out` may be null: nothing is evaluated then, and the last weights are kept.
         prompts: of `held_out_prompts`.
         policy: what is trained; its average is evaluated where the optimizer keeps one.
         collector: what training makes rollouts with; no value of its critic is read.
@@ -98,13 +109,14 @@ class HeldOutEvaluation:
 
     def __init__(
         self,
-        settings: HeldOutSettings | None,
+        section: Evaluated,
         prompts: Sequence[Prompt],
         collector: Collector,
         rewards: Callable[[Rollouts], torch.Tensor],
         log: RolloutLog,
     ) -> None:
-        self.settings = settings
+        self.settings = settings = section.held_out
+        self.metrics = held_out_metrics(section)
         self.prompts = prompts
         self.collector = collector._replace(critic=None, sampler=undisturbed(cast(OwnSampler, collector.sampler)))
         self.rewards = rewards
@@ -135,11 +147,13 @@ class HeldOutEvaluation:
         with self.policy.engine.averaged():
             rollouts = self.collector.collect(self.prompts, STEP)
             kl, rewards = rollouts.kl("k1"), float(self.rewards(rollouts).mean())
-            found = summary(rollouts, kl) | {"objective/rewards": rewards}
+            found = summary(rollouts, kl) | reward_metrics(rollouts) | {"objective/rewards": rewards}
             found["objective/rlhf_reward"] = rewards - self.settings.kl_weight * found.get("objective/kl", 0.0)
-            results = {name: found[name] for name in METRICS if name in found}
+            results = {name: found[name] for name in self.metrics if name in found}
             for name, value in results.items():
                 require_finite(value, f"validation {name}", phase)
+            if self.settings.best_by.metric not in results:
+                raise StageError(f"held_out.best_by.metric: no validation prompt has {self.settings.best_by.metric}")
             self.best.offer(results, phase + 1, self._weights)
         self.log.append(phase, rollouts, kl)
         return results
@@ -151,7 +165,9 @@ class HeldOutEvaluation:
         """Metrics of the weights that are published, by `validation_<name>`, and the phase (1-based) they are from."""
         if self.settings is None:
             return {}
-        found = {f"validation_{name.rpartition('/')[2]}": value for name, value in self.best.results.items()}
+        short = {name: name.rpartition("/")[2] for name in METRICS}
+        own = self.best.results.items()
+        found = {f"validation_{short.get(name, name.replace('/', '_'))}": value for name, value in own}
         return {**found, "kept_iteration": self.best.step}
 
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
+from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.kl_control import kl_estimate
 from stages.lib.rl.token_rewards import token_rewards
@@ -87,8 +88,8 @@ def read_rollouts(
     Where the sampler kept log-probs and entropies, these stand for those of the policy.
 
     Args:
-        policy: a `TokenLogProbs` module, or what stands for it; if it gives values, they are read where there is no
-            critic.
+        policy: a `TokenLogProbs` module, or what stands for it; the values are those of its head, if it has one, where
+            there is no critic.
         reference: another one, or None.
         critic: a `TokenScores` module, or None.
     """
@@ -97,16 +98,16 @@ def read_rollouts(
     width = int(lengths.max())
 
     kept = all(episode.engine_logps is not None for episode in episodes)
+    of_policy = critic is None and isinstance(getattr(policy, "module", policy), PolicyWithValues)
 
     def passes() -> torch.Tensor:
         found = torch.zeros((4, len(episodes), width), device=lengths.device)
-        for batch in batching.sequences(prompts, responses) if not kept or reference or critic else []:
+        for batch in batching.sequences(prompts, responses) if not kept or reference or critic or of_policy else []:
             inputs, readings = (*batch.inputs, batch.completion_mask, temperature), dict[int, torch.Tensor]()
-            if not kept:
+            if not kept or of_policy:
                 read = policy(*inputs)
-                readings[0], readings[2] = read.logps, read.entropies
-                if critic is None and getattr(read, "values", None) is not None:
-                    readings[3] = read.values
+                readings = {} if kept else {0: read.logps, 2: read.entropies}
+                readings |= {3: read.values} if of_policy else {}
             if reference:
                 readings[1] = reference(*inputs)[0]
             if critic:

@@ -72,7 +72,7 @@ def held_out_evaluation(
     where = this_run.stage.replace("@", ".")
     prompts = held_out_prompts(settings, validation, collector.policy.language_model, where)
     log = RolloutLog(this_run.log_file("held_out.jsonl"), Path(settings.model))
-    return HeldOutEvaluation(settings.held_out, prompts, collector, rewards, log)
+    return HeldOutEvaluation(settings, prompts, collector, rewards, log)
 
 
 def end_phase(

@@ -18,7 +18,7 @@ class HeldOutSettings(Settings):
     keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the best evaluation")
     best_by: BestBy = key(
         block(BestBy, metric="objective/rlhf_reward", better="higher"),
-        "what keep: best and early_stopping compare evaluations by",
+        "what keep: best and early_stopping compare evaluations by; rewards/<name>: one of several rewards",
     )
     early_stopping: EarlyStopping | None = key(None, "null: every phase is made; else a block: patience, min_delta")
 

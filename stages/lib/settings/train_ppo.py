@@ -100,7 +100,12 @@ class TrainPpo(SamplingSettings, MixedRewards):
         "scores are held within ± this, after normalisation and before all else: what is this far out is no "
         "preference; null: no clipping",
     )
-    normalise_scores: bool = key(False, "to running mean 0 and standard deviation 1")
+    normalise_scores: Literal["start", "running"] | None = key(
+        None,
+        "to mean 0 and standard deviation 1, null: not; start: by the scores of the first phase, whose responses are "
+        "the start's own, such as SFT's | running: by all scores so far",
+        source="start: arXiv 1909.08593",
+    )
     truncated: Truncated = key(
         block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
     )

@@ -9,6 +9,7 @@ import torch
 from stages import train_ppo
 from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.rl.episodes import Episode
 from stages.lib.rl.learner import Pass
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.critic import SharedTrunk
@@ -24,6 +25,7 @@ SETTINGS: Any = SimpleNamespace(
     loss=ClipLoss(**block(ClipLoss)),
     kl=NoKl(**block(NoKl)),
     temperature=1.0,
+    reuse_sampler_logps=False,
     value_clip_range=0.5,
 )
 
@@ -32,8 +34,8 @@ def with_values(seed: int) -> PolicyWithValues:
     return PolicyWithValues(tiny_llama(seed), chunk_tokens=4, entropy_gradient=False, seed=3)
 
 
-def read(policy: PolicyWithValues) -> Rollouts:
-    return read_rollouts(EPISODES, [0.5, 1.5, 2.5], policy, TokenLogProbs(tiny_llama(2)), None, 1.0, batching(1000))
+def read(policy: PolicyWithValues, episodes: list[Episode] = EPISODES) -> Rollouts:
+    return read_rollouts(episodes, [0.5, 1.5, 2.5], policy, TokenLogProbs(tiny_llama(2)), None, 1.0, batching(1000))
 
 
 def alone(seed: int, row: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -57,6 +59,17 @@ def test_the_values_are_those_of_the_states_that_tokens_are_drawn_from() -> None
         assert rollouts.values[row, :length].tolist() == pytest.approx((states @ head[0]).tolist(), abs=1e-5)
         assert rollouts.logps[row, :length].tolist() == pytest.approx(logps.tolist(), abs=1e-5)
         assert rollouts.values[row, length:].count_nonzero() == 0
+
+
+def test_values_are_read_where_the_samplers_log_probs_are_kept() -> None:
+    kept = [
+        episode._replace(engine_logps=[-1.0] * len(episode.ids), engine_entropies=[0.5] * len(episode.ids))
+        for episode in EPISODES
+    ]
+    policy = with_values(1)
+    rollouts = read(policy, kept)
+    assert torch.equal(rollouts.values, read(policy).values)
+    assert torch.equal(rollouts.logps, torch.where(rollouts.response_mask, -1.0, 0.0))
 
 
 def loss_of(policy: PolicyWithValues, rollouts: Rollouts, *, warms_up: bool) -> dict[str, torch.Tensor]:
