@@ -237,8 +237,8 @@ def of(section: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "is a language model",
         ),
         (
-            of("train_ppo", reward_model="models/sft"),
-            "train_ppo.ppo.reward_model: expected a reward model, and models/sft, which train_sft.sft makes, is a "
+            of("train_ppo", reward_model="models/dpo"),
+            "train_ppo.ppo.reward_model: expected a reward model, and models/dpo, which train_dpo.dpo makes, is a "
             "language model",
         ),
         (
