@@ -43,7 +43,8 @@ class PooledReward:
 def user_function(settings: FunctionReward, processes: Processes, workers: int) -> PooledReward:
     """A function of `rewards/`, which is given whatever it names of what is known of a response."""
     module, function = module_and_function(settings.path)
-    pool = WorkerPool(module, function, settings.seconds, workers, settings.path)
+    stop = settings.missing == "stop"
+    pool = WorkerPool(module, function, settings.seconds, workers, settings.path, stop=stop)
     return PooledReward(pool, all_arguments, processes)
 
 
@@ -79,7 +80,8 @@ def math_verifier(settings: MathReward, processes: Processes, workers: int) -> P
             text, read = after if mark else "", "anywhere"
         return {"completion": text, "answer": right_answer_of(episode, settings), "read": read}
 
-    pool = WorkerPool(f"{OWN}.math_answer", "score_answer", settings.seconds, workers, "math-verify")
+    stop = settings.missing == "stop"
+    pool = WorkerPool(f"{OWN}.math_answer", "score_answer", settings.seconds, workers, "math-verify", stop=stop)
     return PooledReward(pool, arguments, processes)
 
 
@@ -102,5 +104,6 @@ def right_answer_of(episode: Episode, settings: MathReward) -> str:
 
 def format_verifier(settings: FormatReward, processes: Processes, workers: int) -> PooledReward:
     """1 for a response of the form."""
-    pool = WorkerPool(f"{OWN}.response_form", "score_form", settings.seconds, workers, "format")
+    stop = settings.missing == "stop"
+    pool = WorkerPool(f"{OWN}.response_form", "score_form", settings.seconds, workers, "format", stop=stop)
     return PooledReward(pool, lambda episode: {"completion": episode.text, "pattern": settings.pattern}, processes)

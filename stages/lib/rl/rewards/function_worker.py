@@ -9,8 +9,11 @@ function imports. It first writes what it found, then reads requests from stdin 
     {"id": …, "arguments": {…}}  →  {"id": …, "score": number | null} | {"id": …, "error": …, "kind": …}
 
 `reads` is null where it takes whatever there is (**), `needs` are those without a default. Awaitable scores are awaited
-side by side. Who prints, prints to stderr. The process ends with the one that holds its stdin, whatever it is doing.
+side by side. Who prints, prints to stderr, and who reads stdin finds its end. The process ends with the one that holds
+its real stdin, whatever it is doing.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -26,7 +29,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LONGEST_REASON = 500
 # The tasks grade responses: that exists to measure policies, and none may be trained on it.
@@ -36,27 +39,28 @@ NOT_FOR_TRAINING = "stages.lib.tasks"
 def main() -> None:
     module, name, *folders = sys.argv[1:]
     end_with_parent()
-    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    asked, out = os.fdopen(os.dup(0), "rb"), Answers(os.dup(1))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # else the function, or what it starts, could read requests
     os.dup2(2, 1)
     sys.path[:0] = folders
     sys.modules[NOT_FOR_TRAINING] = None  # pyrefly: ignore[unsupported-operation]  # importing it then fails
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     try:
         function = getattr(importlib.import_module(module), name)
-        write(out, {**arguments_of(function), "is_async": is_async(function), "versions": versions_of_imports()})
+        out.write({**arguments_of(function), "is_async": is_async(function), "versions": versions_of_imports()})
     except BaseException as error:  # of the user's code, sys.exit among them
-        write(out, {"error": told_error(error)})
+        out.write({"error": told_error(error)})
         return
     if is_async(function):
-        asyncio.run(answer_side_by_side(function, out))
+        asyncio.run(answer_side_by_side(function, asked, out))
         return
-    threading.Thread(target=read_requests, args=(requests.put,), daemon=True).start()
+    threading.Thread(target=read_requests, args=(asked, requests.put), daemon=True).start()
     while True:
         request = requests.get()
         try:
-            write(out, answered_with(request, function(**request["arguments"])))
+            out.write(answered_with(request, function(**request["arguments"])))
         except BaseException as error:
-            write(out, failed(request, error))
+            out.write(failed(request, error))
 
 
 def end_with_parent() -> None:
@@ -65,13 +69,26 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def write(out: Any, answer: dict[str, Any]) -> None:
-    out.write(json.dumps(answer).encode() + b"\n")
+class Answers:
+    """Where answers are written, by the process that was asked alone: not by one that the function forked."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.process = place, os.getpid()
+
+    def write(self, answer: dict[str, Any]) -> None:
+        if os.getpid() != self.process:
+            os._exit(0)
+        try:
+            rest = json.dumps(answer).encode() + b"\n"
+            while rest:
+                rest = rest[os.write(self.place, rest) :]
+        except OSError:  # who asked has ended
+            os._exit(1)
 
 
-def read_requests(put: Callable[[dict[str, Any]], Any]) -> None:
+def read_requests(asked: BinaryIO, put: Callable[[dict[str, Any]], Any]) -> None:
     """In a thread, so that the end of stdin ends the process in the middle of the function."""
-    for line in sys.stdin.buffer:
+    for line in asked:
         put(json.loads(line))
     os._exit(0)
 
@@ -91,15 +108,15 @@ def is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function)
 
 
-async def answer_side_by_side(function: Callable, out: Any) -> None:
+async def answer_side_by_side(function: Callable, asked: BinaryIO, out: Answers) -> None:
     loop = asyncio.get_running_loop()
     tasks = set()
 
     async def answer(request: dict[str, Any]) -> None:
         try:
-            write(out, answered_with(request, await function(**request["arguments"])))
+            out.write(answered_with(request, await function(**request["arguments"])))
         except BaseException as error:
-            write(out, failed(request, error))
+            out.write(failed(request, error))
 
     def begin(request: dict[str, Any]) -> None:
         task = loop.create_task(answer(request))
@@ -109,7 +126,7 @@ async def answer_side_by_side(function: Callable, out: Any) -> None:
     def put(request: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(begin, request)
 
-    threading.Thread(target=read_requests, args=(put,), daemon=True).start()
+    threading.Thread(target=read_requests, args=(asked, put), daemon=True).start()
     await asyncio.Event().wait()
 
 
@@ -120,7 +137,11 @@ def answered_with(request: dict[str, Any], score: Any) -> dict[str, Any]:
 
 
 def failed(request: dict[str, Any], error: BaseException) -> dict[str, Any]:
-    return {"id": request["id"], "error": told_error(error), "kind": getattr(error, "kind", "error")}
+    return {
+        "id": request["id"],
+        "error": told_error(error),
+        "kind": "row" if getattr(error, "kind", "") == "row" else "error",
+    }
 
 
 def told_error(error: BaseException) -> str:
@@ -128,7 +149,10 @@ def told_error(error: BaseException) -> str:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     place = next((frame for frame in reversed(own) if Path(frame.filename).is_relative_to(Path.cwd())), None)
     where = f" ({os.path.relpath(place.filename)}, line {place.lineno})" if place else ""
-    text = " ".join(str(error).split())[:LONGEST_REASON]
+    try:
+        text = " ".join(str(error).split())[:LONGEST_REASON]
+    except Exception as other:
+        text = f"its message cannot be read ({type(other).__name__})"
     return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
 
 

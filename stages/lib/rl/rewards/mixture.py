@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from stages.lib.command.json_schema import LARGEST_NUMBER
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.scoring import Failure, Reward, RewardError, RewardScore, ScoredEpisodes, told_episode
@@ -99,12 +100,13 @@ class Mixture(NamedTuple):
 
 
 def finite_score(score: RewardScore) -> RewardScore:
-    """The same as a float, or a failure for NaN and infinity."""
+    """The same as a float, or a failure for NaN, infinity, and what float32 could not square and add up."""
     if score is None or isinstance(score, Failure):
         return score
-    if math.isfinite(score):
+    if abs(score) <= LARGEST_NUMBER:
         return float(score)
-    return Failure("error", f"it gives {score}, which is no number to learn from")
+    beyond = f" (beyond ±{LARGEST_NUMBER:g})" if math.isfinite(score) else ""
+    return Failure("error", f"it gives {score:g}{beyond}, which is no number to learn from")
 
 
 def fact_of(episode: Episode, fact: str) -> Any:

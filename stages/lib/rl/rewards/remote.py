@@ -7,12 +7,12 @@ ours: the same as messages, which a server of ours renders by its reward model's
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.hashing import value_hash
+from stages.lib.command.json_schema import LARGEST_NUMBER
 from stages.lib.compute.processes import Processes
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
@@ -112,6 +112,6 @@ class RemoteScores:
         return [self._reward(caller, reward) for reward in rewards]
 
     def _reward(self, caller: Caller, reward: Any) -> RewardScore:
-        if type(reward) not in (int, float) or not math.isfinite(reward):
+        if type(reward) not in (int, float) or not abs(reward) <= LARGEST_NUMBER:
             return Failure("error", f"{caller.shown} gives {reward!r:.60}, which is no number to learn from")
         return float(reward)

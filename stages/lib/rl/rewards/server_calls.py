@@ -69,7 +69,7 @@ class Caller:
     def _json_of(self, response: httpx.Response) -> Any:
         try:
             return response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NoAnswerError(f"{self.shown} answers with no JSON: {response.text[:SHOWN]!r}") from None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,8 @@ class Worker:
         return [json.loads(line) for line in lines] if given else None
 
     def kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what the function has started
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):  # of what it did not read
             self.stdin.close()
@@ -93,16 +95,20 @@ class WorkerPool:
         seconds: for one response, by the clock.
         most: processes.
         told: the function, for messages.
+        stop: the first failure ends what is under way, since the run ends with it.
     """
 
-    def __init__(self, module: str, function: str, seconds: float, most: int, told: str) -> None:
+    def __init__(self, module: str, function: str, seconds: float, most: int, told: str, *, stop: bool = False) -> None:
         self.module, self.function, self.seconds, self.most, self.told = module, function, seconds, most, told
+        self.stop = stop
         self.workers: list[Worker] = []
         self.known: frozenset[str] = frozenset()  # the names of arguments that there are
         self.versions: dict[str, str] = {}  # of the packages that the function has imported
 
     def scores(self, arguments: Sequence[Arguments]) -> list[RewardScore]:
         """The score of each response, of which the function is given those arguments that it names.
+
+        Where a failure ends what is under way, None for those that were not scored.
 
         Raises:
             StageError: the function cannot be loaded, or asks for an argument that there is not.
@@ -111,7 +117,7 @@ class WorkerPool:
         waiting = deque(Request(number, each) for number, each in enumerate(arguments))
         found: dict[int, RewardScore] = {}
         try:
-            while len(found) < len(arguments):
+            while len(found) < len(arguments) and not (self.stop and has_failed(found)):
                 self._start(len(arguments) - len(found))
                 self._hand_out(waiting)
                 for worker in self._ready():
@@ -121,7 +127,9 @@ class WorkerPool:
         except BaseException:
             self.close()  # what is in hand would be answered to whoever asks next
             raise
-        return [found[number] for number in range(len(arguments))]
+        if len(found) < len(arguments):
+            self.close()
+        return [found.get(number) for number in range(len(arguments))]
 
     def close(self) -> None:
         """End all processes."""
@@ -188,6 +196,10 @@ class WorkerPool:
     def _drop(self, worker: Worker) -> None:
         worker.kill()
         self.workers.remove(worker)
+
+
+def has_failed(found: Mapping[int, RewardScore]) -> bool:
+    return any(isinstance(score, Failure) for score in found.values())
 
 
 def told_status(status: int) -> str:

@@ -21,7 +21,8 @@ from tests.tiny_models import CPU
 
 ALONE = Processes(0, 1, CPU)
 FUNCTIONS = """
-import asyncio, math, os, sys, time
+import asyncio, math, os, subprocess, sys, time
+from pathlib import Path
 from rewards.shared import HALF
 
 def told(prompt, completion, prompt_ids, completion_ids, facts, source, ended, sample, row):
@@ -29,6 +30,10 @@ def told(prompt, completion, prompt_ids, completion_ids, facts, source, ended, s
     given = [prompt, completion, prompt_ids, completion_ids, facts, source, ended, sample, row]
     rest = ["five", [1], [5, 9], {"answer": "5"}, "src", True, 0, 7]
     return given == [[{"role": "user", "content": "q"}], *rest]
+
+class Untold(Exception):
+    kind = 5
+    def __str__(self): return self.nothing
 
 def by_word(completion, **others):
     assert "facts" in others
@@ -40,6 +45,12 @@ def by_word(completion, **others):
         case "exit": os._exit(3)
         case "quit": sys.exit()
         case "hang": time.sleep(60)
+        case "fork": os.fork()
+        case "untold": raise Untold
+        case "stdin": return len(input())
+        case "child":
+            Path("child").write_text(str(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid))
+            time.sleep(60)
         case "spin":
             while True:
                 try: time.sleep(60)
@@ -72,10 +83,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores(project: Path, function: str, words: list[str], seconds: float = 20.0, workers: int = 1) -> list:
+def scores(
+    project: Path, function: str, words: list[str], seconds: float = 20.0, workers: int = 1, missing: str = "skip"
+) -> list:
     before = Path.cwd()
     os.chdir(project)
-    settings = FunctionReward(**block(FunctionReward, path=f"rewards/{function}", seconds=seconds))
+    settings = FunctionReward(**block(FunctionReward, path=f"rewards/{function}", seconds=seconds, missing=missing))
     reward = user_function(settings, ALONE, workers)
     try:
         return reward([episode(word) for word in words])
@@ -107,6 +120,25 @@ def test_a_hung_process_is_killed_and_replaced(project: Path) -> None:
     found = scores(project, "own.py:by_word", ["spin", *["x"] * 6], seconds=2.0, workers=2)
     assert found == [Failure("timeout", "it took more than 2 s"), *[0.5] * 6]
     assert time.monotonic() - started < 30
+
+
+def test_what_a_function_starts_answers_and_reads_nothing_and_ends_with_it(project: Path) -> None:
+    """Nor does an error whose message cannot be made end its process."""
+    found = scores(project, "own.py:by_word", ["fork", "untold", "stdin", "x", "child"], seconds=2.0)
+    assert (found[0], found[3], found[4]) == (0.5, 0.5, Failure("timeout", "it took more than 2 s"))
+    assert found[1].reason.startswith("Untold: its message cannot be read (AttributeError)")
+    assert found[2].reason.startswith("EOFError")
+    child = Path("/proc", (project / "child").read_text(), "stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_failure_that_ends_the_run_is_not_waited_for_by_others(project: Path) -> None:
+    started = time.monotonic()
+    found = scores(project, "own.py:by_word", ["x", "raise", *["hang"] * 20], missing="stop")
+    assert found[0] == 0.5
+    assert found[1].reason.startswith("ValueError: on purpose")
+    assert found[2:] == [None] * 20
+    assert time.monotonic() - started < 15
 
 
 def test_async_functions_run_side_by_side(project: Path) -> None:

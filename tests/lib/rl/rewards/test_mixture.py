@@ -76,6 +76,8 @@ def test_a_failure_stops_or_counts_as_missing() -> None:
         Mixture(parts | {"late": parts["late"]._replace(missing="stop")}).scored(EPISODES)
     with pytest.raises(StageError, match=r"row 12 .* the reward model fails: it gives inf, which is no number"):
         Mixture({"model": MixturePart(saying(1.0, 2.0, math.inf))}).scored(EPISODES)
+    with pytest.raises(StageError, match=r"row 12 .* fails: it gives -1e\+30 \(beyond ±1e\+09\), which is no number"):
+        Mixture({"model": MixturePart(saying(1.0, 2.0, -1e30))}).scored(EPISODES)
 
 
 def test_a_row_to_which_nothing_applies_stops_the_run() -> None:

@@ -197,6 +197,8 @@ def test_a_request_as_openrlhf_has_it(kept: KeptAnswers, monkeypatch: pytest.Mon
         (Told([1.0, 2.0]), "error", "answers with no list of rewards to 3 responses"),
         (Told(b'{"rewards": [1.0, NaN, 2.0]}'), "error", "gives nan, which is no number to learn from"),
         (Told({"rewards": [1.0, None, 2.0]}), "error", "gives None, which is no number to learn from"),
+        (Told({"rewards": [1.0, 10**400, 2.0]}), "error", "gives 1000"),
+        (Told(b"[" * 100_000), "error", "answers with no JSON: '[[[["),
         (Told(b"<html>"), "error", "answers with no JSON: '<html>'"),
         (Told("no", status=400), "error", 'refuses: status 400: "no"'),
         (Told({}, status=307), "error", "refuses: status 307: {}"),
