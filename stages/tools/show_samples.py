@@ -54,7 +54,7 @@ def chosen(table: "pa.Table", conditions: Sequence[str], sort: Sequence[str]) ->
         there = [row for row in rows if values[row] is not None]
         missing = [row for row in rows if values[row] is None]
         rows = sorted(there, key=values.__getitem__, reverse=key.startswith("-")) + missing
-    return table.take(rows)
+    return table.take(rows) if rows else table.slice(0, 0)  # of an empty list no type is known
 
 
 def known(name: str, table: "pa.Table") -> str:

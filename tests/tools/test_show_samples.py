@@ -38,6 +38,7 @@ ROWS = pa.Table.from_pylist(
         (["response = no"], [], [1, 3]),
         (["prompt ~ a"], [], [0, 2]),
         (["ids ~ 2"], [], [1]),
+        (["score > nan"], ["-score"], []),
     ],
 )
 def test_rows_are_chosen_and_sorted(conditions: list[str], sort: list[str], rows: list[int]) -> None:

@@ -45,7 +45,9 @@ class JudgeScores:
         body_of = {key: body for key, body in zip(keys, bodies, strict=True) if key not in known}
 
         async def ask(caller: Caller, key: str) -> str:
-            answer = text_of_answer(caller, await caller.post(self.calls.server.address + ROUTE, body_of[key]))
+            answer = text_of_answer(
+                caller, await caller.post(self.calls.server.address.rstrip("/") + ROUTE, body_of[key])
+            )
             return answer if isinstance(self.score(answer), Failure) else self.kept.add({key: answer})[key]
 
         stop = self.settings.missing == "stop"

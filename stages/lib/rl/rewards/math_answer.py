@@ -30,14 +30,19 @@ def score_answer(completion: str, answer: str, read: Literal["anywhere", "boxed"
     Raises:
         UnreadableAnswerError: the right answer cannot be read.
     """
+    right = right_answer(answer)  # read first: a broken row is told whatever the response says
     given = formula_in_box(completion) if read == "boxed" else formula_in(completion)
-    return float(bool(given) and verify(right_answer(answer), given, timeout_seconds=None, raise_on_error=True))
+    return float(bool(given) and verify(right, given, timeout_seconds=None, raise_on_error=True))
 
 
 @cache
 def right_answer(text: str) -> list[Any]:
     is_marked = any(mark in text for mark in MARKS)
-    found = formula_in(text) if is_marked else formula_in(f"${text}$")  # a formula as a whole
+    try:
+        found = formula_in(text) if is_marked else formula_in(f"${text}$")  # a formula as a whole
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UnreadableAnswerError(f"the right answer {text!r:.100} cannot be read as mathematics: {reason}") from None
     if not found:
         raise UnreadableAnswerError(f"the right answer {text!r} cannot be read as mathematics")
     return found

@@ -101,7 +101,14 @@ class ServerCalls:
         at_a_time = self.server.parallel_requests
         room = asyncio.Semaphore(at_a_time)
         limits = httpx.Limits(max_connections=at_a_time)
-        async with httpx.AsyncClient(headers=self.headers, timeout=None, limits=limits) as client:
+        try:
+            opened = httpx.AsyncClient(headers=self.headers, timeout=None, limits=limits)
+        except (ImportError, ValueError, httpx.InvalidURL, OSError) as error:
+            raise StageError(
+                "what the environment says of proxies and certificates (ALL_PROXY, NO_PROXY, SSL_CERT_FILE) "
+                f"cannot be used: {error}"
+            ) from None
+        async with opened as client:
             caller = Caller(client, self.name, self.server)
 
             async def one(item: ToAsk) -> Found | Failure:

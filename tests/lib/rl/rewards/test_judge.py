@@ -31,7 +31,7 @@ def completion(content: Any) -> Told:
 
 
 def judge(address: str, folder: Path, **settings: Any) -> JudgeScores:
-    calls = ServerCalls("judge", server_at(address.removesuffix("/get_reward"), attempts=1))
+    calls = ServerCalls("judge", server_at(address.removesuffix("get_reward"), attempts=1))
     values = block(JudgeReward, **{"rubric": RUBRIC, **settings})
     return JudgeScores(JudgeReward(**values), calls, batching(1).processes, KeptAnswers(folder / "answers.sqlite"))
 

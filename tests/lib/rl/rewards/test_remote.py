@@ -188,6 +188,9 @@ def test_a_request_as_openrlhf_has_it(kept: KeptAnswers, monkeypatch: pytest.Mon
     monkeypatch.delenv("OUR_TOKEN")
     with pytest.raises(StageError, match="in the environment variable OUR_TOKEN, which is not set"):
         remote("http://127.0.0.1:9", kept, token_variable="OUR_TOKEN")
+    monkeypatch.setenv("ALL_PROXY", "socks9://127.0.0.1:9")
+    with pytest.raises(StageError, match=r"what the environment says of proxies .* cannot be used: "):
+        remote("http://127.0.0.1:9", kept)(EPISODES)
 
 
 @pytest.mark.parametrize(
