@@ -94,7 +94,7 @@ def grpo_phases(
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
         scores = penalised_scores(settings, rollouts)
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
-        advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
+        advantages = advantages_of(rollouts, settings.advantages, collector.reward_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.

@@ -13,7 +13,7 @@ from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
 from stages.lib.settings.advantages import Advantages, ReinforceBaseline
 from stages.lib.settings.declaration import block
-from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -306,6 +306,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
             "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
+        ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
     ],
 )
 def test_a_wrong_setting_is_named(
