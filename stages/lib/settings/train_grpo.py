@@ -106,8 +106,8 @@ class TrainGrpo(SamplingSettings, MixedRewards):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
         if self.advantages.type == "gdpo" and isinstance(self.kl, KlInReward) and self.reads_reference:
             raise ValueError(
-                "advantages of type gdpo standardise each part of the reward, a KL too, whatever its coefficient: kl.type "
-                "must not be in_reward"
+                "advantages of type gdpo standardise each part of the reward, a KL too, whatever its coefficient: "
+                "kl.type must not be in_reward"
             )
         return self
 
