@@ -260,6 +260,7 @@ def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message:
             {"reward_model": "models/sft", "reward_label": 1, "rewards": {"own": function("film")}},
             "set reward_head, reward_label and reward_model_where to null",
         ),
+        ({"reward_model_weight": 0.0}, "reward_model_weight is 0, so rewards must have one of a weight"),
         ({"rewards": {"reward_model": function("film")}}, "rewards must not have the name reward_model"),
         ({"rewards": {"own": function("film", path="../own.py:film")}}, "rewards.own.path"),
         ({"rewards": {"own": {"type": "function", "pattern": "x"}}}, "rewards.own"),
