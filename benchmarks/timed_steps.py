@@ -187,7 +187,6 @@ def ppo(setup: Setup) -> dict[str, Part]:
         model=policy,
         reference=policy,
         reward_model=reward_model,
-        critic=reward_model,
         iterations=setup.steps,
         rollout_batch_size=workload.sequences,
         minibatch_size=workload.sequences,
@@ -195,6 +194,8 @@ def ppo(setup: Setup) -> dict[str, Part]:
         epochs=1,
         critic_warmup_iterations=0,
     )
+    critic = settings.critic.model_copy(update={"path": reward_model})
+    settings = settings.model_copy(update={"critic": critic})
     this_run = SimpleNamespace(scratch=None, processes=setup.processes, may_stop=lambda: None)
     parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, this_run, None)
     sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
@@ -214,7 +215,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
 
     def update() -> Cost:
         phase = phases[-1]
-        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings), 0.0)
+        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings), 0.0, warms_up=False)
         train_ppo.update(settings, SEED, len(phases) - 1, *learners)
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]

@@ -22,6 +22,7 @@ from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import tokenizer_hash
 from stages.lib.settings.pass_rates import PassRates
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 
 if not asks_for_help():
@@ -53,7 +54,7 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
     table = read_prompts(tokens, model)
     places = asked_places(table, tokens, settings, seed, key)
     declared = {key: settings, "seed": seed, "trust_remote_code": trust_remote_code, "kernels": kernels}
-    inputs = [tokens, model, Path(settings.reward_model)]
+    inputs = [tokens, model, Path(settings.reward_model), *map(Path, reward_files(settings.rewards, f"{key}.rewards"))]
     outs = {"prompts": out / name, "metrics": metrics / f"{name}.json"}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
     with PartialResults(f"pass_rates@{name}", declared, inputs, outs, runtime, processes) as this_run:

@@ -94,16 +94,18 @@ def grpo_phases(
         in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
         scores = penalised_scores(settings, rollouts)
         rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
-        advantages = advantages_of(rollouts, settings.advantages, settings.part_weights)
+        advantages = advantages_of(rollouts, settings.advantages, collector.reward_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
         require_finite(row["objective/rewards"], "reward", iteration)
         # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.
         sampling.count(phase)
-        engine.expect((settings.iterations - iteration) * settings.updates_per_iteration)
+        batches = [*minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration)]
+        later = (settings.iterations - 1 - iteration) * settings.updates_per_iteration
+        engine.expect(max(1, len(batches) + later))
         row |= phase.metrics | {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
         counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
         found = []
-        for rows in minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration):
+        for rows in batches:
             loss = step_loss(settings, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
         row |= means_of_updates(found) | {"policy/updates": float(len(found))}

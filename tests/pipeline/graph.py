@@ -40,8 +40,8 @@ def instances(
         entries = in_params(stage["foreach"], params)
         for key, value in entries.items() if isinstance(entries, dict) else zip(entries, entries, strict=True):
             filled = put_in(put_in(stage["do"], "${key}", key), "${item}", str(value))
-            for part, below in value.items() if isinstance(value, dict) else ():
-                filled = put_in(filled, f"${{item.{part}}}", str(below))
+            for part, below in parts_of(value):
+                filled = put_in(filled, f"${{item{part}}}", str(below))
             yield f"{name}@{key}", filled
     elif "matrix" in stage:
         ((key, values),) = stage["matrix"].items()
@@ -49,6 +49,13 @@ def instances(
             yield f"{name}@{value}", put_in(stage, f"${{item.{key}}}", value)
     else:
         yield name, stage
+
+
+def parts_of(entry: Any) -> Iterator[tuple[str, Any]]:
+    """What an entry of params.yaml holds, by its path: (".critic", {…}), (".critic.path", "models/rm")."""
+    for key, value in entry.items() if isinstance(entry, dict) else ():
+        yield f".{key}", value
+        yield from ((f".{key}{path}", below) for path, below in parts_of(value))
 
 
 def in_params(template: str, params: dict[str, Any]) -> Any:

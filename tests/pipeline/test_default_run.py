@@ -33,3 +33,19 @@ def test_alignment_beats_fine_tuning_on_the_gold_utility(policy: str) -> None:
 
 def test_fine_tuning_is_compared_with_nothing_as_it_is_the_reference_itself() -> None:
     assert [name for name in metrics("evaluate/sft") if "reference" in name] == []
+
+
+def test_the_readme_gives_the_figures_of_the_committed_metrics() -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = [line.strip("| ").split(" | ") for line in readme.splitlines()]
+    rows = {row[0]: row for row in table if row[0] in ("SFT", "DPO", "PPO", "GRPO") and len(row) == 6}
+    for name, row in rows.items():
+        of = metrics(f"evaluate/{name.lower()}")
+        gold, eos = f"{of['gold_mean']:.2f}", f"{of['eos_rate']:.1%}".replace("%", " %")
+        others = ["–"] * 3
+        if name != "SFT":
+            difference, low, high = (of[f"gold_minus_reference_{end}"] for end in ("mean", "ci_low", "ci_high"))
+            wins = f"{of['gold_win_rate_vs_reference']:.1%}".replace("%", " %")
+            others = [f"{difference:+.2f} ({low:+.2f} to {high:+.2f})", wins, f"{of['kl_to_reference_mean']:.2f}"]
+        assert row == [name, gold, *others, eos]
+    assert len(rows) == 4

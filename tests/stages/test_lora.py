@@ -174,10 +174,11 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
         loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
         this_run = SimpleNamespace(scratch=None, processes=alone, may_stop=lambda: None)
         parts = load_parts(settings, 17, loading, alone, str, this_run, None)
+    reward = parts.collector.reward.by_name["reward_model"].reward
     trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.module.parameters()}
     frozen = [
         weight
-        for module in (parts.collector.policy.reference.module.module, parts.collector.reward.scores.module)
+        for module in (parts.collector.policy.reference.module.module, reward.scores.module)
         for weight in module.parameters()
     ]
     assert sum(weight.numel() for weight in frozen if id(weight) not in trained) == 32  # the reward model's head

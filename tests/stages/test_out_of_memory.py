@@ -109,7 +109,7 @@ class Cut(BaseException):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("stage", ["train_sft@sft", "train_ppo@ppo"])
+@pytest.mark.parametrize("stage", ["train_ppo@ppo"])
 def test_a_run_that_was_killed_goes_on_with_what_has_fitted(
     copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stage: str
 ) -> None:

@@ -14,6 +14,7 @@ from stages.lib.rl.chosen_prompts import chosen_prompts, drawn_places, pass_rate
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.pass_rates import PassRates
+from tests.stages.test_rewards import function, with_own_functions
 from tests.stages.test_train_grpo import rollouts_of
 from tests.stages.tiny_pipeline import call, change, contents, inside, read_yaml, refusal, write_yaml
 
@@ -77,6 +78,20 @@ def test_chunks_change_nothing_of_what_is_chosen(copy_of_tiny: Copy) -> None:
         call(project, "pass_rates@first")
     for part in ("kept", "control"):
         assert contents(whole / "data/pass_rates/first" / part) == contents(folder / "data/pass_rates/first" / part)
+
+
+def test_another_function_gives_other_rates(copy_of_tiny: Copy) -> None:
+    """Though all settings are the same: what was finished with the one is not published for the other."""
+    folder = with_own_functions(copy_of_tiny())
+    own = {"reward_model": "models/sft", "rewards": {"own": function("film")}}
+    with_rates(folder, **own, keep_from=0.0, keep_to=1.0)
+    means = []
+    for worth in ("0.25", "-2.0"):
+        (folder / "rewards/shared.py").write_text(f"WORTH = {worth}\n")
+        call(folder, "pass_rates@first")
+        means.append(json.loads((folder / "metrics/pass_rates/first.json").read_text())["reward_mean"])
+    assert means[1] == pytest.approx(-8 * means[0])
+    assert means[0] > 0
 
 
 def test_what_cannot_be_is_one_line(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from stages.lib.command.errors import LONGEST_MESSAGE, StageError
-from stages.lib.report.report_inputs import SHOWN_SAMPLES, read_inputs
+from stages.lib.report.report_inputs import SHOWN_SAMPLES, expectation, read_inputs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
 from tests.real_files import PROJECT
@@ -531,6 +531,12 @@ def refusal(folder):
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("broken"))
+
+
+@pytest.mark.parametrize("reward", ["steps", "accuracy", "length_tokens"])
+def test_a_reward_may_have_a_name_that_means_a_share_or_a_count_elsewhere(reward):
+    fits, _ = expectation(f"validation_rewards_{reward}")
+    assert fits(-0.37)
 
 
 @pytest.mark.parametrize(("content", "where", "what"), BROKEN_METRICS, ids=range(len(BROKEN_METRICS)))

@@ -12,6 +12,7 @@ import pytest
 from stages.code_manifest import manifests
 from stages.lib.command.errors import StageError
 from stages.lib.operations.code_closure import code_hash
+from stages.lib.settings.advantages import Gdpo
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.critic import SeparateCritic
 from stages.lib.settings.declaration import block
@@ -126,8 +127,13 @@ def test_an_ensemble_scores_as_the_weighted_sum_of_its_members(
     for name in ("one", "two"):
         call(folder, f"ensemble_member@{name}")
     with_rewards(folder, "train_grpo", reward_model="data/ensembles/judges", reward_model_weight=2.0, iterations=1)
+    with_rewards(folder, "train_grpo", advantages=block(Gdpo))  # which takes the members one by one
     with inside(folder):
         assert check_settings() == []
+        Path("data/ensembles/judges/old.json").write_text("{}")
+        with pytest.raises(StageError, match=r"judges/old\.json is of no entry of ensemble_member"):
+            check_settings()
+        Path("data/ensembles/judges/old.json").unlink()
     call(folder, "train_grpo")
     rows, rollouts = curve(folder, "train_grpo"), rollouts_of(folder, "grpo")
     assert [rollout["score"] for rollout in rollouts] == pytest.approx([1.5 * score for score in alone], abs=2e-6)
@@ -254,7 +260,7 @@ def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message:
             {"reward_model": "models/sft", "reward_label": 1, "rewards": {"own": function("film")}},
             "set reward_head, reward_label and reward_model_where to null",
         ),
-        ({"reward_model_weight": 0.0}, "reward_model_weight is 0, so that rewards must have one of a weight"),
+        ({"reward_model_weight": 0.0}, "reward_model_weight is 0, so rewards must have one of a weight"),
         ({"rewards": {"reward_model": function("film")}}, "rewards must not have the name reward_model"),
         ({"rewards": {"own": function("film", path="../own.py:film")}}, "rewards.own.path"),
         ({"rewards": {"own": {"type": "function", "pattern": "x"}}}, "rewards.own"),

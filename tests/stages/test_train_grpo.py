@@ -8,12 +8,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from stages.lib.compute.schedule import learning_rate
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
 from stages.lib.settings.advantages import Advantages, ReinforceBaseline
 from stages.lib.settings.declaration import block
-from stages.lib.settings.kl_penalty import KlInLoss
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -191,6 +192,15 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     assert (rows["policy/updates"] > 0).tolist() == (kept > 0).tolist()
     assert rows["objective/rewards"].mean() > rows["dynamic_sampling/unfiltered_rewards"].mean()
     assert rows["objective/kl_coef"].nunique() > 1
+    # The schedule counts the steps that this phase takes, and those that are planned for the later ones.
+    entry = TrainGrpo.model_validate(read_yaml(whole / "params.yaml")["train_grpo"]["grpo"])
+    own, each, taken = entry.optimizer, entry.updates_per_iteration, 0
+    schedule = (own.learning_rate, own.warmup_ratio, own.min_learning_rate_ratio, own.schedule)
+    for phase, updates in enumerate(map(int, rows["policy/updates"])):
+        total = taken + max(1, updates + (len(rows) - 1 - phase) * each)
+        assert rows["learning_rate"][phase] == pytest.approx(learning_rate(taken, total, *schedule), rel=1e-6)
+        taken += updates
+    assert rows["policy/updates"].iloc[-1] < each
 
 
 MODELS = (*get_args(get_args(PolicyLoss)[0]), *get_args(get_args(Advantages)[0]))
@@ -223,18 +233,13 @@ def test_another_micro_batch_size_gives_the_same_policy(copy_of_tiny: Copy, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("knobs", "over_a_phase"),
-    [
-        # Whitening, a baseline and a quantile, each over all rollouts, whichever process has read them.
-        ({}, {"advantages": block(ReinforceBaseline), "top_entropy_share": 0.5}),
-        ({"zero_stage": 3, "frozen_zero_stage": 3}, {}),
-    ],
-)
-def test_two_processes_make_what_one_makes(
-    copy_of_tiny: Copy, knobs: dict[str, int], over_a_phase: dict[str, Any]
-) -> None:
-    """Stopped on the way, and finished by one."""
+def test_two_processes_make_what_one_makes(copy_of_tiny: Copy) -> None:
+    """Stopped on the way, and finished by one, with all weights sharded in between.
+
+    Whitening, a baseline and a quantile are each over all rollouts, whichever process has read them.
+    """
+    over_a_phase = {"advantages": block(ReinforceBaseline), "top_entropy_share": 0.5}
+    knobs = {"zero_stage": 3, "frozen_zero_stage": 3}
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
         change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
@@ -306,6 +311,7 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
             "rollout_batch_size (4) times samples_per_prompt (2) must be a multiple of minibatch_size (3)",
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
+        ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -244,8 +244,8 @@ def test_a_folder_that_is_no_model_is_refused(copy_of_tiny: Copy) -> None:
 
 def test_a_language_model_is_no_reward_model(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
-    change(folder / "params.yaml", {"train_ppo": {"ppo": {"reward_model": "models/sft"}}})
-    assert "models/sft is not a reward model" in refused(folder, "train_ppo")
+    change(folder / "params.yaml", {"train_ppo": {"ppo": {"reward_model": "models/dpo"}}})
+    assert "models/dpo is not a reward model" in refused(folder, "train_ppo")
 
 
 def test_a_critic_with_another_tokenizer_is_refused_with_what_else_there_is(copy_of_tiny: Copy) -> None:

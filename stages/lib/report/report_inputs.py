@@ -22,6 +22,7 @@ SHARES = ("accuracy", "accuracies", "_win_rate_vs_reference", "eos_rate", "disti
 SHARES += ("calibration_error", "confidence")
 COUNTS = ("rows", "tokens", "prompts", "pairs", "rollouts", "iterations", "steps", "_step")
 ENDS = ("_ci_low", "_ci_high")
+OF_REWARDS = "validation_rewards_"  # and behind it the name of a reward, which a user chooses
 # The metric that is the mean of a key over all samples, whose numbers are rounded to six decimals.
 MEANS = {"kl": "kl_to_reference_mean", "length": "length_mean", "ended": "eos_rate", "gold": "gold_mean"}
 SAMPLE_ROUNDING = 1e-6
@@ -95,7 +96,7 @@ def expectation(key: str) -> tuple[Callable[[Any], bool], str]:
     """
     name, _, below = key.partition("/")
     name = below if name in KINDS or "/" in below else name
-    if name.startswith("mean_"):
+    if name.startswith(("mean_", OF_REWARDS)):
         return is_usable, A_NUMBER
     for end in ENDS:
         name = name.removesuffix(end)

@@ -23,6 +23,12 @@ class Collector(NamedTuple):
     critic: Callable | None
     batching: MicroBatching
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Of the parts of the reward, by name."""
+        parts = self.reward.by_name if isinstance(self.reward, Mixture) else {}
+        return {name: part.weight for name, part in parts.items()}
+
     def collect(self, prompts: Sequence[Prompt], phase: int, samples_per_prompt: int = 1) -> Rollouts:
         """Responses from the policy as it is, in a phase (0-based). Nothing that a checkpoint holds changes in it."""
         episodes = self.sampler.sample(prompts, phase, samples_per_prompt)

@@ -15,6 +15,7 @@ from stages.lib.rl.advantages import without_variance
 from stages.lib.rl.collector import Collector
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.prompt_table import prompts_from
+from stages.lib.rl.rewards.reward_metrics import failures_of
 from stages.lib.rl.rewards.scoring import ScoredEpisodes
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.score_normalisation import shape_scores
@@ -85,6 +86,7 @@ class GroupSampling:
         count = int(kept.sum())
         rows = [row for row in range(len(episodes)) if not count or kept[row // size]]
         rollouts = self.collector.read([episodes[row] for row in rows], scores_of_rows(scored, rows))
+        rollouts = rollouts._replace(failures=failures_of(scored.parts))  # of the groups that were left out, too
         return PhaseGroups(rollouts, asked, count, sampling_metrics(filtering, asked, count, used, rewards))
 
 

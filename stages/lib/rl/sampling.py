@@ -17,7 +17,8 @@ def uniform_draws(seed: int, step: int, row: int, count: int, sample: int = 0) -
     Philox draws four numbers for each value of its counter, whose first word is counted up. The third one tells samples
     apart, and the fourth one all of them from the order of rows.
     """
-    key, counter = [seed, (step << 32) + row], [0, 0, sample, 1]
+    # Of a list in which a number takes the 64th bit NumPy makes floats, in which all rows are one.
+    key, counter = np.array([seed, (step << 32) + row], dtype=np.uint64), [0, 0, sample, 1]
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 

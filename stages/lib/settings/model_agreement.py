@@ -64,7 +64,10 @@ def require_readable_reward_models(params: Mapping[str, Any]) -> None:
 
 
 def require_plain_ensemble(name: str, key: str, settings: Any, params: Mapping[str, Any]) -> None:
-    """Raise StageError where an entry says of an ensemble what each member says of itself, or has a member's name."""
+    """Raise StageError where an entry says of an ensemble what each member says of itself, or has a member's name.
+
+    And for a file in its folder that is of no member.
+    """
     if (settings.reward_head, settings.reward_label, settings.standardise_reward) != (None, None, False):
         raise StageError(
             f"params.yaml: {key}: reward_head, reward_label and standardise_reward are those of each member of an "
@@ -74,6 +77,10 @@ def require_plain_ensemble(name: str, key: str, settings: Any, params: Mapping[s
     twice = [member for member in members if member in settings.rewards]
     if twice:
         raise StageError(f"params.yaml: {key}.rewards.{twice[0]}: a member of the ensemble has that name; rename one")
+    # DVC leaves the file of an entry that was taken out, and a training stage counts each file as a member.
+    strays = sorted(file for file in (ENSEMBLES / name).glob("*.json") if file.stem not in members)
+    if members and strays:
+        raise StageError(f"{strays[0]} is of no entry of ensemble_member, and would be scored with, too; remove it")
 
 
 def require_models_on_the_way(params: Mapping[str, Any]) -> None:

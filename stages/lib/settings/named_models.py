@@ -67,6 +67,7 @@ OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
     ("train_rm", "model"): (LANGUAGE_MODEL, REWARD_MODEL),
     ("train_ppo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
     ("train_grpo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
+    ("pass_rates", "reward_model"): (REWARD_MODEL, ENSEMBLE),
 }
 
 

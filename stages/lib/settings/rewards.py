@@ -146,12 +146,12 @@ class MixedRewards(RewardSettings):
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
         refuse_unjudged(self.rewards)
-        is_weighted = any(reward.weight for reward in self.rewards.values())
+        has_weight = any(reward.weight for reward in self.rewards.values())
         if self.has_reward_model:
-            if not (self.reward_model_weight or is_weighted):
-                raise ValueError("reward_model_weight is 0, so that rewards must have one of a weight")
+            if not self.reward_model_weight and not has_weight:
+                raise ValueError("reward_model_weight is 0, so rewards must have one of a weight")
             return self
-        if not is_weighted:
+        if not has_weight:
             raise ValueError(
                 "reward_model names model itself, so that none takes part; then rewards must have one of a weight"
             )

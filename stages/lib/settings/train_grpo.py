@@ -22,7 +22,7 @@ from stages.lib.settings.kl_penalty import (
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
-from stages.lib.settings.rewards import REWARD_MODEL, MixedRewards
+from stages.lib.settings.rewards import MixedRewards
 from stages.lib.settings.sampling import SamplingSettings
 from stages.lib.settings.save_every import SaveEvery, save_every
 from stages.lib.settings.truncated import MissingEos, Truncated
@@ -104,6 +104,11 @@ class TrainGrpo(SamplingSettings, MixedRewards):
             )
         if self.advantages.type == "max_rl" and isinstance(self.kl, KlInReward):
             raise ValueError("advantages of type max_rl need rewards of at least 0: kl.type must not be in_reward")
+        if self.advantages.type == "gdpo" and isinstance(self.kl, KlInReward) and self.reads_reference:
+            raise ValueError(
+                "advantages of type gdpo standardise each part of the reward, a KL too, whatever its coefficient: "
+                "kl.type must not be in_reward"
+            )
         return self
 
     @model_validator(mode="after")
@@ -116,11 +121,6 @@ class TrainGrpo(SamplingSettings, MixedRewards):
                 f"samples_per_prompt ({self.responses_per_iteration})"
             )
         return self
-
-    @property
-    def part_weights(self) -> dict[str, float]:
-        """Of the parts of the reward, by name."""
-        return {REWARD_MODEL: self.reward_model_weight} | {name: part.weight for name, part in self.rewards.items()}
 
     @property
     def reads_reference(self) -> bool:

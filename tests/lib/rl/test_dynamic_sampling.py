@@ -14,6 +14,9 @@ from stages.lib.rl.collector import Collector
 from stages.lib.rl.dynamic_sampling import GroupSampling, teaches
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.prompt_table import prompts_of_phase
+from stages.lib.rl.rewards.mixture import Mixture, MixturePart
+from stages.lib.rl.rewards.reward_metrics import reward_metrics
+from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.declaration import block
 from stages.lib.settings.dynamic_sampling import DynamicSampling
@@ -80,6 +83,21 @@ def test_groups_that_are_alike_are_replaced_and_what_was_kept_stays() -> None:
     sampling.count(phase)
     assert sampling.phase(1).rollouts.episodes[0].prompt.row == [row for row in asked_rows(20) if row % 2][4]
     assert sampling.results() == {"prompts_asked": phase.asked, "prompts_left_out": phase.asked - 4}
+
+
+def test_failures_are_counted_in_groups_that_are_left_out_too() -> None:
+    """Where no response of an even row can be judged, all of its group get 0, and teach nothing."""
+
+    def reward(episodes: Sequence[Episode]) -> list[RewardScore]:
+        given = zip(episodes, odd_rows_differ(episodes), strict=True)
+        return [score if episode.prompt.row % 2 else Failure("timeout", "late") for episode, score in given]
+
+    sampling = group_sampling(
+        {"refill_rounds": 5, "above": None, "below": None}, Mixture({"own": MixturePart(reward, missing="skip")})
+    )
+    phase = sampling.phase(0)
+    assert phase.kept == 4 < phase.asked
+    assert reward_metrics(phase.rollouts)["reward_timeouts/own"] == 2 * (phase.asked - phase.kept)
 
 
 def test_when_the_rounds_are_over_a_phase_has_what_there_is() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.lib.command.errors import StageError
+from stages.lib.rl.held_out import STEP as HELD_OUT
 from stages.lib.rl.sampling import invert_distribution, likeliest, positions_of, require_room, uniform_draws
 from tests.tiny_models import tiny_llama
 
@@ -52,6 +53,13 @@ def test_draws_belong_to_seed_step_row_and_sample() -> None:
     others = [uniform_draws(*key, 5)[0] for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2))]
     others += [uniform_draws(1, 2, 3, 5, sample)[0] for sample in (1, 2)]
     assert len({draws[0], *others}) == 7
+
+
+def test_draws_of_evaluations_belong_to_a_row_too() -> None:
+    """Their step is the largest; beyond 2^63 the numbers of which a key is made are rounded by whoever is careless."""
+    assert HELD_OUT > 2**30
+    for step in (HELD_OUT, 2**32 - 1):
+        assert len({uniform_draws(17, step, row, 1)[0] for row in range(50)}) == 50
 
 
 def test_the_first_sample_draws_what_a_single_one_always_has() -> None:

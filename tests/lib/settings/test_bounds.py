@@ -50,7 +50,7 @@ def with_value(values: dict[str, Any], key: tuple[str, ...], value: Any) -> dict
 
 def refusal_of_params(key: tuple[str, ...], value: Any) -> str:
     top = key[0]
-    changed = with_value(PARAMS, key, value)[top]
+    changed = with_value({top: PARAMS[top]}, key, value)[top]
     with pytest.raises(StageError) as caught:
         build(KINDS[top], changed, f"params.yaml: {top}")
     return str(caught.value)

@@ -40,7 +40,7 @@ class JudgeScores:
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         bodies = [self.body(episode) for episode in episodes]
-        keys = [value_hash(["judge", self.settings.revision, body]) for body in bodies]
+        keys = [value_hash(["judge", self.settings.server, self.settings.revision, body]) for body in bodies]
         known: dict[str, str | Failure] = {**self.kept.find(keys)}
         body_of = {key: body for key, body in zip(keys, bodies, strict=True) if key not in known}
 

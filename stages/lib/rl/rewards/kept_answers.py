@@ -1,8 +1,8 @@
 """What servers have answered, kept in the scratch folder, so that nothing is asked twice.
 
 A killed run that is started again then sees the rewards that it saw, whatever the server would answer now. A key is a
-hash of all that an answer depends on: what is asked, and of which revision of what model. Where the server is does not
-count.
+hash of all that an answer depends on: what is asked, of which server by its name, and of which revision of what it
+serves. The server's address does not count.
 """
 
 import json

@@ -51,7 +51,7 @@ class RemoteScores:
 
     def _scores(self, episodes: Sequence[Episode]) -> list[RewardScore]:
         questions = [self.question(episode) for episode in episodes]
-        keys = [value_hash([self.settings.revision, question]) for question in questions]
+        keys = [value_hash([self.settings.server, self.settings.revision, question]) for question in questions]
         known: dict[str, RewardScore] = {**self.kept.find(keys)}
         open_keys = list(dict.fromkeys(key for key in keys if key not in known))
         question_of = dict(zip(keys, questions, strict=True))

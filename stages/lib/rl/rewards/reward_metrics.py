@@ -17,11 +17,15 @@ def with_parts(rollouts: Rollouts, parts: Mapping[str, Sequence[RewardScore]]) -
     """Rollouts that hold what each part of their reward said."""
     device = rollouts.logps.device
     tensors = {name: torch.tensor(numbers_of(scores), device=device) for name, scores in parts.items()}
-    failures = {
+    return rollouts._replace(parts=tensors, failures=failures_of(parts))
+
+
+def failures_of(parts: Mapping[str, Sequence[RewardScore]]) -> dict[str, Counter[str]]:
+    """How often each part has failed, by its name and the kind of the failure."""
+    return {
         name: Counter[str](score.kind for score in scores if isinstance(score, Failure))
         for name, scores in parts.items()
     }
-    return rollouts._replace(parts=tensors, failures=failures)
 
 
 def numbers_of(scores: Iterable[RewardScore]) -> list[float]:
@@ -30,15 +34,15 @@ def numbers_of(scores: Iterable[RewardScore]) -> list[float]:
 
 
 def reward_columns(names: Sequence[str], sources: Iterable[str]) -> tuple[str, ...]:
-    """The columns of `reward_metrics`; none where a reward model alone takes part, which is the score.
+    """The columns of `reward_metrics`; none where a reward model alone takes part on one source: that is the score.
 
     Args:
         names: of the parts of a mixture.
         sources: of the prompts.
     """
-    if [*names] == [REWARD_MODEL]:
-        return ()
     several = sorted(set(sources))
+    if [*names] == [REWARD_MODEL] and len(several) < 2:
+        return ()
     columns = []
     for name in names:
         columns += [f"rewards/{name}", *(f"rewards/{name}/{source}" for source in several if len(several) > 1)]
@@ -49,11 +53,11 @@ def reward_columns(names: Sequence[str], sources: Iterable[str]) -> tuple[str, .
 def reward_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Of each part the mean over the responses that it applies to, on all rows and on each source's, and its failures.
 
-    Nothing where a reward model alone takes part. A mean over no responses is left out.
+    Nothing where a reward model alone takes part on one source. A mean over no responses is left out.
     """
-    if [*rollouts.parts] in ([], [REWARD_MODEL]):
-        return {}
     sources = [episode.prompt.source for episode in rollouts.episodes]
+    if not rollouts.parts or ([*rollouts.parts] == [REWARD_MODEL] and len(set(sources)) < 2):
+        return {}
     found: dict[str, float] = {}
     for name, values in rollouts.parts.items():
         rows = {f"rewards/{name}": [*range(len(sources))]}

@@ -54,8 +54,9 @@ def test_what_a_judge_is_asked_and_what_its_answer_gives(tmp_path: Path) -> None
         "max_tokens": 512,
     }
     assert judge(address, tmp_path, lowest=0.0)(EPISODES) == [1.0, 0.4]  # of the kept answers: the server has gone
-    again = judge(address, tmp_path, model="another")(EPISODES)
-    assert [isinstance(score, Failure) for score in again] == [True, True]
+    for other in ({"model": "another"}, {"server": "another"}):
+        again = judge(address, tmp_path, **other)(EPISODES)
+        assert [isinstance(score, Failure) for score in again] == [True, True]
 
 
 @pytest.mark.parametrize(

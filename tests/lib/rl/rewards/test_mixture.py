@@ -104,4 +104,11 @@ def test_metrics_are_split_by_name_and_source() -> None:
     }
     assert found.keys() <= {*reward_columns(["model", "late"], "aba")}
     alone = with_parts(rollouts, {"reward_model": [1.0, 2.0, 3.0]})
-    assert (reward_metrics(alone), reward_columns(["reward_model"], "aba")) == ({}, ())
+    assert reward_metrics(alone)["rewards/reward_model/a"] == 2.0
+    assert reward_metrics(alone).keys() == {*reward_columns(["reward_model"], "aba")}
+
+
+def test_a_reward_model_alone_on_one_source_is_the_score() -> None:
+    numbers = torch.zeros(2, 2)
+    alone = with_parts(Rollouts(EPISODES[::2], *[numbers] * 7), {"reward_model": [1.0, 3.0]})
+    assert (reward_metrics(alone), reward_columns(["reward_model"], "aa")) == ({}, ())

@@ -158,13 +158,15 @@ def test_no_other_machine_is_served_without_a_token() -> None:
 
 
 def test_what_was_answered_is_not_asked_again(kept: KeptAnswers) -> None:
-    """Not after a kill, either, and not of another server; of another revision it is."""
+    """Not after a kill, either, and not at another address; of another server or revision it is."""
     with StandIn(lambda number, _: Told({"rewards": [10.0 * number + place for place in range(2)]})) as server:
         twice = [EPISODES[0], EPISODES[1], EPISODES[0]]
         assert remote(server.address, kept)(twice) == [0.0, 1.0, 0.0]
         assert [body["query"] for _, _, body in server.seen] == [["0 7 0 8 9", "1 7 1 8 9"]]
         address = server.address
     assert remote(address, kept, {"weight": 2.0})(EPISODES[:2]) == [0.0, 1.0]
+    (failure, _) = remote(address, kept, {"server": "theirs"}, attempts=1)(EPISODES[:2])
+    assert isinstance(failure, Failure)  # what one server has said is not what another one says
     (failure, _) = remote(address, kept, {"revision": "2"}, attempts=2)(EPISODES[:2])
     assert isinstance(failure, Failure)
     assert re.fullmatch(
