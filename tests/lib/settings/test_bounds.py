@@ -1,12 +1,15 @@
 """Every key of params.yaml and runtime.yaml refuses what no run could use, and names itself and the bound."""
 
+import functools
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from stages.lib.command import wrong_values
 from stages.lib.command.errors import StageError, one_line
 from stages.lib.command.params import build
 from stages.lib.command.strict_yaml import load_yaml
@@ -29,6 +32,18 @@ ABSURD = {
     "half a surrogate pair": "\ud800",
     "nested lists": [[[10**4000]]],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_schema_made_once() -> Iterator[None]:
+    """A refusal makes the schema of its section, which takes most of its time; one user meets one of them."""
+
+    class OfOneSection(TypeAdapter):
+        json_schema = functools.cache(TypeAdapter.json_schema)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrong_values, "TypeAdapter", functools.cache(OfOneSection))
+        yield
 
 
 def keys_of(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
