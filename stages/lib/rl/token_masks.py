@@ -15,8 +15,14 @@ def without_truncated(rollouts: Rollouts) -> Rollouts:
     return rollouts._replace(response_mask=rollouts.response_mask & rollouts.ended[:, None])
 
 
+# In nats: a prompt's samples often begin alike, and the last digits of equal entropies depend on how passes are cut.
+ALIKE = 1e-5
+
+
 def highest_entropy(entropies: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
     """True on the tokens whose entropy is not below the (1 - share)-quantile of all of them (arXiv 2506.01939, Eq 5).
+
+    Those that are below it by rounding alone (`ALIKE`) count as equal to it.
 
     Args:
         entropies: of a whole optimizer step's tokens, over all its micro-batches and processes, (b, t).
@@ -28,7 +34,7 @@ def highest_entropy(entropies: torch.Tensor, mask: torch.Tensor, share: float) -
     if not found.numel():
         return mask
     place = math.ceil((1 - share) * (found.numel() - 1))  # 0-based: the quantile's next value, so as many are kept
-    return mask & (entropies >= found.sort().values[place])
+    return mask & (entropies >= found.sort().values[place] - ALIKE)
 
 
 def still_on_policy(

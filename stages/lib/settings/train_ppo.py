@@ -137,6 +137,14 @@ class TrainPpo(SamplingSettings, MixedRewards):
                 "reuse_sampler_logps must be false with a critic of type shared_trunk: the pass that it saves also "
                 "gives the values"
             )
+        held_out = self.held_out
+        compares = held_out is not None and (held_out.keep == "best" or held_out.early_stopping is not None)
+        best_by = held_out.best_by.metric if held_out and compares else ""
+        if self.reference_reset is not None and best_by in ("objective/kl", "objective/rlhf_reward"):
+            raise ValueError(
+                f"held_out.best_by.metric {best_by} compares KLs to several references, since reference_reset is set: "
+                "take objective/rewards"
+            )
         if self.responses_per_iteration % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "

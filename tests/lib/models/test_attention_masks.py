@@ -2,11 +2,13 @@
 
 import torch
 
-from stages.lib.models.attention_masks import model_mask
+from stages.lib.models.attention_masks import PARTS, model_mask
 
 
 def test_a_token_sees_its_own_part_and_the_prompt_before_it() -> None:
-    parts = torch.tensor([[1, 2, 2, 3, 3, 5, 6, 0]])  # a prompt and two replies, another with one, padding
+    parts = torch.tensor(
+        [[1, 2, 2, 3, 3, PARTS + 1, PARTS + 2, 0]]
+    )  # a prompt and two replies, another with one, padding
     mask = model_mask(parts, torch.bfloat16)
     assert mask is not None
     assert mask.shape == (1, 1, 8, 8)

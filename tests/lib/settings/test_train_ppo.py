@@ -7,6 +7,7 @@ import pytest
 from stages.lib.command.errors import StageError
 from stages.lib.settings.agreement import require_agreement
 from stages.lib.settings.declaration import block
+from stages.lib.settings.held_out import HeldOutSettings
 from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.named_models import require_kinds
@@ -28,6 +29,7 @@ ADAPTIVE = {"kl": block(KlInReward, controller=block(AdaptiveKl, horizon=50.0))}
         (NO_KL | RESET, "reference_reset: kl has no reference; set null"),
         (RESET | {"reference": "models/base"}, "reference_reset: the reference becomes the policy"),
         (RESET | {"lora": LORA}, "reference_reset moves whole models, and lora trains adapters"),
+        (RESET | {"held_out": block(HeldOutSettings, keep="best")}, "compares KLs to several references"),
         (ADAPTIVE | {"samples_per_prompt": 2}, "more than a fifth of the responses of a phase (256)"),
         ({"kl": block(KlInLoss) | {"estimator": "k1"}}, "k1 in the loss has a gradient of mean 0"),
         ({"kl": block(NoKl) | {"coef": 0.1}}, "train_ppo.ppo.kl.coef is not a known key"),
