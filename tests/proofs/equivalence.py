@@ -95,6 +95,16 @@ SEVERAL_PROCESSES = {
         "micro_batch_tokens": 200,
         "gradient_checkpointing": True,
     },
+    "ZeRO 3, offloaded, packing, checkpointing": {
+        **ZERO_3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+        "frozen_offload_parameters": True,
+        "logits_chunk_tokens": 7,
+        "packing": True,
+        "micro_batch_tokens": 200,
+        "gradient_checkpointing": True,
+    },
     "ZeRO 2, prompts shared": {"zero_stage": 2, "pass_cost": DEAR_PADDING},
     "plain torch, micro-batch 1": {"engine": "torch", "micro_batch_tokens": 1, "generation_batch_size": 1},
 }
