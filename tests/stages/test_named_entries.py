@@ -238,8 +238,8 @@ def of(section: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (
             of("train_ppo", reward_model="models/dpo"),
-            "train_ppo.ppo.reward_model: expected a reward model or an ensemble of reward models, and models/dpo, which "
-            "train_dpo.dpo makes, is a language model",
+            "train_ppo.ppo.reward_model: expected a reward model or an ensemble of reward models, and models/dpo, "
+            "which train_dpo.dpo makes, is a language model",
         ),
         (
             of("train_rm", model="models/rm"),
