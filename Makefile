@@ -211,8 +211,8 @@ losses: $(VENV) ## Train with every preference loss on the pairs here, and write
 	.venv/bin/python -m benchmarks.loss_table --seeds 18 --seeds 19
 
 lint: $(VENV) ## Check style, format and types
-	.venv/bin/ruff check benchmarks stages tests
-	.venv/bin/ruff format --check benchmarks stages tests
+	.venv/bin/ruff check benchmarks rewards stages tests
+	.venv/bin/ruff format --check benchmarks rewards stages tests
 	.venv/bin/pyrefly check --summary=none
 
 clean: ## Remove training state (a killed run then starts anew), half-written outs and caches; data/, models/ and answers of reward servers stay
