@@ -243,8 +243,8 @@ def test_a_failed_step_fails_the_target_and_prunes_nothing(project):
         (
             ["lint"],
             [
-                "ruff check benchmarks stages tests",
-                "ruff format --check benchmarks stages tests",
+                "ruff check benchmarks rewards stages tests",
+                "ruff format --check benchmarks rewards stages tests",
                 "pyrefly check --summary=none",
             ],
         ),
