@@ -40,9 +40,11 @@ class PromptLayer:
         self.own_values[:, :, place : place + 1] = values
 
     def keep(self, rows: torch.Tensor, tokens: int, prompts: torch.Tensor | None, width: int) -> None:
-        """Forget all other rows, which have so many tokens, and all other prompts (None: keep them).
+        """Drop all rows but these, and all prompts but those.
 
         Args:
+            tokens: that each row has by now.
+            prompts: those to keep; None: all.
             width: of the prompts that are kept.
         """
         if tokens:

@@ -76,7 +76,7 @@ class Steps:
 )
 def test_the_last_weights_within_the_limit_stay(distances: list[float], stand: list[int]) -> None:
     steps = Steps(distances)
-    limited = LimitedUpdates(steps, limit=3.5)  # type: ignore[arg-type]
+    limited = LimitedUpdates(steps, limit=3.5)
     for rows in ([0], [1], [2]):
         limited.update(rows)
     limited.check([0])
@@ -89,7 +89,7 @@ def test_the_last_weights_within_the_limit_stay(distances: list[float], stand: l
 
 def test_without_a_limit_nothing_is_measured() -> None:
     steps = Steps([9, 9])
-    limited = LimitedUpdates(steps, limit=None)  # type: ignore[arg-type]
+    limited = LimitedUpdates(steps, limit=None)
     limited.update([0])
     limited.update([1])
     limited.check([0])

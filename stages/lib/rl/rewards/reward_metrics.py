@@ -29,7 +29,7 @@ def failures_of(parts: Mapping[str, Sequence[RewardScore]]) -> dict[str, Counter
 
 
 def numbers_of(scores: Iterable[RewardScore]) -> list[float]:
-    """NaN where there is no number."""
+    """The scores as numbers, NaN for those that are missing or failed."""
     return [math.nan if score is None or isinstance(score, Failure) else score for score in scores]
 
 

@@ -155,7 +155,7 @@ def test_a_prompt_is_read_once_without_padding_and_ended_rows_leave() -> None:
 class OneOfTwo(Processes):
     """One of two processes that run one after the other: each goes on until the last token, as if the other had to."""
 
-    def any(self, flag: bool) -> bool:  # noqa: ARG002 (the other one's is not known)
+    def any(self, flag: bool) -> bool:  # noqa: ARG002 (the other process is not simulated)
         return True
 
     def gather_rows(self, own: Mapping[int, Any]) -> list[Any]:
