@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from stages.lib.rl.log_ratios import ratio_less_one, ratio_of
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, KlPenalty, first_kl_coef
 
@@ -27,7 +28,7 @@ def kl_estimate(
     Args:
         logps, reference_logps: in nats, both at the sampling temperature, (b, t).
     Returns:
-        (b, t). Positions that do not count are the caller's to mask (with `where`: k3 may be inf there).
+        (b, t). Positions that do not count are the caller's to mask (with `where`).
     """
     log_ratio = logps - reference_logps
     if kind == "k1":
@@ -35,7 +36,7 @@ def kl_estimate(
     if kind == "k2":
         return log_ratio**2 / 2
     if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        return ratio_less_one(-log_ratio) + log_ratio
     raise ValueError(f"kind of KL estimate must be k1, k2 or k3, found {kind!r}")
 
 
@@ -65,7 +66,7 @@ def kl_loss(
     estimate = kl_estimate(log_ratio, torch.zeros_like(log_ratio), settings.estimator)
     if not settings.bias_correction:
         return estimate
-    ratio = torch.where(response_mask, logps - old_logps.detach(), 0.0).exp()
+    ratio = ratio_of(torch.where(response_mask, logps - old_logps.detach(), 0.0))
     return estimate * (ratio if settings.estimator == "k3" else ratio.detach())
 
 
