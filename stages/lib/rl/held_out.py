@@ -1,7 +1,6 @@
 """Held-out evaluation of a policy while it trains: its answers to validation prompts, and which weights are best."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -18,7 +17,7 @@ from stages.lib.rl.rewards.reward_metrics import reward_metrics
 from stages.lib.rl.rewards.scoring import RewardError
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts, summary
-from stages.lib.rl.samplers.own import OwnSampler
+from stages.lib.rl.samplers.sampler import SamplerError
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.epochs import BestBy
 from stages.lib.settings.held_out import HeldOutSettings
@@ -115,7 +114,7 @@ class HeldOutEvaluation:
         self.settings = settings = section.held_out
         self.metrics = evaluated_metrics(section, (prompt.source for prompt in prompts))
         self.prompts = prompts
-        self.collector = collector._replace(critic=None, sampler=undisturbed(cast(OwnSampler, collector.sampler)))
+        self.collector = collector._replace(critic=None, sampler=collector.sampler.undisturbed())
         self.rewards = rewards
         self.log = log
         self.max_kl = max_kl
@@ -139,6 +138,7 @@ class HeldOutEvaluation:
             stands: phases whose updates are in the weights that training has stepped back to; None: all are.
         Raises:
             RewardError: a response has no reward; nothing that a checkpoint holds has changed.
+            SamplerError: an engine has failed that samples; the same.
         """
         if self.settings is None or not (is_last or (phase + 1) % self.settings.every == 0):
             return {}
@@ -152,16 +152,16 @@ class HeldOutEvaluation:
             results = self._found(rollouts, phase) if isinstance(rollouts, Rollouts) else {}
             if results and not self._is_passed_over(results, stepped_back=stands is not None):
                 self.best.offer(results, phase + 1 if stands is None else stands, self._weights)
-        if isinstance(rollouts, RewardError):
+        if not isinstance(rollouts, Rollouts):
             raise rollouts
         self.log.append(phase, rollouts, rollouts.kl("k1"))
         return results
 
-    def _rollouts(self) -> Rollouts | RewardError:
-        """The responses, or why one has no reward: an error of all processes, which first go back to their weights."""
+    def _rollouts(self) -> Rollouts | RewardError | SamplerError:
+        """The responses, or why there are none: an error of all processes, which first go back to their weights."""
         try:
             return self.collector.collect(self.prompts, STEP)
-        except RewardError as error:
+        except (RewardError, SamplerError) as error:
             return error
 
     def _found(self, rollouts: Rollouts, phase: int) -> dict[str, float]:
@@ -193,11 +193,3 @@ class HeldOutEvaluation:
         own = self.best.results.items()
         found = {f"validation_{short.get(name, name.replace('/', '_'))}": value for name, value in own}
         return {**found, "kept_iteration": self.best.step}
-
-
-def undisturbed(sampler: OwnSampler) -> OwnSampler:
-    """With random numbers that belong to a prompt, and without the stops between batches.
-
-    A stop in the middle of an evaluation would save weights after the updates of a phase as those before them.
-    """
-    return replace(sampler, by_row=True, after_batch=lambda: None)

@@ -19,6 +19,8 @@ from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward, RewardError
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.samplers.sampler import SamplerError
+from stages.lib.rl.samplers.vllm_sampler import EngineHome
 from stages.lib.rl.step_back import KlLimit
 from stages.lib.rl.symptoms import new_in
 from stages.lib.rl.trained_phase import TrainedPhase
@@ -92,7 +94,7 @@ def end_phase(
     """
     assert trained.row is not None
     planned_end = iteration + 1 == settings.iterations
-    with this_run.keeping_state(RewardError, changed=True):
+    with this_run.keeping_state(RewardError, SamplerError, changed=True):
         stands = limit.phases if limit and early_stop.stopped_after else None
         found = held_out.after_phase(iteration, is_last=planned_end or early_stop.stopped_after > 0, stands=stands)
         ends = not early_stop.stopped_after and (planned_end or held_out.patience.is_over)
@@ -139,6 +141,15 @@ def kept_rewards(this_run: TrainingRun) -> KeptRewards:
     if scratch is None:
         return KeptRewards(None, "", this_run.processes)
     return KeptRewards(KeptAnswers(scratch.kept / "rewards.sqlite"), scratch.code, this_run.processes)
+
+
+def engine_home(this_run: TrainingRun) -> EngineHome | None:
+    """Where a sampler outside of the stage's processes keeps what is its own; None but in the main process."""
+    scratch, folder = this_run.scratch, this_run.runtime.vllm.weights_folder
+    if scratch is None:
+        return None
+    weights = scratch.folder / "vllm" if folder is None else Path(folder) / scratch.folder.name
+    return EngineHome(scratch.kept / "responses.sqlite", weights, scratch.code)
 
 
 def reward_models(reward: Reward) -> Iterator[RewardModel]:
