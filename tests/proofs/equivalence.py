@@ -203,7 +203,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
     with inside(project):
         processes = join_processes(read_runtime("train_sft"))
     knobs = ONE_PROCESS if processes.world_size == 1 else SEVERAL_PROCESSES
-    alone = replace(processes, rank=0, world_size=1)
+    alone, commit = replace(processes, rank=0, world_size=1), measured_commit()
     if precision == "bf16":
         if processes.is_main:
             make_bf16_project(project, alone)
@@ -228,7 +228,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
             folder = run_stage(project, stage, changes, probe, processes)
             if processes.is_main:
                 row = {"stage": stage, "precision": precision, "processes": processes.world_size, "configuration": name}
-                row |= {"commit": measured_commit()}
+                row |= {"commit": commit}
                 rows.append({**row, **compare(probe, folder, reference, stage)})
                 rows[-1]["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(rows[-1]), flush=True)
