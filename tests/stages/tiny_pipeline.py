@@ -62,7 +62,7 @@ TINY = {
 def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
     """A block that names its `type` replaces the one that stands there."""
     for key, value in values.items():
-        if isinstance(value, dict) and "type" not in value and settings.get(key) is not None:
+        if isinstance(value, dict) and "type" not in value and settings.get(key):
             lay_over(settings[key], value)
         else:
             assert key in settings, f"params.yaml has no key {key}"
