@@ -48,6 +48,7 @@ if not asks_for_help():
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
+    from stages.lib.rl.engine_correction import engine_columns, engine_corrected
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
@@ -111,6 +112,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     }
     absent = ("value/grad_norm", "value/learning_rate") if settings.critic.type == "shared_trunk" else ()
     own = [name for name in COLUMNS if name not in absent]
+    own += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
     return (*own, *(name for name, is_there in added.items() if is_there))
 
 
@@ -213,7 +215,8 @@ def ppo_phases(
         # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
         advantages, returns = gae(rollouts, settings)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
-        row |= {"objective/kl_coef": kl_coef}
+        rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
+        row |= of_engine | {"objective/kl_coef": kl_coef}
         row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
         entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
         if settings.entropy_bonus.type != "none":
@@ -319,12 +322,13 @@ def policy_sums(
     mask = rollouts.response_mask[one.rows]
     logps = one.batch.on_completions(found.logps, mask.shape[1])
     terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
-    sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+    losses = rollouts.weighted(terms.losses, one.rows)
+    sums = {"loss": losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
     if settings.reuse_sampler_logps:
         sums |= {"first_ratio": ratio_sum(logps, rollouts.logps[one.rows], mask)}
     if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
-        kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
-        sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
+        kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl)
+        sums |= {"loss": sums["loss"] + settings.kl.coef * rollouts.weighted(kl, one.rows).sum(), "kl": kl.sum()}
     if entropy_coef:
         sums |= {"loss": sums["loss"] - entropy_coef * found.entropies.sum()}
     return sums
