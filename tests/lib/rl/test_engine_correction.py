@@ -1,17 +1,16 @@
 """Importance weights for a sampler that is not quite the policy: by hand, and against the gradient of all responses."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from stages import train_ppo
 from stages.lib.command.errors import StageError
 from stages.lib.rl.engine_correction import engine_columns, engine_corrected
 from stages.lib.rl.group_loss import step_loss
+from stages.lib.rl.ppo_loss import PpoLoss
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.declaration import block
 from stages.lib.settings.engine_correction import (
@@ -29,6 +28,7 @@ from tests.lib.rl import enumerated_responses as every
 from tests.lib.rl.test_rollouts import EPISODES, read
 from tests.tiny_models import tiny_llama
 
+KL_COEF = 0.5
 NONE = block(NoEngineCorrection)
 MODELS = {"token_truncated": TokenTruncated, "token_masked": TokenMasked}
 MODELS |= {"sequence_truncated": SequenceTruncated, "sequence_masked": SequenceMasked}
@@ -121,9 +121,9 @@ def gradient_of(settings: Any, engine: torch.Tensor, policy: torch.Tensor) -> to
     module, advantages = every.TableEngine(policy), every.advantages(engine)
     one = every.one_pass(module)
     if isinstance(settings, TrainPpo):
-        loss, scale = partial(train_ppo.policy_loss, settings, advantages, 0.0), 1.0
+        loss, scale = PpoLoss(settings, advantages, advantages, KL_COEF).of_policy, 1.0
     else:
-        loss, responses = step_loss(settings, rollouts, advantages, one.rows), len(one.rows)
+        loss, responses = step_loss(settings, KL_COEF, rollouts, advantages, one.rows), len(one.rows)
         scale = settings.max_new_tokens * responses / int(rollouts.response_mask.sum())  # Dr. GRPO's denominator
     (found,) = torch.autograd.grad(loss(rollouts, one)["loss"] * scale, module.logits)
     return -found
@@ -161,7 +161,7 @@ def test_weights_of_responses_give_the_gradient_of_the_policy(engine: torch.Tens
 
 
 def test_the_kl_in_the_loss_is_weighted_too() -> None:
-    kl, chosen = block(KlInLoss, coef=0.5), block(SequenceTruncated, upper=1e6)
+    kl, chosen = block(KlInLoss), block(SequenceTruncated, upper=1e6)
     for with_kl, weighted in zip(entries(NONE, kl), entries(chosen, kl), strict=True):
         wanted = gradient_of(with_kl, POLICY, POLICY)
         engine = ENGINES["weights a phase old"]
