@@ -48,6 +48,7 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.sampler import SamplerError
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
@@ -85,7 +86,7 @@ def grpo_phases(
         if early_stop.stopped_after:
             continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
-        with this_run.keeping_state(RewardError):
+        with this_run.keeping_state(RewardError, SamplerError):
             phase = sampling.phase(iteration)
         rollouts = phase.rollouts
         this_run.may_stop()

@@ -63,6 +63,7 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.sampler import SamplerError
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.step_back import LimitedUpdates
     from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
@@ -199,7 +200,7 @@ def ppo_phases(
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        with this_run.keeping_state(RewardError):
+        with this_run.keeping_state(RewardError, SamplerError):
             rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorrection
+from stages.lib.settings.sampler import OwnSampling, SamplerChoice
 
 
 class SamplingSettings(Settings):
@@ -25,12 +26,12 @@ class SamplingSettings(Settings):
     stop_strings: Several[Text] = key(
         [], 'texts, such as "\\nUser:", each of which ends a response like EOS, and stays in it'
     )
+    sampler: SamplerChoice = key(block(OwnSampling), "what draws responses")
     reuse_sampler_logps: bool = key(
         False,
         "take log-probs and entropies of responses from sampling, instead of a pass over them; in bf16 they differ "
         "from those of a pass, and so the first ratios from 1: the curve has them as policy/first_ratio",
     )
-
     engine_correction: EngineCorrection = key(
         block(NoEngineCorrection),
         "weights by which the loss makes up for a sampler that draws from another distribution than the trainer's "
@@ -40,7 +41,7 @@ class SamplingSettings(Settings):
     @property
     def keeps_engine_logps(self) -> bool:
         """Whether responses come with the sampler's log-probs, to be compared with the policy's own."""
-        return self.engine_correction.type != "none"
+        return self.engine_correction.type != "none" or self.sampler.type != "own"
 
     @model_validator(mode="after")
     def _check_engine_correction(self) -> "SamplingSettings":
@@ -66,4 +67,10 @@ class SamplingSettings(Settings):
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
             )
+        if self.reuse_sampler_logps and self.sampler.type != "own":
+            raise ValueError(
+                f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
+            )
+        if self.sampler.type == "vllm" and self.sampler.pushes == "adapter" and getattr(self, "lora", None) is None:
+            raise ValueError("sampler.pushes: adapter needs one, and lora is null; set weights")
         return self
