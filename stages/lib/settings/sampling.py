@@ -53,12 +53,10 @@ class SamplingSettings(Settings):
                 f"{where} compares log-probs of sampling with those of a pass, which reuse_sampler_logps: true leaves "
                 "out; set one of them back"
             )
-        for name, free in (("top_k", None), ("top_p", 1.0), ("min_new_tokens", 0)):
-            if getattr(self, name) != free:
-                raise ValueError(
-                    f"{where} needs what was drawn from to be the whole distribution: set {name}: "
-                    f"{'null' if free is None else free}"
-                )
+        whole = {"top_k: null": self.top_k is None, "top_p: 1.0": self.top_p == 1}
+        for value, is_set in (whole | {"min_new_tokens: 0": self.min_new_tokens <= 1}).items():
+            if not is_set:
+                raise ValueError(f"{where} needs what was drawn from to be the whole distribution: set {value}")
         return self
 
     @model_validator(mode="after")
