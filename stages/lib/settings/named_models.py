@@ -68,6 +68,7 @@ OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
     ("train_ppo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
     ("train_grpo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
     ("pass_rates", "reward_model"): (REWARD_MODEL, ENSEMBLE),
+    ("sample_pairs", "reward_model"): (REWARD_MODEL, ENSEMBLE),
 }
 
 
