@@ -12,6 +12,7 @@ from stages.lib.command.errors import LONGEST_MESSAGE, StageError
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, expectation, read_inputs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.stages.tiny_pipeline import inside, write_yaml
 
@@ -153,7 +154,7 @@ def page_in(folder):
 
 def report(folder, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "stages.report", *ARGUMENTS],
+        [*loaded_python(), "-m", "stages.report", *ARGUMENTS],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
         capture_output=True,
