@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.stages.tiny_pipeline import TINY, change
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "LAUNCH")}
+    environment["LAUNCH"] = " ".join([*loaded_python(), "-m"])
     environment["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 

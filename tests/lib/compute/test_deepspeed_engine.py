@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.two_processes import run_on_two_processes
 
@@ -103,7 +103,7 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         ("float32", 2, {"csv_monitor": {"enabled": True, "output_path": "/proc/none", "job_name": "a"}}),
         ("float32", 2, {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
     ]
-    words = [sys.executable, "-c", KEYS, json.dumps(tried)]
+    words = [*loaded_python(), "-c", KEYS, json.dumps(tried)]
     done = subprocess.run(
         words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )
