@@ -48,6 +48,7 @@ if not asks_for_help():
     from stages.lib.rl.advantages import gae
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.early_stop import EarlyStop
+    from stages.lib.rl.engine_correction import engine_columns, engine_corrected
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
@@ -117,6 +118,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     }
     absent = ("value/grad_norm", "value/learning_rate") if settings.critic.type == "shared_trunk" else ()
     own = [name for name in COLUMNS if name not in absent]
+    own += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
     return (*own, *(name for name, is_there in added.items() if is_there))
 
 
@@ -220,7 +222,8 @@ def ppo_phase(
     # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
     advantages, returns = gae(rollouts, settings)
     row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
-    row |= {"objective/kl_coef": kl_coef}
+    rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
+    row |= of_engine | {"objective/kl_coef": kl_coef}
     row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
     entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
     if settings.entropy_bonus.type != "none":
