@@ -52,8 +52,9 @@ def kl_loss(
     On tokens that the policy itself sampled, the mean gradient of k2 is that of KL(policy || reference) and that of k3
     is that of KL(reference || policy). The tokens are an earlier policy's, though. The bias correction (arXiv
     2512.02556, section 3.1) multiplies by rho = exp(logp - old logp), so that the mean is over the policy's tokens:
-    with k3, whose mean is the KL, rho carries gradient, and the gradient becomes that of KL(policy || reference); with
-    k2, whose gradient is right and whose mean is not, it carries none.
+    with k3, whose mean is the KL, rho carries gradient; with k2, whose gradient is right and whose mean is not, it
+    carries none. Either way the gradient is rho d times that of logp, that of KL(policy || reference), and is written
+    so: the exponentials of k3, which cancel, may be beyond all numbers.
 
     Args:
         logps: of the policy, with gradient, in nats, (b, t); `old_logps` those of the policy that sampled, and
@@ -66,8 +67,8 @@ def kl_loss(
     estimate = kl_estimate(log_ratio, torch.zeros_like(log_ratio), settings.estimator)
     if not settings.bias_correction:
         return estimate
-    ratio = ratio_of(torch.where(response_mask, logps - old_logps.detach(), 0.0))
-    return estimate * (ratio if settings.estimator == "k3" else ratio.detach())
+    ratio, held = ratio_of(torch.where(response_mask, logps - old_logps, 0.0)).detach(), log_ratio.detach()
+    return ratio * (estimate.detach() + held * (log_ratio - held))
 
 
 class FixedKLController:
