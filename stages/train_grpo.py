@@ -37,6 +37,7 @@ if not asks_for_help():
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.dynamic_sampling import GROUP_COLUMNS, GroupSampling
     from stages.lib.rl.early_stop import EarlyStop
+    from stages.lib.rl.engine_correction import engine_columns, engine_corrected
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
     from stages.lib.rl.kl_control import new_controller
@@ -101,6 +102,8 @@ def grpo_phases(
         advantages = advantages_of(rollouts, settings.advantages, collector.reward_weights)
         row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
         require_finite(row["objective/rewards"], "reward", iteration)
+        rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
+        row |= of_engine
         # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.
         sampling.count(phase)
         batches = [*minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration)]
@@ -110,7 +113,7 @@ def grpo_phases(
         counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
         found = []
         for rows in batches:
-            loss = step_loss(settings, counted, advantages, rows)
+            loss = step_loss(settings, kl_coef, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
         row |= means_of_updates(found) | {"policy/updates": float(len(found))}
         # 4. The coefficient of the next phase's KL.
@@ -156,6 +159,7 @@ def main(
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
     columns += GROUP_COLUMNS if settings.dynamic_sampling else ()
     columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
+    columns += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:

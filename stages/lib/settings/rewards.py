@@ -49,6 +49,16 @@ class MathReward(RewardPart):
         return self
 
 
+class FinalAnswerReward(RewardPart):
+    """1 for one final answer that is the row's, letter by letter, else 0."""
+
+    type: Literal["final_answer"] = key(
+        "final_answer", "1 for a finished response that ends in its only mark and the right answer, else 0"
+    )
+    answer: Text = key("answer", "the fact that holds the right answer, a text or a whole number")
+    mark: Text = key("####", "what stands before the answer; all that follows it in a response is the answer")
+
+
 def expression(text: str) -> str:
     """Raise ValueError unless Python's re can read it."""
     try:
@@ -114,6 +124,7 @@ class OverlongReward(RewardPart):
 AnyReward = Annotated[
     FunctionReward
     | MathReward
+    | FinalAnswerReward
     | FormatReward
     | CosineLengthReward
     | RepetitionReward
