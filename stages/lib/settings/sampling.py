@@ -1,4 +1,4 @@
-"""Keys of sections that sample from the policy they train."""
+"""Keys of sections that sample from a policy."""
 
 from typing import Annotated
 
@@ -9,12 +9,11 @@ from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, T
 from stages.lib.settings.declaration import Settings, key
 
 
-class SamplingSettings(Settings):
-    """How responses are drawn. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+class DrawnResponses(Settings):
+    """What may be drawn, and where a response ends."""
 
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     min_new_tokens: Annotated[int, Ge(0), Le(2**20)] = key(0, "before which a response does not end", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     top_k: Count | None = key(None, "draw among this many likeliest tokens; null: among all", unit="tokens")
     top_p: Annotated[float, Gt(0), Le(1)] = key(
         1.0,
@@ -24,16 +23,22 @@ class SamplingSettings(Settings):
     stop_strings: Several[Text] = key(
         [], 'texts, such as "\\nUser:", each of which ends a response like EOS, and stays in it'
     )
-    reuse_sampler_logps: bool = key(
-        False,
-        "take log-probs and entropies of responses from sampling, instead of a pass over them; in bf16 they differ "
-        "from those of a pass, and so the first ratios from 1: the curve has them as policy/first_ratio",
-    )
 
     @model_validator(mode="after")
-    def _check_sampling(self) -> "SamplingSettings":
+    def _check_lengths(self) -> "DrawnResponses":
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
             )
         return self
+
+
+class SamplingSettings(DrawnResponses):
+    """How responses are drawn. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+
+    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
+    reuse_sampler_logps: bool = key(
+        False,
+        "take log-probs and entropies of responses from sampling, instead of a pass over them; in bf16 they differ "
+        "from those of a pass, and so the first ratios from 1: the curve has them as policy/first_ratio",
+    )
