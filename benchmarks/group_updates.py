@@ -3,10 +3,10 @@
     python -m benchmarks.group_updates                                 random models, prompts of several lengths
 
 The loss is that of the default run. Both ways start from the same weights and take the same steps on the same rollouts,
-in turn, `--rounds` times; the best round of each counts, in seconds of the processor for an update. A prompt is computed
-once where `runtime.yaml: pass_cost` says that it pays. "Prompt" and "response" are tokens, of a response in the mean, a
-minibatch is of 128 rollouts, "rows" are those of all passes, and "distance" is the relative L2 distance of the weights
-that both ways end with.
+in turn, `--rounds` times; the best round of each counts, in seconds of the processor for an update. A prompt is
+computed once where `runtime.yaml: pass_cost` says that it pays. "Prompt" and "response" are tokens, of a response in
+the mean, a minibatch is of 64 rollouts, "rows" are those of all passes, and "distance" is the relative L2 distance of
+the weights that both ways end with.
 
 A group whose responses are in several minibatches is computed in each of them: the smaller a share of the rollouts a
 minibatch is, the less there is to share.
@@ -57,9 +57,9 @@ class Phase(NamedTuple):
 
 
 PHASES = tuple(
-    Phase(samples, prompt, response, 128, minibatch)
-    for samples, minibatch in ((4, 64), (8, 64), (8, 128))
-    for prompt, response in ((24, 48), (96, 48), (384, 48))
+    Phase(samples, prompt, 48, 64, minibatch)
+    for samples, minibatch in ((4, 32), (8, 32), (8, 64))
+    for prompt in (24, 96, 256)
 )
 
 

@@ -14,6 +14,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
@@ -162,7 +163,7 @@ def page_in(folder):
 
 def report(folder, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "stages.report", *ARGUMENTS],
+        [*loaded_python(), "-m", "stages.report", *ARGUMENTS],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
         capture_output=True,

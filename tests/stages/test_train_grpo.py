@@ -14,6 +14,7 @@ from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
 from stages.lib.settings.advantages import Advantages, ReinforceBaseline
 from stages.lib.settings.declaration import block
+from stages.lib.settings.engine_correction import TokenTruncated
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.policy_loss import PolicyLoss
@@ -135,6 +136,23 @@ def test_log_probs_of_sampling_stand_for_those_of_a_pass(copy_of_tiny: Copy, tin
     assert rows["policy/first_ratio"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
     for name in ("objective/scores", "objective/entropy", "policy/entropy", "policy/loss"):
         assert rows[name].tolist() == pytest.approx(wanted[name].tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_a_sampler_that_agrees_is_weighted_with_1(copy_of_tiny: Copy, tiny: Path) -> None:
+    """Of float32 both sides differ by rounding; their log-probs stand side by side in the table of rollouts."""
+    folder, chosen = copy_of_tiny(), block(TokenTruncated)
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"engine_correction": chosen}}})
+    call(folder, "train_grpo")
+    rows = curve(folder, "train_grpo")
+    assert (rows["engine/logp_difference_max"] < 1e-4).all()
+    assert (rows["engine/logp_difference"] > 0).all()
+    assert rows["engine/weight"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    assert rows["engine/bounded"].tolist() == [0, 0, 0]
+    assert rows["policy/loss"].tolist() == pytest.approx(curve(tiny, "train_grpo")["policy/loss"].tolist(), abs=1e-5)
+    for rollout in rollouts_of(folder):
+        assert len(rollout["logps"]) == len(rollout["engine_logps"]) == rollout["length"]
+        assert rollout["logps"] == pytest.approx(rollout["engine_logps"], abs=1e-4)
+    assert "logps" not in rollouts_of(tiny)[0]
 
 
 def test_greedy_like_sampling_gives_groups_that_teach_nothing(
