@@ -1,6 +1,7 @@
 """Profiles: laid over the defaults of the settings, never over what params.yaml happens to hold."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
