@@ -52,7 +52,7 @@ def require_agreement(params: Mapping[str, Any], runtimes: Mapping[str, Runtime]
                 "name their column in the threshold of a source"
             )
         if getattr(settings.loss, "use_margin", False) and not may_have_margins(params["sources"]):
-            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of tasks have no margin")
+            raise StageError(f"params.yaml: train_rm.{name}.loss.use_margin: the pairs of sources.tasks have no margin")
     for stage, runtime in runtimes.items():
         where = f"runtime.yaml: {stage}"
         for place, settings in settings_by_key(stage, params).items():
