@@ -188,6 +188,8 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 	.venv/bin/python -m tests.proofs.online_rounds .scratch/online-rounds --table tests/proofs/online_rounds.md
 	rm -rf .scratch/arithmetic-task
 	.venv/bin/python -m tests.proofs.arithmetic_task .scratch/arithmetic-task --table tests/proofs/arithmetic_task.md
+	rm -rf .scratch/positive-reviews
+	.venv/bin/python -m tests.proofs.positive_reviews .scratch/positive-reviews --table tests/proofs/positive_reviews.md
 
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md

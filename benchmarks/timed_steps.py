@@ -39,6 +39,7 @@ from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
 from stages.lib.rl.advantages import gae
+from stages.lib.rl.ppo_loss import PpoLoss
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
@@ -215,7 +216,8 @@ def ppo(setup: Setup) -> dict[str, Part]:
 
     def update() -> Cost:
         phase = phases[-1]
-        learners = train_ppo.learners(settings, parts, phase, *gae(phase, settings), 0.0, warms_up=False)
+        loss = PpoLoss(settings, *gae(phase, settings))
+        learners = train_ppo.learners(parts, phase, loss, warms_up=False)
         train_ppo.update(settings, SEED, len(phases) - 1, *learners)
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]

@@ -201,11 +201,29 @@ def prepared_by_source(inputs: Inputs, kind: str) -> Iterator[tuple[str, list[Ce
         yield source, prepared + [Cell(NOTHING)] * 2 * len(SPLITS)
 
 
+def sampled_table(sampled: Mapping[str, Measured]) -> dict[str, Any]:
+    """One row for each round of a policy's own replies."""
+    columns: dict[str, Callable[[Measured], Cell]] = {
+        "prompts": lambda metrics: Cell(number(metrics["prompts"])),
+        "replies": lambda metrics: Cell(number(metrics["replies"])),
+        "rows made": lambda metrics: Cell(number(metrics["rows"])),
+        "reward": lambda metrics: rounded(metrics, "reward_mean", 2),
+        "of the best": lambda metrics: rounded(metrics, "reward_best_mean", 2),
+        "of the worst": lambda metrics: rounded(metrics, "reward_worst_mean", 2),
+        "gap in a pair": lambda metrics: rounded(metrics, "margin_mean", 2),
+        "replies that differ": lambda metrics: share(metrics, "replies_distinct_share"),
+        "ends with EOS": lambda metrics: share(metrics, "eos_rate"),
+        "length, tokens": lambda metrics: rounded(metrics, "length_mean", 1),
+    }
+    return table_of(sampled, columns)
+
+
 def dropped_table(inputs: Inputs) -> dict[str, Any]:
     """Rows dropped, by the stage that dropped them and its reason."""
     stages = {
         "prepare_data": inputs.data,
         **{f"tokenize_data {kind}": metrics for kind, metrics in inputs.tokens.items()},
+        **{f"sample_pairs {name}": metrics for name, metrics in inputs.sampled.items()},
     }
     rows = [
         TableRow(f"{stage}: {key.removeprefix('dropped/').replace('_', ' ')}", [Cell(number(count))])
@@ -309,6 +327,7 @@ def page_of(inputs: Inputs) -> str:
             ],
             "data": data_table(inputs),
             "dropped": dropped_table(inputs),
+            "sampled": sampled_table(inputs.sampled),
             "line_samples": [line_sample(0), line_sample(1)],
             "curves": [
                 model_curves(name, named.trained[name], inputs.training[name], curve)
@@ -341,6 +360,7 @@ def named_in_params() -> Named:
         scored=scoring.policies,
         judge=scoring.reward_model if scoring.policies else None,
         reward_models=tuple(read_params("evaluate_rm", dict[str, Any])),
+        sampled=tuple(read_params("sample_pairs", dict[str, Any])),
     )
 
 

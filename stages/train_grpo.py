@@ -106,7 +106,7 @@ def grpo_phases(
         counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
         found = []
         for rows in batches:
-            loss = step_loss(settings, counted, advantages, rows)
+            loss = step_loss(settings, kl_coef, counted, advantages, rows)
             found.append(Learner("policy", engine, batching, counted, loss).update(rows))
         row |= means_of_updates(found) | {"policy/updates": float(len(found))}
         # 4. The coefficient of the next phase's KL.

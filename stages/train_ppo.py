@@ -50,9 +50,9 @@ if not asks_for_help():
     from stages.lib.rl.early_stop import EarlyStop
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
-    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, kl_loss, new_controller
-    from stages.lib.rl.learner import Learner, Pass, TokenSums, mean_of_each, means_of_updates, minibatches
-    from stages.lib.rl.policy_losses import policy_terms, ratio_sum
+    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
+    from stages.lib.rl.learner import Learner, mean_of_each, means_of_updates, minibatches
+    from stages.lib.rl.ppo_loss import PpoLoss
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
     from stages.lib.rl.published_critic import PublishedCritic, published_critic
@@ -61,13 +61,13 @@ if not asks_for_help():
     from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
-    from stages.lib.rl.rollouts import Rollouts, summary, values_before
+    from stages.lib.rl.rollouts import Rollouts, summary
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.step_back import LimitedUpdates
     from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
     from stages.lib.rl.trained_critic import TrainedCritic, load_critic
     from stages.lib.rl.trained_policy import load_policy, own_sampler
-    from stages.lib.rl.value_loss import explained_variance, value_loss_terms
+    from stages.lib.rl.value_loss import explained_variance
     from stages.lib.runs.policy_run import (
         end_phase,
         held_out_evaluation,
@@ -226,8 +226,8 @@ def ppo_phases(
         else:
             # 4. Updates of policy and critic.
             warms_up = iteration < settings.critic_warmup_iterations
-            of_both = learners(settings, parts, rollouts, advantages, returns, entropy_coef, warms_up=warms_up)
-            row |= update(settings, seed, iteration, *of_both)
+            loss = PpoLoss(settings, advantages, returns, kl_coef, entropy_coef)
+            row |= update(settings, seed, iteration, *learners(parts, rollouts, loss, warms_up=warms_up))
             # 5. The coefficients of the next phase's KL and entropy.
             parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
             parts.entropy.update(row["policy/entropy"])
@@ -266,27 +266,17 @@ def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dic
     return rates
 
 
-def learners(
-    settings: TrainPpo,
-    parts: Parts,
-    rollouts: Rollouts,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
-    entropy_coef: float,
-    *,
-    warms_up: bool,
-) -> tuple[Learner, Learner | None]:
+def learners(parts: Parts, rollouts: Rollouts, loss: PpoLoss, *, warms_up: bool) -> tuple[Learner, Learner | None]:
     """Of policy and critic; where these share a body, one of both."""
-    beside, batching = parts.ptx.backward if parts.ptx else None, parts.collector.batching
-    on_policy = partial(policy_loss, settings, advantages, entropy_coef)
+    of_policy = ("policy", parts.policy, parts.collector.batching, rollouts)
+    beside = parts.ptx.backward if parts.ptx else None
     if parts.critic is None:
         body = parts.policy.module
         assert isinstance(body, PolicyWithValues)
         body.body_learns_values = not warms_up
-        on_both = partial(shared_loss, settings, advantages, entropy_coef, returns, warms_up)
-        return Learner("policy", parts.policy, batching, rollouts, on_both, None if warms_up else beside), None
-    policy = Learner("policy", parts.policy, batching, rollouts, on_policy, beside)
-    return policy, Learner("value", parts.critic, batching, rollouts, partial(value_loss, settings, returns))
+        return Learner(*of_policy, *((loss.of_head, None) if warms_up else (loss.of_both, beside))), None
+    critic = Learner("value", parts.critic, parts.collector.batching, rollouts, loss.of_values)
+    return Learner(*of_policy, loss.of_policy, beside), critic
 
 
 def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner | None) -> dict[str, float]:
@@ -302,65 +292,6 @@ def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, criti
     of_policy.check(batches[0])
     updates = float(len(of_policy.found) if learns else 0)
     return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
-
-
-def policy_loss(
-    settings: TrainPpo, advantages: torch.Tensor, entropy_coef: float, rollouts: Rollouts, one: Pass
-) -> TokenSums:
-    """L_π with what is added to it, and how far the policy is from the one that sampled."""
-    read = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
-    return policy_sums(settings, advantages, entropy_coef, rollouts, one, read)
-
-
-def policy_sums(
-    settings: TrainPpo, advantages: torch.Tensor, entropy_coef: float, rollouts: Rollouts, one: Pass, found: Any
-) -> TokenSums:
-    """The same of what a pass of the policy has `found`."""
-    mask = rollouts.response_mask[one.rows]
-    logps = one.batch.on_completions(found.logps, mask.shape[1])
-    terms = policy_terms(logps, rollouts.logps[one.rows], advantages[one.rows], mask, settings.loss)
-    sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
-    if settings.reuse_sampler_logps:
-        sums |= {"first_ratio": ratio_sum(logps, rollouts.logps[one.rows], mask)}
-    if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
-        kl = kl_loss(logps, rollouts.logps[one.rows], rollouts.reference_logps[one.rows], mask, settings.kl).sum()
-        sums |= {"loss": sums["loss"] + settings.kl.coef * kl, "kl": kl}
-    if entropy_coef:
-        sums |= {"loss": sums["loss"] - entropy_coef * found.entropies.sum()}
-    return sums
-
-
-def value_loss(settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass) -> TokenSums:
-    """L_V."""
-    return value_sums(settings, returns, rollouts, one, values_before(one.engine, one.batch))
-
-
-def value_sums(
-    settings: TrainPpo, returns: torch.Tensor, rollouts: Rollouts, one: Pass, values: torch.Tensor
-) -> TokenSums:
-    """The same of the values that a pass has found before each token, (b, t) of its batch."""
-    mask = rollouts.response_mask[one.rows]
-    values = one.batch.on_completions(values, mask.shape[1])
-    terms = value_loss_terms(values, rollouts.values[one.rows], returns[one.rows], mask, settings.value_clip_range)
-    return {"loss": terms.loss_sum, "clipfrac": terms.clipped_sum}
-
-
-def shared_loss(
-    settings: TrainPpo,
-    advantages: torch.Tensor,
-    entropy_coef: float,
-    returns: torch.Tensor,
-    warms_up: bool,
-    rollouts: Rollouts,
-    one: Pass,
-) -> TokenSums:
-    """L_π + coef L_V of one pass of a body with two heads; while the value head warms up, coef L_V alone."""
-    assert isinstance(settings.critic, SharedTrunk)
-    found = one.engine(*one.batch.inputs, one.batch.completion_mask, settings.temperature)
-    of_policy = policy_sums(settings, advantages, entropy_coef, rollouts, one, found)
-    of_values = value_sums(settings, returns, rollouts, one, found.values)
-    loss = settings.critic.coef * of_values["loss"] + (0.0 if warms_up else of_policy["loss"])
-    return {**of_policy, "loss": loss, **{f"value/{name}": value for name, value in of_values.items()}}
 
 
 def main(

@@ -10,10 +10,12 @@ import pytest
 
 from stages.lib.command.errors import LONGEST_MESSAGE, StageError
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, expectation, read_inputs
+from stages.lib.settings.declaration import block
+from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
 from tests.real_files import PROJECT
-from tests.stages.tiny_pipeline import inside, write_yaml
+from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
 HOSTILE = '<script>alert(1)</script> {{ 7 * 7 }} {% raw %} "quoted" & </div> half of a pair: \ud83d'
 CURVE = "step,loss,grad_norm,validation/loss\n1,0.9,2.0,\n2,0.5,1.0,0.6\n"
@@ -268,6 +270,33 @@ def test_a_reward_model_without_parts_has_no_table_of_them(tmp_path):
         tmp_path, "metrics/evaluate_rm/rm.json", whole | {"reliability_60_accuracy": 0.5, "reliability_accuracy": 0.5}
     )
     with pytest.raises(StageError, match=r"rm\.json: 'reliability_60_confidence' is missing; run evaluate_rm@rm again"):
+        page_in(tmp_path)
+
+
+def test_rounds_of_replies_as_rows_have_a_table_and_what_they_dropped(tmp_path, parsed):
+    write_run(tmp_path, policies=("dpo",), reward=False)
+    first = {"prompts": 750, "replies": 3000, "rows": 741, "dropped/replies_alike": 31, "dropped/pairs_close": 0}
+    first |= {"reward_mean": 0.512, "reward_best_mean": 1.25, "reward_worst_mean": -0.5, "margin_mean": 1.749}
+    first |= {"replies_distinct_share": 0.9875, "eos_rate": 1.0, "length_mean": 21.04}
+    best_of = {key: value for key, value in first.items() if key != "margin_mean"} | {"dropped/replies_alike": 0}
+    with inside(tmp_path):
+        settings = read_yaml(tmp_path / "params.yaml")
+        settings["sample_pairs"] = {"best": block(SamplePairs), "first": block(SamplePairs)}
+        write_yaml(tmp_path / "params.yaml", settings)
+    write(tmp_path, "metrics/sample_pairs/first.json", first)
+    write(tmp_path, "metrics/sample_pairs/best.json", best_of)
+    tables = Page(page_in(tmp_path)).tables
+    numbers = [[text] for text in ("750", "3,000", "741", "0.51", "1.25", "\N{MINUS SIGN}0.50", "1.75")]
+    numbers += [["98.8 %"], ["100.0 %"], ["21.0"]]
+    assert tables[-1][1] == [["best"], *numbers[:6], ["\N{EN DASH}"], *numbers[7:]]
+    assert tables[-1][2] == [["first"], *numbers]
+    assert tables[-2][1:] == [
+        [["tokenize_data sft: too long"], ["12"]],
+        [["sample_pairs first: replies alike"], ["31"]],
+    ]
+    assert "Replies of policies as rows" not in parsed.texts
+    write(tmp_path, "metrics/sample_pairs/first.json", first | {"replies_distinct_share": 1.5})
+    with pytest.raises(StageError, match=r"'replies_distinct_share' is 1\.5, expected a share from 0 to 1"):
         page_in(tmp_path)
 
 

@@ -14,6 +14,7 @@ from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
 from stages.lib.settings.advantages import Advantages, ReinforceBaseline
 from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
@@ -47,9 +48,9 @@ def grpo_settings(**changed: Any) -> TrainGrpo:
 def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The sums of one pass of another policy, and the gradient of their loss."""
     module = TokenLogProbs(tiny_llama(5))
-    settings = grpo_settings(kl=block(KlInLoss, estimator="k3", coef=kl_coef))
+    settings = grpo_settings(kl=block(KlInLoss, estimator="k3"))
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
-    loss = step_loss(settings, rollouts, advantages, [0, 1, 2])
+    loss = step_loss(settings, kl_coef, rollouts, advantages, [0, 1, 2])
     sums = loss(rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
     return (
@@ -175,12 +176,16 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     filtering = {"refill_rounds": 1, "above": round(means[len(means) // 2], 4), "below": None}
     whole, folder = copy_of_tiny("whole"), copy_of_tiny()
     for project in (whole, folder):
-        # Its own learning rate ends with the steps that there are; the KL in the reward has a state of its own, too.
-        kl = {"type": "in_reward", "estimator": "k1"}
-        kl |= {"controller": {"type": "adaptive", "coef": 0.05, "target": 0.1, "horizon": 20.0}}
+        # Its own learning rate ends with the steps that there are; the KL's coefficient has a state of its own, too.
+        kl = block(KlInLoss, controller=block(AdaptiveKl, target=0.1, horizon=20.0))
         change(project / "params.yaml", {"train_grpo": {"grpo": {"dynamic_sampling": filtering, "kl": kl}}})
         change(project / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    coefs: list[float] = []
+    monkeypatch.setattr(
+        "stages.train_grpo.step_loss", lambda of, coef, *others: (coefs.append(coef), step_loss(of, coef, *others))[1]
+    )
     call(whole, "train_grpo")
+    steered = dict.fromkeys(coefs)
     cut_short(folder, "train_grpo", monkeypatch, after=2)
     call(folder, "train_grpo")
     assert outs(folder, "train_grpo") == outs(whole, "train_grpo")
@@ -192,6 +197,8 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     assert (rows["policy/updates"] > 0).tolist() == (kept > 0).tolist()
     assert rows["objective/rewards"].mean() > rows["dynamic_sampling/unfiltered_rewards"].mean()
     assert rows["objective/kl_coef"].nunique() > 1
+    trained = rows["policy/updates"] > 0
+    assert rows["objective/kl_coef"][trained].tolist() == pytest.approx([*steered], rel=1e-6)
     # The schedule counts the steps that this phase takes, and those that are planned for the later ones.
     entry = TrainGrpo.model_validate(read_yaml(whole / "params.yaml")["train_grpo"]["grpo"])
     own, each, taken = entry.optimizer, entry.updates_per_iteration, 0

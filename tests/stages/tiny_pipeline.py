@@ -25,7 +25,7 @@ ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DV
 REPORT_FOLDERS = (
     "data/sample_scores",
     "data/samples",
-    *(f"metrics/{name}" for name in ("curves", "evaluate", "evaluate_rm", "score_samples", "training")),
+    *(f"metrics/{name}" for name in ("curves", "evaluate", "evaluate_rm", "sample_pairs", "score_samples", "training")),
 )
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}

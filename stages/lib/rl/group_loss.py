@@ -21,12 +21,14 @@ class StepLoss:
         advantages: (b, t).
         weights: of each response's tokens, (b, 1), those of the step's own denominators.
         counted: True on the tokens whose loss counts, (b, t); the KL is of all.
+        kl_coef: of the KL, where it is in the loss.
     """
 
     settings: TrainGrpo
     advantages: torch.Tensor
     weights: torch.Tensor
     counted: torch.Tensor
+    kl_coef: float
 
     def __call__(self, rollouts: Rollouts, one: Pass) -> TokenSums:
         """L, and how far the policy is from the one that sampled and from the reference."""
@@ -47,14 +49,16 @@ class StepLoss:
             reference_logps = rollouts.reference_logps[rows]
             if isinstance(settings.kl, KlInLoss):
                 kl = kl_loss(logps, old_logps, reference_logps, mask, settings.kl)
-                loss = loss + settings.kl.coef * (kl * weights).sum()
+                loss = loss + self.kl_coef * (kl * weights).sum()
             else:
                 kl = torch.where(mask, kl_estimate(logps.detach(), reference_logps, "k3"), 0.0)
             sums["kl"] = kl.sum()
         return {"loss": loss, **sums}
 
 
-def step_loss(settings: TrainGrpo, rollouts: Rollouts, advantages: torch.Tensor, rows: list[int]) -> StepLoss:
+def step_loss(
+    settings: TrainGrpo, kl_coef: float, rollouts: Rollouts, advantages: torch.Tensor, rows: list[int]
+) -> StepLoss:
     """The loss of an optimizer step on some rows of the rollouts, whose mask holds the tokens that are in it at all."""
     mask = rollouts.response_mask[rows]
     weights = torch.zeros((len(rollouts.episodes), 1), dtype=advantages.dtype, device=advantages.device)
@@ -64,4 +68,4 @@ def step_loss(settings: TrainGrpo, rollouts: Rollouts, advantages: torch.Tensor,
     if settings.top_entropy_share < 1:
         counted = torch.zeros_like(counted)
         counted[rows] = highest_entropy(rollouts.entropies[rows], mask, settings.top_entropy_share)
-    return StepLoss(settings, advantages, weights, counted)
+    return StepLoss(settings, advantages, weights, counted, kl_coef)

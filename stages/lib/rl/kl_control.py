@@ -46,7 +46,7 @@ def kl_loss(
     response_mask: torch.Tensor,
     settings: KlInLoss,
 ) -> torch.Tensor:
-    """The estimate of each token's KL that is differentiated in a loss, for the caller to weigh with `coef` and sum.
+    """The estimate of each token's KL that is differentiated in a loss, for the caller to weigh and sum.
 
     On tokens that the policy itself sampled, the mean gradient of k2 is that of KL(policy || reference) and that of k3
     is that of KL(reference || policy). The tokens are an earlier policy's, though. The bias correction (arXiv
@@ -142,7 +142,7 @@ class AdaptiveKLController:
 
 def new_controller(kl: KlPenalty) -> FixedKLController | AdaptiveKLController:
     """The controller of the coefficient: one that stays at 0 where there is no KL."""
-    if isinstance(kl, KlInReward) and isinstance(kl.controller, AdaptiveKl):
+    if isinstance(kl, KlInReward | KlInLoss) and isinstance(kl.controller, AdaptiveKl):
         return AdaptiveKLController(kl.controller.coef, kl.controller.target, kl.controller.horizon)
     return FixedKLController(first_kl_coef(kl))
 

@@ -11,12 +11,12 @@ from stages.lib.settings.bounds import Count, Positive, Precision, SaveDtype, Te
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.dynamic_sampling import DynamicSampling
 from stages.lib.settings.held_out import HeldOutSettings, held_out
-from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import (
     KlInLoss,
     KlInReward,
     KlPenalty,
     kl_needs_reference,
+    refuse_short_horizon,
     refuse_unread_reference,
 )
 from stages.lib.settings.lora import LoraSettings
@@ -114,12 +114,7 @@ class TrainGrpo(SamplingSettings, MixedRewards):
     @model_validator(mode="after")
     def _check_kl(self) -> "TrainGrpo":
         refuse_unread_reference(self.kl, self.model, self.reference)
-        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
-        if isinstance(control, AdaptiveKl) and self.responses_per_iteration >= 5 * control.horizon:
-            raise ValueError(
-                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of rollout_batch_size times "
-                f"samples_per_prompt ({self.responses_per_iteration})"
-            )
+        refuse_short_horizon(self.kl, self.responses_per_iteration)
         return self
 
     @property

@@ -21,8 +21,13 @@ from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
 from stages.lib.settings.held_out import HeldOutSettings, held_out
-from stages.lib.settings.kl_controller import AdaptiveKl
-from stages.lib.settings.kl_penalty import KlInReward, KlPenalty, kl_needs_reference, refuse_unread_reference
+from stages.lib.settings.kl_penalty import (
+    KlInReward,
+    KlPenalty,
+    kl_needs_reference,
+    refuse_short_horizon,
+    refuse_unread_reference,
+)
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import ClipLoss
@@ -172,12 +177,7 @@ class TrainPpo(SamplingSettings, MixedRewards):
         refuse_unread_reference(self.kl, self.model, self.reference)
         if self.max_kl is not None and not self.reads_reference:
             raise ValueError("max_kl limits the KL to a reference, and kl has none; set null")
-        control = self.kl.controller if isinstance(self.kl, KlInReward) else None
-        if isinstance(control, AdaptiveKl) and self.responses_per_iteration >= 5 * control.horizon:
-            raise ValueError(
-                f"kl.controller.horizon ({control.horizon}) must be more than a fifth of the responses of a phase "
-                f"({self.responses_per_iteration})"
-            )
+        refuse_short_horizon(self.kl, self.responses_per_iteration)
         if self.reference_reset is not None and not self.reads_reference:
             raise ValueError("reference_reset: kl has no reference; set null")
         if self.reference_reset is not None and os.path.normpath(self.reference) != os.path.normpath(self.model):

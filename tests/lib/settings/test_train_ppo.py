@@ -30,7 +30,10 @@ ADAPTIVE = {"kl": block(KlInReward, controller=block(AdaptiveKl, horizon=50.0))}
         (RESET | {"reference": "models/base"}, "reference_reset: the reference becomes the policy"),
         (RESET | {"lora": LORA}, "reference_reset moves whole models, and lora trains adapters"),
         (RESET | {"held_out": block(HeldOutSettings, keep="best")}, "compares KLs to several references"),
-        (ADAPTIVE | {"samples_per_prompt": 2}, "more than a fifth of the responses of a phase (256)"),
+        (
+            ADAPTIVE | {"samples_per_prompt": 2},
+            "must be more than a fifth of rollout_batch_size times samples_per_prompt (256)",
+        ),
         ({"kl": block(KlInLoss) | {"estimator": "k1"}}, "k1 in the loss has a gradient of mean 0"),
         ({"kl": block(NoKl) | {"coef": 0.1}}, "train_ppo.ppo.kl.coef is not a known key"),
         (PTX | {"ptx": None}, "ptx_tokens: with ptx: null nothing reads data/tokens/train/sft.arrow"),
@@ -53,7 +56,11 @@ def test_steps_are_taken_back_in_float32_alone() -> None:
 
 @pytest.mark.parametrize(
     "kl",
-    [block(NoKl), block(KlInLoss, coef=0.0), block(KlInReward, controller=block(FixedKl, coef=0.0))],
+    [
+        block(NoKl),
+        block(KlInLoss, controller=block(FixedKl, coef=0.0)),
+        block(KlInReward, controller=block(FixedKl, coef=0.0)),
+    ],
 )
 def test_no_coefficient_no_reference(kl: dict[str, Any]) -> None:
     settings = params(train_ppo={"kl": kl})
