@@ -42,12 +42,13 @@ EPOCH = {"model": "models/sft", "epochs": 1.0}
 HEAD = """# GRPO on arithmetic, and what else might have helped
 
 The profile `arithmetic` at commit {commit}; `make prove` makes this table again. Right answers to {prompts} test
-prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval. pass@{k}: of
-{k} samples to each of {sampled} of them at temperature 1 one is right; "worked" is the share of greedy answers that write steps down, and
-then how many of those are right. Harder: {harder} problems of three steps, which nobody was trained on. Time is that of
-training and sampling in this run, on a machine with other work to do: compare it within the table.
+prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval. Of {sampled}
+of the prompts {k} samples each were drawn at temperature 1: the share of samples that are right, and pass@{k}, the share
+of prompts with a right one. "Worked" is the share of greedy answers that write steps down, and then how many of those
+are right. Harder: greedy on {harder} problems of three steps, which nobody was trained on. Time is that of training and
+sampling.
 
-| policy | greedy | over SFT | pass@{k} | a sample is right | worked, and right if worked | harder | minutes of CPU |
+| policy | greedy | over SFT | samples | pass@{k} | worked, right if worked | harder | minutes of CPU |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -152,8 +153,8 @@ def minutes(folder: Path, *stages: str) -> str:
 def row_of(name: str, own: Measured, sft: Measured, time_taken: str) -> str:
     over = "" if own is sft else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in gain(own, sft)))
     if_worked = [grade for grade, worked in zip(own.greedy, own.worked, strict=True) if worked]
-    shares = [mean(own.greedy), own.pass_at_k, mean([mean(group) for group in own.sampled])]
-    greedy, pass_at_k, sampled = (f"{share:.1%}" for share in shares)
+    shares = (mean(own.greedy), mean([mean(group) for group in own.sampled]), own.pass_at_k)
+    greedy, samples, pass_at_k = (f"{share:.1%}" for share in shares)
     worked = f"{mean(own.worked):.0%}, {mean(if_worked):.0%}"
     return (
         f"| {name} | {greedy} | {over} | {pass_at_k} | {sampled} | {worked} | {mean(own.harder):.1%} | {time_taken} |\n"
