@@ -32,7 +32,7 @@ if not asks_for_help():
     from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import join_processes
     from stages.lib.data.chat import decode_completion
-    from stages.lib.models.pretrained import Loading
+    from stages.lib.models.pretrained import Loading, end_and_pad_ids
     from stages.lib.rl.advantages import advantages_of, group_summary
     from stages.lib.rl.collector import Collector
     from stages.lib.rl.dynamic_sampling import GROUP_COLUMNS, GroupSampling
@@ -47,12 +47,16 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.probe import PROBED
+    from stages.lib.rl.samplers.sampler import SamplerError
+    from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings, new_sampler
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
-    from stages.lib.rl.trained_policy import load_policy, own_sampler
+    from stages.lib.rl.trained_policy import load_policy
     from stages.lib.runs.policy_run import (
         end_phase,
+        engine_home,
         held_out_evaluation,
         kept_rewards,
         publish_policy,
@@ -84,7 +88,7 @@ def grpo_phases(
         if early_stop.stopped_after:
             continue
         # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
-        with this_run.keeping_state(RewardError):
+        with this_run.keeping_state(RewardError, SamplerError):
             phase = sampling.phase(iteration)
         rollouts = phase.rollouts
         this_run.may_stop()
@@ -165,8 +169,10 @@ def main(
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_grpo.{name}")
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=True)
         decode = partial(decode_completion, log.tokenizer)
-        sampler = own_sampler(policy, model, settings, seed, runtime, processes, decode, this_run.may_stop)
-        batching = micro_batching(runtime, sampler.pad_id, processes, *policy.read_beside(model, reference))
+        batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, *policy.read_beside(model, reference))
+        of_sampler = (decode, prompts[:PROBED]["prompt_ids"], this_run.may_stop, engine_home(this_run))
+        around = SamplerSurroundings(model, seed, loading, batching, *of_sampler, where=f"train_grpo.{name}")
+        sampler = new_sampler(policy, settings, around)
         of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
         reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)

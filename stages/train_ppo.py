@@ -62,14 +62,18 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.probe import PROBED
+    from stages.lib.rl.samplers.sampler import SamplerError
+    from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings, new_sampler
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
     from stages.lib.rl.step_back import LimitedUpdates
     from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
     from stages.lib.rl.trained_critic import TrainedCritic, load_critic
-    from stages.lib.rl.trained_policy import load_policy, own_sampler
+    from stages.lib.rl.trained_policy import load_policy
     from stages.lib.rl.value_loss import explained_variance
     from stages.lib.runs.policy_run import (
         end_phase,
+        engine_home,
         held_out_evaluation,
         kept_rewards,
         publish_policy,
@@ -142,6 +146,7 @@ def load_parts(
     processes: Processes,
     decode: Callable[[list[int]], str],
     this_run: TrainingRun,
+    prompts: MappedTable,
     supervised: MappedTable | None,
 ) -> Parts:
     """`supervised` are the rows of `ptx`."""
@@ -159,7 +164,9 @@ def load_parts(
         folders = (Path(settings.critic.path), reward_model, model)
         of_training = (settings.lora, settings.critic.optimizer, updates, seed, loading)
         critic = load_critic(*folders, settings, *of_training, batching, processes)
-    sampler = own_sampler(policy, model, settings, seed, loading.runtime, processes, decode, this_run.may_stop)
+    of_sampler = (decode, prompts[:PROBED]["prompt_ids"], this_run.may_stop, engine_home(this_run))
+    around = SamplerSurroundings(model, seed, loading, batching, *of_sampler, where=this_run.stage.replace("@", "."))
+    sampler = new_sampler(policy, settings, around)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
     readers = [*policy.read_beside(model, reference)]
@@ -197,7 +204,7 @@ def ppo_phases(
         # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
         #    that is over, nothing changes that a checkpoint holds.
         asked = prompts_of_phase(prompts, iteration, settings, seed)
-        with this_run.keeping_state(RewardError):
+        with this_run.keeping_state(RewardError, SamplerError):
             rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
         this_run.may_stop()
         kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
@@ -334,7 +341,7 @@ def main(
         several = settings.samples_per_prompt > 1
         log = RolloutLog(this_run.log_file("rollouts.jsonl"), model, with_samples=several)
         decode = partial(decode_completion, log.tokenizer)
-        parts = load_parts(settings, seed, loading, processes, decode, this_run, supervised)
+        parts = load_parts(settings, seed, loading, processes, decode, this_run, prompts, supervised)
         tell_of_reward_model(this_run, parts.collector.reward)
         policy = parts.collector.policy
         require_fit(prompts, tokens, policy.language_model, settings.max_new_tokens, f"train_ppo.{name}")

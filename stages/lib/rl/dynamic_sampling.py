@@ -76,7 +76,7 @@ class GroupSampling:
         asked = used = 0
         while used < rounds and (missing := settings.rollout_batch_size - int(kept.sum())):
             prompts = prompts_from(self.prompts, self.asked + asked, missing, self.seed)
-            new = self.collector.sampler.sample(prompts, iteration * rounds + used, size)
+            new = self.collector.sample(prompts, iteration * rounds + used, size)
             scores = self.collector.scored(new)
             ended = torch.tensor([episode.ended for episode in new])
             groups = shape_scores(torch.tensor(scores.totals), ended, truncated=settings.truncated).reshape(-1, size)

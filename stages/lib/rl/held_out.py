@@ -1,7 +1,6 @@
 """Held-out evaluation of a policy while it trains: its answers to validation prompts, and which weights are best."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -18,7 +17,6 @@ from stages.lib.rl.rewards.entry_rewards import part_names
 from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts, summary
-from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.epochs import BestBy
 from stages.lib.settings.held_out import HeldOutSettings
@@ -118,7 +116,7 @@ class HeldOutEvaluation:
         self.settings = settings = section.held_out
         self.metrics = held_out_metrics(section)
         self.prompts = prompts
-        self.collector = collector._replace(critic=None, sampler=undisturbed(cast(OwnSampler, collector.sampler)))
+        self.collector = collector._replace(critic=None, sampler=collector.sampler.undisturbed())
         self.rewards = rewards
         self.log = log
         keep, best_by = (settings.keep, settings.best_by) if settings else ("last", NOTHING_TO_COMPARE)
@@ -169,11 +167,3 @@ class HeldOutEvaluation:
         own = self.best.results.items()
         found = {f"validation_{short.get(name, name.replace('/', '_'))}": value for name, value in own}
         return {**found, "kept_iteration": self.best.step}
-
-
-def undisturbed(sampler: OwnSampler) -> OwnSampler:
-    """With random numbers that belong to a prompt, and without the stops between batches.
-
-    A stop in the middle of an evaluation would save weights after the updates of a phase as those before them.
-    """
-    return replace(sampler, by_row=True, after_batch=lambda: None)

@@ -85,7 +85,7 @@ def read_rollouts(
 ) -> Rollouts:
     """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
-    Where the sampler kept log-probs and entropies, these stand for those of the policy.
+    Where the sampler kept entropies and log-probs, these stand for those of the policy.
 
     Args:
         policy: a `TokenLogProbs` module, or what stands for it; the values are those of its head, if it has one, where
@@ -97,7 +97,7 @@ def read_rollouts(
     lengths = torch.tensor([len(ids) for ids in responses], device=batching.processes.device)
     width = int(lengths.max())
 
-    kept = all(episode.engine_logps is not None for episode in episodes)
+    kept = all(episode.engine_entropies is not None for episode in episodes)
     of_policy = critic is None and isinstance(getattr(policy, "module", policy), PolicyWithValues)
 
     def passes() -> torch.Tensor:

@@ -19,6 +19,7 @@ from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.samplers.vllm_sampler import EngineHome
 from stages.lib.rl.symptoms import new_in
 from stages.lib.runs.training_run import SavesModels, TrainingRun
 
@@ -115,6 +116,15 @@ def kept_rewards(this_run: TrainingRun) -> KeptRewards:
     if scratch is None:
         return KeptRewards(None, "", this_run.processes)
     return KeptRewards(KeptAnswers(scratch.kept / "rewards.sqlite"), scratch.code, this_run.processes)
+
+
+def engine_home(this_run: TrainingRun) -> EngineHome | None:
+    """Where a sampler outside of the stage's processes keeps what is its own; None but in the main process."""
+    scratch, folder = this_run.scratch, this_run.runtime.vllm.weights_folder
+    if scratch is None:
+        return None
+    weights = scratch.folder / "vllm" if folder is None else Path(folder) / scratch.folder.name
+    return EngineHome(scratch.kept / "responses.sqlite", weights, scratch.code)
 
 
 def reward_models(reward: Reward) -> Iterator[RewardModel]:

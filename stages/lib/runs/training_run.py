@@ -169,14 +169,14 @@ class TrainingRun(StageRun):
             self.stop.leave(f"state saved at step {self.step}")
 
     @contextmanager
-    def keeping_state(self, error: type[Exception]) -> Iterator[None]:
-        """Save the state before such an error ends the run, of the last step that is over.
+    def keeping_state(self, *errors: type[Exception]) -> Iterator[None]:
+        """Save the state before one of these errors ends the run, of the last step that is over.
 
-        For a part of a step that changes nothing a checkpoint holds, and for an error that all processes raise.
+        For a part of a step that changes nothing a checkpoint holds, and for errors that all processes raise.
         """
         try:
             yield
-        except error:
+        except errors:
             self._keep_state()
             raise
 

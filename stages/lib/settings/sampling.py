@@ -6,7 +6,8 @@ from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
 from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, Text
-from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.declaration import Settings, block, key
+from stages.lib.settings.sampler import OwnSampling, SamplerChoice
 
 
 class SamplingSettings(Settings):
@@ -24,6 +25,7 @@ class SamplingSettings(Settings):
     stop_strings: Several[Text] = key(
         [], 'texts, such as "\\nUser:", each of which ends a response like EOS, and stays in it'
     )
+    sampler: SamplerChoice = key(block(OwnSampling), "what draws responses")
     reuse_sampler_logps: bool = key(
         False,
         "take log-probs and entropies of responses from sampling, instead of a pass over them; in bf16 they differ "
@@ -36,4 +38,10 @@ class SamplingSettings(Settings):
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
             )
+        if self.reuse_sampler_logps and self.sampler.type != "own":
+            raise ValueError(
+                f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
+            )
+        if self.sampler.type == "vllm" and self.sampler.pushes == "adapter" and getattr(self, "lora", None) is None:
+            raise ValueError("sampler.pushes: adapter needs one, and lora is null; set weights")
         return self

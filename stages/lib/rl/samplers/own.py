@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -107,6 +107,13 @@ class OwnSampler:
             )
             for index, sampled in enumerate(found)
         ]
+
+    def take_weights(self) -> None:
+        """Nothing is to be done: the policy itself samples."""
+
+    def undisturbed(self) -> Self:
+        """As `Sampler` says: a stop in an evaluation would save weights after a phase's updates as those before."""
+        return replace(self, by_row=True, after_batch=lambda: None)
 
     def episode(self, prompt: Prompt, ids: list[int], sample: int) -> Episode:
         """The episode of a response that was sampled, without what was kept of its tokens' distributions."""
