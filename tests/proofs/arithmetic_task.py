@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,10 +76,10 @@ def settings_with(seeds: Sequence[int]) -> dict[str, Any]:
     """The profile, with GRPO once for each seed, and one more epoch of SFT at the rate at which SFT ended."""
     settings = settings_of(PROJECT / "profiles/arithmetic.yaml")
     grpo, sft = settings["train_grpo"]["grpo"], settings["train_sft"]["sft"]
-    settings["train_grpo"] = {f"grpo-{seed}": grpo | {"seed": seed} for seed in seeds}
+    settings["train_grpo"] = {f"grpo-{seed}": deepcopy(grpo) | {"seed": seed} for seed in seeds}  # YAML would alias
     rate = sft["optimizer"]["learning_rate"] * sft["optimizer"]["min_learning_rate_ratio"]
     more = sft["optimizer"] | {"learning_rate": rate, "schedule": "constant", "warmup_ratio": 0.0}
-    settings["train_sft"]["epoch"] = sft | EPOCH | {"optimizer": more}
+    settings["train_sft"]["epoch"] = deepcopy(sft) | EPOCH | {"optimizer": more}
     settings["evaluate"]["policies"] = {}
     return settings
 
