@@ -174,6 +174,7 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     change(folder / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})
     params = read_yaml(folder / "params.yaml")
     params["evaluate"] |= {"rewards": rewards, "policies": {"grpo": "models/grpo"}}
+    params["evaluate"]["pass_at_k"] = {"samples": 3, "k": [1, 3], "temperature": 1.0, "above": 0.0}
     write_yaml(folder / "params.yaml", params | {"train_rm": {}, "train_dpo": {}, "train_ppo": {}, "evaluate_rm": {}})
     call(folder, "evaluate@grpo")
     found = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
@@ -185,6 +186,11 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     assert found["reward_of_sum_mean"] == pytest.approx(2 * mean)
     assert found["reward_of_film_minus_reference_mean"] == pytest.approx(difference)
     assert found["reward_of_failing_errors"] == len(samples)
+    assert found["reward_of_failing_mean"] == 0  # as in training
+    assert found["reward_of_failing_pass_at_3"] == 0
+    assert found["reward_of_film_pass_at_3"] >= found["reward_of_film_pass_at_1"]
+    assert "gold_pass_at_1" in found
+    assert "reward_of_none_pass_at_1" not in found
     assert "reward_of_none_mean" not in found
     for gone in (
         *folder.glob("metrics/*/ppo.*"),
