@@ -33,6 +33,7 @@ from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.advantages import advantages_of
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.group_loss import step_loss
+from stages.lib.rl.kl_control import new_controller
 from stages.lib.rl.learner import Learner, minibatches
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.declaration import block
@@ -114,11 +115,13 @@ def updated(model: PreTrainedModel, episodes: list[Episode], phase: Phase, *, sh
     engine = new_engine(TokenLogProbs(model, with_entropies=True), settings.optimizer, 100, runtime, ALONE)
     scores = np.random.Generator(np.random.Philox(SEED)).normal(size=len(episodes)).tolist()
     rollouts = read_rollouts(episodes, scores, engine, engine, None, TEMPERATURE, batching)
+    kl_coef = new_controller(settings.kl).coef
     advantages = advantages_of(rollouts, settings.advantages, {})
     batches = [*minibatches(len(episodes), settings, SEED, 0)]
     started = time.process_time()
     for rows in batches:
-        Learner("policy", engine, batching, rollouts, step_loss(settings, rollouts, advantages, rows)).update(rows)
+        loss = step_loss(settings, kl_coef, rollouts, advantages, rows)
+        Learner("policy", engine, batching, rollouts, loss).update(rows)
     seconds = (time.process_time() - started) / len(batches)
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
     return Updated(seconds, rows_of(batching, rollouts, batches), weights)
