@@ -33,10 +33,10 @@ from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.advantages import advantages_of
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.group_loss import step_loss
-from stages.lib.rl.kl_control import new_controller
 from stages.lib.rl.learner import Learner, minibatches
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import first_kl_coef
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -115,12 +115,11 @@ def updated(model: PreTrainedModel, episodes: list[Episode], phase: Phase, *, sh
     engine = new_engine(TokenLogProbs(model, with_entropies=True), settings.optimizer, 100, runtime, ALONE)
     scores = np.random.Generator(np.random.Philox(SEED)).normal(size=len(episodes)).tolist()
     rollouts = read_rollouts(episodes, scores, engine, engine, None, TEMPERATURE, batching)
-    kl_coef = new_controller(settings.kl).coef
     advantages = advantages_of(rollouts, settings.advantages, {})
     batches = [*minibatches(len(episodes), settings, SEED, 0)]
     started = time.process_time()
     for rows in batches:
-        loss = step_loss(settings, kl_coef, rollouts, advantages, rows)
+        loss = step_loss(settings, first_kl_coef(settings.kl), rollouts, advantages, rows)
         Learner("policy", engine, batching, rollouts, loss).update(rows)
     seconds = (time.process_time() - started) / len(batches)
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
