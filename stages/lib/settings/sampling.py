@@ -1,22 +1,21 @@
-"""Keys of sections that sample from the policy they train."""
+"""How sections draw responses."""
 
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
-from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, Text
+from stages.lib.settings.bounds import Count, NewTokens, Several, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorrection
 from stages.lib.settings.sampler import OwnSampling, SamplerChoice
 
 
-class SamplingSettings(Settings):
-    """How responses are drawn. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+class DrawingSettings(Settings):
+    """How responses are drawn, and when they end."""
 
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     min_new_tokens: Annotated[int, Ge(0), Le(2**20)] = key(0, "before which a response does not end", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     top_k: Count | None = key(None, "draw among this many likeliest tokens; null: among all", unit="tokens")
     top_p: Annotated[float, Gt(0), Le(1)] = key(
         1.0,
@@ -26,6 +25,19 @@ class SamplingSettings(Settings):
     stop_strings: Several[Text] = key(
         [], 'texts, such as "\\nUser:", each of which ends a response like EOS, and stays in it'
     )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "DrawingSettings":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
+            )
+        return self
+
+
+class SamplingSettings(DrawingSettings):
+    """Of a policy that is trained. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+
     sampler: SamplerChoice = key(block(OwnSampling), "what draws responses")
     reuse_sampler_logps: bool = key(
         False,
@@ -66,10 +78,6 @@ class SamplingSettings(Settings):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> "SamplingSettings":
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
-            )
         if self.reuse_sampler_logps and self.sampler.type != "own":
             raise ValueError(
                 f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
