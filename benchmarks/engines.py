@@ -2,9 +2,9 @@
 
     python -m benchmarks.engines --vllm /opt/vllm/bin/vllm --model models/sft --prompts data/tokens/train/prompts.arrow
 
-Each answers the same prompts once, at temperature 1, with the same limit of tokens, in a warm process,
-`--rounds` times, of which the best counts. Tokens of responses per second, by the clock, and by the time of
-processors, which on a busy machine is the steadier one; that of a vLLM server is the sum over its processes and this one, which waits for it.
+Each answers the same prompts once, at temperature 1, with the same limit of tokens, in a warm process, `--rounds` times
+of which the best counts. Tokens of responses per second, by the clock, and by the time of processors, which on a busy
+machine is the steadier one; that of a vLLM server is the sum over its processes and this one, which waits for it.
 """
 
 from __future__ import annotations
