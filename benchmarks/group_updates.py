@@ -36,6 +36,7 @@ from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Learner, minibatches
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import first_kl_coef
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -118,7 +119,8 @@ def updated(model: PreTrainedModel, episodes: list[Episode], phase: Phase, *, sh
     batches = [*minibatches(len(episodes), settings, SEED, 0)]
     started = time.process_time()
     for rows in batches:
-        Learner("policy", engine, batching, rollouts, step_loss(settings, rollouts, advantages, rows)).update(rows)
+        loss = step_loss(settings, first_kl_coef(settings.kl), rollouts, advantages, rows)
+        Learner("policy", engine, batching, rollouts, loss).update(rows)
     seconds = (time.process_time() - started) / len(batches)
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
     return Updated(seconds, rows_of(batching, rollouts, batches), weights)

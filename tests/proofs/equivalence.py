@@ -315,7 +315,7 @@ def main() -> None:
                 f"{limit:.0e} in {precision}, their change to {CHANGE_TOLERANCES[precision]:.0e}"
                 for precision, limit in TOLERANCES.items()
             )
-            options.table.write_text(HEAD.format(commit=measured_commit(), limits=limits) + as_table(before + rows))
+            options.table.write_text(HEAD.format(limits=limits) + as_table(before + rows))
     end_process(1 if any(outside(row) for row in rows) else 0)
 
 

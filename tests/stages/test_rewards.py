@@ -12,6 +12,7 @@ import pytest
 from stages.code_manifest import manifests
 from stages.lib.command.errors import StageError
 from stages.lib.operations.code_closure import code_hash
+from stages.lib.rl.learner import Learner
 from stages.lib.settings.advantages import Gdpo
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.critic import SeparateCritic
@@ -19,6 +20,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.reward_part import RowsWhere
 from stages.lib.settings.rewards import CosineLengthReward, FormatReward, FunctionReward, MathReward, RepetitionReward
+from tests.stages.test_resume import outs
 from tests.stages.test_training import curve
 from tests.stages.tiny_pipeline import call, change, inside, new_project, read_yaml, refusal, write_yaml
 from tests.tables import rollout_rows
@@ -221,6 +223,31 @@ def test_a_reward_that_fails_loses_no_finished_phase(copy_of_tiny: Copy, capsys:
     assert rollouts_of(folder, "grpo") == resumed
 
 
+@pytest.mark.parametrize("stage", ["train_ppo", "train_grpo"])
+def test_a_reward_that_fails_in_a_held_out_evaluation_costs_no_phase(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It is asked for 8 responses in each phase, and the evaluation follows the first one, of averaged weights."""
+    name, folder = stage.removeprefix("train_"), with_own_functions(copy_of_tiny())
+    optimizer = "policy_optimizer" if name == "ppo" else "optimizer"
+    change(folder / "params.yaml", {stage: {name: {optimizer: {"ema_decay": 0.5}, "held_out": {"every": 1}}}})
+    with_rewards(folder, stage, rewards={"later": function("later")}, iterations=2)
+    (folder / "fail").touch()
+    for _ in range(2):  # once more, and what was computed is still there
+        assert "OSError: the second phase fails" in refusal(folder, stage, capsys)
+    (folder / "fail").unlink()
+    updates = []
+    whole = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda own, rows: (updates.append(own.name), whole(own, rows))[1])
+    call(folder, stage)
+    assert updates.count("policy") == 4  # those of the second phase
+    ours = outs(folder, stage)
+    shutil.rmtree(folder / ".scratch")
+    call(folder, stage)
+    assert outs(folder, stage) == ours
+    assert curve(folder, stage)["validation/rewards/later"].notna().all()
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return with_own_functions(new_project(tmp_path))
@@ -244,7 +271,7 @@ def test_a_function_and_what_it_imports_are_in_the_manifests_of_those_who_call_i
         ("from stages.lib.tasks.film_gold import gold_utility as film", "imports stages/lib/tasks/film_gold.py, which"),
         ("from rewards.other import film", "imports stages/lib/tasks/"),
         ("def film(:", "is no Python"),
-        (None, "there is no file rewards/own.py"),
+        (None, "the file rewards/own.py does not exist"),
     ],
 )
 def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message: str) -> None:

@@ -34,7 +34,7 @@ TWO_HERE = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_p
 # Of so short a training: a reply in six or so ends, and so 60 tokens and pairs with others.
 SHORT = {"prompts": 12, "samples_per_prompt": 6, "max_new_tokens": 60, "seed": 3}
 PAIRS = SHORT | {"makes": block(AllPairs, unfinished="rejected")}
-LEAST = -0.55
+LEAST = -0.05
 DPO = {"epochs": 1.0, "batch_size": 4, "eval_every": 1}
 
 

@@ -12,14 +12,15 @@ from stages.lib.compute.schedule import learning_rate
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
-from stages.lib.settings.advantages import Advantages, ReinforceBaseline
+from stages.lib.settings.advantages import Advantages, Gdpo, ReinforceBaseline
 from stages.lib.settings.declaration import block
 from stages.lib.settings.engine_correction import TokenTruncated
 from stages.lib.settings.kl_controller import AdaptiveKl
-from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
+from stages.lib.settings.truncated import FixedScore
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -337,6 +338,9 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
         ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
+        ({"advantages": block(Gdpo), "score_clip": 1.0}, "advantages of type gdpo standardise each: set null"),
+        ({"advantages": block(Gdpo), "truncated": block(FixedScore)}, "truncated of type fixed_score changes the sum"),
+        ({"kl": block(NoKl)}, "held_out.kl_weight weighs a KL to a reference, and kl has none; set 0.0"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -10,7 +10,7 @@ from stages.lib.settings.bounds import Count, Name, NotNegative, Precision, Seve
 from stages.lib.settings.declaration import Settings, key
 from stages.lib.settings.reward_part import Weight
 from stages.lib.settings.rewards import AnyReward, refuse_unjudged
-from stages.lib.settings.sampling import DrawnResponses
+from stages.lib.settings.sampling import DrawingSettings
 
 Resamples = Annotated[int, Ge(100), Le(1_000_000)]
 
@@ -30,7 +30,7 @@ class PassAtK(Settings):
         return self
 
 
-class Evaluate(DrawnResponses):
+class Evaluate(DrawingSettings):
     """Policies on the test rows, each beside a reference: perplexity, replies to prompts, implicit rewards of pairs."""
 
     policies: dict[Name, Text] = key(

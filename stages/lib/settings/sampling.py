@@ -1,18 +1,18 @@
-"""Keys of sections that sample from a policy."""
+"""How sections draw responses."""
 
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
-from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, Text
+from stages.lib.settings.bounds import Count, NewTokens, Several, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorrection
 from stages.lib.settings.sampler import OwnSampling, SamplerChoice
 
 
-class DrawnResponses(Settings):
-    """What may be drawn, and where a response ends."""
+class DrawingSettings(Settings):
+    """How responses are drawn, and when they end."""
 
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     min_new_tokens: Annotated[int, Ge(0), Le(2**20)] = key(0, "before which a response does not end", unit="tokens")
@@ -27,7 +27,7 @@ class DrawnResponses(Settings):
     )
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> "DrawnResponses":
+    def _check_lengths(self) -> "DrawingSettings":
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
@@ -35,10 +35,9 @@ class DrawnResponses(Settings):
         return self
 
 
-class SamplingSettings(DrawnResponses):
-    """How responses are drawn. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+class SamplingSettings(DrawingSettings):
+    """Of a policy that is trained. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
 
-    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     sampler: SamplerChoice = key(block(OwnSampling), "what draws responses")
     reuse_sampler_logps: bool = key(
         False,
