@@ -6,6 +6,8 @@ Tests of properties draw the same examples in every run, and may take as long as
 import pytest
 from hypothesis import settings
 
+from tests import loaded_python
+
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
@@ -27,3 +29,7 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
+def pytest_unconfigure() -> None:
+    loaded_python.stop()

@@ -14,6 +14,7 @@ from stages.lib.settings.check import check_settings, outs_of_graph
 from stages.lib.settings.sections import default_params
 from stages.prepare_base import check_settings_again
 from stages.tools.use_profile import settings_of
+from tests.loaded_python import loaded_python
 from tests.pipeline.graph import all_instances, outs_of
 from tests.stages.tiny_pipeline import (
     PROJECT,
@@ -40,7 +41,7 @@ def project(tmp_path: Path) -> Path:
 def check(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "STAGEWISE_SCRATCH"}
     return subprocess.run(
-        [sys.executable, "-m", "stages.code_manifest", *options],
+        [*loaded_python(), "-m", "stages.code_manifest", *options],
         cwd=folder,
         env=environment | variables,
         capture_output=True,

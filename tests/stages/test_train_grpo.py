@@ -12,13 +12,15 @@ from stages.lib.compute.schedule import learning_rate
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
-from stages.lib.settings.advantages import Advantages, ReinforceBaseline
+from stages.lib.settings.advantages import Advantages, Gdpo, ReinforceBaseline
 from stages.lib.settings.declaration import block
+from stages.lib.settings.engine_correction import TokenTruncated
 from stages.lib.settings.kl_controller import AdaptiveKl
-from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
+from stages.lib.settings.truncated import FixedScore
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -135,6 +137,23 @@ def test_log_probs_of_sampling_stand_for_those_of_a_pass(copy_of_tiny: Copy, tin
     assert rows["policy/first_ratio"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
     for name in ("objective/scores", "objective/entropy", "policy/entropy", "policy/loss"):
         assert rows[name].tolist() == pytest.approx(wanted[name].tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_a_sampler_that_agrees_is_weighted_with_1(copy_of_tiny: Copy, tiny: Path) -> None:
+    """Of float32 both sides differ by rounding; their log-probs stand side by side in the table of rollouts."""
+    folder, chosen = copy_of_tiny(), block(TokenTruncated)
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"engine_correction": chosen}}})
+    call(folder, "train_grpo")
+    rows = curve(folder, "train_grpo")
+    assert (rows["engine/logp_difference_max"] < 1e-4).all()
+    assert (rows["engine/logp_difference"] > 0).all()
+    assert rows["engine/weight"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    assert rows["engine/bounded"].tolist() == [0, 0, 0]
+    assert rows["policy/loss"].tolist() == pytest.approx(curve(tiny, "train_grpo")["policy/loss"].tolist(), abs=1e-5)
+    for rollout in rollouts_of(folder):
+        assert len(rollout["logps"]) == len(rollout["engine_logps"]) == rollout["length"]
+        assert rollout["logps"] == pytest.approx(rollout["engine_logps"], abs=1e-4)
+    assert "logps" not in rollouts_of(tiny)[0]
 
 
 def test_greedy_like_sampling_gives_groups_that_teach_nothing(
@@ -319,6 +338,9 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
         ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
+        ({"advantages": block(Gdpo), "score_clip": 1.0}, "advantages of type gdpo standardise each: set null"),
+        ({"advantages": block(Gdpo), "truncated": block(FixedScore)}, "truncated of type fixed_score changes the sum"),
+        ({"kl": block(NoKl)}, "held_out.kl_weight weighs a KL to a reference, and kl has none; set 0.0"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -42,14 +42,15 @@ class StepLoss:
         if settings.reuse_sampler_logps:
             sums["first_ratio"] = ratio_sum(logps, old_logps, mask)
         if settings.off_policy_limit is not None:
-            counted = counted & still_on_policy(logps, old_logps, advantages, mask, settings.off_policy_limit)
+            sampled = old_logps if rollouts.engine_logps is None else rollouts.engine_logps[rows]
+            counted = counted & still_on_policy(logps, sampled, advantages, mask, settings.off_policy_limit)
             sums["left_out"] = (self.counted[rows] & ~counted).sum()
-        loss = (torch.where(counted, terms.losses, 0.0) * weights).sum()
+        loss = (rollouts.weighted(torch.where(counted, terms.losses, 0.0), rows) * weights).sum()
         if rollouts.reference_logps is not None:
             reference_logps = rollouts.reference_logps[rows]
             if isinstance(settings.kl, KlInLoss):
                 kl = kl_loss(logps, old_logps, reference_logps, mask, settings.kl)
-                loss = loss + self.kl_coef * (kl * weights).sum()
+                loss = loss + self.kl_coef * (rollouts.weighted(kl, rows) * weights).sum()
             else:
                 kl = torch.where(mask, kl_estimate(logps.detach(), reference_logps, "k3"), 0.0)
             sums["kl"] = kl.sum()

@@ -62,12 +62,13 @@ class PpoLoss:
         mask, old_logps = rollouts.response_mask[rows], rollouts.logps[rows]
         logps = one.batch.on_completions(found.logps, mask.shape[1])
         terms = policy_terms(logps, old_logps, self.advantages[rows], mask, settings.loss)
-        sums = {"loss": terms.losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
+        losses = rollouts.weighted(terms.losses, rows)
+        sums = {"loss": losses.sum(), "clipfrac": terms.clipped.sum(), "approxkl": terms.approx_kl.sum()}
         if settings.reuse_sampler_logps:
             sums |= {"first_ratio": ratio_sum(logps, old_logps, mask)}
         if settings.kl.type == "in_loss" and rollouts.reference_logps is not None:
-            kl = kl_loss(logps, old_logps, rollouts.reference_logps[rows], mask, settings.kl).sum()
-            sums |= {"loss": sums["loss"] + self.kl_coef * kl, "kl": kl}
+            kl = kl_loss(logps, old_logps, rollouts.reference_logps[rows], mask, settings.kl)
+            sums |= {"loss": sums["loss"] + self.kl_coef * rollouts.weighted(kl, rows).sum(), "kl": kl.sum()}
         if self.entropy_coef:
             sums |= {"loss": sums["loss"] - self.entropy_coef * found.entropies.sum()}
         return sums

@@ -79,6 +79,11 @@ class FormatReward(RewardPart):
     seconds: Positive = key(1.0, "for one response", unit="seconds")
 
 
+def longest() -> Count | None:
+    """Declare the length from which a response is as long as can be."""
+    return key(None, "null: max_new_tokens", unit="tokens")
+
+
 class CosineLengthReward(RewardPart):
     """A score that goes by the length: short right answers and long wrong ones are the better ones."""
 
@@ -93,7 +98,7 @@ class CosineLengthReward(RewardPart):
     wrong_from: Weight = key(-10.0, "of a wrong answer of length 0")
     wrong_to: Weight = key(0.0, "of a wrong answer of length longest")
     exceeding: Weight = key(-10.0, "of a response of length longest or above")
-    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+    longest: Count | None = longest()
 
 
 class RepetitionReward(RewardPart):
@@ -118,7 +123,7 @@ class OverlongReward(RewardPart):
     )
     buffer: Count = key(16, "below longest in which the penalty rises", unit="tokens")
     penalty: NotNegative = key(1.0, "of a response of length longest")
-    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+    longest: Count | None = longest()
 
 
 AnyReward = Annotated[

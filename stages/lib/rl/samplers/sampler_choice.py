@@ -69,7 +69,8 @@ def own_sampler(policy: TrainedPolicy, settings: SamplingSettings, around: Sampl
         top_k=settings.top_k,
         top_p=settings.top_p,
         stop_strings=settings.stop_strings,
-        keeps_logps=settings.reuse_sampler_logps,
+        keeps_logps=settings.reuse_sampler_logps or settings.keeps_engine_logps,
+        keeps_entropies=settings.reuse_sampler_logps,
     )
 
 

@@ -106,7 +106,7 @@ def test_a_policy_that_has_hardly_moved_is_told_by_checksums(keeps_head: bool, t
         sampler.take_weights()
         move(policy, 1e-6)
         if keeps_head:
-            with pytest.raises(SamplerError, match="of lm_head.weight its checksum has not changed"):
+            with pytest.raises(SamplerError, match=r"of lm_head.weight its checksum has not changed"):
                 sampler.take_weights()
         else:
             sampler.take_weights()

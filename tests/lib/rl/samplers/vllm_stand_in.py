@@ -1,4 +1,4 @@
-"""A server on loopback with the endpoints of vLLM that are used, around a model of transformers; it can be told to fail."""
+"""A server on loopback with those endpoints of vLLM that are used, around a model of transformers; it can fail."""
 
 import hashlib
 import json
