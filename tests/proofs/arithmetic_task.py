@@ -45,10 +45,10 @@ HEAD = """# GRPO on arithmetic, and what else might have helped
 
 The profile `arithmetic` at commit {commit}; `make prove` makes this table again. Right answers to {prompts} test
 prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval; "worked" is
-the share of greedy answers that write steps down. To {sampled} of the prompts {k} samples each were drawn at temperature 1:
-the share of them that are right, that of prompts with a right one (pass@{k}), and that of right ones among those that
-write steps down, so how well they are worked, however often. Harder: greedy, on {harder} problems of three steps, of
-which there were none in training. Time is that of training and sampling after SFT.
+the share of greedy answers that write steps down. To {sampled} of the prompts {k} samples each were drawn at
+temperature 1: the share of them that are right, that of prompts with a right one (pass@{k}), and that of right ones
+among those that write steps down, so how well they are worked, however often. Harder: greedy, on {harder} problems of
+three steps, of which there were none in training. Time is that of training and sampling after SFT.
 
 | policy | greedy | over SFT | worked | samples | pass@{k} | right if worked | harder | minutes of CPU |
 |---|---|---|---|---|---|---|---|---|
