@@ -186,6 +186,11 @@ prove: $(VENV) ## Kill every stage in every way, run each in every way, and writ
 	.venv/bin/python -m tests.proofs.same_bytes .scratch/same-bytes --table tests/proofs/same_bytes.md
 	rm -rf .scratch/online-rounds
 	.venv/bin/python -m tests.proofs.online_rounds .scratch/online-rounds --table tests/proofs/online_rounds.md
+	.venv/bin/python -m tests.proofs.engine_correction --table tests/proofs/engine_correction.md
+	rm -rf .scratch/arithmetic-task
+	.venv/bin/python -m tests.proofs.arithmetic_task .scratch/arithmetic-task --table tests/proofs/arithmetic_task.md
+	rm -rf .scratch/positive-reviews
+	.venv/bin/python -m tests.proofs.positive_reviews .scratch/positive-reviews --table tests/proofs/positive_reviews.md
 
 EQUIVALENCE = -m tests.proofs.equivalence .scratch/equivalence/project \
   --out .scratch/equivalence/measured.json --table tests/proofs/equivalence.md

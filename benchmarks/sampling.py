@@ -90,7 +90,7 @@ def main(
         print(row_of(contest, *measured(contest, rounds), peak * threads), flush=True)
 
 
-def random_model() -> PreTrainedModel:
+def random_model(positions: int = 192) -> PreTrainedModel:
     """Of the default run's shape; a response ends after 24 tokens, on average, by the bias of its head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -101,7 +101,7 @@ def random_model() -> PreTrainedModel:
         num_hidden_layers=SHAPE.layers,
         num_attention_heads=SHAPE.heads,
         num_key_value_heads=SHAPE.key_value_heads,
-        max_position_embeddings=192,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=EOS,

@@ -12,13 +12,11 @@ names the reward models.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lib.command.entries import EntryOption, read_entry
-from stages.lib.command.errors import StageError
-from stages.lib.command.jsonl import read_jsonl, write_json
+from stages.lib.command.jsonl import write_json
 from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
@@ -35,15 +33,13 @@ if not asks_for_help():
 
     from stages.lib.compute.batching import micro_batching
     from stages.lib.compute.processes import join_processes
-    from stages.lib.data.conversation_rows import Conversation, preference_conversation
     from stages.lib.data.token_tables import PREFERENCE_SCHEMA, check_table_fits, read_table
     from stages.lib.evaluation.metrics import with_sources
+    from stages.lib.evaluation.pair_scores import SIDES, scores_of_pairs, texts_of_pairs
     from stages.lib.evaluation.scored_pairs import ScoredPairs, metrics_of_parts, reward_model_metrics
     from stages.lib.models.pretrained import Loading, end_and_pad_ids
-    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
+    from stages.lib.rl.rewards.reward_model import load_reward_model
     from stages.lib.runs.partial_results import NUMBER, PartialResults
-
-SIDES = ("chosen", "rejected")
 
 
 def main(
@@ -73,13 +69,7 @@ def main(
         texts = None if reward.texts is None else texts_of_pairs(prepared, pairs["row"][:])
 
         def compute(chunk: range) -> dict[str, list]:
-            some = pairs[chunk.start : chunk.stop]
-            found = scores_of_pairs(reward, some, texts)
-            for values in found.values():
-                for row, score in zip(some["row"], values, strict=True):
-                    if not math.isfinite(score):
-                        raise StageError(f"{tokens}, row {row}: a score is {score}; {reward_model} is broken")
-            return found
+            return scores_of_pairs(reward, pairs[chunk.start : chunk.stop], texts, tokens)
 
         found = this_run.keep_all("pairs", len(pairs), dict.fromkeys(SIDES, NUMBER), compute)
         lengths = {f"{side}_lengths": lengths_of(pairs, side) for side in SIDES}
@@ -93,34 +83,6 @@ def main(
 def lengths_of(pairs: MappedTable, side: str) -> list[int]:
     """The tokens of one reply of each pair."""
     return pc.list_value_length(pairs.data.column(f"{side}_ids")).to_pylist()
-
-
-def texts_of_pairs(prepared: Path, rows: list[int]) -> list[Conversation]:
-    """The prepared rows. Raises StageError for one that is no pair, or if the table's `rows` are not among them."""
-    lines = enumerate(read_jsonl(prepared), start=1)
-    texts = [preference_conversation(row, f"{prepared}, line {line}") for line, row in lines]
-    if max(rows) >= len(texts):
-        raise StageError(f"{prepared} has {len(texts)} rows, and the tokens are of more: run tokenize_data again")
-    return texts
-
-
-def scores_of_pairs(
-    reward: RewardModel, pairs: dict[str, list], texts: list[Conversation] | None
-) -> dict[str, list[float]]:
-    """The scores of both replies of each pair.
-
-    Args:
-        pairs: columns of the token table, of which `row` is the place in `texts`.
-        texts: the prepared rows, where the reward model reads text.
-    """
-    if texts is None:
-        return dict(reward.score_id_pairs(pairs)._asdict())
-    rows = [texts[row] for row in pairs["row"]]
-    prompts, contexts = [row.prompt for row in rows], [row.context for row in rows]
-    return {
-        side: reward.score_texts(prompts, [row.replies[place] for row in rows], contexts=contexts)
-        for place, side in enumerate(SIDES)
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows made of a policy's own replies: several to each prompt of a round, ranked by a reward model's scores.
+"""Rows made of a policy's own replies: several to each prompt of a round, ranked by the rewards of the entry.
 
     best_and_worst  of each prompt the reply with the highest score against the one with the lowest
     all_pairs       every two replies to a prompt, the one with the higher score chosen
@@ -14,7 +14,6 @@ random numbers belong to (seed, round, row, sample).
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import tokenizer_hash
+from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.sample_pairs import SamplePairs
 
@@ -43,8 +43,8 @@ if not asks_for_help():
     from stages.lib.operations.progress import Progress
     from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.ranked_replies import REASONS, ScoredReply
-    from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
-    from stages.lib.rl.rewards.scoring import scores_of
+    from stages.lib.rl.rewards.entry_rewards import load_entry_rewards
+    from stages.lib.rl.rewards.mixture import Mixture
     from stages.lib.rl.sampled_rows import SCHEMAS, SampledRows, sample_metrics
     from stages.lib.rl.samplers.frozen_policy import frozen_sampler
     from stages.lib.rl.samplers.own import OwnSampler
@@ -56,7 +56,7 @@ FIRST_ROUND = 2**30  # counted as steps of sampling that no training and no eval
 def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOption = None) -> None:
     """Sample replies to prompts in TOKENS, and make rows of them."""
     name, settings = read_entry("sample_pairs", SamplePairs, name)
-    model, reward_model = Path(settings.model), Path(settings.reward_model)
+    model = Path(settings.model)
     order_seed, seed = read_value("seed", int), read_seed(settings)
     trust_remote_code, kernels = read_value("trust_remote_code", bool), read_value("kernels", Kernels)
     runtime = read_runtime("sample_pairs")
@@ -68,18 +68,19 @@ def main(tokens: PathOption, out: PathOption, metrics: PathOption, name: EntryOp
     declared |= {"trust_remote_code": trust_remote_code, "kernels": kernels}
     outs = {"rows": out / name, "metrics": metrics / f"{name}.json"}
     loading = Loading(settings.precision, runtime, processes.device, frozen=True, trust_remote_code=trust_remote_code)
-    with PartialResults(
-        f"sample_pairs@{name}", declared, [path, model, reward_model], outs, runtime, processes
-    ) as this_run:
+    of_rewards = map(Path, reward_files(settings.rewards, f"sample_pairs.{name}.rewards"))
+    inputs = [path, model, Path(settings.reward_model), *of_rewards]
+    with PartialResults(f"sample_pairs@{name}", declared, inputs, outs, runtime, processes) as this_run:
         if this_run.already_complete():
             return
         sampler = frozen_sampler(model, settings, seed, loading, processes)
         require_fit(table, path, sampler.language_model, settings.max_new_tokens, f"sample_pairs.{name}")
         batching = micro_batching(runtime, sampler.pad_id, processes)
-        of_rewards = (reward_model, settings, loading, batching, processes, model)
-        reward = load_reward_model(*of_rewards, standardise=settings.standardise_reward)
-        if reward.facts and reward.facts.line():
-            this_run.say(f"{this_run.stage}: {reward.facts.line()}")
+        reward = load_entry_rewards(settings, model, settings.max_new_tokens, loading, batching, processes)
+        for part in reward.by_name.values():
+            facts = getattr(part.reward, "facts", None)  # of a reward model
+            if facts and facts.line():
+                this_run.say(f"{this_run.stage}: {facts.line()}")
         replies = replies_to(prompts, sampler, reward, settings, this_run)
         rows, dropped = SampledRows(), Counter(dict.fromkeys(REASONS, 0))
         for prompt, own in zip(prompts, replies, strict=True):
@@ -122,7 +123,7 @@ def prompts_of_round(table: MappedTable, path: Path, settings: SamplePairs, seed
 
 
 def replies_to(
-    prompts: list[Prompt], sampler: OwnSampler, reward: RewardModel, settings: SamplePairs, this_run: PartialResults
+    prompts: list[Prompt], sampler: OwnSampler, reward: Mixture, settings: SamplePairs, this_run: PartialResults
 ) -> list[list[ScoredReply]]:
     """The replies to each prompt with their scores, sampled and kept chunk by chunk."""
     count = settings.samples_per_prompt
@@ -130,13 +131,7 @@ def replies_to(
 
     def compute(chunk: range) -> dict[str, list]:
         episodes = sampler.sample(prompts[chunk.start : chunk.stop], FIRST_ROUND + settings.round, count)
-        scores = scores_of(reward, episodes)
-        for episode, score in zip(episodes, scores, strict=True):
-            if not math.isfinite(score):
-                raise StageError(
-                    f"{this_run.stage}: prompt {episode.prompt.row}: the score of a reply is {score}; the reward model "
-                    "is broken"
-                )
+        scores = reward.scored(episodes).totals
         groups = range(0, len(episodes), count)
         return {
             "ids": [[episode.ids for episode in episodes[start : start + count]] for start in groups],

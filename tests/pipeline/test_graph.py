@@ -20,7 +20,8 @@ from stages.lib.operations.code_closure import MANIFESTS, lines_of, manifest_of,
 from stages.lib.settings.evaluate import Evaluate
 from stages.lib.settings.score_samples import ScoreSamples
 from stages.lib.settings.sections import default_params
-from stages.lib.settings.sources import FileSource, HubSource, TaskSettings
+from stages.lib.settings.sources import FileSource, HubSource
+from stages.lib.settings.task_sources import ArithmeticSettings, FilmReviewSettings
 from tests.pipeline.graph import (
     CHAT_TEMPLATE,
     FIRST,
@@ -89,7 +90,8 @@ def overlapping_outs(graph: dict[str, Any]) -> list[tuple[str, str]]:
 
 def deps_that_nothing_makes(graph: dict[str, Any]) -> list[str]:
     """Deps below data/, models/ or metrics/ that are no stage's out, nor below or above one."""
-    outs = [out for stage in all_instances(graph).values() for out in outs_of(stage)]
+    stages = [*all_instances(graph).values(), *map(body_of, graph["stages"].values())]  # a group may have no instance
+    outs = [out for stage in stages for out in outs_of(stage)]
     deps = {dep for stage in all_instances(graph).values() for dep in paths(stage["deps"])}
     ours = [dep for dep in sorted(deps) if dep.startswith(("data/", "models/", "metrics/"))]
     return [dep for dep in ours if not any(is_at_or_below(dep, out) or is_at_or_below(out, dep) for out in outs)]
@@ -149,9 +151,10 @@ def test_params_declared_are_the_params_read(name):
     assert not wrong_params(script, {"params": [entry for body in group for entry in body.get("params") or ()]})
 
 
-@pytest.mark.parametrize("group", ["files", "hub", "tasks"])
+@pytest.mark.parametrize("group", ["files", "hub", "tasks", "arithmetic"])
 def test_a_source_is_read_again_for_every_key_but_what_is_drawn_of_it(group):
-    model = {"files": FileSource, "hub": HubSource, "tasks": TaskSettings}[group]
+    own = {"tasks": FilmReviewSettings, "arithmetic": ArithmeticSettings}
+    model = ({"files": FileSource, "hub": HubSource} | own)[group]
     body = next(stage["do"] for stage in GRAPH["stages"].values() if stage.get("foreach") == f"${{sources.{group}}}")
     declared = {entry.rpartition(".")[2] for entry in body["params"] if "." in entry}
     assert declared == model.model_fields.keys() - {"weight", "rows"}

@@ -24,7 +24,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert listed.returncode == 0, listed.stderr
     for name in listed.stdout.decode().split("\0"):
         source = PROJECT / name
-        if name and source.is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+        is_result = name == "dvc.lock" or (name.startswith("metrics/") and source.name != ".gitkeep")
+        if name and source.is_file() and not is_result:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)  # with its time, or make would set up .venv anew

@@ -22,7 +22,8 @@ from stages.lib.evaluation.intervals import paired_bootstrap_interval
 from stages.tools.use_profile import settings_of
 from tests.pipeline.graph import all_instances, load_graph
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, start, write_yaml
+from tests.proofs.stages_once import run_once
+from tests.stages.tiny_pipeline import PROJECT, write_yaml
 
 PROFILE = "online-dpo"
 POLICIES = ("sft", "online1", "online2")
@@ -71,17 +72,7 @@ def run(folder: Path, seed: int, given: Path | None) -> Path:
     write_yaml(project / "params.yaml", settings)
     stages = [*all_instances(load_graph(), settings)]
     before = [] if given else stages[1 : stages.index(ROUNDS[0])]  # the first writes manifests
-    for stage in (*before, *ROUNDS):
-        done = project / "done" / stage
-        if done.exists():
-            continue
-        process = start(project, stage)
-        told, errors = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"{stage} with seed {seed} failed:\n{told[-2000:]}{errors[-2000:]}")
-        done.parent.mkdir(exist_ok=True)
-        done.touch()
-        print(f"seed {seed}: {stage}: {(told.splitlines() or [''])[-1]}", flush=True)
+    run_once(project, (*before, *ROUNDS))
     return project
 
 

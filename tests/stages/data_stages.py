@@ -10,10 +10,10 @@ from stages.lib.data.prepared_rows import SPLITS
 from stages.lib.settings.declaration import block
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.sources import FileSource, HubSource, Sources
-from stages.lib.settings.task_sources import FilmReviewSettings
+from stages.lib.settings.task_sources import ArithmeticSettings, FilmReviewSettings
 from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
-MODELS = {"files": FileSource, "hub": HubSource, "tasks": FilmReviewSettings}
+MODELS = {"files": FileSource, "hub": HubSource, "tasks": FilmReviewSettings, "arithmetic": ArithmeticSettings}
 HALF = {"validation_fraction": 0.25, "test_fraction": 0.25}
 
 

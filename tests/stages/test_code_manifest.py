@@ -76,8 +76,8 @@ def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("profile", ["online-dpo", "rejection-sampling"])
-def test_a_profile_of_the_generated_task_passes(project: Path, profile: str) -> None:
+@pytest.mark.parametrize("profile", ["online-dpo", "rejection-sampling", "arithmetic"])
+def test_a_profile_of_generated_rows_passes(project: Path, profile: str) -> None:
     write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
     with inside(project):
         assert check_settings() == []

@@ -16,9 +16,10 @@ from stages.lib.data.prompts import prompts_of
 from stages.lib.data.token_tables import PROMPT_SCHEMA, read_table
 from stages.lib.models.pretrained import end_and_pad_ids
 from stages.lib.models.token_logprobs import TokenLogProbs
-from stages.lib.rl.held_out import METRICS, STEP
+from stages.lib.rl.held_out import STEP
 from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.settings.declaration import block
+from stages.lib.settings.held_out_metrics import METRICS
 from stages.lib.settings.rewards import RepetitionReward
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import curve, metrics, weights

@@ -10,11 +10,13 @@ import pytest
 
 from stages.lib.command.errors import LONGEST_MESSAGE, StageError
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, expectation, read_inputs
+from stages.lib.settings.declaration import block
+from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
 from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
-from tests.stages.tiny_pipeline import inside, write_yaml
+from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
 HOSTILE = '<script>alert(1)</script> {{ 7 * 7 }} {% raw %} "quoted" & </div> half of a pair: \ud83d'
 CURVE = "step,loss,grad_norm,validation/loss\n1,0.9,2.0,\n2,0.5,1.0,0.6\n"
@@ -35,8 +37,11 @@ def evaluation(policy, gold):
     return metrics | (compared("gold", policy) if gold else {})
 
 
-def scores(policy):
-    return {"prompts": ROWS, **compared("reward", policy)}
+def scores(policy, gold=True):
+    residual = GAINS[policy] - 0.5
+    ends = {"mean": residual, "ci_low": residual - 0.125, "ci_high": residual + 0.125}
+    of_line = {f"gold_residual_{end}": value for end, value in ends.items()}
+    return {"prompts": ROWS, **compared("reward", policy), **(of_line if gold else {})}
 
 
 def compared(measure, policy):
@@ -84,7 +89,11 @@ def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
     """All files of a finished run that the report reads."""
     kinds, splits = ("sft", "preference", "prompts"), ("train", "validation", "test")
     rows = {f"{kind}/{split}_rows": 400 for kind in kinds for split in splits}
-    of_data = {"bayes_accuracy": 0.803} if gold else {"dropped/empty_reply": 4, "dropped/duplicate": 0}
+    of_data = (
+        {"bayes_accuracy": 0.803, "gold_label_accuracy": 0.791}
+        if gold
+        else {"dropped/empty_reply": 4, "dropped/duplicate": 0}
+    )
     write(folder, "metrics/prepare_data.json", rows | of_data)
     for kind in kinds:
         counts = {"train_rows": 1388, "validation_rows": 199, "test_rows": 399, "mean_prompt_tokens": 31.5}
@@ -97,7 +106,7 @@ def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
         write(folder, f"metrics/evaluate/{policy}.json", evaluation(policy, gold))
         write_samples(folder, policy, [sample(policy, row, gold) for row in range(ROWS)])
         if reward:
-            write(folder, f"metrics/score_samples/{policy}.json", scores(policy))
+            write(folder, f"metrics/score_samples/{policy}.json", scores(policy, gold))
             write_scores(folder, policy, [score(policy, row) for row in range(ROWS)])
     if reward:
         write(folder, "metrics/evaluate_rm/rm.json", of_pairs())
@@ -225,16 +234,18 @@ def test_two_runs_write_the_same_bytes(run_folder):
 def test_table_of_policies(parsed):
     head, *rows = parsed.tables[0]
     assert [cell[0] for cell in head[1:]] == [
-        *("perplexity", "reward", "gold utility", "win rate by gold", "KL from SFT, nats", "ends with EOS"),
-        "length, tokens",
+        *("perplexity", "reward", "gold utility", "gold less what its reward promises", "win rate by gold"),
+        *("KL from SFT, nats", "ends with EOS", "length, tokens"),
         *("distinct-1", "distinct-2", "preference accuracy"),
     ]
     assert rows[0] == [
-        *(["SFT"], ["12.50"], ["0.10"], ["0.10"], ["–"], ["–"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"])
+        *(["SFT"], ["12.50"], ["0.10"], ["0.10"], ["−0.50", "−0.62 to −0.38: over-optimised"], ["–"], ["–"]),
+        *(["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"]),
     ]
     assert rows[1] == [
         *(["DPO"], ["12.50"]),
-        *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["71.2 %", "66.2 % to 76.2 %"]),
+        *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["−0.08", "−0.20 to +0.05"]),
+        ["71.2 %", "66.2 % to 76.2 %"],
         *(["8.50", "7.65 to 9.35"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["74.0 %", "70.0 % to 78.0 %"]),
     ]
     assert rows[2][0] == ["PPO"]
@@ -244,7 +255,14 @@ def test_tables_of_reward_model_and_data(parsed):
     head, row = parsed.tables[1]
     assert [cell[0] for cell in head[3:6]] == ["longer reply", "score and length", "calibration error"]
     assert row == [
-        *(["rm"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["55.0 %", "50.0 % to 60.0 %"], ["−0.12"], ["0.031"]),
+        *(
+            ["rm"],
+            ["78.0 %", "74.0 % to 82.0 %"],
+            ["80.3 %", "79.1 % on these labels"],
+            ["55.0 %", "50.0 % to 60.0 %"],
+            ["−0.12"],
+            ["0.031"],
+        ),
         *(["77.0 %", "73.0 % to 81.0 %"], ["0.6000"]),
     ]
     assert parsed.tables[2] == [
@@ -272,10 +290,37 @@ def test_a_reward_model_without_parts_has_no_table_of_them(tmp_path):
         page_in(tmp_path)
 
 
+def test_rounds_of_replies_as_rows_have_a_table_and_what_they_dropped(tmp_path, parsed):
+    write_run(tmp_path, policies=("dpo",), reward=False)
+    first = {"prompts": 750, "replies": 3000, "rows": 741, "dropped/replies_alike": 31, "dropped/pairs_close": 0}
+    first |= {"reward_mean": 0.512, "reward_best_mean": 1.25, "reward_worst_mean": -0.5, "margin_mean": 1.749}
+    first |= {"replies_distinct_share": 0.9875, "eos_rate": 1.0, "length_mean": 21.04}
+    best_of = {key: value for key, value in first.items() if key != "margin_mean"} | {"dropped/replies_alike": 0}
+    with inside(tmp_path):
+        settings = read_yaml(tmp_path / "params.yaml")
+        settings["sample_pairs"] = {"best": block(SamplePairs), "first": block(SamplePairs)}
+        write_yaml(tmp_path / "params.yaml", settings)
+    write(tmp_path, "metrics/sample_pairs/first.json", first)
+    write(tmp_path, "metrics/sample_pairs/best.json", best_of)
+    tables = Page(page_in(tmp_path)).tables
+    numbers = [[text] for text in ("750", "3,000", "741", "0.51", "1.25", "\N{MINUS SIGN}0.50", "1.75")]
+    numbers += [["98.8 %"], ["100.0 %"], ["21.0"]]
+    assert tables[-1][1] == [["best"], *numbers[:6], ["\N{EN DASH}"], *numbers[7:]]
+    assert tables[-1][2] == [["first"], *numbers]
+    assert tables[-2][1:] == [
+        [["tokenize_data sft: too long"], ["12"]],
+        [["sample_pairs first: replies alike"], ["31"]],
+    ]
+    assert "Replies of policies as rows" not in parsed.texts
+    write(tmp_path, "metrics/sample_pairs/first.json", first | {"replies_distinct_share": 1.5})
+    with pytest.raises(StageError, match=r"'replies_distinct_share' is 1\.5, expected a share from 0 to 1"):
+        page_in(tmp_path)
+
+
 def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
     assert parsed.texts["outcome"][0].count("On 16 test prompts, DPO beats SFT in mean gold utility (+0.42") == 1
     after = next(index for index, (_, found) in enumerate(parsed.elements) if found.get("class") == "outcome")
-    assert [tag for tag, _ in parsed.elements[after + 1 : after + 6]] == ["p", "p", "p", "p", "h2"]
+    assert [tag for tag, _ in parsed.elements[after + 1 : after + 7]] == ["p", "p", "p", "p", "p", "h2"]
 
 
 def test_what_went_wrong_in_rl_stands_below_the_outcome(tmp_path, parsed):

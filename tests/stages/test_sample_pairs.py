@@ -21,6 +21,7 @@ from stages.lib.runs.partial_results import PartialResults
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ref_logprobs import RefLogprobs
+from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.sample_pairs import AllPairs, BestOfN, SamplePairs
 from stages.lib.settings.train_dpo import TrainDpo
 from stages.lib.settings.train_sft import TrainSft
@@ -33,6 +34,7 @@ TWO_HERE = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_p
 # Of so short a training: a reply in six or so ends, and so 60 tokens and pairs with others.
 SHORT = {"prompts": 12, "samples_per_prompt": 6, "max_new_tokens": 60, "seed": 3}
 PAIRS = SHORT | {"makes": block(AllPairs, unfinished="rejected")}
+LEAST = -0.05
 DPO = {"epochs": 1.0, "batch_size": 4, "eval_every": 1}
 
 
@@ -48,6 +50,10 @@ def with_rounds(folder: Path) -> None:
         dpo = block(TrainDpo, model=start_from, tokens=rows, reference=reference, **DPO)
         settings["train_dpo"][f"dpo-{name}"] = dpo
     settings["sample_pairs"]["best"] = block(SamplePairs, round=2, **SHORT, makes=block(BestOfN))
+    fresh = {"fresh": block(RepetitionReward, n=1)}  # −1 times the share of tokens that are repeated
+    settings["sample_pairs"]["fresh"] = block(
+        SamplePairs, **SHORT, reward_model="models/sft", rewards=fresh, makes=block(BestOfN, least_score=LEAST)
+    )
     settings["train_sft"]["sft-best"] = block(TrainSft, model="models/sft", tokens="data/sampled/best", batch_size=2)
     write_yaml(folder / "params.yaml", settings)
     change(folder / "runtime.yaml", {"default": {"rows_per_partial_result": 5}})
@@ -64,7 +70,7 @@ def rounds(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("first", "second"):
         for stage in (f"sample_pairs@{name}", f"ref_logprobs@{name}", f"train_dpo@dpo-{name}"):
             call(folder, stage)
-    for stage in ("sample_pairs@best", "train_sft@sft-best"):
+    for stage in ("sample_pairs@best", "train_sft@sft-best", "sample_pairs@fresh"):
         call(folder, stage)
     return folder
 
@@ -167,6 +173,24 @@ def test_the_best_of_n_is_a_row_for_sft(rounds: Path) -> None:
         assert decode_completion(tokenizer, row["input_ids"][start:]) == best["text"]
         assert json.loads(row["messages"]) == sample["prompt"] == json.loads(prompt["messages"])
     assert json.loads((rounds / "metrics/training/sft-best.json").read_text())["train_rows"] == len(table)
+
+
+def test_replies_can_be_ranked_by_other_rewards_than_a_model(rounds: Path) -> None:
+    samples, tokenizer = samples_of(rounds, "fresh"), load_tokenizer(rounds / "models/base")
+    table = list(read_table(rounds / "data/sampled/fresh/train/sft.arrow", SFT_SCHEMA))
+    rows = iter(table)
+    for sample in samples:
+        ended = [reply for reply in sample["replies"] if reply["ended"]]
+        best = max(ended, key=lambda reply: reply["score"], default=None)
+        assert bool(sample["made"]) == (best is not None and best["score"] >= LEAST)
+        if sample["made"]:
+            row = next(rows)
+            ids = [token for token, own in zip(row["input_ids"], row["loss_mask"], strict=True) if own]
+            assert decode_completion(tokenizer, ids) == best["text"]
+            assert best["score"] == pytest.approx(len({*ids}) / len(ids) - 1, abs=1e-6)
+    dropped = json.loads((rounds / "metrics/sample_pairs/fresh.json").read_text())
+    assert 0 < len(table) == 12 - dropped["dropped/prompts_without_a_row"]
+    assert dropped["dropped/best_replies_below_least_score"] > 0
 
 
 def texts_of(folder: Path) -> list[list[str]]:

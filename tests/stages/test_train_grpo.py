@@ -12,12 +12,15 @@ from stages.lib.compute.schedule import learning_rate
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
-from stages.lib.settings.advantages import Advantages, ReinforceBaseline
+from stages.lib.settings.advantages import Advantages, Gdpo, ReinforceBaseline
 from stages.lib.settings.declaration import block
-from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
+from stages.lib.settings.engine_correction import TokenTruncated
+from stages.lib.settings.kl_controller import AdaptiveKl
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
+from stages.lib.settings.truncated import FixedScore
 from tests.lib.rl.test_rollouts import read
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
@@ -47,9 +50,9 @@ def grpo_settings(**changed: Any) -> TrainGrpo:
 def loss_at(rollouts: Any, advantages: torch.Tensor, kl_coef: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The sums of one pass of another policy, and the gradient of their loss."""
     module = TokenLogProbs(tiny_llama(5))
-    settings = grpo_settings(kl=block(KlInLoss, estimator="k3", coef=kl_coef))
+    settings = grpo_settings(kl=block(KlInLoss, estimator="k3"))
     (batch,) = batching(1000).sequences(rollouts.prompts, rollouts.responses)
-    loss = step_loss(settings, rollouts, advantages, [0, 1, 2])
+    loss = step_loss(settings, kl_coef, rollouts, advantages, [0, 1, 2])
     sums = loss(rollouts, Pass(module, batch, batch.rows))
     sums["loss"].backward()
     return (
@@ -136,6 +139,23 @@ def test_log_probs_of_sampling_stand_for_those_of_a_pass(copy_of_tiny: Copy, tin
         assert rows[name].tolist() == pytest.approx(wanted[name].tolist(), rel=1e-3, abs=1e-5)
 
 
+def test_a_sampler_that_agrees_is_weighted_with_1(copy_of_tiny: Copy, tiny: Path) -> None:
+    """Of float32 both sides differ by rounding; their log-probs stand side by side in the table of rollouts."""
+    folder, chosen = copy_of_tiny(), block(TokenTruncated)
+    change(folder / "params.yaml", {"train_grpo": {"grpo": {"engine_correction": chosen}}})
+    call(folder, "train_grpo")
+    rows = curve(folder, "train_grpo")
+    assert (rows["engine/logp_difference_max"] < 1e-4).all()
+    assert (rows["engine/logp_difference"] > 0).all()
+    assert rows["engine/weight"].tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    assert rows["engine/bounded"].tolist() == [0, 0, 0]
+    assert rows["policy/loss"].tolist() == pytest.approx(curve(tiny, "train_grpo")["policy/loss"].tolist(), abs=1e-5)
+    for rollout in rollouts_of(folder):
+        assert len(rollout["logps"]) == len(rollout["engine_logps"]) == rollout["length"]
+        assert rollout["logps"] == pytest.approx(rollout["engine_logps"], abs=1e-4)
+    assert "logps" not in rollouts_of(tiny)[0]
+
+
 def test_greedy_like_sampling_gives_groups_that_teach_nothing(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture
 ) -> None:
@@ -175,12 +195,16 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     filtering = {"refill_rounds": 1, "above": round(means[len(means) // 2], 4), "below": None}
     whole, folder = copy_of_tiny("whole"), copy_of_tiny()
     for project in (whole, folder):
-        # Its own learning rate ends with the steps that there are; the KL in the reward has a state of its own, too.
-        kl = {"type": "in_reward", "estimator": "k1"}
-        kl |= {"controller": {"type": "adaptive", "coef": 0.05, "target": 0.1, "horizon": 20.0}}
+        # Its own learning rate ends with the steps that there are; the KL's coefficient has a state of its own, too.
+        kl = block(KlInLoss, controller=block(AdaptiveKl, target=0.1, horizon=20.0))
         change(project / "params.yaml", {"train_grpo": {"grpo": {"dynamic_sampling": filtering, "kl": kl}}})
         change(project / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    coefs: list[float] = []
+    monkeypatch.setattr(
+        "stages.train_grpo.step_loss", lambda of, coef, *others: (coefs.append(coef), step_loss(of, coef, *others))[1]
+    )
     call(whole, "train_grpo")
+    steered = dict.fromkeys(coefs)
     cut_short(folder, "train_grpo", monkeypatch, after=2)
     call(folder, "train_grpo")
     assert outs(folder, "train_grpo") == outs(whole, "train_grpo")
@@ -192,6 +216,8 @@ def test_dynamic_sampling_goes_on_behind_the_prompts_that_a_killed_run_had_asked
     assert (rows["policy/updates"] > 0).tolist() == (kept > 0).tolist()
     assert rows["objective/rewards"].mean() > rows["dynamic_sampling/unfiltered_rewards"].mean()
     assert rows["objective/kl_coef"].nunique() > 1
+    trained = rows["policy/updates"] > 0
+    assert rows["objective/kl_coef"][trained].tolist() == pytest.approx([*steered], rel=1e-6)
     # The schedule counts the steps that this phase takes, and those that are planned for the later ones.
     entry = TrainGrpo.model_validate(read_yaml(whole / "params.yaml")["train_grpo"]["grpo"])
     own, each, taken = entry.optimizer, entry.updates_per_iteration, 0
@@ -312,6 +338,9 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
         ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
+        ({"advantages": block(Gdpo), "score_clip": 1.0}, "advantages of type gdpo standardise each: set null"),
+        ({"advantages": block(Gdpo), "truncated": block(FixedScore)}, "truncated of type fixed_score changes the sum"),
+        ({"kl": block(NoKl)}, "held_out.kl_weight weighs a KL to a reference, and kl has none; set 0.0"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -26,7 +26,7 @@ ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DV
 REPORT_FOLDERS = (
     "data/sample_scores",
     "data/samples",
-    *(f"metrics/{name}" for name in ("curves", "evaluate", "evaluate_rm", "score_samples", "training")),
+    *(f"metrics/{name}" for name in ("curves", "evaluate", "evaluate_rm", "sample_pairs", "score_samples", "training")),
 )
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIMIZER = {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
@@ -63,7 +63,7 @@ TINY = {
 def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
     """A block that names its `type` replaces the one that stands there."""
     for key, value in values.items():
-        if isinstance(value, dict) and "type" not in value and settings.get(key) is not None:
+        if isinstance(value, dict) and "type" not in value and settings.get(key):
             lay_over(settings[key], value)
         else:
             assert key in settings, f"params.yaml has no key {key}"

@@ -43,8 +43,9 @@ def sft_conversation(row: dict[str, Any], where: str) -> Conversation:
 
 def preference_conversation(row: dict[str, Any], where: str) -> Conversation:
     pair = [_reply(row, name, where) for name in ("chosen", "rejected")]
-    margin = margin_from(row.get("margin"), where)
-    return Conversation(_source(row, where), _prompt(row, where), pair, _context(row, where), margin=margin)
+    margin, facts = margin_from(row.get("margin"), where), _facts(row, where)
+    prompt = _prompt(row, where)
+    return Conversation(_source(row, where), prompt, pair, _context(row, where), margin=margin, facts=facts)
 
 
 def unpaired_conversation(row: dict[str, Any], where: str) -> Conversation:
@@ -60,7 +61,7 @@ def unpaired_conversation(row: dict[str, Any], where: str) -> Conversation:
 
 
 def prompt_conversation(row: dict[str, Any], where: str) -> Conversation:
-    facts = facts_from(row["facts"], f"{where}, 'facts'") if "facts" in row else {}
+    facts = _facts(row, where)
     if "text" in row:
         return Conversation(_source(row, where), [], [], facts=facts, text=_text(row, where))
     return Conversation(_source(row, where), _prompt(row, where), [], _context(row, where), facts=facts)
@@ -71,6 +72,10 @@ def _source(row: dict[str, Any], where: str) -> str:
     if not isinstance(source, str):
         raise StageError(f"{where}: 'source', the name of the row's source, is missing; run prepare_data again")
     return source
+
+
+def _facts(row: dict[str, Any], where: str) -> dict[str, Any]:
+    return facts_from(row["facts"], f"{where}, 'facts'") if "facts" in row else {}
 
 
 def _text(row: dict[str, Any], where: str) -> str:

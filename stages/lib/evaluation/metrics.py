@@ -94,10 +94,12 @@ def against_reference(
     }
 
 
-def score_metrics(own: Sequence[float], theirs: Sequence[float] | None, resamples: int, seed: int) -> dict[str, float]:
+def score_metrics(
+    own: Sequence[float], theirs: Sequence[float] | None, resamples: int, seed: int, measure: str = "reward"
+) -> dict[str, float]:
     """A reward model's opinion of a policy's responses, beside the reference's; None: they are the reference's own."""
-    results: dict[str, float] = {"reward_mean": mean(own), "prompts": len(own)}
-    return results if theirs is None else results | against_reference("reward", own, theirs, resamples, seed)
+    results: dict[str, float] = {f"{measure}_mean": mean(own), "prompts": len(own)}
+    return results if theirs is None else results | against_reference(measure, own, theirs, resamples, seed)
 
 
 def text_metrics(logps: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:

@@ -134,11 +134,14 @@ class Lora:
 
         `PeftModel.from_pretrained(base, folder / "adapter")` puts it on the base model.
         """
-        if self.settings is None or not self.settings.save_adapter:
-            return
+        if self.settings is not None and self.settings.save_adapter:
+            self.write_adapter(weights, folder / ADAPTER_FOLDER, save_dtype)
+
+    def write_adapter(self, weights: dict[str, torch.Tensor], target: Path, save_dtype: str) -> None:
+        """Write the adapter, and a classifier's head, to a folder in PEFT's format."""
         from safetensors.torch import save_file
 
-        target = folder / ADAPTER_FOLDER
+        assert self.settings is not None, "without settings nothing is adapted"
         target.mkdir(parents=True)
         tensors = {
             f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight.detach().to("cpu", DTYPES[save_dtype])

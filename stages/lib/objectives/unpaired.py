@@ -10,6 +10,7 @@ import torch
 
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.compute.sequence_logprobs import all_response_logps
+from stages.lib.models.token_logprobs import TokenDetails
 from stages.lib.objectives.objective import Mean, PassSums, Rows, summed
 from stages.lib.objectives.running_mean import RunningMean
 from stages.lib.objectives.unpaired_losses import UNPAIRED_LOSSES, ReplyBatch
@@ -27,15 +28,19 @@ def metrics_of_replies(loss: UnpairedLoss) -> dict[str, Mean]:
         "rewards/margins": Mean("both"),
         "logps/chosen": Mean("good"),
         "logps/rejected": Mean("bad"),
+        "logits/chosen": Mean("good tokens"),
+        "logits/rejected": Mean("bad tokens"),
+        "entropy": Mean("tokens"),
     }
     return means | ({SHIFTS[loss.type]: Mean("replies")} if loss.type in SHIFTS else {})
 
 
 class UnpairedObjective:
-    """Rows of `UNPAIRED_SCHEMA` and `UNPAIRED_REFERENCE_SCHEMA`; the module gives log-probs (`TokenLogProbs`).
+    """Rows of `UNPAIRED_SCHEMA` and `UNPAIRED_REFERENCE_SCHEMA`; n counts replies.
 
-    n counts replies. The rewards among the metrics are the implicit ones, β log π/π_ref; their margin is the mean of
-    those of good replies less that of bad ones. What a loss keeps between steps is part of a checkpoint.
+    The module gives log-probs, and `details` of each token (`TokenLogProbs`). The rewards among the metrics are the
+    implicit ones, β log π/π_ref; their margin is the mean of those of good replies less that of bad ones. What a loss
+    keeps between steps is part of a checkpoint.
     """
 
     def __init__(self, batching: MicroBatching, loss: UnpairedLoss) -> None:
@@ -50,8 +55,9 @@ class UnpairedObjective:
 
     def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
         shift = self.shift(module, rows)
-        logps, _ = module(*batch.inputs, batch.completion_mask)
-        policy = batch.on_completions(logps).sum(dim=-1)
+        details = module(*batch.inputs, batch.completion_mask, run="details")
+        tokens = TokenDetails(*map(batch.on_completions, details))
+        policy = tokens.logps.sum(dim=-1)
         replies = reply_batch(policy, batch.rows, rows)._replace(shift=shift)
         losses = UNPAIRED_LOSSES[self.loss.type](replies, self.loss)
         rewards, good = self.loss.beta * replies.log_ratios.detach().double(), replies.labels
@@ -64,6 +70,9 @@ class UnpairedObjective:
             "rewards/margins": rewards * shares,
             "logps/chosen": policy * good,
             "logps/rejected": policy * ~good,
+            "logits/chosen": tokens.mean_logits[good],
+            "logits/rejected": tokens.mean_logits[~good],
+            "entropy": tokens.entropies,
         }
         found |= {name: torch.full_like(rewards, shift) for name in SHIFTS.values()}
         return PassSums(losses.sum(), summed(*(found[name] for name in self.metrics)))
@@ -91,7 +100,17 @@ class UnpairedObjective:
 
     def denominators(self, rows: Rows) -> Mapping[str, int]:
         replies, good = len(rows["label"]), sum(rows["label"])
-        return {"replies": replies, "good": good, "bad": replies - good, "both": int(0 < good < replies)}
+        lengths = [*map(len, rows["completion_ids"])]
+        good_tokens = sum(length for length, label in zip(lengths, rows["label"], strict=True) if label)
+        return {
+            "replies": replies,
+            "good": good,
+            "bad": replies - good,
+            "both": int(0 < good < replies),
+            "tokens": sum(lengths),
+            "good tokens": good_tokens,
+            "bad tokens": sum(lengths) - good_tokens,
+        }
 
     def units(self, rows: Rows) -> int:
         columns = ("prompt_ids", "completion_ids")

@@ -19,8 +19,8 @@ SHOWN_SAMPLES = 8
 STEPS = ("steps", "iterations")  # the key of a training stage's metrics that says how far it went
 # Keys of metrics whose names end so are shares or counts; every other one is any number.
 SHARES = ("accuracy", "accuracies", "_win_rate_vs_reference", "eos_rate", "distinct_1", "distinct_2")
-SHARES += ("calibration_error", "confidence")
-COUNTS = ("rows", "tokens", "prompts", "pairs", "rollouts", "iterations", "steps", "_step")
+SHARES += ("calibration_error", "confidence", "_share")
+COUNTS = ("rows", "tokens", "prompts", "pairs", "replies", "rollouts", "iterations", "steps", "_step")
 ENDS = ("_ci_low", "_ci_high")
 OF_REWARDS = "validation_rewards_"  # and behind it the name of a reward, which a user chooses
 # The metric that is the mean of a key over all samples, whose numbers are rounded to six decimals.
@@ -40,6 +40,7 @@ class Named(NamedTuple):
     scored: tuple[str, ...]  # of the policies: those whose samples a reward model has scored
     reward_models: tuple[str, ...]  # that are evaluated
     judge: str | None  # the folder of the reward model that has scored the samples
+    sampled: tuple[str, ...] = ()  # rounds of rows made of a policy's own replies
 
 
 class Metrics(dict[str, float]):
@@ -70,6 +71,7 @@ class Inputs(NamedTuple):
     scores: dict[str, Metrics]
     reward_models: dict[str, Metrics]
     samples: dict[str, list[dict[str, Any]]]
+    sampled: dict[str, Metrics]
 
     @property
     def measured(self) -> dict[str, dict[str, float]]:
@@ -145,6 +147,7 @@ def read_inputs(named: Named, metrics: Path, samples: Path, scores: Path) -> Inp
         scores=scored,
         reward_models=of_stage("evaluate_rm", named.reward_models),
         samples={name: rows[:SHOWN_SAMPLES] for name, rows in sampled.items()},
+        sampled=of_stage("sample_pairs", named.sampled),
     )
 
 

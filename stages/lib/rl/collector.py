@@ -31,8 +31,13 @@ class Collector(NamedTuple):
 
     def collect(self, prompts: Sequence[Prompt], phase: int, samples_per_prompt: int = 1) -> Rollouts:
         """Responses from the policy as it is, in a phase (0-based). Nothing that a checkpoint holds changes in it."""
-        episodes = self.sampler.sample(prompts, phase, samples_per_prompt)
+        episodes = self.sample(prompts, phase, samples_per_prompt)
         return self.read(episodes, self.scored(episodes))
+
+    def sample(self, prompts: Sequence[Prompt], step: int, samples_per_prompt: int) -> list[Episode]:
+        """Responses from the policy as it is, as `Sampler.sample` says."""
+        self.sampler.take_weights()
+        return self.sampler.sample(prompts, step, samples_per_prompt)
 
     def read(self, episodes: list[Episode], scored: ScoredEpisodes) -> Rollouts:
         """What the models say of episodes."""

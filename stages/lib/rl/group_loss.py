@@ -21,12 +21,14 @@ class StepLoss:
         advantages: (b, t).
         weights: of each response's tokens, (b, 1), those of the step's own denominators.
         counted: True on the tokens whose loss counts, (b, t); the KL is of all.
+        kl_coef: of the KL, where it is in the loss.
     """
 
     settings: TrainGrpo
     advantages: torch.Tensor
     weights: torch.Tensor
     counted: torch.Tensor
+    kl_coef: float
 
     def __call__(self, rollouts: Rollouts, one: Pass) -> TokenSums:
         """L, and how far the policy is from the one that sampled and from the reference."""
@@ -40,21 +42,24 @@ class StepLoss:
         if settings.reuse_sampler_logps:
             sums["first_ratio"] = ratio_sum(logps, old_logps, mask)
         if settings.off_policy_limit is not None:
-            counted = counted & still_on_policy(logps, old_logps, advantages, mask, settings.off_policy_limit)
+            sampled = old_logps if rollouts.engine_logps is None else rollouts.engine_logps[rows]
+            counted = counted & still_on_policy(logps, sampled, advantages, mask, settings.off_policy_limit)
             sums["left_out"] = (self.counted[rows] & ~counted).sum()
-        loss = (torch.where(counted, terms.losses, 0.0) * weights).sum()
+        loss = (rollouts.weighted(torch.where(counted, terms.losses, 0.0), rows) * weights).sum()
         if rollouts.reference_logps is not None:
             reference_logps = rollouts.reference_logps[rows]
             if isinstance(settings.kl, KlInLoss):
                 kl = kl_loss(logps, old_logps, reference_logps, mask, settings.kl)
-                loss = loss + settings.kl.coef * (kl * weights).sum()
+                loss = loss + self.kl_coef * (rollouts.weighted(kl, rows) * weights).sum()
             else:
                 kl = torch.where(mask, kl_estimate(logps.detach(), reference_logps, "k3"), 0.0)
             sums["kl"] = kl.sum()
         return {"loss": loss, **sums}
 
 
-def step_loss(settings: TrainGrpo, rollouts: Rollouts, advantages: torch.Tensor, rows: list[int]) -> StepLoss:
+def step_loss(
+    settings: TrainGrpo, kl_coef: float, rollouts: Rollouts, advantages: torch.Tensor, rows: list[int]
+) -> StepLoss:
     """The loss of an optimizer step on some rows of the rollouts, whose mask holds the tokens that are in it at all."""
     mask = rollouts.response_mask[rows]
     weights = torch.zeros((len(rollouts.episodes), 1), dtype=advantages.dtype, device=advantages.device)
@@ -64,4 +69,4 @@ def step_loss(settings: TrainGrpo, rollouts: Rollouts, advantages: torch.Tensor,
     if settings.top_entropy_share < 1:
         counted = torch.zeros_like(counted)
         counted[rows] = highest_entropy(rollouts.entropies[rows], mask, settings.top_entropy_share)
-    return StepLoss(settings, advantages, weights, counted)
+    return StepLoss(settings, advantages, weights, counted, kl_coef)

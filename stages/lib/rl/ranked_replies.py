@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from stages.lib.settings.sample_pairs import AllPairs, BestAndWorst, PairRule
+from stages.lib.settings.sample_pairs import AllPairs, BestAndWorst, BestOfN, PairRule
 
 REPLIES_ALIKE, REPLIES_UNFINISHED = "replies_identical", "replies_unfinished"
 PAIRS_EQUAL, PAIRS_CLOSE = "pairs_of_equal_scores", "pairs_below_least_gap"
 PROMPTS_WITHOUT = "prompts_without_a_row"
-REASONS = (REPLIES_ALIKE, REPLIES_UNFINISHED, PAIRS_EQUAL, PAIRS_CLOSE, PROMPTS_WITHOUT)
+BEST_BELOW = "best_replies_below_least_score"
+REASONS = (REPLIES_ALIKE, REPLIES_UNFINISHED, PAIRS_EQUAL, PAIRS_CLOSE, BEST_BELOW, PROMPTS_WITHOUT)
 
 
 class ScoredReply(NamedTuple):
@@ -29,10 +30,14 @@ class Pair(NamedTuple):
     rejected: int
 
 
-def best_reply(replies: Sequence[ScoredReply], dropped: Counter[str]) -> int | None:
-    """The place of the finished reply with the highest score, the first of equals; None if none is finished."""
+def best_reply(replies: Sequence[ScoredReply], rule: BestOfN, dropped: Counter[str]) -> int | None:
+    """The place of the finished reply with the highest score, the first of equals; None if none is good enough."""
     places = finished(replies, different(replies, dropped), dropped)
-    return max(places, key=lambda place: replies[place].score, default=None)
+    best = max(places, key=lambda place: replies[place].score, default=None)
+    if best is not None and rule.least_score is not None and replies[best].score < rule.least_score:
+        dropped[BEST_BELOW] += 1
+        return None
+    return best
 
 
 def pairs_of(replies: Sequence[ScoredReply], rule: BestAndWorst | AllPairs, dropped: Counter[str]) -> list[Pair]:

@@ -19,6 +19,7 @@ from stages.lib.rl.rollouts import Rollouts
 SUMMED = ("iteration", "sample", "response_ids", "score", "kl", "ended")
 TOKEN_IDS = pa.list_(pa.int32())
 TYPES = {"iteration": pa.int64(), "row": pa.int64(), "sample": pa.int32(), "length": pa.int32(), "ended": pa.bool_()}
+TYPES |= dict.fromkeys(("logps", "engine_logps"), pa.list_(pa.float32()))
 TYPES |= {"prompt_ids": TOKEN_IDS, "response_ids": TOKEN_IDS}
 TYPES |= dict.fromkeys(("source", "facts", "prompt", "response"), pa.string())  # numbers are all others
 ROWS_TOGETHER = 1024
@@ -59,7 +60,8 @@ class RolloutLog:
         columns |= {} if kl is None else {"kl": kl.sum(dim=-1)}
         numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for episode, values in zip(rollouts.episodes, numbers, strict=True):
+            for row, (episode, values) in enumerate(zip(rollouts.episodes, numbers, strict=True)):
+                length = len(episode.ids)
                 record = {
                     "iteration": iteration + 1,
                     "row": episode.prompt.row,
@@ -70,10 +72,13 @@ class RolloutLog:
                     "prompt_ids": episode.prompt.ids,
                     "response": self._text(episode.ids),
                     "response_ids": episode.ids,
-                    "length": len(episode.ids),
+                    "length": length,
                     "ended": episode.ended,
                 }
                 record |= {name: six_digits(value) for name, value in zip(columns, values, strict=True)}
+                if rollouts.engine_logps is not None:  # beside each other, token by token
+                    both = {"logps": rollouts.logps, "engine_logps": rollouts.engine_logps}
+                    record |= {name: [*map(six_digits, logps[row, :length].tolist())] for name, logps in both.items()}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def samples(self, rollouts: Rollouts, kl: torch.Tensor | None, count: int) -> list[str]:

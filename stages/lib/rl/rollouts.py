@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.rl.episodes import Episode
@@ -26,6 +27,8 @@ class Rollouts(NamedTuple):
     # (b,), what each reward of a mixture said, by name; NaN where it does not apply, or failed
     parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed)
     failures: Mapping[str, Mapping[str, int]] = {}
+    engine_logps: torch.Tensor | None = None  # (b, t), as the sampler has them, where these are kept beside `logps`
+    engine_weights: torch.Tensor | None = None  # (b, t), of the tokens' losses; None: all 1
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -43,6 +46,10 @@ class Rollouts(NamedTuple):
     def group_size(self) -> int:
         """Samples of a prompt."""
         return 1 + max(episode.sample for episode in self.episodes)
+
+    def weighted(self, losses: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Losses of the tokens of some rows, (n, t), each times its weight."""
+        return losses if self.engine_weights is None else losses * self.engine_weights[rows]
 
     @property
     def ended(self) -> torch.Tensor:
@@ -85,7 +92,7 @@ def read_rollouts(
 ) -> Rollouts:
     """Forward passes of policy, reference and critic over all responses, shared out over the processes.
 
-    Where the sampler kept log-probs and entropies, these stand for those of the policy.
+    Where the sampler kept log-probs and entropies, these stand for those of the policy; log-probs alone stand beside.
 
     Args:
         policy: a `TokenLogProbs` module, or what stands for it; the values are those of its head, if it has one, where
@@ -97,7 +104,7 @@ def read_rollouts(
     lengths = torch.tensor([len(ids) for ids in responses], device=batching.processes.device)
     width = int(lengths.max())
 
-    kept = all(episode.engine_logps is not None for episode in episodes)
+    kept = all(episode.engine_entropies is not None for episode in episodes)
     of_policy = critic is None and isinstance(getattr(policy, "module", policy), PolicyWithValues)
 
     def passes() -> torch.Tensor:
@@ -126,7 +133,38 @@ def read_rollouts(
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
     rewards = token_rewards(None, scored, mask, kl_coef=0.0)
     logps, reference_logps, entropies, values = found
-    return Rollouts(episodes, scored, rewards, mask, logps, reference_logps if reference else None, entropies, values)
+    require_finite_logps(episodes, mask, {"policy": logps, "reference": reference_logps})
+    rollouts = Rollouts(
+        episodes, scored, rewards, mask, logps, reference_logps if reference else None, entropies, values
+    )
+    return rollouts if kept else rollouts._replace(engine_logps=engine_logps_of(episodes, logps))
+
+
+def engine_logps_of(episodes: Sequence[Episode], like: torch.Tensor) -> torch.Tensor | None:
+    """The log-probs that a sampler gave with all of the episodes, 0 beyond their ends; else None. Shapes: (b, t)."""
+    found = torch.zeros_like(like)
+    for row, episode in enumerate(episodes):
+        if episode.engine_logps is None:
+            return None
+        found[row, : len(episode.ids)] = found.new_tensor(episode.engine_logps)
+    return found
+
+
+def require_finite_logps(episodes: list[Episode], mask: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise StageError for a token of a response that a model gives no finite log-prob.
+
+    Args:
+        mask: True on response tokens, (b, t).
+        found: of each model by its name, (b, t).
+    """
+    for model, logps in found.items():
+        for row, place in torch.nonzero(mask & ~logps.isfinite())[:1].tolist():
+            episode = episodes[row]
+            raise StageError(
+                f"row {episode.prompt.row} of the prompts, response {episode.text[:60]!r}: the {model} gives its token "
+                f"{episode.ids[place]} the log-prob {float(logps[row, place])}: it bars that token, or its weights are "
+                "broken"
+            )
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:

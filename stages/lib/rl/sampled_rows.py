@@ -24,7 +24,7 @@ class SampledRows:
         """Add what is made of the replies to a prompt; what is left out is added to `dropped` by reason."""
         made: list[dict[str, int]] = []
         if isinstance(makes, BestOfN):
-            best = best_reply(replies, dropped)
+            best = best_reply(replies, makes, dropped)
             if best is not None:
                 made.append({"row": len(self.rows), "best": best})
                 self.rows.append(sft_row(len(self.rows), prompt, replies[best]))

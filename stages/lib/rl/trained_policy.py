@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from stages.lib.compute.batching import pass_cost_of, sampling_budget
 from stages.lib.compute.engine.base import Engine
 from stages.lib.compute.engine.choice import new_engine
 from stages.lib.compute.frozen_model import frozen
@@ -13,14 +12,11 @@ from stages.lib.compute.processes import Processes
 from stages.lib.models.lora import Lora
 from stages.lib.models.model_facts import read_config
 from stages.lib.models.policy_with_values import PolicyWithValues
-from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
+from stages.lib.models.pretrained import Loading, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
-from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.shared_base import WithoutAdapters
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
-from stages.lib.settings.runtime import Runtime
-from stages.lib.settings.sampling import SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,36 +86,3 @@ def same_kind(one: Path, other: Path) -> bool:
     """Whether the models of two folders attend alike."""
     first, second = read_config(one), read_config(other)
     return all(first.get(name) == second.get(name) for name in ("model_type", "sliding_window", "layer_types"))
-
-
-def own_sampler(
-    policy: TrainedPolicy,
-    model: Path,
-    settings: SamplingSettings,
-    seed: int,
-    runtime: Runtime,
-    processes: Processes,
-    decode: Callable[[list[int]], str],
-    after_batch: Callable[[], None],
-) -> OwnSampler:
-    """The sampler of a policy that is trained; `model` is the folder that it started from."""
-    eos_id, pad_id = end_and_pad_ids(model)
-    return OwnSampler(
-        policy.engine,
-        policy.language_model,
-        seed,
-        settings.temperature,
-        settings.max_new_tokens,
-        eos_id,
-        pad_id,
-        decode,
-        sampling_budget(runtime),
-        processes,
-        after_batch=after_batch,
-        cost=pass_cost_of(runtime, processes.device),
-        min_new_tokens=settings.min_new_tokens,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        stop_strings=settings.stop_strings,
-        keeps_logps=settings.reuse_sampler_logps,
-    )

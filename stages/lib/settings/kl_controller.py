@@ -1,4 +1,4 @@
-"""How the coefficient of the KL penalty in the reward is chosen, each way with the keys it has."""
+"""How the coefficient of the KL to the reference is chosen, each way with the keys it has."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ class FixedKl(Settings):
     """One coefficient throughout."""
 
     type: Literal["fixed"] = key("fixed", "the coefficient stays as it is")
-    coef: NotNegative = key(0.05, "β, of the KL to the SFT policy in the reward", source="arXiv 2203.02155, Eq 2")
+    coef: NotNegative = key(0.05, "β; 0: no KL and no reference", source="arXiv 2203.02155, Eq 2")
 
 
 class AdaptiveKl(Settings):
@@ -24,7 +24,7 @@ class AdaptiveKl(Settings):
     coef: Positive = key(0.05, "β, the first one")
     target: Positive = key(6.0, "KL to hold", unit="nats per response")
     horizon: Positive = key(
-        10_000.0, "over which the controller acts; more than a fifth of rollout_batch_size", unit="responses"
+        10_000.0, "over which the controller acts; more than a fifth of those of a phase", unit="responses"
     )
 
 

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from stages.lib.settings.bounds import NotNegative
 from stages.lib.settings.declaration import Settings, block, key
-from stages.lib.settings.kl_controller import FixedKl, KlController
+from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl, KlController
 
 SCHULMAN = "J. Schulman, http://joschu.net/blog/kl-approx.html; arXiv 2510.01555"
 
@@ -47,7 +46,7 @@ class KlInLoss(Settings):
         "policy), as GRPO has it",
         source=SCHULMAN,
     )
-    coef: NotNegative = key(0.05, "β; 0: no KL and no reference")
+    controller: KlController = key(block(FixedKl), "of the coefficient")
     bias_correction: bool = key(
         False,
         "weigh each token's KL by π(y_t) / π_old(y_t), which holds the gradient (k3: makes it, too, that of KL(policy "
@@ -67,15 +66,23 @@ KlPenalty = Annotated[NoKl | KlInReward | KlInLoss, Field(discriminator="type")]
 
 
 def first_kl_coef(kl: KlPenalty) -> float:
-    """The coefficient that training starts with; a 0 stays, whatever steers it."""
-    if isinstance(kl, KlInReward):
-        return kl.controller.coef
-    return kl.coef if isinstance(kl, KlInLoss) else 0.0
+    """The coefficient that training starts with."""
+    return 0.0 if isinstance(kl, NoKl) else kl.controller.coef
 
 
 def kl_needs_reference(kl: KlPenalty) -> bool:
     """Whether a reference model takes part."""
     return first_kl_coef(kl) > 0
+
+
+def refuse_short_horizon(kl: KlPenalty, responses: int) -> None:
+    """Raise ValueError for an adaptive controller that the responses of one phase could take to 0 or below."""
+    controller = None if isinstance(kl, NoKl) else kl.controller
+    if isinstance(controller, AdaptiveKl) and responses >= 5 * controller.horizon:
+        raise ValueError(
+            f"kl.controller.horizon ({controller.horizon}) must be more than a fifth of rollout_batch_size times "
+            f"samples_per_prompt ({responses})"
+        )
 
 
 def refuse_unread_reference(kl: KlPenalty, model: str, reference: str) -> None:

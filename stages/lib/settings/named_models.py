@@ -68,6 +68,7 @@ OF_SECTIONS: dict[tuple[str, str], tuple[Wanted, ...]] = {
     ("train_ppo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
     ("train_grpo", "reward_model"): (REWARD_MODEL, ENSEMBLE),
     ("pass_rates", "reward_model"): (REWARD_MODEL, ENSEMBLE),
+    ("sample_pairs", "reward_model"): (REWARD_MODEL, ENSEMBLE),
 }
 
 
@@ -115,6 +116,7 @@ def named_paths(params: Mapping[str, Any]) -> Iterator[NamedPath]:
         yield NamedPath("evaluate.reference", evaluate.reference, (LANGUAGE_MODEL,))
     if score_samples.policies:
         yield NamedPath("score_samples.reward_model", score_samples.reward_model, (REWARD_MODEL,))
+        yield NamedPath("score_samples.judge", score_samples.judge, (REWARD_MODEL,))
 
 
 def made_by_stages(params: Mapping[str, Any]) -> dict[Path, tuple[str, Wanted | None]]:

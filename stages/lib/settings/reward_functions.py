@@ -29,7 +29,7 @@ def files_of_function(path: str, where: str) -> list[str]:
     """The same of one function, such as rewards/example.py:score."""
     file = path.partition(":")[0]
     if not Path(file).is_file():
-        raise StageError(f"{where}: there is no file {file}")
+        raise StageError(f"{where}: the file {file} does not exist")
     try:
         files = closure([file])
     except (SyntaxError, ValueError) as error:

@@ -1,11 +1,10 @@
 """Servers that rewards are asked of: where they are on this machine's network, which is for runtime.yaml to say."""
 
-from urllib.parse import urlsplit
-
 from pydantic import model_validator
 
 from stages.lib.settings.bounds import Count, NotNegative, Positive, Text
 from stages.lib.settings.declaration import Settings, key
+from stages.lib.settings.server_address import require_address
 
 
 class RewardServer(Settings):
@@ -26,14 +25,5 @@ class RewardServer(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "RewardServer":
-        try:
-            parts = urlsplit(self.address)
-            is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            has_password = bool(parts.username or parts.password)
-        except ValueError:
-            is_known = has_password = False
-        if has_password:
-            raise ValueError("address must hold no password: name an environment variable in token_variable")
-        if not is_known:
-            raise ValueError(f"address must be such as http://127.0.0.1:5000/get_reward, found {self.address!r:.100}")
+        require_address(self.address, "http://127.0.0.1:5000/get_reward")
         return self

@@ -49,6 +49,16 @@ class MathReward(RewardPart):
         return self
 
 
+class FinalAnswerReward(RewardPart):
+    """1 for one final answer that is the row's, letter by letter, else 0."""
+
+    type: Literal["final_answer"] = key(
+        "final_answer", "1 for a finished response that ends in its only mark and the right answer, else 0"
+    )
+    answer: Text = key("answer", "the fact that holds the right answer, a text or a whole number")
+    mark: Text = key("####", "what stands before the answer; all that follows it in a response is the answer")
+
+
 def expression(text: str) -> str:
     """Raise ValueError unless Python's re can read it."""
     try:
@@ -69,6 +79,11 @@ class FormatReward(RewardPart):
     seconds: Positive = key(1.0, "for one response", unit="seconds")
 
 
+def longest() -> Count | None:
+    """Declare the length from which a response is as long as can be."""
+    return key(None, "null: max_new_tokens", unit="tokens")
+
+
 class CosineLengthReward(RewardPart):
     """A score that goes by the length: short right answers and long wrong ones are the better ones."""
 
@@ -83,7 +98,7 @@ class CosineLengthReward(RewardPart):
     wrong_from: Weight = key(-10.0, "of a wrong answer of length 0")
     wrong_to: Weight = key(0.0, "of a wrong answer of length longest")
     exceeding: Weight = key(-10.0, "of a response of length longest or above")
-    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+    longest: Count | None = longest()
 
 
 class RepetitionReward(RewardPart):
@@ -108,12 +123,13 @@ class OverlongReward(RewardPart):
     )
     buffer: Count = key(16, "below longest in which the penalty rises", unit="tokens")
     penalty: NotNegative = key(1.0, "of a response of length longest")
-    longest: Count | None = key(None, "null: max_new_tokens", unit="tokens")
+    longest: Count | None = longest()
 
 
 AnyReward = Annotated[
     FunctionReward
     | MathReward
+    | FinalAnswerReward
     | FormatReward
     | CosineLengthReward
     | RepetitionReward

@@ -18,6 +18,7 @@ from stages.lib.operations.tracker import TrackerName
 from stages.lib.settings.bounds import AnyValue, Count, Name, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.reward_servers import RewardServer
+from stages.lib.settings.vllm_server import VllmServer
 
 RUNTIME_FILE = Path("runtime.yaml")
 FORMER_NAMES = {"precompute_ref_logprobs": "ref_logprobs", "evaluate_policy": "evaluate"}
@@ -82,6 +83,9 @@ class Runtime(Settings):
         False,
         "lay sequences end to end in one row instead of padding them; pays with flash_attention_2, not with sdpa, "
         "whose mask spans the whole row",
+    )
+    pad_to_multiple_of: Count = key(
+        1, "the length of padded rows is a multiple of this; 8 or 64 suit the matrix units of GPUs", unit="tokens"
     )
     micro_batch_tokens: Count = key(
         8192, "at most in one forward and backward pass of one process", unit="padded tokens"
@@ -154,6 +158,7 @@ class Runtime(Settings):
     reward_servers: dict[Name, RewardServer] = key(
         {}, "where rewards of the types remote and judge are asked, by the name that params.yaml has for a server"
     )
+    vllm: VllmServer = key(block(VllmServer), "the server of samplers of type vllm")
     trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")
     tracker_folder: Text = key(
         "runs",
@@ -170,6 +175,8 @@ class Runtime(Settings):
     def _check(self) -> "Runtime":
         if self.activation_offload and self.device == "cpu":
             raise ValueError("activation_offload needs a GPU, and device is cpu: set it to false")
+        if self.packing and self.pad_to_multiple_of > 1:
+            raise ValueError("pad_to_multiple_of is of padded rows, and packing pads none: set 1, or packing: false")
         self._check_zero()
         self._check_retry()
         self._check_trackers()

@@ -1,15 +1,17 @@
-"""Section `sample_pairs` of params.yaml: rows made of a policy's own replies, as a reward model ranks them."""
+"""Section `sample_pairs` of params.yaml: rows made of a policy's own replies, as rewards rank them."""
 
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 from pydantic import Field
 
+from stages.lib.command.json_schema import LARGEST_NUMBER
 from stages.lib.command.params import Seed
 from stages.lib.data.prepared_rows import Kind
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision, Temperature, Text
+from stages.lib.settings.bounds import Count, NotNegative, Precision, Text
 from stages.lib.settings.declaration import Settings, block, key
-from stages.lib.settings.reward_reading import RewardSettings
+from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.sampling import DrawingSettings
 
 
 class PairRule(Settings):
@@ -50,16 +52,23 @@ class BestOfN(Settings):
         "rows for SFT: of each prompt the finished reply with the highest score",
         source="rejection sampling: arXiv 2307.09288, section 3.2.3",
     )
+    least_score: Annotated[float, Ge(-LARGEST_NUMBER), Le(LARGEST_NUMBER)] | None = key(
+        None,
+        "leave out a prompt whose best reply scores less, such as 1.0 where a verifier says what is right; null: none",
+        unit="of the reward",
+    )
 
 
 MadeRows = Annotated[BestAndWorst | AllPairs | BestOfN, Field(discriminator="type")]
 
 
-class SamplePairs(RewardSettings):
+class SamplePairs(DrawingSettings, MixedRewards):
     """One round: replies of a policy to prompts that it was not trained on in an earlier round."""
 
     model: Text = key("models/sft", "folder of the language model that is sampled from")
-    reward_model: Text = key("models/rm", "folder of the reward model that ranks its replies")
+    reward_model: Text = key(
+        "models/rm", "folder of the reward model that ranks its replies; that of model itself: none takes part"
+    )
     round: Annotated[int, Ge(1), Le(1_000_000)] = key(
         1,
         "which of the prompts are asked: the different ones of the table, in an order drawn from the common seed, are "
@@ -68,8 +77,6 @@ class SamplePairs(RewardSettings):
     prompts: Count = key(500, "in a round", unit="prompts")
     split: Literal["train", "validation"] = key("train", "of the prompts, and of the rows made of them")
     samples_per_prompt: Annotated[int, Ge(2), Le(2**16)] = key(4, "to each prompt", unit="replies")
-    max_new_tokens: NewTokens = key(64, "of a reply", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling")
     seed: Seed | None = key(None, "of sampling; null: the common seed")
     precision: Precision = key("fp32", "of weights and activations, of the policy and of the reward model")
     makes: MadeRows = key(block(BestAndWorst), "the rows that are made")

@@ -17,11 +17,11 @@ from stages.lib.data.raw_columns import refuse_unknown_targets
 from stages.lib.settings.bounds import Count, ErrorOrDrop, Name, Positive, Several, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.reading import ReadingOptions
-from stages.lib.settings.task_sources import FilmReviewSettings
+from stages.lib.settings.task_sources import ArithmeticSettings, FilmReviewSettings
 
 HUB_NAME = re.compile(r"(?!.*\.\.)[\w.-]{1,96}(/[\w.-]{1,96})?")
-TaskName = Literal["film_reviews"]
-TaskSettings = FilmReviewSettings  # of whichever task: a union told apart by `task`, once there are several
+TaskName = Literal["film_reviews", "arithmetic"]
+TaskSettings = FilmReviewSettings | ArithmeticSettings  # of whichever task
 
 
 class RowSettings(ReadingOptions):
@@ -160,26 +160,29 @@ class Sources(Settings):
 
     files: Annotated[dict[Name, FileSource], MaxLen(1000)] = key({}, "files by name, with how their rows are read")
     hub: Annotated[dict[Name, HubSource], MaxLen(1000)] = key({}, "data sets of the Hugging Face Hub by name")
-    tasks: Annotated[dict[Name, TaskSettings], MaxLen(1000)] = key(
+    tasks: Annotated[dict[Name, FilmReviewSettings], MaxLen(1000)] = key(
         {"film_reviews": block(FilmReviewSettings)}, "tasks that make their own rows, by name"
+    )
+    arithmetic: Annotated[dict[Name, ArithmeticSettings], MaxLen(1000)] = key(
+        {}, "problems of the task arithmetic, which has keys of its own, by name"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "Sources":
-        names = [*self.files, *self.hub, *self.tasks]
+        names = [*self.files, *self.hub, *self.tasks, *self.arithmetic]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"two sources are named {repeated[0]}, of files, hub and tasks")
+            raise ValueError(f"two sources are named {repeated[0]}, of files, hub, tasks and arithmetic")
         if not names:
-            raise ValueError("files, hub and tasks name no source, and so there is no row to train on")
+            raise ValueError("files, hub, tasks and arithmetic name no source, and so there is no row to train on")
         return self
 
     @property
     def by_name(self) -> "dict[str, FileSource | HubSource | TaskSettings]":
         """All of them, in the order in which their rows are taken."""
-        return {**self.files, **self.hub, **self.tasks}
+        return {**self.files, **self.hub, **self.tasks, **self.arithmetic}
 
     def place_of(self, name: str) -> str:
         """Where a source stands in params.yaml."""
-        group = next(group for group in ("files", "hub", "tasks") if name in getattr(self, group))
+        group = next(group for group in ("files", "hub", "tasks", "arithmetic") if name in getattr(self, group))
         return f"sources.{group}.{name}"

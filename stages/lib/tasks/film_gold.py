@@ -27,7 +27,7 @@ Labels and evaluation use this module; training never does.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -185,3 +185,14 @@ def bayes_accuracy(pairs: Iterable[tuple[float, float]], temperature: float) -> 
     if not best:
         raise ValueError("the Bayes accuracy of no pairs is undefined")
     return math.fsum(best) / len(best)
+
+
+def label_accuracy(pairs: Sequence[tuple[float, float]]) -> float:
+    """How often the utility itself agrees with the labels that were drawn: its accuracy as a reward model.
+
+    It lies around `bayes_accuracy`, by what chance made of these labels. A tie counts half.
+
+    Args:
+        pairs: the utilities of the chosen and of the rejected response of each pair, at least one.
+    """
+    return math.fsum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in pairs) / len(pairs)

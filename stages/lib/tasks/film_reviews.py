@@ -24,6 +24,7 @@ from stages.lib.tasks.film_gold import (
     WARM_ADJECTIVES,
     bayes_accuracy,
     gold_utility,
+    label_accuracy,
     preference_probability,
     split_words,
 )
@@ -101,6 +102,7 @@ class PreferenceDraw(NamedTuple):
     """A labelled pair with the gold utilities that its label was drawn from."""
 
     prompt: list[Message]
+    facts: dict[str, str]
     chosen: str
     rejected: str
     chosen_utility: float
@@ -120,18 +122,22 @@ def rows(settings: FilmReviewSettings, seed: int) -> Iterator[PreparedRow]:
             yield PreparedRow("sft", split, values)
         if "preference" in kinds:
             for pair in draw_preferences(split, preference, seed, settings.label_temperature):
-                yield PreparedRow("preference", split, preference_pair(pair.prompt, pair.chosen, pair.rejected))
+                row = preference_pair(pair.prompt, pair.chosen, pair.rejected)
+                yield PreparedRow("preference", split, row | {"facts": {TASK: "film_reviews", **pair.facts}})
         for values in draw_prompts(split, prompts, seed) if "prompts" in kinds else ():
             yield PreparedRow("prompts", split, values)
 
 
 def known(settings: FilmReviewSettings, seed: int) -> dict[str, float]:
-    """The best accuracy that a reward model can expect on the test pairs, if there are any."""
+    """The best accuracy that can be expected on the test pairs, if there are any, and that on the labels drawn."""
     if "preference" not in settings.kinds:
         return {}
     pairs = draw_preferences("test", settings.test_rows, seed, settings.label_temperature)
-    utilities = ((pair.chosen_utility, pair.rejected_utility) for pair in pairs)
-    return {"bayes_accuracy": bayes_accuracy(utilities, settings.label_temperature)}
+    utilities = [(pair.chosen_utility, pair.rejected_utility) for pair in pairs]
+    return {
+        "bayes_accuracy": bayes_accuracy(utilities, settings.label_temperature),
+        "gold_label_accuracy": label_accuracy(utilities),
+    }
 
 
 def grade(prompt: Prompt, response: str) -> float:
@@ -162,7 +168,7 @@ def draw_preference(
     utilities = gold_utility(facts, first), gold_utility(facts, second)
     if rng.random() >= preference_probability(*utilities, temperature):
         first, second, utilities = second, first, utilities[::-1]
-    return PreferenceDraw(prompt, first, second, *utilities)
+    return PreferenceDraw(prompt, facts, first, second, *utilities)
 
 
 def draw_prompts(split: Split, count: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from stages.lib.command.errors import StageError
 from stages.lib.command.quoted import nearest
 from stages.lib.data.prompts import Prompt
-from stages.lib.tasks import film_reviews
+from stages.lib.tasks import arithmetic, film_reviews
 from stages.lib.tasks.task import TASK, Task
 
-TASKS: dict[str, Task] = {"film_reviews": film_reviews}
+TASKS: dict[str, Task] = {"film_reviews": film_reviews, "arithmetic": arithmetic}
 
 
 def require_known_tasks(prompts: Sequence[Prompt], where: str) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from stages.lib.compute.engine import torch as engine_torch
 from stages.lib.compute.engine.deepspeed_setup import sharded
+from stages.lib.compute.frozen_model import fill
 from stages.lib.command.errors import StageError
 from stages.lib.compute.processes import join_processes
 from stages.lib.settings.runtime import read_runtime
@@ -40,6 +41,10 @@ runtime = read_runtime("train_sft").model_copy(update={"frozen_zero_stage": 3})
 processes = join_processes(runtime)
 model = sharded(Scaled(processes.rank).requires_grad_(False), runtime, processes)
 assert model(torch.ones(1, 3)).tolist() == [[6.0, 6.0]]
+for factor in (3.0, 4.0):  # twice, with a pass between, which leaves weights gathered
+    others = {"linear.weight": torch.full((2, 3), factor), "scale": torch.tensor(factor)}
+    fill(model.module, others.__getitem__)
+    assert model(torch.ones(1, 3)).tolist() == [[3 * factor**2] * 2]
 with pytest.raises(StageError, match="its files hold other weights than its config.json"):
     sharded(Scaled(0, width=3 + processes.rank).requires_grad_(False), runtime, processes)
 

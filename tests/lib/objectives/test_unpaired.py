@@ -34,8 +34,13 @@ REPLIES: dict[str, list[Any]] = {
 class AtOneTemperature(Unigram):
     """It is also asked without gradients, with the temperature of sampling beside the inputs."""
 
-    def forward(self, *inputs: Any) -> TokenStatistics:
-        return TokenStatistics(*super().forward(*inputs[:4]))
+    def forward(self, *inputs: Any, run: str = "log_probs") -> tuple:
+        found = super().forward(*inputs[:4], run=run)
+        if run == "log_probs":
+            return TokenStatistics(*found)
+        logps, entropies, mean_logits, collisions = found
+        # Token 3 has logits higher by 1.
+        return logps, entropies, mean_logits + (inputs[0] == 3), collisions
 
 
 def unigram() -> Unigram:
@@ -61,6 +66,9 @@ def test_kto_by_hand(tokens: int) -> None:
             "rewards/margins": 0.25,
             "logps/chosen": -3.0,
             "logps/rejected": -2.0,
+            "logits/chosen": 7 / 3,
+            "logits/rejected": 2.0,
+            "entropy": 0.5,
             "kl": z0,
         },
         abs=1e-6,
@@ -114,9 +122,8 @@ def test_what_is_remembered_goes_on_after_a_checkpoint() -> None:
 def test_a_metric_of_replies_that_are_not_there_is_left_out() -> None:
     good = {name: [values[0], values[2]] for name, values in REPLIES.items()}
     found = global_means(UnpairedObjective(batching(100, pad_id=0), APO), unigram(), good, train=False)
-    assert found == pytest.approx(
-        {"loss": (1 - sigma(0.3) + 0.5) / 2, "rewards/chosen": 0.15, "logps/chosen": -3.0}, abs=1e-6
-    )
+    of_replies = {"loss": (1 - sigma(0.3) + 0.5) / 2, "rewards/chosen": 0.15, "logps/chosen": -3.0}
+    assert found == pytest.approx(of_replies | {"logits/chosen": 7 / 3, "entropy": 0.5}, abs=1e-6)
 
 
 def test_the_tokens_of_the_replies_are_counted() -> None:

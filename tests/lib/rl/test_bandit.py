@@ -5,14 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from stages import train_ppo
 from stages.lib.rl.advantages import ADVANTAGES, gae
 from stages.lib.rl.group_loss import step_loss
+from stages.lib.rl.kl_control import new_controller
+from stages.lib.rl.ppo_loss import PpoLoss
 from stages.lib.rl.token_rewards import token_rewards
 from stages.lib.rl.value_loss import value_loss_terms
 from stages.lib.settings.advantages import GroupRelative, LeaveOneOut, Reinforce
 from stages.lib.settings.declaration import block
-from stages.lib.settings.kl_controller import FixedKl
+from stages.lib.settings.kl_controller import AdaptiveKl, FixedKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
 from stages.lib.settings.policy_loss import DapoLoss, PolicyLoss
 from stages.lib.settings.sections import default_params
@@ -22,6 +23,7 @@ from tests.lib.rl.bandit import (
     BATCH,
     BETA,
     SEEDS,
+    START,
     Engine,
     enumerated,
     of_forward_kl,
@@ -34,7 +36,9 @@ from tests.lib.rl.bandit import (
 PHASES, MINIBATCHES = 80, 2
 DEFAULT_LOSS = block(DapoLoss, high=0.2)
 IN_REWARD = block(KlInReward, controller=block(FixedKl, coef=BETA))
-K2_IN_LOSS, K3_IN_LOSS = (block(KlInLoss, estimator=estimator, coef=BETA) for estimator in ("k2", "k3"))
+K2_IN_LOSS, K3_IN_LOSS = (
+    block(KlInLoss, estimator=estimator, controller=block(FixedKl, coef=BETA)) for estimator in ("k2", "k3")
+)
 # Where the coefficient acts as it stands.
 PLAIN = [
     pytest.param(IN_REWARD, of_reverse_kl, id="k1 in the reward"),
@@ -91,7 +95,7 @@ def by_ppo(kl):
     critic = Critic()
     return learn(
         lambda rollouts: critic.advantages(settings, rewarded(rollouts, kl)),
-        lambda _, advantages, __: partial(train_ppo.policy_loss, settings, advantages, 0.0),
+        lambda _, advantages, __: PpoLoss(settings, advantages, advantages, BETA).of_policy,
     )
 
 
@@ -106,7 +110,7 @@ def without_critic(kl, advantages, group_size, loss=DEFAULT_LOSS):
         of_seeds = [estimate(part, settings.advantages) for part in seed_by_seed(rollouts)]
         return rollouts, torch.cat(of_seeds)
 
-    return learn(advantages_of, partial(step_loss, settings), group_size)
+    return learn(advantages_of, partial(step_loss, settings, BETA), group_size)
 
 
 def test_the_optima_are_those_of_all_policies():
@@ -148,6 +152,25 @@ def test_grpo(kl, optimum, group_size):
     assert total_variation(policies, optimum(beta)).max() < 0.02
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_steered_coefficient_in_the_loss_holds_its_target(estimator):
+    """Of one seed, whose KL the controller reads phase by phase: it ends where that of the policy is the target."""
+    kl = block(KlInLoss, estimator=estimator, controller=block(AdaptiveKl, coef=2.0, target=0.1, horizon=2.0 * BATCH))
+    settings = settings_of("train_ppo", TrainPpo, "ppo", kl=kl)
+    controller = new_controller(settings.kl)
+
+    def advantages_of(rollouts):
+        controller.update(float(rollouts.kl("k1").mean()), BATCH)
+        return rollouts, rollouts.scores[:, None] - 0.5
+
+    policies = learn(
+        advantages_of, lambda _, advantages, __: PpoLoss(settings, advantages, advantages, controller.coef).of_policy
+    )
+    held = (policies * (policies.log() - START.log())).sum(dim=1)
+    assert controller.coef != 2.0
+    assert held.tolist() == pytest.approx([0.1] * len(SEEDS), abs=0.02)
+
+
 @pytest.mark.parametrize("loss", PolicyLoss.__args__[0].__args__, ids=lambda loss: loss.__name__)
 def test_every_loss_ends_where_the_reward_less_its_kl_is_the_same_for_all_arms(loss):
     policies = without_critic(IN_REWARD, block(LeaveOneOut), 8, block(loss))
@@ -156,9 +179,9 @@ def test_every_loss_ends_where_the_reward_less_its_kl_is_the_same_for_all_arms(l
 
 @pytest.mark.parametrize("kl", [IN_REWARD, K2_IN_LOSS, K3_IN_LOSS], ids=lambda kl: kl["type"])
 def test_the_first_minibatch_is_on_policy_and_the_second_is_clipped(kl):
-    of_ppo = partial(train_ppo.policy_loss, settings_of("train_ppo", TrainPpo, "ppo", kl=kl))
-    of_grpo = partial(step_loss, settings_of("train_grpo", TrainGrpo, "grpo", kl=kl))
-    for of_step in (lambda _, advantages, __: partial(of_ppo, advantages, 0.0), of_grpo):
+    of_ppo = settings_of("train_ppo", TrainPpo, "ppo", kl=kl)
+    of_grpo = partial(step_loss, settings_of("train_grpo", TrainGrpo, "grpo", kl=kl), BETA)
+    for of_step in (lambda _, advantages, __: PpoLoss(of_ppo, advantages, advantages, BETA).of_policy, of_grpo):
         engine = Engine()
         phase = sampled(engine, [torch.Generator().manual_seed(seed) for seed in SEEDS], 8)
         assert phase.rollouts.kl("k1").count_nonzero() == 0  # the policy is the reference still

@@ -78,7 +78,11 @@ def test_groups_that_are_alike_are_replaced_and_what_was_kept_stays() -> None:
     everything = [(row if row % 2 else 2) / 2 for row in asked_rows(phase.asked)]
     assert phase.metrics["dynamic_sampling/prompts"] == phase.asked
     assert phase.metrics["dynamic_sampling/kept"] == 4
-    assert phase.metrics["dynamic_sampling/unfiltered_rewards"] == pytest.approx(sum(everything) / len(everything))
+    for what in ("scores", "rewards"):
+        mean = phase.metrics[f"dynamic_sampling/unfiltered_{what}"]
+        assert mean == pytest.approx(sum(everything) / len(everything))
+    share = phase.metrics["dynamic_sampling/unfiltered_without_variance"]
+    assert share == pytest.approx(1 - 4 / phase.asked)
     assert phase.rollouts.scores.tolist() == [score for row in odd for score in (row, 0)]
     sampling.count(phase)
     assert sampling.phase(1).rollouts.episodes[0].prompt.row == [row for row in asked_rows(20) if row % 2][4]

@@ -19,18 +19,19 @@ from stages.lib.settings.train_grpo import TrainGrpo
 from tests.lib.rl.test_rollouts import read
 from tests.tiny_models import batching, tiny_llama
 
+KL_COEF = 0.5
 ADVANTAGES = torch.tensor([[2.0], [-1.0], [0.5]])
 
 
 def entry(**changed: Any) -> TrainGrpo:
-    return TrainGrpo.model_validate(block(TrainGrpo, **({"kl": block(NoKl)} | changed)))
+    return TrainGrpo.model_validate(block(TrainGrpo, **({"kl": block(NoKl), "held_out": None} | changed)))
 
 
 def sums_of(settings: TrainGrpo, rollouts: Rollouts, budget: int = 1000) -> dict[str, float]:
     """The sums over all passes of a step, made as a `Learner` makes them; "gradient" is that of the loss."""
     module = TokenLogProbs(tiny_llama(5))
     advantages = torch.where(read(1000, packing=False).response_mask, ADVANTAGES, 0.0)
-    loss = step_loss(settings, rollouts, advantages, [0, 1, 2])
+    loss = step_loss(settings, KL_COEF, rollouts, advantages, [0, 1, 2])
     totals: dict[str, float] = {}
     for batch in batching(budget).sequences(rollouts.prompts, rollouts.responses):
         sums = loss(rollouts, Pass(module, batch, batch.rows))
@@ -80,7 +81,7 @@ def test_a_truncated_response_is_as_though_it_were_not_there() -> None:
 
 
 def test_the_entropy_mask_leaves_denominators_and_kl_as_they_are() -> None:
-    rollouts, kl = read(1000, packing=False), block(KlInLoss, estimator="k3", coef=0.5)
+    rollouts, kl = read(1000, packing=False), block(KlInLoss, estimator="k3")
     settings = entry(top_entropy_share=0.4, kl=kl)
     kept = highest_entropy(rollouts.entropies, rollouts.response_mask, 0.4)
     assert 0 < int(kept.sum()) < 7
@@ -91,7 +92,7 @@ def test_the_entropy_mask_leaves_denominators_and_kl_as_they_are() -> None:
     assert isinstance(settings.kl, KlInLoss)
     divergence = float(kl_loss(*others, settings.kl).sum())
     found = sums_of(settings, rollouts)
-    assert found["loss"] == pytest.approx(float(terms.losses[kept].sum()) + 0.5 * divergence, rel=1e-4)
+    assert found["loss"] == pytest.approx(float(terms.losses[kept].sum()) + KL_COEF * divergence, rel=1e-4)
     assert found["kl"] == pytest.approx(divergence, rel=1e-4)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from stages.lib.rl.ranked_replies import Pair, ScoredReply, best_reply, pairs_of
-from stages.lib.settings.sample_pairs import AllPairs, BestAndWorst
+from stages.lib.settings.sample_pairs import AllPairs, BestAndWorst, BestOfN
 
 UNFINISHED = "replies_unfinished"
 
@@ -60,16 +60,23 @@ def test_pairs_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("given", "place", "dropped"),
+    ("least", "given", "place", "dropped"),
     [
-        (replies(0.5, 2.0, -1.0), 1, {}),
-        (replies(2.0, 2.0), 0, {}),
-        (replies(0.5, 2.0, 1.0, unfinished=(1,)), 2, {UNFINISHED: 1}),
-        (replies(0.5, unfinished=(0,)), None, {UNFINISHED: 1}),
-        (replies(0.5, 0.6, texts="aa"), 0, {"replies_identical": 1}),
+        (None, replies(0.5, 2.0, -1.0), 1, {}),
+        (None, replies(2.0, 2.0), 0, {}),
+        (None, replies(0.5, 2.0, 1.0, unfinished=(1,)), 2, {UNFINISHED: 1}),
+        (None, replies(0.5, unfinished=(0,)), None, {UNFINISHED: 1}),
+        (None, replies(0.5, 0.6, texts="aa"), 0, {"replies_identical": 1}),
+        (1.0, replies(0.0, 1.0, 1.0), 1, {}),
+        (1.0, replies(0.0, 0.9), None, {"best_replies_below_least_score": 1}),
+        (1.0, replies(0.0, 1.0, unfinished=(1,)), None, {"best_replies_below_least_score": 1, UNFINISHED: 1}),
+        (1.0, replies(1.0, unfinished=(0,)), None, {UNFINISHED: 1}),
     ],
 )
-def test_the_best_by_hand(given: list[ScoredReply], place: int | None, dropped: dict[str, int]) -> None:
+def test_the_best_by_hand(
+    least: float | None, given: list[ScoredReply], place: int | None, dropped: dict[str, int]
+) -> None:
     counts: Counter[str] = Counter()
-    assert best_reply(given, counts) == place
+    rule = BestOfN.model_validate({"type": "best_of_n", "least_score": least})
+    assert best_reply(given, rule, counts) == place
     assert {reason: count for reason, count in counts.items() if count} == dropped

@@ -110,3 +110,13 @@ def test_a_table_of_all_responses_is_published(
     assert [row["rewards/length"] for row in rows] == [0.5, None, 0.5, None]
     assert [row["advantage"] for row in rows[:2]] == [2, -2]
     assert [row["kl"] for row in rows] == [0.5, -0.25, None, None]
+
+
+def test_the_log_probs_of_sampler_and_policy_stand_side_by_side(model_folder: Path, tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "rollouts.jsonl", model_folder)
+    ours, theirs = torch.tensor([[-1.0, -2, 0], [-3, -4, -5]]), torch.tensor([[-1.5, -2, 0], [-3, -4, -6]])
+    log.append(0, phase([1.0, 2.0])._replace(logps=ours, engine_logps=theirs), KL)
+    log.publish(tmp_path / "table")
+    rows = pq.read_table(tmp_path / "table").to_pylist()
+    assert [row["logps"] for row in rows] == [[-1, -2], [-3, -4, -5]]
+    assert [row["engine_logps"] for row in rows] == [[-1.5, -2], [-3, -4, -6]]

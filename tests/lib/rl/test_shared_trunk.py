@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from stages import train_ppo
 from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.learner import Pass
+from stages.lib.rl.ppo_loss import PpoLoss
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.declaration import block
@@ -79,7 +79,8 @@ def loss_of(policy: PolicyWithValues, rollouts: Rollouts, *, warms_up: bool) -> 
     returns = torch.full_like(rollouts.values, 0.7)
     policy.body_learns_values = not warms_up
     one: Any = Pass(policy, batch, batch.rows)
-    sums = train_ppo.shared_loss(SETTINGS, advantages, 0.0, returns, warms_up, rollouts, one)
+    losses = PpoLoss(SETTINGS, advantages, returns)
+    sums = (losses.of_head if warms_up else losses.of_both)(rollouts, one)
     sums["loss"].backward()
     return {name: float(value.detach()) for name, value in sums.items()}
 

@@ -35,6 +35,7 @@ from stages.lib.settings.train_grpo import TrainGrpo
 
 LENGTHS, ROWS, LONGEST = [3, 1, 4, 2, 2], [3, 0, 2, 4], 6
 ENDED = [True, True, True, False, True]
+KL_COEF = 0.3
 WIDE = {"low": 0.1, "high": 0.15}
 LOSSES = [
     block(GrpoLoss, **WIDE),
@@ -51,7 +52,7 @@ LOSSES = [
     block(VespoLoss),
 ]
 IN_LOSS = [
-    block(KlInLoss, coef=0.3, estimator=estimator, bias_correction=corrected)
+    block(KlInLoss, estimator=estimator, bias_correction=corrected)
     for estimator, corrected in product(("k2", "k3"), (False, True))
 ]
 
@@ -80,7 +81,7 @@ def drawn():
 
 
 def settings_of(**changes):
-    sizes = {"max_new_tokens": LONGEST, "minibatch_size": 1}
+    sizes = {"max_new_tokens": LONGEST, "minibatch_size": 1, "held_out": None}
     return TrainGrpo.model_validate(default_params()["train_grpo"]["grpo"] | sizes | changes)
 
 
@@ -89,7 +90,7 @@ def by_tensors(settings, rollouts, advantages, logps):
     moving = logps.clone().requires_grad_()
     batch = SimpleNamespace(inputs=(), completion_mask=None, on_completions=lambda values, _: values)
     one = SimpleNamespace(engine=lambda *_: SimpleNamespace(logps=moving[ROWS]), batch=batch, rows=ROWS)
-    loss = step_loss(settings, rollouts, advantages, ROWS)(rollouts, one)["loss"]
+    loss = step_loss(settings, KL_COEF, rollouts, advantages, ROWS)(rollouts, one)["loss"]
     loss = loss / rollouts.response_mask[ROWS].sum()
     loss.backward()
     return loss.item(), moving.grad
@@ -149,7 +150,7 @@ def in_plain_python(settings, rollouts, advantages, logps, first):
             counts = rollouts.entropies[row, t].item() >= least and not left
             loss = -objective(settings, now, then, old, advantage, t) if counts else 0.0
             if settings.kl.type == "in_loss":
-                loss += settings.kl.coef * divergence(settings.kl, now[t], then[t], old[t], reference[t])
+                loss += KL_COEF * divergence(settings.kl, now[t], then[t], old[t], reference[t])
             total += loss / divided_by(row)
     return total
 

@@ -32,6 +32,7 @@ from stages.lib.tasks.film_reviews import (
 SIZES = {"sft_rows": 300, "preference_rows": 300, "prompt_rows": 300, "validation_rows": 80, "test_rows": 120}
 SETTINGS = FilmReviewSettings(**block(FilmReviewSettings, **SIZES, label_temperature=1.0))
 SPLITS = ("train", "validation", "test")
+SIGNS = {"chosen": 1, "rejected": -1}
 KINDS = ("sft", "preference", "prompts")
 
 
@@ -71,7 +72,7 @@ def test_row_counts():
 
 
 def test_rows_have_the_prepared_form():
-    for kind, keys in {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected"}}.items():
+    for kind, keys in {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected", "facts"}}.items():
         assert all(set(row) == keys for split in generated()[kind].values() for row in split)
     for row in generated()["prompts"]["test"]:
         assert set(row) == {"prompt", "facts"}
@@ -164,12 +165,15 @@ def test_near_ties_are_decided_by_chance():
 
 
 def test_bayes_accuracy_is_that_of_the_test_pairs():
-    chances = []
+    chances, agreements = [], []
     for row in generated()["preference"]["test"]:
-        facts = facts_of(row["prompt"])
-        better, worse = (film_gold.gold_utility(facts, text_of(row[side])) for side in ("chosen", "rejected"))
-        chances.append(1 / (1 + math.exp(-abs(better - worse))))
-    assert known(SETTINGS, 17) == {"bayes_accuracy": pytest.approx(statistics.mean(chances))}
+        assert row["facts"] == {"task": "film_reviews", **facts_of(row["prompt"])}
+        gap = math.fsum(sign * film_gold.gold_utility(row["facts"], text_of(row[side])) for side, sign in SIGNS.items())
+        chances.append(1 / (1 + math.exp(-abs(gap))))
+        agreements.append(0.5 if gap == 0 else float(gap > 0))
+    expected = {"bayes_accuracy": statistics.mean(chances), "gold_label_accuracy": statistics.mean(agreements)}
+    assert known(SETTINGS, 17) == pytest.approx(expected)
+    assert expected["bayes_accuracy"] != expected["gold_label_accuracy"]
 
 
 def test_the_grade_of_a_response_is_its_gold_utility():

@@ -55,6 +55,7 @@ class Engine(ABC):
         self.runtime = runtime
         self.processes = processes
         self.steps_taken = 0
+        self.changes = 0  # of the weights in this process's life, by which a copy of them knows that it is stale
         self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         averaged = settings.ema_decay is not None
         self.kept_states = (*MOMENTS, AVERAGE) if averaged else MOMENTS
@@ -96,6 +97,7 @@ class Engine(ABC):
         norm = self._apply()
         require_finite(norm, "gradient norm", self.steps_taken)
         self.steps_taken += 1
+        self.changes += 1
         return norm
 
     @abstractmethod
@@ -166,6 +168,7 @@ class Engine(ABC):
             StageError: a tensor has another shape than the weight it is of.
         """
         self.steps_taken = state["steps_taken"]
+        self.changes += 1
         for name in self.trained:
             for key, shape in {None: self.full_shape(name), **self.saved_states(name)}.items():
                 saved = f"{name}/{key}" if key else name
@@ -210,6 +213,7 @@ class Engine(ABC):
                 held = one.clone()
                 one.copy_(other)
                 other.copy_(held)
+        self.changes += 1
         self.finish_loading()
 
     @abstractmethod

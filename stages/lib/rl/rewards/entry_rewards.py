@@ -20,10 +20,12 @@ from stages.lib.rl.rewards.mixture import Mixture, MixturePart
 from stages.lib.rl.rewards.remote import RemoteScores
 from stages.lib.rl.rewards.reward_model import RewardModel, load_reward_model
 from stages.lib.rl.rewards.server_calls import server_calls
+from stages.lib.rl.rewards.verified_answers import FinalAnswer
 from stages.lib.settings.rewards import (
     REWARD_MODEL,
     AnyReward,
     CosineLengthReward,
+    FinalAnswerReward,
     FormatReward,
     FunctionReward,
     MathReward,
@@ -64,6 +66,7 @@ MAKERS: dict[type, Callable[[Any, RewardSurroundings], Any]] = {
     CosineLengthReward: lambda settings, around: CosineLength(settings, around.max_new_tokens),
     OverlongReward: lambda settings, around: Overlong(settings, around.max_new_tokens),
     RepetitionReward: lambda settings, _: Repetition(settings),
+    FinalAnswerReward: lambda settings, _: FinalAnswer(settings),
     FormatReward: lambda settings, around: format_verifier(settings, around.processes, around.runtime.worker_count),
     FunctionReward: lambda settings, around: user_function(settings, around.processes, around.runtime.worker_count),
     MathReward: lambda settings, around: math_verifier(settings, around.processes, around.runtime.worker_count),

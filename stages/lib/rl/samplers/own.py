@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class OwnSampler:
         stop_strings: a response ends with the token that completes one of them, which stays in its text.
         keeps_logps: episodes have the log-probs of their tokens, and the entropies, of the whole distribution at the
             temperature, from which no token is left out.
+        keeps_entropies: False: of these the log-probs alone.
     """
 
     policy: Callable
@@ -88,6 +89,7 @@ class OwnSampler:
     top_p: float = 1.0
     stop_strings: tuple[str, ...] = ()
     keeps_logps: bool = False
+    keeps_entropies: bool = True
 
     def sample(self, prompts: Sequence[Prompt], step: int, samples_per_prompt: int = 1) -> list[Episode]:
         """As `Sampler` says."""
@@ -103,10 +105,17 @@ class OwnSampler:
             found = self.budget.attempt(lambda: self._responses(groups, step))
         return [
             self.episode(prompts[index // samples_per_prompt], sampled.ids, index % samples_per_prompt)._replace(
-                engine_logps=sampled.logps, engine_entropies=sampled.entropies
+                engine_logps=sampled.logps, engine_entropies=sampled.entropies if self.keeps_entropies else None
             )
             for index, sampled in enumerate(found)
         ]
+
+    def take_weights(self) -> None:
+        """Nothing is to be done: the policy itself samples."""
+
+    def undisturbed(self) -> Self:
+        """As `Sampler` says: a stop in an evaluation would save weights after a phase's updates as those before."""
+        return replace(self, by_row=True, after_batch=lambda: None)
 
     def episode(self, prompt: Prompt, ids: list[int], sample: int) -> Episode:
         """The episode of a response that was sampled, without what was kept of its tokens' distributions."""

@@ -184,10 +184,11 @@ def test_log_probs_that_were_kept_are_those_of_a_pass() -> None:
     episodes = sampler(model, 20, **options).sample(prompts_of(PROMPTS, [0, 1, 2, 3]), 2, 3)
     policy = TokenLogProbs(model, with_entropies=True)
     reused = read_rollouts(episodes, [0.0] * 12, lambda *_: pytest.fail("a pass"), None, None, 0.7, batching(100))
-    passed = [episode._replace(engine_logps=None) for episode in episodes]
+    passed = [episode._replace(engine_entropies=None) for episode in episodes]
     wanted = read_rollouts(passed, [0.0] * 12, policy, None, None, 0.7, batching(100))
     assert torch.allclose(reused.logps, wanted.logps, atol=1e-5)
     assert torch.allclose(reused.entropies, wanted.entropies, atol=1e-5)
+    assert torch.equal(wanted.engine_logps, reused.logps)
     assert reused.logps.count_nonzero() == reused.response_mask.sum()
 
 
