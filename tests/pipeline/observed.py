@@ -89,11 +89,11 @@ def observe(
         Sorted lists: `modules`; `files` that Python opened; `data`, the files of deps that were accessed, and
         `undeclared`, those of other stages' outs; `left_behind`, files written beside the outs; `params`.
     """
-    folder = target / stage
+    folder = target / "project"
     others = [out for out in all_outs if out not in declared["outs"]]
     lay_out(project, folder, [*declared["deps"], *declared["code"]], others)
     laid = dict(data_files(folder))
-    report = folder.with_name(f"{folder.name}.json")
+    report = target / f"{stage}.json"
     process = os.fork()
     if process == 0:
         run_forked(folder, stage, report)
@@ -106,6 +106,7 @@ def observe(
     for out in declared["outs"]:
         remove(folder / out)
     seen["left_behind"] = sorted(name for name, written in data_files(folder) if laid.get(name) != written)
+    shutil.rmtree(folder)
     return seen
 
 
@@ -129,9 +130,9 @@ def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> 
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
-            shutil.copyfile(source, target)
+            shutil.copy2(source, target)
     for file in folder.rglob("*"):
-        os.utime(file, ns=(ACCESSED_LONG_AGO, time.time_ns()))
+        os.utime(file, ns=(ACCESSED_LONG_AGO, file.stat().st_mtime_ns))
 
 
 def run_forked(folder: Path, stage: str, report: Path) -> None:
@@ -143,6 +144,7 @@ def run_forked(folder: Path, stage: str, report: Path) -> None:
         os.dup2(output, 2)
         os.chdir(folder)
         os.environ["STAGEWISE_SCRATCH"] = str(report.with_suffix(".scratch"))
+        sys.pycache_prefix = str(folder.with_name("compiled"))  # each file once, as all stages run at one place
         report.write_text(json.dumps(run_watched(folder, stage)))
         status = 0
     except BaseException:
@@ -164,7 +166,6 @@ def run_watched(folder: Path, stage: str) -> dict[str, list[str]]:
 
     sys.path[:] = [str(folder), *(entry for entry in sys.path if not (Path(entry or ".") / "stages").is_dir())]
     sys.path_importer_cache.clear()
-    sys.dont_write_bytecode = True
     sys.meta_path.insert(0, WatchParams(keys))
     sys.argv = [f"stages.{script(stage)}", *stage_options(stage)]
     sys.addaudithook(note_opened)
