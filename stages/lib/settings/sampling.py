@@ -5,7 +5,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
-from stages.lib.settings.bounds import Count, NewTokens, Several, Text
+from stages.lib.settings.bounds import Count, NewTokens, Several, Temperature, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorrection
 from stages.lib.settings.sampler import OwnSampling, SamplerChoice
@@ -16,6 +16,7 @@ class DrawingSettings(Settings):
 
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     min_new_tokens: Annotated[int, Ge(0), Le(2**20)] = key(0, "before which a response does not end", unit="tokens")
+    temperature: Temperature = key(1.0, "of sampling, and of every log-prob")
     top_k: Count | None = key(None, "draw among this many likeliest tokens; null: among all", unit="tokens")
     top_p: Annotated[float, Gt(0), Le(1)] = key(
         1.0,
