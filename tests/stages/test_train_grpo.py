@@ -23,9 +23,9 @@ from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.truncated import FixedScore
 from stages.train_grpo import penalised_scores
 from tests.lib.rl.test_rollouts import read
+from tests.loaded_python import torchrun
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
-    TWO_PROCESSES,
     curve,
     distance,
     kill_after_a_checkpoint,
@@ -278,7 +278,7 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy) -> None:
         change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
-    assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1
+    assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, torchrun()) == 1
     last = reached(folder)
     assert last < 20
     process = start(folder, "train_grpo")
