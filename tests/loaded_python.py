@@ -60,6 +60,13 @@ def read_on_loading(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_ON_LOADING)}
 
 
+def torchrun(environment: Mapping[str, str] = os.environ) -> str:
+    """The words that start a module on two processes, all of which have their libraries loaded."""
+    python = loaded_python(environment)
+    launcher = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    return " ".join([*launcher, *python, "-m"])
+
+
 class Server(NamedTuple):
     """The process whose forks are Python with its libraries loaded, the folder of its sockets, and what it has read."""
 
@@ -75,7 +82,7 @@ def _server() -> Server:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
         [sys.executable, __file__, folder],
-        env={**environment, "DS_ACCELERATOR": "cpu"},
+        env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,  # closes with this process
         stdout=subprocess.PIPE,
         text=True,

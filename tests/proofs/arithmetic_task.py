@@ -44,14 +44,14 @@ EPOCH = {"model": "models/sft", "epochs": 1.0}
 HEAD = """# GRPO on arithmetic, and what else might have helped
 
 The profile `arithmetic` at commit {commit}; `make prove` makes this table again. Right answers to {prompts} test
-prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval. Of {sampled}
-of the prompts {k} samples each were drawn at temperature 1: the share of samples that are right, and pass@{k}, that
-of prompts with a right one. "Worked" is the share of greedy answers that write steps down, and then how many of those
-are right. Harder: greedy on {harder} problems of three steps, which nobody was trained on. Time is that of training and
-sampling.
+prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval; "worked" is
+the share of greedy answers that write steps down. To {sampled} of the prompts {k} samples each were drawn at
+temperature 1: the share of them that are right, that of prompts with a right one (pass@{k}), and that of right ones
+among those that write steps down, so how well they are worked, however often. Harder: greedy, on {harder} problems of
+three steps, of which there were none in training. Time is that of training and sampling after SFT.
 
-| policy | greedy | over SFT | samples | pass@{k} | worked, right if worked | harder | minutes of CPU |
-|---|---|---|---|---|---|---|---|
+| policy | greedy | over SFT | worked | samples | pass@{k} | right if worked | harder | minutes of CPU |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -59,8 +59,9 @@ class Measured(NamedTuple):
     """What a policy answers to test prompts."""
 
     greedy: list[float]  # grades, prompt by prompt
-    worked: list[bool]
+    worked: list[bool]  # which greedy answers write steps down
     sampled: list[list[float]]  # grades of K samples of each
+    worked_samples: list[float]  # grades of those that write steps down
     harder: list[float]
 
     @property
@@ -142,11 +143,18 @@ def measured(folder: Path, name: str) -> Measured:
         return [episode.ended * grade(episode.prompt, episode.text) for episode in episodes]
 
     usual, harder = test_prompts(folder).values()
-    greedy, sampled = answers(usual, 0.0, 1), grades(answers(usual[:SAMPLED], 1.0, K))
-    groups = [sampled[start : start + K] for start in range(0, len(sampled), K)]
+    greedy, samples = answers(usual, 0.0, 1), answers(usual[:SAMPLED], 1.0, K)
     return Measured(
-        grades(greedy), ["\n" in episode.text for episode in greedy], groups, grades(answers(harder, 0.0, 1))
+        greedy=grades(greedy),
+        worked=[is_worked(episode) for episode in greedy],
+        sampled=[grades(samples[start : start + K]) for start in range(0, len(samples), K)],
+        worked_samples=grades([episode for episode in samples if is_worked(episode)]),
+        harder=grades(answers(harder, 0.0, 1)),
     )
+
+
+def is_worked(episode: Episode) -> bool:
+    return "\n" in episode.text
 
 
 def gain(own: Measured, sft: Measured) -> tuple[float, float, float]:
@@ -156,16 +164,16 @@ def gain(own: Measured, sft: Measured) -> tuple[float, float, float]:
 
 
 def minutes(folder: Path, *stages: str) -> str:
-    return f"{sum(float((folder / 'done' / stage).read_text()) for stage in stages) / 60:.1f}"
+    """Of CPU, that stages took."""
+    return f"{sum(float((folder / 'done' / stage).read_text()) for stage in stages) / 60:.1f}" if stages else ""
 
 
 def row_of(name: str, own: Measured, sft: Measured, time_taken: str) -> str:
     over = "" if own is sft else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in gain(own, sft)))
-    if_worked = [grade for grade, worked in zip(own.greedy, own.worked, strict=True) if worked]
     shares = (mean(own.greedy), mean([mean(group) for group in own.sampled]), own.pass_at_k)
     greedy, samples, pass_at_k = (f"{share:.1%}" for share in shares)
-    worked = f"{mean(own.worked):.0%}, {mean(if_worked):.0%}"
-    cells = (name, greedy, over, samples, pass_at_k, worked, f"{mean(own.harder):.1%}", time_taken)
+    worked, if_worked = f"{mean(own.worked):.0%}", f"{mean(own.worked_samples):.1%}"
+    cells = (name, greedy, over, worked, samples, pass_at_k, if_worked, f"{mean(own.harder):.1%}", time_taken)
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -185,7 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, policies = options.folder.resolve(), [f"grpo-{seed}" for seed in options.seeds]
     run(folder, settings_with(options.seeds))
-    taken = {"sft": ("train_sft@sft",), "epoch": ("train_sft@epoch",), "continued": ("train_sft@continued",)}
+    taken = {"sft": (), "epoch": ("train_sft@epoch",), "continued": ("train_sft@continued",)}
     taken |= {"rejection": ("sample_pairs@right", "train_sft@rejection")}
     taken |= {name: (f"train_grpo@{name}",) for name in policies}
     found = {name: measured(folder, name) for name in taken}

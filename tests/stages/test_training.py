@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,12 +25,12 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.kl_penalty import NoKl
 from stages.lib.settings.preference_loss import IpoLoss
 from stages.lib.settings.truncated import MissingEos
+from tests.loaded_python import torchrun
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, start
 from tests.tables import rewrite, rollout_rows
 from tests.tiny_models import batching
 
 Copy = Callable[..., Path]
-TWO_PROCESSES = f"{Path(sys.executable).with_name('torchrun')} --standalone --nproc_per_node=2 -m"
 
 
 def curve(folder: Path, stage: str) -> pd.DataFrame:
@@ -182,7 +181,7 @@ def test_another_back_and_number_of_processes_goes_on(copy_of_tiny: Copy) -> Non
         change(project / "params.yaml", {"train_sft": {"sft": {"optimizer": {"ema_decay": 0.8}}}})
     call(undisturbed, "train_sft")
     terminated = 128 + signal.SIGTERM
-    for knobs, launch, status in (({}, "", terminated), ({"zero_stage": 2}, TWO_PROCESSES, 1)):
+    for knobs, launch, status in (({}, "", terminated), ({"zero_stage": 2}, torchrun(), 1)):
         change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0, **knobs}})
         before = reached(folder)
         assert kill_after_a_checkpoint(folder, "train_sft", signal.SIGTERM, launch) == status
@@ -312,7 +311,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(copy_of_tiny: Copy) -> None:
 def test_a_mistake_under_a_launcher_is_told_once(copy_of_tiny: Copy) -> None:
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_sft": {"sft": {"model": "data/raw"}}})
-    process = start(folder, "train_sft", launch=TWO_PROCESSES)
+    process = start(folder, "train_sft", launch=torchrun())
     _, errors = process.communicate()
     assert process.returncode != 0
     assert errors.count("error: data/raw is not a model folder") == 1

@@ -54,7 +54,12 @@ class SamplingSettings(DrawingSettings):
     @property
     def keeps_engine_logps(self) -> bool:
         """Whether responses come with the sampler's log-probs, to be compared with the policy's own."""
-        return self.engine_correction.type != "none" or self.sampler.type != "own"
+        return self.engine_correction.type != "none" or (self.sampler.type != "own" and self.draws_from_all)
+
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether every token may be drawn at any place: an engine's log-probs are of those that may be drawn."""
+        return self.top_k is None and self.top_p == 1 and self.min_new_tokens <= 1
 
     @model_validator(mode="after")
     def _check_engine_correction(self) -> "SamplingSettings":
@@ -78,6 +83,8 @@ class SamplingSettings(DrawingSettings):
             raise ValueError(
                 f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
             )
+        if self.sampler.type == "transformers" and (self.stop_strings or self.min_new_tokens):
+            raise ValueError("sampler: transformers knows no stop_strings and no min_new_tokens: set [] and 0")
         if self.sampler.type == "vllm" and self.sampler.pushes == "adapter" and getattr(self, "lora", None) is None:
             raise ValueError("sampler.pushes: adapter needs one, and lora is null; set weights")
         return self
