@@ -67,7 +67,7 @@ LOSSES: dict[str, Loss] = SINGLE | {
         },
     ),
 }
-HEAD = """# Every preference loss on the same pairs
+HEAD = """# Preference losses on the same pairs
 
 Written by `make losses`. {rows} pairs, {steps} steps of {batch_size} pairs. Each loss has its own defaults;
 the learning rate, {learning_rate}, is the same for all. Gold: the utility that the task gives to replies to test
