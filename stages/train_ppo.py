@@ -63,6 +63,7 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.asynchronous import state_of
     from stages.lib.rl.samplers.probe import PROBED
     from stages.lib.rl.samplers.sampler import SamplerError
     from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings, new_sampler
@@ -73,6 +74,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_policy import load_policy
     from stages.lib.rl.value_loss import explained_variance
     from stages.lib.runs.policy_run import (
+        ahead_of_updates,
         end_phase,
         engine_home,
         held_out_evaluation,
@@ -116,7 +118,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     }
     absent = ("value/grad_norm", "value/learning_rate") if settings.critic.type == "shared_trunk" else ()
     own = [name for name in COLUMNS if name not in absent]
-    own += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
+    own += engine_columns(settings)
     return (*own, *(name for name, is_there in added.items() if is_there))
 
 
@@ -138,7 +140,8 @@ class Parts(NamedTuple):
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
         budgets = {"sampling": self.collector.sampler.budget, "budget": self.collector.batching.budget}
-        return {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")} | budgets
+        parts = {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")}
+        return parts | budgets | state_of(self.collector.sampler)
 
 
 def load_parts(
@@ -168,7 +171,7 @@ def load_parts(
         critic = load_critic(*folders, settings, *of_training, batching, processes)
     of_sampler = (decode, prompts[:PROBED]["prompt_ids"], this_run.may_stop, engine_home(this_run))
     around = SamplerSurroundings(model, seed, loading, batching, *of_sampler, where=this_run.stage.replace("@", "."))
-    sampler = new_sampler(policy, settings, around)
+    sampler = ahead_of_updates(this_run, new_sampler(policy, settings, around), policy, settings, around, prompts)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
     readers = [*policy.read_beside(model, reference)]
