@@ -3,10 +3,10 @@
     python -m benchmarks.group_updates                                 random models, prompts of several lengths
 
 The loss is that of the default run. Both ways start from the same weights and take the same steps on the same rollouts,
-in turn, `--rounds` times; the best round of each counts, in seconds of the processor for an update. A prompt is computed
-once where `runtime.yaml: pass_cost` says that it pays. "Prompt" and "response" are tokens, of a response in the mean, a
-minibatch is of 128 rollouts, "rows" are those of all passes, and "distance" is the relative L2 distance of the weights
-that both ways end with.
+in turn, `--rounds` times; the best round of each counts, in seconds of the processor for an update. A prompt is
+computed once where `runtime.yaml: pass_cost` says that it pays. "Prompt" and "response" are tokens, of a response in
+the mean, a minibatch is of 64 rollouts, "rows" are those of all passes, and "distance" is the relative L2 distance of
+the weights that both ways end with.
 
 A group whose responses are in several minibatches is computed in each of them: the smaller a share of the rollouts a
 minibatch is, the less there is to share.
@@ -36,6 +36,7 @@ from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Learner, minibatches
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
 from stages.lib.settings.declaration import block
+from stages.lib.settings.kl_penalty import first_kl_coef
 from stages.lib.settings.runtime import Runtime, read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
 
@@ -57,9 +58,9 @@ class Phase(NamedTuple):
 
 
 PHASES = tuple(
-    Phase(samples, prompt, response, 128, minibatch)
-    for samples, minibatch in ((4, 64), (8, 64), (8, 128))
-    for prompt, response in ((24, 48), (96, 48), (384, 48))
+    Phase(samples, prompt, 48, 64, minibatch)
+    for samples, minibatch in ((4, 32), (8, 32), (8, 64))
+    for prompt in (24, 96, 256)
 )
 
 
@@ -118,7 +119,8 @@ def updated(model: PreTrainedModel, episodes: list[Episode], phase: Phase, *, sh
     batches = [*minibatches(len(episodes), settings, SEED, 0)]
     started = time.process_time()
     for rows in batches:
-        Learner("policy", engine, batching, rollouts, step_loss(settings, rollouts, advantages, rows)).update(rows)
+        loss = step_loss(settings, first_kl_coef(settings.kl), rollouts, advantages, rows)
+        Learner("policy", engine, batching, rollouts, loss).update(rows)
     seconds = (time.process_time() - started) / len(batches)
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
     return Updated(seconds, rows_of(batching, rollouts, batches), weights)

@@ -40,6 +40,7 @@ from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
 from stages.lib.rl.advantages import gae
 from stages.lib.rl.ppo_loss import PpoLoss
+from stages.lib.rl.ppo_updates import learners
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
@@ -217,8 +218,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
     def update() -> Cost:
         phase = phases[-1]
         loss = PpoLoss(settings, *gae(phase, settings))
-        learners = train_ppo.learners(parts, phase, loss, warms_up=False)
-        train_ppo.update(settings, SEED, len(phases) - 1, *learners)
+        train_ppo.update(settings, SEED, len(phases) - 1, *learners(parts, phase, loss, warms_up=False))
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]
         return Cost(sum(lengths), sum(both))

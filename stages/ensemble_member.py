@@ -34,7 +34,7 @@ def main(
     name, settings = read_entry("ensemble_member", EnsembleMember, name)
     model = Path(settings.reward_model)
     if not model.is_dir():
-        raise StageError(f"params.yaml: ensemble_member.{name}.reward_model: there is no folder {model}")
+        raise StageError(f"params.yaml: ensemble_member.{name}.reward_model: the folder {model} does not exist")
     head = find_reward_head(model, settings)
     if settings.standardise_reward:
         score_scale(model, head)

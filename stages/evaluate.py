@@ -3,9 +3,9 @@
 On texts (kind sft) cross-entropy and perplexity. On prompts one response each: the grade of a prompt's task where it
 has one, with the difference from the reference's and the win rate against it (a tie counts half), the same of each
 reward of evaluate.rewards, such as the accuracy by a verifier, the KL to the reference with 95 % intervals, length, EOS
-rate, distinct-n; without rows of kind prompts the texts' own prompts are answered. On pairs
-the accuracy of the implicit reward β log π/π_ref. Kinds that there are no rows of are left out; where rows are of
-several sources, each metric is also given for each of them.
+rate, distinct-n, and from several responses to each pass@k, if it is asked for; without rows of kind prompts the texts'
+own prompts are answered. On pairs the accuracy of the implicit reward β log π/π_ref. Kinds that there are no rows of
+are left out; where rows are of several sources, each metric but pass@k is also given for each of them.
 
 params.yaml names the policies and the reference.
 
@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stages.lib.command.entries import EntryOption, entry_name
 from stages.lib.command.errors import StageError
@@ -28,15 +28,12 @@ from stages.lib.command.params import read_params, read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.models.tokenizer_files import require_same_tokenizer
 from stages.lib.settings.declaration import plain
-from stages.lib.settings.evaluate import Evaluate
+from stages.lib.settings.evaluate import Evaluate, PassAtK
 from stages.lib.settings.prepare_data import PrepareData
 from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.rewards import SUM
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.tasks.table import grades, require_known_tasks
-
-if TYPE_CHECKING:
-    from stages.lib.data.prompts import Prompt
 
 if not asks_for_help():
     import torch
@@ -49,7 +46,7 @@ if not asks_for_help():
     from stages.lib.compute.sequence_logprobs import all_pair_logps, all_response_logps, all_text_logps
     from stages.lib.data.chat import decode_completion, load_tokenizer
     from stages.lib.evaluation.evaluation_rows import EvaluationRows
-    from stages.lib.evaluation.judged_replies import Judgements, judged_metrics, judged_record, weighted_sums
+    from stages.lib.evaluation.judged_replies import Judgements, counted, judged_metrics, judged_record, weighted_sums
     from stages.lib.evaluation.metrics import (
         Responses,
         implicit_margins,
@@ -59,15 +56,17 @@ if not asks_for_help():
         text_metrics,
         with_sources,
     )
+    from stages.lib.evaluation.pass_at_k import pass_metrics
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
     from stages.lib.models.token_logprobs import TokenLogProbs
     from stages.lib.rl.episodes import Episode
     from stages.lib.rl.rewards.entry_rewards import RewardSurroundings, reward_parts
     from stages.lib.rl.rewards.mixture import Mixture
     from stages.lib.rl.samplers.own import OwnSampler
-    from stages.lib.runs.partial_results import NUMBER, TOKEN_IDS, PartialResults
+    from stages.lib.runs.partial_results import NUMBER, NUMBERS, SEVERAL_IDS, TOKEN_IDS, PartialResults
 
-SAMPLING_STEP = 2**31 - 1  # a step that no training uses, so evaluation draws its own random numbers
+# Steps that no training uses, so evaluation draws its own random numbers; and others where it samples several times.
+SAMPLING_STEP, REPEATED_STEP = 2**31 - 1, 2**31 - 2
 
 
 class Policy(NamedTuple):
@@ -134,6 +133,9 @@ def main(tokens: PathOption, metrics: PathOption, samples: PathOption, name: Ent
                 },
                 [prompt.source for prompt in rows.prompts],
             )
+            if settings.pass_at_k:
+                tries = repeated(this_run, evaluation, rows, settings.pass_at_k)
+                results |= pass_metrics(tries, settings.pass_at_k.above, settings.pass_at_k.k, *drawn)
             records = sample_records(rows.prompts, own, theirs)
             for place, record in enumerate(records if settings.rewards else ()):
                 record["rewards"] = judged_record(judged, place)
@@ -207,20 +209,53 @@ def answer(this_run: PartialResults, evaluation: Evaluation, rows: EvaluationRow
     prompts = rows.prompts
 
     def compute(chunk: range) -> dict[str, list]:
-        episodes = sample(evaluation, policy, prompts[chunk.start : chunk.stop])
+        episodes = sampler(evaluation, policy).sample(prompts[chunk.start : chunk.stop], SAMPLING_STEP)
         own, theirs = (response_logps(evaluation, model, episodes) for model in (policy, evaluation.reference))
         kl = (own - theirs).tolist()
         for (prompt, *_), nats in zip(episodes, kl, strict=True):
             if not math.isfinite(nats):
                 raise StageError(f"prompt {prompt.row}: KL {nats} of a response: a model is broken")
-        return {"ids": [episode.ids for episode in episodes], "kl": kl}
+        ended = [int(episode.ended) for episode in episodes]
+        return {"ids": [episode.ids for episode in episodes], "kl": kl, "ended": ended}
 
     name = "reference-responses" if policy is evaluation.reference else "policy-responses"
-    found = this_run.keep_all(name, len(prompts), {"ids": TOKEN_IDS, "kl": NUMBER}, compute)
+    columns = {"ids": TOKEN_IDS, "kl": NUMBER, "ended": NUMBER}
+    found = this_run.keep_all(name, len(prompts), columns, compute)
     this_run.say(f"{this_run.stage}: {policy.path} answered {len(prompts)} prompts")
     replies = [evaluation.decode(ids) for ids in found["ids"]]
-    ended = [ids[-1] == evaluation.eos_id for ids in found["ids"]]
-    return Responses(**found, texts=replies, ended=ended, grades=grades(prompts, replies, rows.where))
+    found["ended"] = [bool(ended) for ended in found["ended"]]
+    return Responses(**found, texts=replies, grades=grades(prompts, replies, rows.where))
+
+
+def repeated(
+    this_run: PartialResults, evaluation: Evaluation, rows: EvaluationRows, settings: PassAtK
+) -> dict[str, list[list[float | None]]]:
+    """What tasks and rewards say of several responses to each prompt: by measure, of each prompt's responses."""
+    prompts, count = rows.prompts, settings.samples
+
+    def compute(chunk: range) -> dict[str, list]:
+        some = prompts[chunk.start : chunk.stop]
+        own_sampler = sampler(evaluation, evaluation.policy, settings.temperature)
+        episodes = own_sampler.sample(some, REPEATED_STEP, count)
+        groups = [episodes[start : start + count] for start in range(0, len(episodes), count)]
+        return {
+            "ids": [[episode.ids for episode in group] for group in groups],
+            "ended": [[int(episode.ended) for episode in group] for group in groups],
+        }
+
+    found = this_run.keep_all("repeated", len(prompts), {"ids": SEVERAL_IDS, "ended": NUMBERS}, compute)
+    this_run.say(f"{this_run.stage}: {evaluation.policy.path} answered each prompt {count} times")
+    episodes = [
+        Episode(prompt, ids, evaluation.decode(ids), bool(ended), number, None, [True] * len(ids))
+        for prompt, *group in zip(prompts, found["ids"], found["ended"], strict=True)
+        for number, (ids, ended) in enumerate(zip(*group, strict=True))
+    ]
+    asked, texts = [episode.prompt for episode in episodes], [episode.text for episode in episodes]
+    said = {"gold": grades(asked, texts, rows.where)}
+    for name, scores in evaluation.judges.said(episodes).items():
+        said[f"reward_of_{name}"] = [counted(score) for score in scores]
+    starts = range(0, len(episodes), count)
+    return {measure: [scores[start : start + count] for start in starts] for measure, scores in said.items()}
 
 
 def judgements(evaluation: Evaluation, rows: EvaluationRows, responses: Responses) -> Judgements:
@@ -231,14 +266,15 @@ def judgements(evaluation: Evaluation, rows: EvaluationRows, responses: Response
     return said if len(said) < 2 else said | {SUM: weighted_sums(evaluation.judges, said)}
 
 
-def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> list[Episode]:
-    """One response to each prompt; the random numbers depend on the seed and the prompt's row alone."""
-    sampler = OwnSampler(
+def sampler(evaluation: Evaluation, policy: Policy, temperature: float | None = None) -> OwnSampler:
+    """Its random numbers depend on the seed, the prompt's row and the sample alone; None: evaluate.temperature."""
+    settings = evaluation.settings
+    return OwnSampler(
         policy.call,
         policy.language_model,
         evaluation.seed,
-        evaluation.settings.temperature,
-        evaluation.settings.max_new_tokens,
+        settings.temperature if temperature is None else temperature,
+        settings.max_new_tokens,
         evaluation.eos_id,
         evaluation.batching.pad_id,
         evaluation.decode,
@@ -246,8 +282,11 @@ def sample(evaluation: Evaluation, policy: Policy, prompts: list[Prompt]) -> lis
         evaluation.processes,
         by_row=True,
         cost=evaluation.batching.cost,
+        min_new_tokens=settings.min_new_tokens,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_strings=settings.stop_strings,
     )
-    return sampler.sample(prompts, SAMPLING_STEP)
 
 
 def response_logps(evaluation: Evaluation, policy: Policy, episodes: list[Episode]) -> torch.Tensor:

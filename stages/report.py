@@ -23,7 +23,7 @@ from stages.lib.operations.run_log import log_run
 from stages.lib.report.curve_tables import CurveTable, training_and_evaluation
 from stages.lib.report.figures import Line, left_out_note, line_figure, line_sample
 from stages.lib.report.number_formats import decimal, number, percent, signed
-from stages.lib.report.outcome import Measured, judges_of, outcome, shown, shown_judge
+from stages.lib.report.outcome import Measured, is_below, judges_of, outcome, shown, shown_judge
 from stages.lib.report.pages import joined_names, render_page, write_page
 from stages.lib.report.report_inputs import SHOWN_SAMPLES, SPLITS, Inputs, Named, read_inputs
 from stages.lib.rl.symptoms import symptoms_of_curve
@@ -65,6 +65,9 @@ def policies_table(measured: Mapping[str, Measured], reference: str) -> dict[str
         "perplexity": lambda metrics: rounded(metrics, "sft_perplexity", 2),
         "reward": lambda metrics: with_difference(metrics, "reward"),
         "gold utility": lambda metrics: with_difference(metrics, "gold"),
+        "judge": lambda metrics: with_difference(metrics, "judge"),
+        "gold less what its reward promises": lambda metrics: residual_of(metrics, "gold"),
+        "judge less what its reward promises": lambda metrics: residual_of(metrics, "judge"),
         **{shown_judge(judge): partial(with_difference, measure=judge) for judge in judged},
         f"win rate by {shown_judge(measure)}": lambda metrics: share(metrics, f"{measure}_win_rate_vs_reference"),
         f"KL from {reference}, nats": kl_from_reference,
@@ -110,6 +113,14 @@ def with_difference(metrics: Measured, measure: str) -> Cell:
     return Cell(mean, f"{difference} ({low} to {high})")
 
 
+def residual_of(metrics: Measured, measure: str) -> Cell:
+    """The mean distance from the line of held-out replies, with its interval; marked where it lies below."""
+    if f"{measure}_residual_mean" not in metrics:
+        return Cell(NOTHING)
+    mean, low, high = (signed(metrics[f"{measure}_residual_{part}"]) for part in ("mean", "ci_low", "ci_high"))
+    return Cell(mean, f"{low} to {high}{': over-optimised' if is_below(metrics, measure) else ''}")
+
+
 def kl_from_reference(metrics: Measured) -> Cell:
     if "kl_to_reference_mean" not in metrics:
         return Cell(NOTHING)
@@ -133,10 +144,11 @@ def reward_models_table(inputs: Inputs) -> dict[str, Any]:
     rows: dict[str, Measured] = {}
     for name in dict.fromkeys([*inputs.reward_models, *trained]):
         rows |= by_source(name, {**inputs.training.get(name, {}), **inputs.reward_models.get(name, {})})
-    bayes = inputs.data.get("bayes_accuracy")
+    bayes, drawn = (inputs.data.get(name) for name in ("bayes_accuracy", "gold_label_accuracy"))
+    on_labels = "" if drawn is None else f"{percent(drawn)} on these labels"
     columns: dict[str, Callable[[Measured], Cell]] = {
         "test accuracy": lambda metrics: share(metrics, "accuracy"),
-        "Bayes accuracy": lambda _: Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes)),
+        "Bayes accuracy": lambda _: Cell(NOTHING, "not known") if bayes is None else Cell(percent(bayes), on_labels),
         "longer reply": lambda metrics: share(metrics, "length_baseline_accuracy"),
         "score and length": lambda metrics: rounded(metrics, "length_correlation", 2),
         "calibration error": lambda metrics: rounded(metrics, "calibration_error", 3),
@@ -310,7 +322,7 @@ def page_of(inputs: Inputs) -> str:
         "report.html.jinja",
         {
             "title": f"Report on {joined_names(names)}",
-            "outcome": outcome(measured, reference, inputs.reward_models, inputs.data.get("bayes_accuracy")),
+            "outcome": outcome(measured, reference, inputs.reward_models, inputs.data),
             "symptoms": {
                 name: found
                 for name, curve in inputs.curves.items()

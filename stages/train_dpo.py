@@ -14,7 +14,7 @@ without a reference has the model itself in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_dpo import TrainDpo
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
 if not asks_for_help():
     import numpy as np
@@ -145,15 +145,17 @@ def live_reference(
     settings: TrainDpo,
     loading: Loading,
     policy: Engine,
-    policy_model: PreTrainedModel,
+    policy_weights: Callable[[], dict[str, torch.Tensor]],
     batching: MicroBatching,
     pairs: Pairs,
     steps: int,
 ) -> LiveReference | None:
     """A reference that follows the policy, if settings ask for it.
 
+    Args:
+        policy_weights: as `LiveReference` takes them.
     Raises:
-        StageError: the policy does not start as its reference, or that is to be sharded.
+        StageError: the policy does not start as its reference.
     """
     sync, model = settings.reference_sync, Path(settings.model)
     if sync is None:
@@ -163,8 +165,6 @@ def live_reference(
         raise StageError(
             f"{where}: the reference of {pairs.path} is not {model}, so it cannot move from there; set null"
         )
-    if this_run.runtime.frozen_zero_stage:
-        raise StageError(f"{where} needs runtime.yaml: train_dpo: frozen_zero_stage: 0, as the reference changes")
     if sync.every < steps:
         this_run.say(f"{this_run.stage}: the cached log-probs are the reference's up to step {sync.every} of {steps}")
     else:
@@ -173,7 +173,7 @@ def live_reference(
         sync,
         lambda: load_language_model(model, replace(loading, frozen=True)),
         policy,
-        policy_model,
+        policy_weights,
         batching,
         per_token=needs_tokens_of_reference(settings.loss),
         say=lambda text: this_run.say(f"{this_run.stage}: {text}"),
@@ -235,7 +235,12 @@ def main(
         for pairs, rows in ((train, first_rows), (validation, slice(settings.batch_size))):
             tell_start(this_run, engine, pairs, rows, batching, settings)
         chosen_before = chosen_at_start(engine, validation, batching, model)
-        live = live_reference(this_run, settings, loading, engine, language_model, batching, train, total)
+
+        def policy_weights() -> dict[str, torch.Tensor]:
+            weights = engine.master_weights(language_model)
+            return processes.in_main(lambda: lora.merged(weights)) or {}
+
+        live = live_reference(this_run, settings, loading, engine, policy_weights, batching, train, total)
 
         def after_step(step: int) -> None:
             if live:

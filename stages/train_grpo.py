@@ -21,6 +21,7 @@ from stages.lib.command.kernels import Kernels
 from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_columns import reward_columns
 from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_grpo import TrainGrpo
@@ -40,11 +41,11 @@ if not asks_for_help():
     from stages.lib.rl.engine_correction import engine_columns, engine_corrected
     from stages.lib.rl.group_loss import step_loss
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
-    from stages.lib.rl.kl_control import new_controller
+    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
     from stages.lib.rl.learner import Learner, means_of_updates, minibatches
     from stages.lib.rl.prompt_table import read_prompts, require_fit
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names
-    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.reward_metrics import reward_metrics
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
@@ -55,6 +56,7 @@ if not asks_for_help():
     from stages.lib.rl.score_normalisation import shape_scores
     from stages.lib.rl.token_masks import without_truncated
     from stages.lib.rl.token_rewards import token_rewards
+    from stages.lib.rl.trained_phase import TrainedPhase
     from stages.lib.rl.trained_policy import load_policy
     from stages.lib.runs.policy_run import (
         ahead_of_updates,
@@ -62,8 +64,8 @@ if not asks_for_help():
         engine_home,
         held_out_evaluation,
         kept_rewards,
+        log_phase,
         publish_policy,
-        record_phase,
         tell_of_reward_model,
     )
     from stages.lib.runs.training_run import TrainingRun
@@ -86,49 +88,66 @@ def grpo_phases(
     collector, controller, early_stop = sampling.collector, new_controller(settings.kl), EarlyStop()
     engine, batching = collector.policy.engine, collector.batching
     state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget, "prompts": sampling}
-    state |= {"kl_controller": controller, "early_stop": early_stop}
+    trained = TrainedPhase()
+    state |= {"kl_controller": controller, "early_stop": early_stop, "trained": trained}
     for iteration in this_run.steps(settings.iterations, **state, **state_of(collector.sampler), **held_out.state):
-        if early_stop.stopped_after:
-            continue
-        # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
-        with this_run.keeping_state(RewardError, SamplerError):
-            phase = sampling.phase(iteration)
-        rollouts = phase.rollouts
-        this_run.may_stop()
-        # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
-        #    loss; advantages of responses, most often within their group.
-        kl, kl_coef = rollouts.kl(settings.reported_kl), controller.coef
-        in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
-        scores = penalised_scores(settings, rollouts)
-        rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
-        advantages = advantages_of(rollouts, settings.advantages, collector.reward_weights)
-        row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
-        require_finite(row["objective/rewards"], "reward", iteration)
-        rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
-        row |= of_engine
-        # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.
-        sampling.count(phase)
-        batches = [*minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration)]
-        later = (settings.iterations - 1 - iteration) * settings.updates_per_iteration
-        engine.expect(max(1, len(batches) + later))
-        row |= phase.metrics | {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
-        counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
-        found = []
-        for rows in batches:
-            loss = step_loss(settings, kl_coef, counted, advantages, rows)
-            found.append(Learner("policy", engine, batching, counted, loss).update(rows))
-        row |= means_of_updates(found) | {"policy/updates": float(len(found))}
-        # 4. The coefficient of the next phase's KL.
-        controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
+        if trained.row is None and not early_stop.stopped_after:
+            trained.begin(*grpo_phase(settings, seed, sampling, controller, iteration, this_run, log))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
-        row |= end_phase(this_run, held_out, early_stop, iteration, settings)
-        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
+        if trained.row is not None:
+            end_phase(this_run, held_out, trained, early_stop, iteration, settings)
     return early_stop
+
+
+def grpo_phase(
+    settings: TrainGrpo,
+    seed: int,
+    sampling: GroupSampling,
+    controller: AdaptiveKLController | FixedKLController,
+    iteration: int,
+    this_run: TrainingRun,
+    log: RolloutLog,
+) -> tuple[dict[str, float], int]:
+    """A phase (0-based) up to its last update. Returns what was measured, and how many tokens the responses have."""
+    collector = sampling.collector
+    engine, batching = collector.policy.engine, collector.batching
+    # 1. A group of responses to each prompt of the phase, from the policy as it is, and what all models say of it.
+    with this_run.keeping_state(RewardError, SamplerError):
+        phase = sampling.phase(iteration)
+    rollouts = phase.rollouts
+    this_run.may_stop()
+    # 2. Rewards: scores, less a penalty for a response that does not end, and for the KL where it is not in the
+    #    loss; advantages of responses, most often within their group.
+    kl, kl_coef = rollouts.kl(settings.reported_kl), controller.coef
+    in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
+    scores = penalised_scores(settings, rollouts)
+    rollouts = rollouts._replace(rewards=token_rewards(kl, scores, rollouts.response_mask, in_rewards))
+    advantages = advantages_of(rollouts, settings.advantages, collector.reward_weights)
+    row = summary(rollouts, kl) | reward_metrics(rollouts) | group_summary(rollouts)
+    require_finite(row["objective/rewards"], "reward", iteration)
+    rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
+    row |= of_engine
+    # 3. Updates of the policy: fewer where dynamic sampling has left groups out, so the schedule counts again.
+    sampling.count(phase)
+    batches = [*minibatches(len(rollouts.episodes) if phase.kept else 0, settings, seed, iteration)]
+    later = (settings.iterations - 1 - iteration) * settings.updates_per_iteration
+    engine.expect(max(1, len(batches) + later))
+    row |= phase.metrics | {"learning_rate": engine.learning_rate, "objective/kl_coef": kl_coef}
+    counted = without_truncated(rollouts) if settings.mask_truncated else rollouts
+    found = []
+    for rows in batches:
+        loss = step_loss(settings, kl_coef, counted, advantages, rows)
+        found.append(Learner("policy", engine, batching, counted, loss).update(rows))
+    row |= means_of_updates(found) | {"policy/updates": float(len(found))}
+    # 4. The coefficient of the next phase's KL.
+    controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
+    log_phase(this_run, log, iteration, rollouts, kl, advantages)
+    return row, int(rollouts.response_mask.sum())
 
 
 def penalised_scores(settings: TrainGrpo, rollouts: Rollouts) -> torch.Tensor:
     """What each response is rewarded with, (b,)."""
-    return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
+    return shape_scores(rollouts.scores, rollouts.ended, clip=settings.score_clip, truncated=settings.truncated)
 
 
 def main(
@@ -163,7 +182,7 @@ def main(
     columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
     columns += engine_columns(settings)
     columns += reward_columns(part_names(settings), prompts["source"][:])
-    columns += held_out_columns(settings, f"train_grpo.{name}")
+    columns += held_out_columns(settings, validation, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
             return

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from stages.lib.command.entries import EntryOption, read_entry
 from stages.lib.command.kernels import Kernels
@@ -29,6 +29,7 @@ from stages.lib.command.params import read_seed, read_value
 from stages.lib.command.run import PathOption, asks_for_help, run
 from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.lora import quantization_of_base
+from stages.lib.settings.reward_columns import reward_columns
 from stages.lib.settings.reward_functions import reward_files
 from stages.lib.settings.runtime import read_runtime
 from stages.lib.settings.train_ppo import TrainPpo
@@ -37,12 +38,11 @@ if not asks_for_help():
     import torch
 
     from stages.lib.compute.batching import micro_batching, shared_among
-    from stages.lib.compute.engine.base import Engine, require_finite
+    from stages.lib.compute.engine.base import require_finite
     from stages.lib.compute.processes import Processes, join_processes
     from stages.lib.data.chat import decode_completion
     from stages.lib.data.mapped_table import MappedTable
     from stages.lib.data.token_tables import check_table_fits
-    from stages.lib.models.policy_with_values import PolicyWithValues
     from stages.lib.models.pretrained import Loading, end_and_pad_ids, facts_of
     from stages.lib.objectives.sft import SftObjective
     from stages.lib.rl.advantages import gae
@@ -51,26 +51,26 @@ if not asks_for_help():
     from stages.lib.rl.engine_correction import engine_columns, engine_corrected
     from stages.lib.rl.entropy_bonus import EntropyCoefficient
     from stages.lib.rl.held_out import HeldOutEvaluation, held_out_columns
-    from stages.lib.rl.kl_control import AdaptiveKLController, FixedKLController, new_controller
-    from stages.lib.rl.learner import Learner, mean_of_each, means_of_updates, minibatches
+    from stages.lib.rl.kl_control import new_controller
     from stages.lib.rl.ppo_loss import PpoLoss
+    from stages.lib.rl.ppo_updates import Parts, learners, plan_learning_rates, update
     from stages.lib.rl.prompt_table import prompts_of_phase, read_prompts, require_fit
     from stages.lib.rl.ptx import Ptx, read_supervised
-    from stages.lib.rl.published_critic import PublishedCritic, published_critic
+    from stages.lib.rl.published_critic import published_critic
     from stages.lib.rl.reference_reset import ResetReference
     from stages.lib.rl.rewards.entry_rewards import load_entry_rewards, part_names, single_reward_model
-    from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics
+    from stages.lib.rl.rewards.reward_metrics import reward_metrics
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
-    from stages.lib.rl.samplers.asynchronous import state_of
     from stages.lib.rl.samplers.probe import PROBED
     from stages.lib.rl.samplers.sampler import SamplerError
     from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings, new_sampler
     from stages.lib.rl.score_normalisation import RunningMoments, shape_scores
-    from stages.lib.rl.step_back import LimitedUpdates
+    from stages.lib.rl.step_back import KlLimit
     from stages.lib.rl.token_rewards import token_rewards, whitened_rewards
     from stages.lib.rl.trained_critic import TrainedCritic, load_critic
+    from stages.lib.rl.trained_phase import TrainedPhase
     from stages.lib.rl.trained_policy import load_policy
     from stages.lib.rl.value_loss import explained_variance
     from stages.lib.runs.policy_run import (
@@ -79,8 +79,9 @@ if not asks_for_help():
         engine_home,
         held_out_evaluation,
         kept_rewards,
+        log_phase,
         publish_policy,
-        record_phase,
+        step_back,
         tell_of_reward_model,
     )
     from stages.lib.runs.training_run import TrainingRun
@@ -122,28 +123,6 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     return (*own, *(name for name, is_there in added.items() if is_there))
 
 
-class Parts(NamedTuple):
-    """What a phase is made with."""
-
-    policy: Engine
-    critic: Engine | None  # None: the policy has a value head
-    collector: Collector
-    moments: RunningMoments
-    kl_controller: AdaptiveKLController | FixedKLController
-    entropy: EntropyCoefficient
-    reference: ResetReference
-    early_stop: EarlyStop
-    ptx: Ptx | None
-    published_critic: PublishedCritic | None
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
-        budgets = {"sampling": self.collector.sampler.budget, "budget": self.collector.batching.budget}
-        parts = {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")}
-        return parts | budgets | state_of(self.collector.sampler)
-
-
 def load_parts(
     settings: TrainPpo,
     seed: int,
@@ -155,7 +134,7 @@ def load_parts(
     supervised: MappedTable | None,
 ) -> Parts:
     """`supervised` are the rows of `ptx`."""
-    updates = settings.updates_per_iteration * settings.iterations  # at most; see plan_learning_rates
+    updates = settings.total_updates
     model, reward_model = Path(settings.model), single_reward_model(settings)
     reference = Path(settings.reference) if settings.reads_reference else None
     launch = (seed, loading, processes)
@@ -188,6 +167,7 @@ def load_parts(
         EntropyCoefficient(settings.entropy_bonus),
         ResetReference(settings.reference_reset, policy.reference, policy.engine, policy.language_model),
         EarlyStop(),
+        KlLimit(settings.max_kl, policy.engine),
         Ptx(supervised, SftObjective(batching), settings.ptx, seed) if supervised and settings.ptx else None,
         published_critic(policy, critic, Path(settings.critic.path)) if settings.critic.publish else None,
     )
@@ -203,52 +183,67 @@ def ppo_phases(
     log: RolloutLog,
 ) -> None:
     """The phases that are left."""
-    for iteration in this_run.steps(settings.iterations, **parts.state, **held_out.state):
-        if parts.early_stop.stopped_after:
-            continue
-        # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
-        #    that is over, nothing changes that a checkpoint holds.
-        asked = prompts_of_phase(prompts, iteration, settings, seed)
-        with this_run.keeping_state(RewardError, SamplerError):
-            rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
-        this_run.may_stop()
-        kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
-        # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
-        #    normalised, clipped, and changed where the response does not end.
-        if iteration == 0 or settings.normalise_scores != "start":
-            parts.moments.update(rollouts.scores)
-        scores = shaped_scores(settings, parts.moments, rollouts)
-        in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
-        rewards = token_rewards(kl, scores, rollouts.response_mask, in_rewards)
-        whitened = whitened_rewards(rewards, rollouts.response_mask) if settings.whiten_rewards else rewards
-        rollouts = rollouts._replace(rewards=whitened)
-        # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
-        advantages, returns = gae(rollouts, settings)
-        row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
-        rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
-        row |= of_engine | {"objective/kl_coef": kl_coef}
-        row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
-        entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
-        if settings.entropy_bonus.type != "none":
-            row["objective/entropy_coef"] = entropy_coef
-        row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
-        require_finite(row["objective/rlhf_reward"], "reward", iteration)
-        if settings.max_kl is not None and row["objective/kl"] > settings.max_kl:
-            parts.early_stop.stopped_after = iteration + 1
-            this_run.say(f"{this_run.stage}: stops, KL {row['objective/kl']:.3g} is above max_kl {settings.max_kl}")
-        else:
-            # 4. Updates of policy and critic.
-            warms_up = iteration < settings.critic_warmup_iterations
-            loss = PpoLoss(settings, advantages, returns, kl_coef, entropy_coef)
-            row |= update(settings, seed, iteration, *learners(parts, rollouts, loss, warms_up=warms_up))
-            # 5. The coefficients of the next phase's KL and entropy.
-            parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
-            parts.entropy.update(row["policy/entropy"])
+    trained = TrainedPhase()
+    for iteration in this_run.steps(settings.iterations, **parts.state, **held_out.state, trained=trained):
+        if trained.row is None and not parts.early_stop.stopped_after:
+            trained.begin(*ppo_phase(settings, seed, prompts, parts, iteration, this_run, log))
         # 6. What the policy now answers to validation prompts, whether it goes on, and the next phase's reference.
-        row |= end_phase(this_run, held_out, parts.early_stop, iteration, settings)
-        if parts.reference.after_phase(iteration):
-            this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
-        record_phase(this_run, log, iteration, rollouts, kl, advantages, row)
+        if trained.row is not None:
+            end_phase(this_run, held_out, trained, parts.early_stop, iteration, settings, parts.kl_limit)
+            if parts.reference.after_phase(iteration):
+                this_run.say(f"{this_run.stage}: phase {iteration + 1}: the reference is now the policy as it is")
+
+
+def ppo_phase(
+    settings: TrainPpo,
+    seed: int,
+    prompts: MappedTable,
+    parts: Parts,
+    iteration: int,
+    this_run: TrainingRun,
+    log: RolloutLog,
+) -> tuple[dict[str, float], int]:
+    """A phase (0-based) up to its last update. Returns what was measured, and how many tokens the responses have."""
+    # 1. Responses to each prompt of the phase, from the policy as it is, and what all models say of them. Until
+    #    that is over, nothing changes that a checkpoint holds.
+    asked = prompts_of_phase(prompts, iteration, settings, seed)
+    with this_run.keeping_state(RewardError, SamplerError):
+        rollouts = parts.collector.collect(asked, iteration, settings.samples_per_prompt)
+    this_run.may_stop()
+    kl, kl_coef = rollouts.kl(settings.reported_kl), parts.kl_controller.coef
+    # 2. Rewards: a penalty for the KL of each token, where it is not in the loss; at the last one the score,
+    #    normalised, clipped, and changed where the response does not end.
+    if iteration == 0 or settings.normalise_scores != "start":
+        parts.moments.update(rollouts.scores)
+    scores = shaped_scores(settings, parts.moments, rollouts)
+    in_rewards = kl_coef if settings.kl.type == "in_reward" else 0.0
+    rewards = token_rewards(kl, scores, rollouts.response_mask, in_rewards)
+    whitened = whitened_rewards(rewards, rollouts.response_mask) if settings.whiten_rewards else rewards
+    rollouts = rollouts._replace(rewards=whitened)
+    # 3. Advantages of the policy's tokens, and the returns that the critic is to foresee.
+    advantages, returns = gae(rollouts, settings)
+    row = summary(rollouts, kl) | reward_metrics(rollouts) | plan_learning_rates(settings, parts, iteration)
+    rollouts, of_engine = engine_corrected(rollouts, settings.engine_correction)
+    row |= of_engine | {"objective/kl_coef": kl_coef}
+    row["objective/rlhf_reward"] = float(scores.mean()) - kl_coef * row.get("objective/kl", 0.0)
+    entropy_coef = parts.entropy.of_phase(row["policy/entropy"])
+    if settings.entropy_bonus.type != "none":
+        row["objective/entropy_coef"] = entropy_coef
+    row["value/explained_variance"] = explained_variance(rollouts.values, returns, rollouts.response_mask)
+    require_finite(row["objective/rlhf_reward"], "reward", iteration)
+    log_phase(this_run, log, iteration, rollouts, kl, advantages)
+    if parts.kl_limit.is_passed(row.get("objective/kl", 0.0)):
+        step_back(this_run, parts.early_stop, parts.kl_limit, iteration, row["objective/kl"])
+    else:
+        parts.kl_limit.keep(iteration)
+        # 4. Updates of policy and critic.
+        warms_up = iteration < settings.critic_warmup_iterations
+        loss = PpoLoss(settings, advantages, returns, kl_coef, entropy_coef)
+        row |= update(settings, seed, iteration, *learners(parts, rollouts, loss, warms_up=warms_up))
+        # 5. The coefficients of the next phase's KL and entropy.
+        parts.kl_controller.update(row.get("objective/kl", 0.0), len(rollouts.episodes))
+        parts.entropy.update(row["policy/entropy"])
+    return row, int(rollouts.response_mask.sum())
 
 
 def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollouts) -> torch.Tensor:
@@ -265,46 +260,6 @@ def shaped_scores(settings: TrainPpo, moments: RunningMoments, rollouts: Rollout
 def unscaled_scores(settings: TrainPpo, rollouts: Rollouts) -> torch.Tensor:
     """The same of validation rollouts, which are compared between phases: whatever the moments are by then, (b,)."""
     return shape_scores(rollouts.scores, rollouts.ended, truncated=settings.truncated)
-
-
-def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:
-    """Let both end with the last phase, however many updates there have been. Returns those of the first updates."""
-    updates, warmup = settings.updates_per_iteration, settings.critic_warmup_iterations
-    first = iteration if parts.critic is None else max(iteration, warmup)
-    parts.policy.expect((settings.iterations - first) * updates)
-    rates = {"learning_rate": parts.policy.learning_rate}
-    if parts.critic is not None:
-        parts.critic.expect((settings.iterations - iteration) * updates)
-        rates["value/learning_rate"] = parts.critic.learning_rate
-    return rates
-
-
-def learners(parts: Parts, rollouts: Rollouts, loss: PpoLoss, *, warms_up: bool) -> tuple[Learner, Learner | None]:
-    """Of policy and critic; where these share a body, one of both."""
-    of_policy = ("policy", parts.policy, parts.collector.batching, rollouts)
-    beside = parts.ptx.backward if parts.ptx else None
-    if parts.critic is None:
-        body = parts.policy.module
-        assert isinstance(body, PolicyWithValues)
-        body.body_learns_values = not warms_up
-        return Learner(*of_policy, *((loss.of_head, None) if warms_up else (loss.of_both, beside))), None
-    critic = Learner("value", parts.critic, parts.collector.batching, rollouts, loss.of_values)
-    return Learner(*of_policy, loss.of_policy, beside), critic
-
-
-def update(settings: TrainPpo, seed: int, iteration: int, policy: Learner, critic: Learner | None) -> dict[str, float]:
-    """Every minibatch of a phase. Returns means over them."""
-    learns = iteration >= settings.critic_warmup_iterations
-    batches = [*minibatches(len(policy.rollouts.episodes), settings, seed, iteration)]
-    of_policy, of_critic = LimitedUpdates(policy, settings.max_policy_kl), []
-    for rows in batches:
-        if learns or critic is None:
-            of_policy.update(rows)
-        if critic is not None:
-            of_critic.append(critic.update(rows))
-    of_policy.check(batches[0])
-    updates = float(len(of_policy.found) if learns else 0)
-    return means_of_updates(of_policy.found) | mean_of_each(of_critic) | {"policy/updates": updates}
 
 
 def main(
@@ -337,7 +292,7 @@ def main(
     inputs = [tokens, *(path for path, is_read in of_settings.items() if is_read), *map(Path, (*paths, *of_rewards))]
     declared = {f"train_ppo.{name}": settings, "seed": seed, "trust_remote_code": trust_remote_code}
     declared |= {"kernels": kernels}
-    columns = curve_columns(settings) + held_out_columns(settings, f"train_ppo.{name}")
+    columns = curve_columns(settings) + held_out_columns(settings, validation, f"train_ppo.{name}")
     columns += reward_columns(part_names(settings), prompts["source"][:])
     with TrainingRun(f"train_ppo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
         if this_run.already_complete():
@@ -354,7 +309,7 @@ def main(
         if supervised:
             check_table_fits(supervised, facts_of(policy.language_model), ptx_tokens)
         rewards = partial(unscaled_scores, settings)
-        held_out = held_out_evaluation(this_run, settings, validation, parts.collector, rewards)
+        held_out = held_out_evaluation(this_run, settings, validation, parts.collector, rewards, settings.max_kl)
         ppo_phases(settings, seed, prompts, parts, held_out, this_run, log)
         stopped = parts.early_stop.stopped_after
         results = {"iterations": stopped or settings.iterations, "stopped_early": int(stopped > 0), **log.results()}

@@ -1,9 +1,9 @@
 """A few lines of Python on two processes of this machine, as a launcher starts a stage."""
 
 import subprocess
-import sys
 from pathlib import Path
 
+from tests.loaded_python import torchrun
 from tests.real_files import PROJECT
 
 END = """
@@ -16,9 +16,8 @@ def run_on_two_processes(script: str, folder: Path) -> None:
     """Run `script` in `folder` under torchrun. Each process makes the file <rank>.done at its end; fail if not."""
     (folder / "script.py").write_text(script + END)
     (folder / "runtime.yaml").write_text((PROJECT / "runtime.yaml").read_text())
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [str(torchrun), "--standalone", "--nproc_per_node=2", "script.py"]
     environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
+    command = [*torchrun(environment).removesuffix(" -m").split(), "script.py"]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert sorted(path.name for path in folder.glob("*.done")) == ["0.done", "1.done"]

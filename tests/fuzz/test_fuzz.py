@@ -13,6 +13,7 @@ from tests.fuzz.case import Case, nothing, put
 from tests.fuzz.child import Ended
 from tests.fuzz.judge import FAULTS, verdict
 from tests.fuzz.run import chosen
+from tests.loaded_python import loaded_python
 from tests.stages.tiny_pipeline import PROJECT
 
 CASES = 40  # about one minute of one core, with the project that they start from
@@ -23,7 +24,7 @@ TRACEBACK = (
 
 @pytest.mark.slow
 def test_stages_refuse_what_is_wrong_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.fuzz.run", "--short", f"--cases={CASES}", "--jobs=1"]
+    command = [*loaded_python(), "-m", "tests.fuzz.run", "--short", f"--cases={CASES}", "--jobs=1"]
     command.append(f"--lists={tmp_path}")
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     findings = tmp_path / "findings.md"

@@ -1,8 +1,8 @@
 """What a stage really reads when it runs: each real script, tiny, in a process and a folder of its own.
 
-    python -m tests.pipeline.observed FOLDER    run all stages there; what each read: observed.json
+    python -m tests.pipeline.observed PROJECT FOLDER    run all stages in FOLDER; what each read: observed.json
 
-Every stage runs once to make its outs and then again, when all outs are made. Of `stages/` the folder holds the
+PROJECT is one in which every stage has run, so that all outs are there. Of `stages/` the folder holds the
 declared deps alone: what is imported undeclared is not there, so the stage fails. Of `data/`, `models/` and `metrics/`
 it holds the other stages' outs as well, as a project does that has run before: a stage could read them if they are
 there, and do without if not. What it did read is then seen in three ways: its modules, in `sys.modules`; files opened
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.pipeline.graph import FIRST, ROOT, all_instances, declared_code, load_graph, outs_of, paths
-from tests.stages.tiny_pipeline import lay_over, new_project, read_yaml, script, stage_options, write_yaml
+from tests.stages.tiny_pipeline import read_yaml, script, stage_options
 
 HEAVY = (
     *("torch._dynamo", "datasets", "pandas", "matplotlib.backends.backend_svg", "accelerate", "deepspeed"),
@@ -83,17 +83,17 @@ class WatchParams(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def observe(
     project: Path, stage: str, declared: dict[str, list[str]], all_outs: list[str], target: Path
 ) -> dict[str, Any]:
-    """Run one stage in a folder of its own; its outs are moved to `target`. Raises RuntimeError if it fails.
+    """Run one stage in a folder of its own below `target`. Raises RuntimeError if it fails.
 
     Returns:
         Sorted lists: `modules`; `files` that Python opened; `data`, the files of deps that were accessed, and
         `undeclared`, those of other stages' outs; `left_behind`, files written beside the outs; `params`.
     """
-    folder = target.with_name(f"{target.name}-{stage}")
+    folder = target / "project"
     others = [out for out in all_outs if out not in declared["outs"]]
     lay_out(project, folder, [*declared["deps"], *declared["code"]], others)
     laid = dict(data_files(folder))
-    report = folder.with_name(f"{folder.name}.json")
+    report = target / f"{stage}.json"
     process = os.fork()
     if process == 0:
         run_forked(folder, stage, report)
@@ -104,10 +104,9 @@ def observe(
     seen["data"] = sorted(accessed(folder, declared["deps"]))
     seen["undeclared"] = sorted(set(accessed(folder, others)) - set(seen["data"]))
     for out in declared["outs"]:
-        (target / out).parent.mkdir(parents=True, exist_ok=True)
-        remove(target / out)
-        (folder / out).rename(target / out)
+        remove(folder / out)
     seen["left_behind"] = sorted(name for name, written in data_files(folder) if laid.get(name) != written)
+    shutil.rmtree(folder)
     return seen
 
 
@@ -115,7 +114,7 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> None:
@@ -131,9 +130,9 @@ def lay_out(project: Path, folder: Path, deps: list[str], others: list[str]) -> 
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
-            shutil.copyfile(source, target)
+            shutil.copy2(source, target)
     for file in folder.rglob("*"):
-        os.utime(file, ns=(ACCESSED_LONG_AGO, time.time_ns()))
+        os.utime(file, ns=(ACCESSED_LONG_AGO, file.stat().st_mtime_ns))
 
 
 def run_forked(folder: Path, stage: str, report: Path) -> None:
@@ -145,6 +144,7 @@ def run_forked(folder: Path, stage: str, report: Path) -> None:
         os.dup2(output, 2)
         os.chdir(folder)
         os.environ["STAGEWISE_SCRATCH"] = str(report.with_suffix(".scratch"))
+        sys.pycache_prefix = str(folder.with_name("compiled"))  # each file once, as all stages run at one place
         report.write_text(json.dumps(run_watched(folder, stage)))
         status = 0
     except BaseException:
@@ -166,7 +166,6 @@ def run_watched(folder: Path, stage: str) -> dict[str, list[str]]:
 
     sys.path[:] = [str(folder), *(entry for entry in sys.path if not (Path(entry or ".") / "stages").is_dir())]
     sys.path_importer_cache.clear()
-    sys.dont_write_bytecode = True
     sys.meta_path.insert(0, WatchParams(keys))
     sys.argv = [f"stages.{script(stage)}", *stage_options(stage)]
     sys.addaudithook(note_opened)
@@ -229,43 +228,25 @@ def declared_by_stage(params: dict[str, Any]) -> dict[str, dict[str, list[str]]]
     }
 
 
-def observe_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run every stage of dvc.yaml in turn, below `folder`."""
-    project = folder / "project"
-    project.mkdir()
-    new_project(project)
-    params = read_yaml(project / "params.yaml")
-    lay_over(params, SHORTER)
-    write_yaml(project / "params.yaml", params)
-    declared = declared_by_stage(params)
+def observe_all(project: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run every stage of dvc.yaml with the outs of `project`, below `folder`."""
+    declared = declared_by_stage(read_yaml(project / "params.yaml"))
     for name in [name for name in sys.modules if name == "stages" or name.startswith("stages.")]:
         del sys.modules[name]
     for name in HEAVY:
         importlib.import_module(name)
     outs = [out for stage in declared.values() for out in stage["outs"]]
-    for stage, wanted in declared.items():
-        observe(project, stage, wanted, outs, project)
-    again = folder / "again"
     return {
-        stage: {"declared": wanted, **observe(project, stage, wanted, outs, again)}
+        stage: {"declared": wanted, **observe(project, stage, wanted, outs, folder)}
         for stage, wanted in declared.items()
     }
 
 
-SHORTER = {
-    "train_sft": {"sft": {"epochs": 0.25}},
-    "train_rm": {"rm": {"epochs": 0.5}},
-    "train_dpo": {"dpo": {"epochs": 0.25}},
-    "train_ppo": {"ppo": {"iterations": 1}},
-    "train_grpo": {"grpo": {"iterations": 1}},
-}
-
-
 def main() -> None:
-    folder = Path(sys.argv[1]).resolve()
+    project, folder = (Path(word).resolve() for word in sys.argv[1:])
     if not access_times_are_kept(folder):
         sys.exit(f"{folder}: the file system keeps no times of access, by which reads are seen")
-    (folder / "observed.json").write_text(json.dumps(observe_all(folder), indent=2))
+    (folder / "observed.json").write_text(json.dumps(observe_all(project, folder), indent=2))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,16 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
+from stages import code_manifest
 from stages.code_manifest import manifests
+from stages.lib.command import params as command_params
+from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.operations import code_closure
 from stages.lib.operations.code_closure import manifest_of
 from stages.lib.settings.declaration import block
@@ -103,7 +108,12 @@ def write_placeholders(folder: Path) -> None:
 
 @contextlib.contextmanager
 def each_yaml_text_parsed_once() -> Iterator[None]:
-    """DVC parses params.yaml once for every stage and dvc.lock at every question: most of the time of an answer."""
+    """DVC parses params.yaml once for every stage and dvc.lock at every question: most of the time of an answer.
+
+    So do we for every manifest; and to look up a key, DVC walks through all of params.yaml.
+    """
+    import dpath
+    from dvc.dependency import param
     from dvc.utils.serialize import _yaml
 
     parse = _yaml.parse_yaml
@@ -112,24 +122,34 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
     def parse_once(text: str, path: str, typ: str) -> Any:
         return parse(text, path, typ)
 
-    _yaml.parse_yaml = lambda text, path, typ="safe": deepcopy(parse_once(text, path, typ))
-    try:
+    @functools.cache
+    def load_once(_: str, path: Path) -> Any:
+        return load_yaml(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_yaml, "parse_yaml", lambda text, path, typ="safe": deepcopy(parse_once(text, path, typ)))
+        patch.setattr(param, "dpath", SimpleNamespace(get=value_at, merge=dpath.merge, search=dpath.search))
+        for module in (code_manifest, command_params):
+            patch.setattr(module, "load_yaml", lambda path: deepcopy(load_once(path.read_text(encoding="utf-8"), path)))
         yield
-    finally:
-        _yaml.parse_yaml = parse
+
+
+def value_at(settings: Any, key: str, separator: str) -> Any:
+    """The value of a dotted key without wildcards. Raises KeyError if there is none."""
+    for part in key.split(separator):
+        settings = settings[part] if isinstance(settings, dict) else {}[part]
+    return settings
 
 
 @contextlib.contextmanager
 def files_read_once(edited: set[Path]) -> Iterator[None]:
     """Files of code are looked for and read once, but for those being edited: most of the time of a manifest."""
-    path_of, read_source = code_closure._path_of, code_closure.read_source
+    read_source = code_closure.read_source
     read_once = functools.cache(read_source)
-    code_closure._path_of = functools.cache(path_of)
-    code_closure.read_source = lambda file: read_source(file) if file.absolute() in edited else read_once(file)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_closure, "_path_of", functools.cache(code_closure._path_of))
+        patch.setattr(code_closure, "read_source", lambda file: (read_source if file in edited else read_once)(file))
         yield
-    finally:
-        code_closure._path_of, code_closure.read_source = path_of, read_source
 
 
 def settings_of_copy() -> dict[str, Any]:
@@ -263,18 +283,26 @@ def stale_by_parts(folder: Path) -> dict[str, set[str]]:
     with fresh_copy(folder) as repo:
         changes = changes_of(folder) | remarks_of(folder)
         code = {row: edit for row, edit in changes.items() if row.startswith("stages/") and edit[0].suffix == ".py"}
-        answers = {row: asked(repo, folder, dict([edit])) for row, edit in changes.items() if row not in code}
-        stale_with = {
-            file.stem: asked(repo, folder, {file: text + "more\n"}, again=False)
-            for file, text in manifest_files(folder).items()
-        }
         being_edited: set[Path] = set()
         with files_read_once(being_edited):
+            answers = {}
+            for row, (file, text) in changes.items():
+                if row in code:
+                    continue
+                being_edited.add(file.relative_to(folder))
+                answers[row] = asked(repo, folder, {file: text})
+                being_edited.clear()
+            stale_with = {
+                file.stem: asked(repo, folder, {file: text + "more\n"}, again=False)
+                for file, text in manifest_files(folder).items()
+            }
             before = manifests_of_code(stale_with)
+            read_for = {name: {*code_closure.closure([f"stages/{name}.py"])} for name in stale_with}
             for row, (file, text) in code.items():
-                being_edited.add(file)
+                own = file.relative_to(folder)
+                being_edited.add(own)
                 with edited({file: text}):
-                    after = manifests_of_code(stale_with)
+                    after = manifests_of_code(name for name in stale_with if own.as_posix() in read_for[name])
                 being_edited.clear()
                 answers[row] = {FIRST}.union(*(stale_with[name] for name in after if after[name] != before[name]))
         assert asked(repo, folder, dict(remarks_of(folder).values())) == {FIRST}

@@ -90,7 +90,8 @@ def overlapping_outs(graph: dict[str, Any]) -> list[tuple[str, str]]:
 
 def deps_that_nothing_makes(graph: dict[str, Any]) -> list[str]:
     """Deps below data/, models/ or metrics/ that are no stage's out, nor below or above one."""
-    outs = [out for stage in all_instances(graph).values() for out in outs_of(stage)]
+    stages = [*all_instances(graph).values(), *map(body_of, graph["stages"].values())]  # a group may have no instance
+    outs = [out for stage in stages for out in outs_of(stage)]
     deps = {dep for stage in all_instances(graph).values() for dep in paths(stage["deps"])}
     ours = [dep for dep in sorted(deps) if dep.startswith(("data/", "models/", "metrics/"))]
     return [dep for dep in ours if not any(is_at_or_below(dep, out) or is_at_or_below(out, dep) for out in outs)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.stages.tiny_pipeline import TINY, change
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert listed.returncode == 0, listed.stderr
     for name in listed.stdout.decode().split("\0"):
         source = PROJECT / name
-        if name and source.is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+        is_result = name == "dvc.lock" or (name.startswith("metrics/") and source.name != ".gitkeep")
+        if name and source.is_file() and not is_result:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)  # with its time, or make would set up .venv anew
@@ -36,6 +38,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "LAUNCH")}
+    environment["LAUNCH"] = " ".join([*loaded_python(), "-m"])
     environment["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 

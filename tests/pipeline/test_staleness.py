@@ -10,6 +10,7 @@ import pytest
 
 from stages.lib.operations.code_closure import LEFT_OUT, closure
 from stages.lib.settings.sections import default_params
+from tests.loaded_python import loaded_python
 from tests.pipeline.graph import (
     FIRST,
     LAUNCHER,
@@ -79,13 +80,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def observed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What each stage read in a run, from a process of its own that forks one for each stage."""
     folder = tmp_path_factory.mktemp("observed")
     if not access_times_are_kept(folder):
         pytest.skip("the file system keeps no times of access (noatime), by which reads of data are seen")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.observed", str(folder)], cwd=ROOT, capture_output=True, text=True
+        [*loaded_python(), "-m", "tests.pipeline.observed", tiny, folder], cwd=ROOT, capture_output=True, text=True
     )
     logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
     assert done.returncode == 0, done.stderr + logs

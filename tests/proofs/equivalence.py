@@ -112,8 +112,9 @@ SEVERAL_PROCESSES = {
 
 HEAD = """# Every way to run a stage, against one process, plain torch and padding
 
-Relative L2 distances at commit {commit}; `make prove` regenerates this table. The baseline run shares no prompts. The
-other runs share them where `pass_cost` says it pays, and those with "prompts shared" in their name share every pair's.
+Relative L2 distances, each measured at the commit in its row; `make prove` regenerates this table. The baseline run
+shares no prompts. The other runs share them where `pass_cost` says it pays, and those with "prompts shared" in their
+name share every pair's or group's.
 
 "Gradient" is what AdamW saw in its first step, before clipping. "Steep" leaves out the weights whose gradient is below
 1e-5 but not 0 (their share is "flat weights"): AdamW's first step is g / (|g| + 1e-8), which magnifies the rounding
@@ -202,7 +203,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
     with inside(project):
         processes = join_processes(read_runtime("train_sft"))
     knobs = ONE_PROCESS if processes.world_size == 1 else SEVERAL_PROCESSES
-    alone = replace(processes, rank=0, world_size=1)
+    alone, commit = replace(processes, rank=0, world_size=1), measured_commit()
     if precision == "bf16":
         if processes.is_main:
             make_bf16_project(project, alone)
@@ -227,6 +228,7 @@ def measure(project: Path, stages: list[str], precision: str, only: list[str]) -
             folder = run_stage(project, stage, changes, probe, processes)
             if processes.is_main:
                 row = {"stage": stage, "precision": precision, "processes": processes.world_size, "configuration": name}
+                row |= {"commit": commit}
                 rows.append({**row, **compare(probe, folder, reference, stage)})
                 rows[-1]["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(rows[-1]), flush=True)
@@ -260,7 +262,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """The measurements in Markdown."""
     names = ["stage", "precision", "processes", "configuration", "gradient", "first update", "first update, steep"]
     names += ["flat weights", "losses", f"weights after {STEPS} steps", CHANGE, "published", "numbers"]
-    names += ["differing rollouts"]
+    names += ["differing rollouts", "commit"]
     lines = ["| " + " | ".join(names) + " | within |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         cells = [f"{value:.1e}" if isinstance(value := row.get(name, "–"), float) else str(value) for name in names]
@@ -313,7 +315,7 @@ def main() -> None:
                 f"{limit:.0e} in {precision}, their change to {CHANGE_TOLERANCES[precision]:.0e}"
                 for precision, limit in TOLERANCES.items()
             )
-            options.table.write_text(HEAD.format(commit=measured_commit(), limits=limits) + as_table(before + rows))
+            options.table.write_text(HEAD.format(limits=limits) + as_table(before + rows))
     end_process(1 if any(outside(row) for row in rows) else 0)
 
 

@@ -85,6 +85,7 @@ VARIANTS = {
             "loss": block(GspoLoss),
             "kl": block(KlInReward, controller=block(AdaptiveKl, target=1.0, horizon=100.0)),
             "mask_truncated": True,
+            "stop_strings": ["e"],  # or all would be truncated
             "top_entropy_share": 0.5,
             "off_policy_limit": 0.01,
             "optimizer": {"ema_decay": 0.9},

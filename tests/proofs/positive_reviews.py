@@ -40,10 +40,17 @@ PROFILE = "gpt2-imdb"
 HALF = 1000  # reviews that the reward's classifier learns from; the judge learns from the others
 WORDS, PASSAGES = 24, 10  # of a passage, at least; of a review, its first ones
 SENTENCES = 40_000  # at most, that a classifier learns from
-# A hundredth of the profile's model, which takes a larger learning rate, and fewer phases.
+# A hundredth of the profile's model, which takes a larger learning rate; fewer phases; and a small classifier, whose
+# logits are a fraction of the profile's, and so is the KL's coefficient.
 SMALLER = {
     "prepare_data": {"test_fraction": 0.2},
-    "train_ppo": {"ppo": {"iterations": 30, "policy_optimizer": {"learning_rate": 5e-4}}},
+    "train_ppo": {
+        "ppo": {
+            "iterations": 60,
+            "kl": {"controller": {"coef": 0.05, "type": "adaptive", "target": 6.0, "horizon": 10000.0}},
+            "policy_optimizer": {"learning_rate": 2e-4},
+        }
+    },
     "evaluate": {"max_prompts": None},
 }
 DATASET = "plain_text/train.jsonl"

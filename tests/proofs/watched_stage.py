@@ -23,7 +23,13 @@ from stages.lib.compute.processes import Processes
 from stages.lib.models import pretrained
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.samplers.own import OwnSampler
+from stages.lib.settings.advantages import Gdpo, LeaveOneOut, ReinforceBaseline
+from stages.lib.settings.critic import SharedTrunk
 from stages.lib.settings.declaration import block
+from stages.lib.settings.dynamic_sampling import DynamicSampling
+from stages.lib.settings.entropy_bonus import FixedEntropyBonus
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
+from stages.lib.settings.policy_loss import CispoLoss, ClipLoss, DrGrpoLoss, GspoLoss
 from stages.lib.settings.preference_loss import (
     AotLoss,
     AotUnpairedLoss,
@@ -33,6 +39,8 @@ from stages.lib.settings.preference_loss import (
     SigmoidLoss,
     WeightedLoss,
 )
+from stages.lib.settings.ptx import PtxSettings
+from stages.lib.settings.rewards import OverlongReward, RepetitionReward
 from tests.pipeline.graph import stage_names
 from tests.stages.tiny_pipeline import (
     call,
@@ -90,7 +98,42 @@ LOSSES = {
     "likely": block(WeightedLoss, loss=block(SftLoss)),
 }
 WITH_LOSSES = {"train_dpo, losses": {"loss": block(MixtureLoss, parts=LOSSES)}}
-VARIANTS = WITH_LORA | WITH_EXPERTS | WITH_LOSSES
+# Between them, what of PPO and GRPO is summed over the tokens, responses or rewards of a whole step or phase.
+WITH_TERMS = {
+    "train_ppo, one trunk": {"critic": block(SharedTrunk), "samples_per_prompt": 2, "whiten_rewards": True},
+    "train_ppo, more terms": {
+        "kl": block(KlInLoss, estimator="k2", bias_correction=True),
+        "loss": block(ClipLoss, dual_clip=3.0),
+        "entropy_bonus": block(FixedEntropyBonus),
+        "normalise_scores": "running",
+        "ptx": block(PtxSettings, batch_size=8),
+        "ptx_tokens": "data/tokens/train/sft.arrow",
+    },
+    "train_grpo, whole responses": {
+        "advantages": block(ReinforceBaseline),
+        "loss": block(GspoLoss),
+        "kl": block(KlInReward),
+        "mask_truncated": True,
+        "stop_strings": ["e"],  # or all would be truncated
+    },
+    "train_grpo, some tokens": {
+        "advantages": block(LeaveOneOut),
+        "loss": block(CispoLoss),
+        "reuse_sampler_logps": True,
+        "top_entropy_share": 0.5,
+        "off_policy_limit": 0.01,
+    },
+    "train_grpo, several rewards": {
+        # Of two rewards that are almost equal, standardising magnifies the rounding; four are seldom all so.
+        "rollout_batch_size": 2,
+        "samples_per_prompt": 4,
+        "advantages": block(Gdpo),
+        "loss": block(DrGrpoLoss),
+        "rewards": {"repetition": block(RepetitionReward, n=2), "overlong": block(OverlongReward, buffer=8)},
+        "dynamic_sampling": block(DynamicSampling),
+    },
+}
+VARIANTS = WITH_LORA | WITH_EXPERTS | WITH_LOSSES | WITH_TERMS
 
 
 class Probe:

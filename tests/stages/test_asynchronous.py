@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from stages.lib.rl.samplers import asynchronous
 from stages.lib.rl.samplers.sampling_process import SamplingProcess
-from stages.lib.rl.samplers.sampling_worker import Drawn, SamplerStart, Worker, read_start
+from stages.lib.rl.samplers.sampling_worker import Drawn, SamplerStart, SamplingWorker, read_start
 from stages.lib.settings.declaration import block
 from stages.lib.settings.dynamic_sampling import DynamicSampling
 from stages.lib.settings.engine_correction import NoEngineCorrection, SequenceTruncated
@@ -28,7 +28,7 @@ class InThisProcess:
     """What the process computes, when it is asked for and without the seconds that starting one takes."""
 
     def __init__(self, start: SamplerStart, weights: Path) -> None:
-        self.worker, self.file = Worker(read_start(start.line())), weights
+        self.worker, self.file = SamplingWorker(read_start(start.line())), weights
 
     def begin(self, weights: Mapping[str, Any], prompts: Sequence[Any], step: int, samples: int) -> None:
         self.file.parent.mkdir(exist_ok=True)

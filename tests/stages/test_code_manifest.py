@@ -14,6 +14,7 @@ from stages.lib.settings.check import check_settings, outs_of_graph
 from stages.lib.settings.sections import default_params
 from stages.prepare_base import check_settings_again
 from stages.tools.use_profile import settings_of
+from tests.loaded_python import loaded_python
 from tests.pipeline.graph import all_instances, outs_of
 from tests.stages.tiny_pipeline import (
     PROJECT,
@@ -40,7 +41,7 @@ def project(tmp_path: Path) -> Path:
 def check(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "STAGEWISE_SCRATCH"}
     return subprocess.run(
-        [sys.executable, "-m", "stages.code_manifest", *options],
+        [*loaded_python(), "-m", "stages.code_manifest", *options],
         cwd=folder,
         env=environment | variables,
         capture_output=True,
@@ -75,8 +76,8 @@ def test_a_profile_passes_where_its_data_and_model_are(project: Path, tmp_path: 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("profile", ["online-dpo", "rejection-sampling"])
-def test_a_profile_of_the_generated_task_passes(project: Path, profile: str) -> None:
+@pytest.mark.parametrize("profile", ["online-dpo", "rejection-sampling", "arithmetic"])
+def test_a_profile_of_generated_rows_passes(project: Path, profile: str) -> None:
     write_yaml(project / "params.yaml", settings_of(PROJECT / f"profiles/{profile}.yaml"))
     with inside(project):
         assert check_settings() == []

@@ -3,12 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.loaded_python import torchrun
 from tests.proofs.equivalence import MEASURING, SEVERAL_PROCESSES, idle, outside
 from tests.proofs.watched_stage import EXPERTS, TRAINING, TWENTY_STEPS
 from tests.stages.tiny_pipeline import PROJECT, change_entries
@@ -25,8 +25,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     shutil.copytree(tiny, folder / "project", symlinks=True, ignore=shutil.ignore_patterns(".scratch"))
     save_mixtral(folder / "project/models/base", folder / "project" / EXPERTS)
     change_entries(folder / "project", TWENTY_STEPS)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", "tests.proofs.equivalence", folder / "project"]
+    command = [*torchrun().split(), "tests.proofs.equivalence", folder / "project"]
     command += ["--out", folder / "measured.json", "--stages", *STAGES, "--only", *CONFIGURATIONS]
     subprocess.run(command, cwd=PROJECT, check=False, timeout=900)  # it says 1 of a row outside: the tests name it
     return json.loads((folder / "measured.json").read_text())

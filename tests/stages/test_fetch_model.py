@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tests.hub_server import HubServer, repository_of_folder
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 
 COMMIT = "060db6499f32faf8b98477b0a26969ef7d8b9987"
@@ -26,10 +26,11 @@ def fetched(folder: Path, server: HubServer, revision: str = COMMIT) -> subproce
     folder.mkdir()
     entry = {"judge": {"model": "some/judge", "revision": revision}}
     (folder / "params.yaml").write_text(json.dumps({"trust_remote_code": False, "fetch_model": entry}))
+    environment = {**server.environment(folder / "cache"), "PYTHONPATH": str(PROJECT)}
     return subprocess.run(
-        [sys.executable, "-m", "stages.fetch_model", "--out", "models"],
+        [*loaded_python(environment), "-m", "stages.fetch_model", "--out", "models"],
         cwd=folder,
-        env={**server.environment(folder / "cache"), "PYTHONPATH": str(PROJECT)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -3,11 +3,11 @@
 import gzip
 import json
 import subprocess
-import sys
 
 import pytest
 
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.stages.data_stages import lines, read, settings, sources_of, write_rows
 from tests.stages.tiny_qwen import save_qwen
@@ -67,7 +67,7 @@ def read_hub(folder, env, **changed):
     """Run read_source on one Hub source, in a process of its own."""
     settings(folder, sources_of(hub={"own": SOURCE | changed}))
     return subprocess.run(
-        [sys.executable, "-m", "stages.read_source", "--out", "data/sources", "--metrics", "metrics/read_source"],
+        [*loaded_python(env), "-m", "stages.read_source", "--out", "data/sources", "--metrics", "metrics/read_source"],
         cwd=folder,
         env={**env, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
@@ -174,7 +174,7 @@ def test_a_model_is_loaded_by_name_and_by_snapshot(hub, tmp_path, model_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     env = hub.environment(tmp_path / "cache")
-    process = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=env, capture_output=True, text=True)
+    process = subprocess.run([*loaded_python(env), "-c", LOAD], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     ids = AutoTokenizer.from_pretrained(model_folder)("question 7?", return_tensors="pt").input_ids
     total = AutoModelForCausalLM.from_pretrained(model_folder)(ids).logits.sum().item()

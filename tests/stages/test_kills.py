@@ -3,11 +3,11 @@
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.proofs.dvc_kills import killed_in_commit
 from tests.proofs.dvc_projects import dvc_project
 from tests.stages.tiny_pipeline import PROJECT
@@ -23,7 +23,7 @@ def test_a_stage_killed_several_times_in_a_row_ends_as_if_it_had_never_been(tiny
     stages = ["--stages", *STAGES, WITH_MORE_STATE]
     words = [*stages, "--truth", tiny, "--processes", "1", "--kills", "0", "--real-kills", "0", "--dvc-kills", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.proofs.kill_matrix", *words, "--seed", "3", "--workers", "2", "--table", table],
+        [*loaded_python(), "-m", "tests.proofs.kill_matrix", *words, "--seed", "3", "--workers", "2", "--table", table],
         cwd=PROJECT,
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # trials share the cores; a thread that waits need not spin
         capture_output=True,

@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA
+from tests.loaded_python import torchrun
 from tests.stages.test_training import distance, outs_of
 from tests.stages.tiny_pipeline import PROJECT, call, change, contents, script, stage_options
 from tests.tables import rewrite
@@ -118,7 +119,7 @@ def two_processes() -> dict[str, bytes]:
 def expected(two_processes: dict[str, bytes], uneven: Callable[[str], Path]) -> dict[str, bytes]:
     if not two_processes:
         folder = uneven("two")
-        end(launch(folder, "train_sft", TWO_HERE))
+        end(launch(folder, "train_sft", torchrun()))
         two_processes |= outs_of(folder, "train_sft")
         alone = uneven("alone")
         call(alone, "train_sft")
@@ -198,7 +199,7 @@ def test_two_processes_evaluate_one_prompt_and_one_pair(copy_of_tiny: Copy) -> N
         if name == "alone":
             call(folder, "evaluate@ppo")
         else:
-            end(launch(folder, "evaluate@ppo", "torchrun --standalone --nproc_per_node=2 -m"))
+            end(launch(folder, "evaluate@ppo", torchrun()))
         results.append(json.loads((folder / "metrics/evaluate/ppo.json").read_text()))
     assert results[0]["prompts"] == results[0]["preference_pairs"] == 1
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-5)

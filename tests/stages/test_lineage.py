@@ -18,6 +18,7 @@ from stages.lib.command.hashing import dvc_hash
 from stages.lib.operations.code_closure import MANIFESTS, code_hash
 from stages.tools.lineage import is_manifest, origin_of
 from stages.tools.show_lineage import main
+from tests.loaded_python import loaded_python
 from tests.stages.tiny_pipeline import PROJECT, change, inside, read_yaml, script
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,10 @@ def lineage(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit code, what is printed, errors) of the real command."""
     with inside(folder):
         done = subprocess.run(
-            [sys.executable, "-m", "stages.tools.show_lineage", *arguments], capture_output=True, text=True, check=False
+            [*loaded_python(), "-m", "stages.tools.show_lineage", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     return done.returncode, done.stdout, done.stderr
 

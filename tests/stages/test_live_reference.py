@@ -12,6 +12,7 @@ from stages.lib.compute.batching import rows_of_step
 from stages.lib.data.token_tables import REFERENCE_SCHEMA, read_table
 from stages.lib.runs import training_run
 from stages.lib.settings.declaration import block
+from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.reference_sync import ReferenceSync
 from stages.lib.settings.save_every import SaveEvery
 from tests.stages.tiny_pipeline import call, change, contents, read_yaml, refusal, write_yaml
@@ -67,6 +68,17 @@ def test_the_reference_is_the_weighted_mean_of_its_past_and_the_policy(copy_of_t
         rewards = 0.2 * (curve["logps/chosen"][step] - mean)
         assert curve["rewards/chosen"][step] == pytest.approx(rewards, abs=1e-4)
     assert abs(curve["rewards/chosen"][4]) > 1e-3
+
+
+def test_under_lora_it_moves_to_the_policy_with_its_adapters_merged(copy_of_tiny: Copy) -> None:
+    folder = copy_of_tiny()
+    with_sync(folder, every=2, mixup=1.0, lora=block(LoraSettings))
+    call(folder, "train_dpo")
+    curve = curve_of(folder)
+    for step in (2, 4):
+        assert curve["rewards/chosen"][step] == pytest.approx(0, abs=1e-5)
+    assert abs(curve["rewards/chosen"][1]) > 1e-4
+    assert abs(curve["rewards/chosen"][3]) > 1e-4
 
 
 def test_resumed_equals_uninterrupted(copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch) -> None:

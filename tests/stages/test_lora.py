@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
+from tests.loaded_python import torchrun
 from tests.stages.test_training import (
-    TWO_PROCESSES,
     curve,
     distance,
     metrics,
@@ -250,7 +250,7 @@ def test_a_4_bit_base_trains_alike_under_zero_2_and_is_refused_by_zero_3(wider: 
     whole, results = weights(wider, "rm"), metrics(wider, "train_rm")
     shutil.rmtree(wider / ".scratch")  # or its finished result would be published again
     change(wider / "runtime.yaml", {"default": {"zero_stage": 2}})
-    process = start(wider, "train_rm", launch=TWO_PROCESSES)
+    process = start(wider, "train_rm", launch=torchrun())
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert distance(whole, weights(wider, "rm")) < 1e-5

@@ -69,6 +69,13 @@ def test_a_policy_trains_on_what_is_kept(copy_of_tiny: Copy) -> None:
     assert {rollout["row"] for rollout in rollouts_of(folder)} <= {*kept["row"][:]}
 
 
+def test_responses_are_drawn_as_the_entry_says(copy_of_tiny: Copy, capsys: pytest.CaptureFixture) -> None:
+    """Of the likeliest token alone, all responses to a prompt are one, so that all of them pass, or none."""
+    folder = copy_of_tiny()
+    with_rates(folder, prompts=8, top_k=1)
+    assert "no prompt is left of 8; widen keep_from and keep_to" in refusal(folder, "pass_rates@first", capsys)
+
+
 def test_chunks_change_nothing_of_what_is_chosen(copy_of_tiny: Copy) -> None:
     """The random numbers of a response belong to its prompt's row."""
     whole, folder = copy_of_tiny("whole"), copy_of_tiny()

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from stages.lib.command.hashing import dvc_hash
 from stages.lib.data.chat import decode_completion, encode_completion, encode_prompt
 from stages.prepare_base import MARKER_NOISE, corpus_texts, main
 from tests.hub_server import HubServer, repository_of_folder
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT, real_file
 
 TEMPLATE = str(PROJECT / "stages/templates/chat.jinja")
@@ -86,11 +86,12 @@ def local(path, **changes):
 
 def run_script(folder, base=None, seed=17, env=None, *, trust=False):
     write_settings(folder, base or new(), seed, trust=trust)
+    environment = {**(env or os.environ), "PYTHONPATH": str(PROJECT)}
     return subprocess.run(
-        [sys.executable, "-m", "stages.prepare_base", "--out", "models"],
+        [*loaded_python(environment), "-m", "stages.prepare_base", "--out", "models"],
         cwd=folder,
         stdin=subprocess.DEVNULL,  # whoever asks gets no answer
-        env={**(env or os.environ), "PYTHONPATH": str(PROJECT)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

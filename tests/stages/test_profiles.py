@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from stages.tools.use_profile import settings_of
 from tests.hub_server import HubRepository, HubServer, repository_of_folder
+from tests.loaded_python import loaded_python
 from tests.pipeline.graph import all_instances, load_graph
 from tests.real_files import PROJECT, real_file
 from tests.stages.tiny_llama3 import save_llama3
@@ -74,7 +74,8 @@ def made(
     stages = all_instances(load_graph(), settings)
     fetched = [stage for stage in stages if "_hub@" in stage or stage.startswith("fetch_model")]
     if hub is not None:  # which is read where the Hub's library is imported: all that is fetched, in one process
-        words, environment = [sys.executable, "-c", CALLS, *fetched], {**hub, "PYTHONPATH": str(PROJECT)}
+        environment = {**hub, "PYTHONPATH": str(PROJECT)}
+        words = [*loaded_python(environment), "-c", CALLS, *fetched]
         ended = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     for stage in stages:

@@ -14,6 +14,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.sample_pairs import SamplePairs
 from stages.lib.settings.sections import default_params
 from stages.report import named_in_params, page_of
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.stages.tiny_pipeline import inside, read_yaml, write_yaml
 
@@ -36,8 +37,11 @@ def evaluation(policy, gold):
     return metrics | (compared("gold", policy) if gold else {})
 
 
-def scores(policy):
-    return {"prompts": ROWS, **compared("reward", policy)}
+def scores(policy, gold=True):
+    residual = GAINS[policy] - 0.5
+    ends = {"mean": residual, "ci_low": residual - 0.125, "ci_high": residual + 0.125}
+    of_line = {f"gold_residual_{end}": value for end, value in ends.items()}
+    return {"prompts": ROWS, **compared("reward", policy), **(of_line if gold else {})}
 
 
 def compared(measure, policy):
@@ -85,7 +89,11 @@ def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
     """All files of a finished run that the report reads."""
     kinds, splits = ("sft", "preference", "prompts"), ("train", "validation", "test")
     rows = {f"{kind}/{split}_rows": 400 for kind in kinds for split in splits}
-    of_data = {"bayes_accuracy": 0.803} if gold else {"dropped/empty_reply": 4, "dropped/duplicate": 0}
+    of_data = (
+        {"bayes_accuracy": 0.803, "gold_label_accuracy": 0.791}
+        if gold
+        else {"dropped/empty_reply": 4, "dropped/duplicate": 0}
+    )
     write(folder, "metrics/prepare_data.json", rows | of_data)
     for kind in kinds:
         counts = {"train_rows": 1388, "validation_rows": 199, "test_rows": 399, "mean_prompt_tokens": 31.5}
@@ -98,7 +106,7 @@ def write_run(folder, policies=("sft", "dpo", "ppo"), gold=True, reward=True):
         write(folder, f"metrics/evaluate/{policy}.json", evaluation(policy, gold))
         write_samples(folder, policy, [sample(policy, row, gold) for row in range(ROWS)])
         if reward:
-            write(folder, f"metrics/score_samples/{policy}.json", scores(policy))
+            write(folder, f"metrics/score_samples/{policy}.json", scores(policy, gold))
             write_scores(folder, policy, [score(policy, row) for row in range(ROWS)])
     if reward:
         write(folder, "metrics/evaluate_rm/rm.json", of_pairs())
@@ -155,7 +163,7 @@ def page_in(folder):
 
 def report(folder, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "stages.report", *ARGUMENTS],
+        [*loaded_python(), "-m", "stages.report", *ARGUMENTS],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
         capture_output=True,
@@ -226,16 +234,18 @@ def test_two_runs_write_the_same_bytes(run_folder):
 def test_table_of_policies(parsed):
     head, *rows = parsed.tables[0]
     assert [cell[0] for cell in head[1:]] == [
-        *("perplexity", "reward", "gold utility", "win rate by gold", "KL from SFT, nats", "ends with EOS"),
-        "length, tokens",
+        *("perplexity", "reward", "gold utility", "gold less what its reward promises", "win rate by gold"),
+        *("KL from SFT, nats", "ends with EOS", "length, tokens"),
         *("distinct-1", "distinct-2", "preference accuracy"),
     ]
     assert rows[0] == [
-        *(["SFT"], ["12.50"], ["0.10"], ["0.10"], ["–"], ["–"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"])
+        *(["SFT"], ["12.50"], ["0.10"], ["0.10"], ["−0.50", "−0.62 to −0.38: over-optimised"], ["–"], ["–"]),
+        *(["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["–"]),
     ]
     assert rows[1] == [
         *(["DPO"], ["12.50"]),
-        *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["71.2 %", "66.2 % to 76.2 %"]),
+        *(["0.53", "+0.42 (+0.30 to +0.55)"], ["0.53", "+0.42 (+0.30 to +0.55)"], ["−0.08", "−0.20 to +0.05"]),
+        ["71.2 %", "66.2 % to 76.2 %"],
         *(["8.50", "7.65 to 9.35"], ["93.8 %"], ["31.6"], ["0.071"], ["0.293"], ["74.0 %", "70.0 % to 78.0 %"]),
     ]
     assert rows[2][0] == ["PPO"]
@@ -245,7 +255,14 @@ def test_tables_of_reward_model_and_data(parsed):
     head, row = parsed.tables[1]
     assert [cell[0] for cell in head[3:6]] == ["longer reply", "score and length", "calibration error"]
     assert row == [
-        *(["rm"], ["78.0 %", "74.0 % to 82.0 %"], ["80.3 %"], ["55.0 %", "50.0 % to 60.0 %"], ["−0.12"], ["0.031"]),
+        *(
+            ["rm"],
+            ["78.0 %", "74.0 % to 82.0 %"],
+            ["80.3 %", "79.1 % on these labels"],
+            ["55.0 %", "50.0 % to 60.0 %"],
+            ["−0.12"],
+            ["0.031"],
+        ),
         *(["77.0 %", "73.0 % to 81.0 %"], ["0.6000"]),
     ]
     assert parsed.tables[2] == [
@@ -303,7 +320,7 @@ def test_rounds_of_replies_as_rows_have_a_table_and_what_they_dropped(tmp_path, 
 def test_outcome_is_a_sentence_for_each_thing_measured(parsed):
     assert parsed.texts["outcome"][0].count("On 16 test prompts, DPO beats SFT in mean gold utility (+0.42") == 1
     after = next(index for index, (_, found) in enumerate(parsed.elements) if found.get("class") == "outcome")
-    assert [tag for tag, _ in parsed.elements[after + 1 : after + 6]] == ["p", "p", "p", "p", "h2"]
+    assert [tag for tag, _ in parsed.elements[after + 1 : after + 7]] == ["p", "p", "p", "p", "p", "h2"]
 
 
 def test_what_went_wrong_in_rl_stands_below_the_outcome(tmp_path, parsed):

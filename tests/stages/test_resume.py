@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from stages.lib.command.hashing import file_hash
 from stages.lib.runs.partial_results import PartialResults
 from stages.lib.runs.stage_run import StageRun
 from stages.lib.runs.training_run import TrainingRun
+from tests.loaded_python import loaded_python
 from tests.proofs.tiny_projects import outs_of, remove_outs
 from tests.stages.tiny_pipeline import call, change, contents, start
 
@@ -229,7 +231,7 @@ def test_a_full_disk_under_the_results_is_told_at_each_start(folder: Path, tiny:
 def test_a_full_disk_under_the_base_model_is_one_line(folder: Path) -> None:
     with disk_at(folder / "results") as resize:
         resize(16)
-        (folder / "moved.sh").write_text(f'exec {os.sys.executable} -m $(echo "$@" | sed s#models#results#)\n')
+        (folder / "moved.sh").write_text(f'exec {" ".join(loaded_python())} -m $(echo "$@" | sed s#models#results#)\n')
         process = start(folder, "prepare_base", launch="sh moved.sh")
         _, errors = process.communicate()
         assert process.returncode == 2, errors
@@ -330,7 +332,7 @@ def catches(process: subprocess.Popen, number: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenize_data@sft", "train_ppo"])
 def test_a_stage_that_still_loads_libraries_ends_with_one_line(folder: Path, stage: str) -> None:
-    process = start(folder, stage)
+    process = start(folder, stage, launch=f"{sys.executable} -m")
     deadline = time.monotonic() + 60
     while not catches(process, signal.SIGTERM):
         assert time.monotonic() < deadline

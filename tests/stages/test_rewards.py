@@ -12,6 +12,7 @@ import pytest
 from stages.code_manifest import manifests
 from stages.lib.command.errors import StageError
 from stages.lib.operations.code_closure import code_hash
+from stages.lib.rl.learner import Learner
 from stages.lib.settings.advantages import Gdpo
 from stages.lib.settings.check import check_settings
 from stages.lib.settings.critic import SeparateCritic
@@ -19,6 +20,7 @@ from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.reward_part import RowsWhere
 from stages.lib.settings.rewards import CosineLengthReward, FormatReward, FunctionReward, MathReward, RepetitionReward
+from tests.stages.test_resume import outs
 from tests.stages.test_training import curve
 from tests.stages.tiny_pipeline import call, change, inside, new_project, read_yaml, refusal, write_yaml
 from tests.tables import rollout_rows
@@ -172,6 +174,7 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     change(folder / "params.yaml", {"score_samples": {"policies": [], "reward_model": None}})
     params = read_yaml(folder / "params.yaml")
     params["evaluate"] |= {"rewards": rewards, "policies": {"grpo": "models/grpo"}}
+    params["evaluate"]["pass_at_k"] = {"samples": 3, "k": [1, 3], "temperature": 1.0, "above": 0.0}
     write_yaml(folder / "params.yaml", params | {"train_rm": {}, "train_dpo": {}, "train_ppo": {}, "evaluate_rm": {}})
     call(folder, "evaluate@grpo")
     found = json.loads((folder / "metrics/evaluate/grpo.json").read_text())
@@ -183,6 +186,11 @@ def test_rewards_judge_policies_and_the_report_says_so(copy_of_tiny: Copy) -> No
     assert found["reward_of_sum_mean"] == pytest.approx(2 * mean)
     assert found["reward_of_film_minus_reference_mean"] == pytest.approx(difference)
     assert found["reward_of_failing_errors"] == len(samples)
+    assert found["reward_of_failing_mean"] == 0  # as in training
+    assert found["reward_of_failing_pass_at_3"] == 0
+    assert found["reward_of_film_pass_at_3"] >= found["reward_of_film_pass_at_1"]
+    assert "gold_pass_at_1" in found
+    assert "reward_of_none_pass_at_1" not in found
     assert "reward_of_none_mean" not in found
     for gone in (
         *folder.glob("metrics/*/ppo.*"),
@@ -215,6 +223,31 @@ def test_a_reward_that_fails_loses_no_finished_phase(copy_of_tiny: Copy, capsys:
     assert rollouts_of(folder, "grpo") == resumed
 
 
+@pytest.mark.parametrize("stage", ["train_ppo", "train_grpo"])
+def test_a_reward_that_fails_in_a_held_out_evaluation_costs_no_phase(
+    copy_of_tiny: Copy, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It is asked for 8 responses in each phase, and the evaluation follows the first one, of averaged weights."""
+    name, folder = stage.removeprefix("train_"), with_own_functions(copy_of_tiny())
+    optimizer = "policy_optimizer" if name == "ppo" else "optimizer"
+    change(folder / "params.yaml", {stage: {name: {optimizer: {"ema_decay": 0.5}, "held_out": {"every": 1}}}})
+    with_rewards(folder, stage, rewards={"later": function("later")}, iterations=2)
+    (folder / "fail").touch()
+    for _ in range(2):  # once more, and what was computed is still there
+        assert "OSError: the second phase fails" in refusal(folder, stage, capsys)
+    (folder / "fail").unlink()
+    updates = []
+    whole = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda own, rows: (updates.append(own.name), whole(own, rows))[1])
+    call(folder, stage)
+    assert updates.count("policy") == 4  # those of the second phase
+    ours = outs(folder, stage)
+    shutil.rmtree(folder / ".scratch")
+    call(folder, stage)
+    assert outs(folder, stage) == ours
+    assert curve(folder, stage)["validation/rewards/later"].notna().all()
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return with_own_functions(new_project(tmp_path))
@@ -232,13 +265,32 @@ def test_a_function_and_what_it_imports_are_in_the_manifests_of_those_who_call_i
         assert check_settings() == []
 
 
+def test_a_file_that_a_function_reads_is_part_of_its_code(project: Path) -> None:
+    words = project / "rewards/lists/words.txt"
+    with_rewards(project, "train_grpo", rewards={"own": function("film", files=["rewards/lists/words.txt"])})
+    with (
+        inside(project),
+        pytest.raises(StageError, match=r"rewards\.own\.files: the file rewards/lists/words\.txt does not"),
+    ):
+        check_settings()
+    words.parent.mkdir()
+    found = []
+    for text in ("one", "one", "two"):
+        words.write_text(text)
+        with inside(project):
+            assert check_settings() == []
+            found.append({name: text for name, text in manifests().items() if "rewards/lists/words.txt" in text})
+    assert [*found[0]] == ["train_grpo"]
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
         ("from stages.lib.tasks.film_gold import gold_utility as film", "imports stages/lib/tasks/film_gold.py, which"),
         ("from rewards.other import film", "imports stages/lib/tasks/"),
         ("def film(:", "is no Python"),
-        (None, "there is no file rewards/own.py"),
+        (None, "the file rewards/own.py does not exist"),
     ],
 )
 def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message: str) -> None:
@@ -263,6 +315,8 @@ def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message:
         ({"reward_model_weight": 0.0}, "reward_model_weight is 0, so rewards must have one of a weight"),
         ({"rewards": {"reward_model": function("film")}}, "rewards must not have the name reward_model"),
         ({"rewards": {"own": function("film", path="../own.py:film")}}, "rewards.own.path"),
+        ({"rewards": {"own": function("film", files=["rewards/../params.yaml"])}}, "rewards.own.files"),
+        ({"rewards": {"own": function("film", files=["data/words.txt"])}}, "rewards.own.files"),
         ({"rewards": {"own": {"type": "function", "pattern": "x"}}}, "rewards.own"),
         ({"rewards": {"length": {"type": "cosine_length"}}}, "rewards.length"),
         (

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from tests.lib.data.test_chat import (
     user,
 )
 from tests.lib.data.test_token_rows import with_bos
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 
 SECTION = block(Tokenize, max_length=10, max_prompt_length=6)
@@ -89,7 +89,7 @@ def tokenize(folder, base, kind, train, held_out=None, **changes):
     options = arguments(folder, base, kind, train, held_out, changes)
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return subprocess.run(
-        [sys.executable, "-m", "stages.tokenize_data", *words],
+        [*loaded_python(), "-m", "stages.tokenize_data", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
@@ -428,7 +428,7 @@ run(main)
 def start_in_small_shards(folder, options):
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
-    command = [sys.executable, "-c", IN_SMALL_SHARDS, *words]
+    command = [*loaded_python(), "-c", IN_SMALL_SHARDS, *words]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 

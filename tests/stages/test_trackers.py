@@ -4,13 +4,13 @@ import csv
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.stages.test_training import outs_of
 from tests.stages.tiny_pipeline import ENTRIES, PROJECT, change, read_yaml, start
 from tests.tracked_values import (
@@ -144,7 +144,7 @@ def test_a_run_without_trackers_imports_none(copy_of_tiny: Copy) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, folder], env=environment, cwd=PROJECT, capture_output=True, text=True
+        [*loaded_python(environment), "-c", code, folder], env=environment, cwd=PROJECT, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
     assert not (folder / "runs").exists()

@@ -12,18 +12,20 @@ from stages.lib.compute.schedule import learning_rate
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.learner import Pass
-from stages.lib.settings.advantages import Advantages, ReinforceBaseline
+from stages.lib.settings.advantages import Advantages, Gdpo, ReinforceBaseline
 from stages.lib.settings.declaration import block
 from stages.lib.settings.engine_correction import TokenTruncated
 from stages.lib.settings.kl_controller import AdaptiveKl
-from stages.lib.settings.kl_penalty import KlInLoss, KlInReward
+from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
+from stages.lib.settings.truncated import FixedScore
+from stages.train_grpo import penalised_scores
 from tests.lib.rl.test_rollouts import read
+from tests.loaded_python import torchrun
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import (
-    TWO_PROCESSES,
     curve,
     distance,
     kill_after_a_checkpoint,
@@ -87,6 +89,12 @@ def test_groups_without_variance_move_nothing_but_the_kl_does() -> None:
     nothing = torch.zeros_like(rollouts.logps)
     assert loss_at(rollouts, nothing, kl_coef=0.0)[1].count_nonzero() == 0
     assert loss_at(rollouts, nothing, kl_coef=0.1)[1].count_nonzero() > 0
+
+
+def test_scores_are_clipped_before_a_penalty_is_taken_off() -> None:
+    """Of 0.5, 1.5 and 2.5, of which the last did not end."""
+    rewards = penalised_scores(grpo_settings(score_clip=1.0), read(1000, packing=False))
+    assert rewards.tolist() == [0.5, 1.0, -1.0]
 
 
 def test_every_sample_is_published_and_samples_differ(tiny: Path) -> None:
@@ -270,7 +278,7 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy) -> None:
         change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
-    assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, TWO_PROCESSES) == 1
+    assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, torchrun()) == 1
     last = reached(folder)
     assert last < 20
     process = start(folder, "train_grpo")
@@ -337,6 +345,9 @@ def test_a_reward_model_that_breaks_is_one_line(copy_of_tiny: Copy, capsys: pyte
         ),
         ({"advantages": {"type": "group_relative", "scale": "std", "epsilon": 1e-4}}, "did you mean 'group_std'"),
         ({"advantages": {"type": "gdpo", "epsilon": 1e-4}, "kl": block(KlInReward)}, "kl.type must not be in_reward"),
+        ({"advantages": block(Gdpo), "score_clip": 1.0}, "advantages of type gdpo standardise each: set null"),
+        ({"advantages": block(Gdpo), "truncated": block(FixedScore)}, "truncated of type fixed_score changes the sum"),
+        ({"kl": block(NoKl)}, "held_out.kl_weight weighs a KL to a reference, and kl has none; set 0.0"),
     ],
 )
 def test_a_wrong_setting_is_named(

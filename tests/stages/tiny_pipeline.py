@@ -18,6 +18,7 @@ from stages.lib.operations.code_closure import script_name
 from stages.lib.settings.declaration import block
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub
 from stages.lib.settings.sections import default_params
+from tests.loaded_python import loaded_python
 from tests.pipeline.graph import training_stages
 
 ITEM_OPTIONS = {"tokenize_data": "--kind"}  # by hand: stages that learn from DVC which item they run for
@@ -62,7 +63,7 @@ TINY = {
 def lay_over(settings: dict[str, Any], values: dict[str, Any]) -> None:
     """A block that names its `type` replaces the one that stands there."""
     for key, value in values.items():
-        if isinstance(value, dict) and "type" not in value and settings.get(key) is not None:
+        if isinstance(value, dict) and "type" not in value and settings.get(key):
             lay_over(settings[key], value)
         else:
             assert key in settings, f"params.yaml has no key {key}"
@@ -191,10 +192,10 @@ def refusal(folder: Path, stage: str, capsys: pytest.CaptureFixture, **changed: 
 def start(
     folder: Path, stage: str, *, launch: str = "", base_environment: dict[str, str] | None = None, **changed: str
 ) -> subprocess.Popen:
-    """Start a stage as its own process, or under the launcher `launch`, with the paths of dvc.yaml."""
+    """Start a stage as its own process, its libraries loaded, or under the launcher `launch`, with dvc.yaml's paths."""
     environment = {**(base_environment or os.environ), "PYTHONPATH": str(PROJECT)}
     environment["STAGEWISE_SCRATCH"] = str(folder / ".scratch")
-    words = (launch or f"{sys.executable} -m").split()
+    words = launch.split() or [*loaded_python(environment), "-m"]
     return subprocess.Popen(
         [*words, f"stages.{script(stage)}", *stage_options(stage, **changed)],
         cwd=folder,

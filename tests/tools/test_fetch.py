@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from stages.lib.settings.prepare_base import ModelOfHub
 from stages.lib.settings.sections import default_params
 from stages.lib.settings.sources import HubSource
 from tests.hub_server import HubRepository, HubServer, hub_environment, repository_of_folder
+from tests.loaded_python import loaded_python
 from tests.stages.tiny_pipeline import PROJECT, contents, write_yaml
 from tests.stages.tiny_qwen import save_qwen
 
@@ -84,7 +84,7 @@ QWEN: dict[str, dict[str, Any]] = {"qwen": {}}
 
 
 def fetch(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.tools.fetch"]
+    command = [*loaded_python(environment), "-m", "stages.tools.fetch"]
     environment = {**environment, "PYTHONPATH": str(PROJECT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -95,7 +95,7 @@ def read(folder: Path, name: str, environment: dict[str, str]) -> tuple[int, str
 
 
 def stage(folder: Path, environment: dict[str, str], script: str, name: str, out: str, *more: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", f"stages.{script}", "--name", name, "--out", out, *more]
+    command = [*loaded_python(environment), "-m", f"stages.{script}", "--name", name, "--out", out, *more]
     environment = {**environment, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr

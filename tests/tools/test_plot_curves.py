@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from stages.lib.report.figures import COLOURS, STYLES
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 
 SFT = "step,loss,eval/loss\n1,0.9,\n2,0.5,0.6\n"
@@ -20,7 +21,7 @@ def git(folder, *arguments):
 def plot(folder, *revisions):
     arguments = [argument for revision in revisions for argument in ("--rev", revision)]
     return subprocess.run(
-        [sys.executable, "-m", "stages.tools.plot_curves", *arguments, "--out", "plots/curves.html"],
+        [*loaded_python(), "-m", "stages.tools.plot_curves", *arguments, "--out", "plots/curves.html"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,

@@ -265,5 +265,5 @@ def test_an_experiment_changes_one_line_of_params(override: str, line: str, tmp_
 def test_the_profiles_of_the_documentation_are_there() -> None:
     named = {"hh-local", "qwen2.5-0.5b-hh", "sft-only", "dpo-from-instruct", "own-reward-model"}
     large = {"qwen2-1.5b-firefly-sft", "qwen2.5-1.5b-rm", "opt-350m-hh-rm", "llama-3.1-8b-ultrafeedback-dpo"}
-    rounds = {"online-dpo", "rejection-sampling"}
-    assert {"default", *named, *large, *rounds} <= {path.stem for path in PROFILES}
+    generated = {"online-dpo", "rejection-sampling", "arithmetic"}
+    assert {"default", *named, *large, *generated} <= {path.stem for path in PROFILES}

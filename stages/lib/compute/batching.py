@@ -16,7 +16,7 @@ import torch
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.compute.pass_cost import FEWEST_PASSES, Cut, PairSize, cheapest_cut, packed_cut, row_cost
 from stages.lib.compute.processes import Processes
-from stages.lib.compute.row_layouts import Laid, Row, end_to_end, padded, sequence_row, shared_row
+from stages.lib.compute.row_layouts import Laid, Row, end_to_end, padded, rounded_up, sequence_row, shared_row
 from stages.lib.models.model_traits import longest_shared
 from stages.lib.settings.runtime import PassCost, Runtime
 
@@ -112,6 +112,7 @@ class MicroBatching:
         cost: by which the rows are cut, within the budget.
         longest_shared: the most tokens that a prompt and its longest reply may have for replies to share one copy of
             the prompt, which they do where that costs less; 0: prompts are never shared.
+        multiple: of which the length of a padded row is one.
     """
 
     budget: MemoryBudget
@@ -120,6 +121,7 @@ class MicroBatching:
     processes: Processes
     cost: PassCost = FEWEST_PASSES
     longest_shared: int = 0
+    multiple: int = 1
 
     def masked(self, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
         """This process's forward passes over whole sequences, of which `masks` marks the completion tokens with 1."""
@@ -235,7 +237,7 @@ class MicroBatching:
     def _cut(self, widths: Sequence[int], rows: int = 1) -> Cut:
         if self.packing:
             return packed_cut(widths, self.budget.size, self.cost)
-        return cheapest_cut(widths, self.budget.size, self.cost, rows)
+        return cheapest_cut([rounded_up(width, self.multiple) for width in widths], self.budget.size, self.cost, rows)
 
     def _own(self, groups: list[list[int]], tokens: Sequence[int]) -> Iterator[list[int]]:
         """This process's groups. `tokens`: of each row."""
@@ -282,7 +284,7 @@ class MicroBatching:
         pairs = zip(sequences, masks, strict=True)
         laid = [sequence_row(ids, mask, number) for number, (ids, mask) in enumerate(pairs, start=1)]
         tensors = self._tensors(laid or [sequence_row(stand_in, [0] * len(stand_in), 0)])
-        is_padded = not self.packing and len({len(row.ids) for row in laid}) > 1
+        is_padded = not self.packing and any(len(row.ids) < tensors.ids.shape[1] for row in laid)
         return SequenceBatch(
             rows,
             tensors.ids,
@@ -294,7 +296,7 @@ class MicroBatching:
         )
 
     def _tensors(self, rows: list[Row]) -> Laid[torch.Tensor]:
-        arrays = end_to_end(rows) if self.packing else padded(rows, self.pad_id)
+        arrays = end_to_end(rows) if self.packing else padded(rows, self.pad_id, self.multiple)
         return Laid(*(torch.from_numpy(array).to(self.processes.device) for array in arrays))
 
 
@@ -344,9 +346,8 @@ def micro_batching(
         models: all that read the batches, where sequences of them may share prompts; None: one that must not.
     """
     cost = pass_cost_of(runtime, processes.device)
-    return MicroBatching(
-        _budget("micro_batch_tokens", runtime), runtime.packing, pad_id, processes, cost, shared_among(runtime, *models)
-    )
+    budget, shared = _budget("micro_batch_tokens", runtime), shared_among(runtime, *models)
+    return MicroBatching(budget, runtime.packing, pad_id, processes, cost, shared, runtime.pad_to_multiple_of)
 
 
 def shared_among(runtime: Runtime, *models: "PreTrainedModel | None") -> int:

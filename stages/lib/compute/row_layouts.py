@@ -59,9 +59,9 @@ def shared_row(prompt: Sequence[int], replies: Sequence[Sequence[int]], numbers:
     )
 
 
-def padded(rows: Sequence[Row], pad_id: int) -> Laid[np.ndarray]:
-    """Rows side by side, padded on the right to the longest."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
+def padded(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> Laid[np.ndarray]:
+    """Rows side by side, padded on the right to the longest, or to the next multiple."""
+    shape = (len(rows), rounded_up(max(len(row.ids) for row in rows), multiple))
     arrays = Laid(
         np.full(shape, pad_id, dtype=np.int64),
         np.zeros(shape, dtype=np.int64),
@@ -74,6 +74,11 @@ def padded(rows: Sequence[Row], pad_id: int) -> Laid[np.ndarray]:
             array[place, : len(row.ids)] = values
         arrays.positions[place, len(row.ids) :] = row.positions[-1]
     return arrays
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    """The lowest multiple that is at least `length`."""
+    return -(-length // multiple) * multiple
 
 
 def end_to_end(rows: Sequence[Row]) -> Laid[np.ndarray]:

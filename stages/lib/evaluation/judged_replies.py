@@ -27,7 +27,8 @@ def judged_metrics(
 ) -> dict[str, float]:
     """Of each reward the mean, and the comparison with the reference over the prompts on which both have a number.
 
-    `reward_of_<name>_prompts` is how many have one, where these are not all; failures are counted by their kind.
+    A reward that fails where it may counts 0, as in training; failures are counted by their kind.
+    `reward_of_<name>_prompts` is how many prompts a reward applies to, where these are not all.
 
     Args:
         theirs: None where the policy is the reference itself.
@@ -37,7 +38,8 @@ def judged_metrics(
     for name, scores in own.items():
         key = f"reward_of_{name}"
         pairs = [(scores[place], scores[place] if theirs is None else theirs[name][place]) for place in places]
-        numbers = [(one, other) for one, other in pairs if isinstance(one, float) and isinstance(other, float)]
+        both = [(counted(one), counted(other)) for one, other in pairs]
+        numbers = [(one, other) for one, other in both if one is not None and other is not None]
         if numbers:
             ours, others = [one for one, _ in numbers], [other for _, other in numbers]
             results[f"{key}_mean"] = mean(ours)
@@ -47,6 +49,11 @@ def judged_metrics(
         failed = [score.kind for score, _ in pairs if isinstance(score, Failure)]
         results |= {f"{key}_{kind}s": failed.count(kind) for kind in ("error", "timeout") if kind in failed}
     return results
+
+
+def counted(score: RewardScore) -> float | None:
+    """What a score counts: a failure 0; None where the reward does not apply."""
+    return 0.0 if isinstance(score, Failure) else score
 
 
 def judged_record(said: Judgements, place: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 
 from stages.lib.compute.batching import MicroBatching
 from stages.lib.compute.engine.base import Engine
+from stages.lib.compute.frozen_model import fill, frozen
 from stages.lib.compute.sequence_logprobs import all_pair_logps, all_pair_token_logps
 from stages.lib.data.reference_tables import LOG_PROBS, TOKEN_LOG_PROBS
 from stages.lib.models.token_logprobs import TokenLogProbs
@@ -30,6 +31,7 @@ class LiveReference:
 
     Args:
         load: the model that the policy started from, not to be trained.
+        policy_weights: those of the policy as a model without adapters, by name, float32, in the main process.
         per_token: whether log-probs of single tokens are needed.
         say: told of the first move.
     """
@@ -39,7 +41,7 @@ class LiveReference:
         settings: ReferenceSync,
         load: Callable[[], "PreTrainedModel"],
         policy: Engine,
-        policy_model: "PreTrainedModel",
+        policy_weights: Callable[[], dict[str, torch.Tensor]],
         batching: MicroBatching,
         *,
         per_token: bool,
@@ -48,43 +50,41 @@ class LiveReference:
         self.settings = settings
         self.load = load
         self.policy = policy
-        self.policy_model = policy_model
+        self.policy_weights = policy_weights
         self.batching = batching
         self.per_token = per_token
         self.say = say
-        self.module: TokenLogProbs | None = None  # None before the first move
+        self.model: PreTrainedModel | None = None  # None before the first move
+        self.module: Callable | None = None  # that gives its log-probs
         self.weights: dict[str, torch.Tensor] = {}
 
     def after_step(self, step: int) -> None:
         """Move to the policy if that is due after a step (0-based)."""
         if (step + 1) % self.settings.every:
             return
-        module = self._module()
-        target = self.policy.master_weights(self.policy_model)
+        model = self._model()
+        target = self.policy_weights()
         if self.policy.processes.is_main:
             for name, weight in target.items():
                 own = self.weights[name]
                 moves = own.is_floating_point()
                 self.weights[name] = own.lerp(weight.to(own), self.settings.mixup) if moves else weight.to(own)
-        self._fill(module, lambda name: self.policy.processes.broadcast_tensor(self.weights.get(name)))
+        fill(model, lambda name: self.policy.processes.broadcast_tensor(self.weights.get(name)))
 
-    def _module(self) -> TokenLogProbs:
-        """The module; at the first move made of the model that the policy started from."""
-        if self.module is None:
-            model = self.load().requires_grad_(False).eval()
-            self.module = TokenLogProbs(model, chunk_tokens=self.policy.runtime.logits_chunk_tokens)
+    def _model(self) -> "PreTrainedModel":
+        """At the first move the model that the policy started from."""
+        if self.model is None:
+            self.model = self.load()
             if self.policy.processes.is_main:
                 self.weights = {
                     name: weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32), copy=True)
-                    for name, weight in model.state_dict().items()
+                    for name, weight in self.model.state_dict().items()
                 }
+            runtime = self.policy.runtime
+            module = TokenLogProbs(self.model, chunk_tokens=runtime.logits_chunk_tokens)
+            self.module = frozen(module, runtime, self.policy.processes)
             self.say("the reference moves to the policy; from here on a model in memory gives its log-probs")
-        return self.module
-
-    @torch.no_grad()
-    def _fill(self, module: TokenLogProbs, weight_of: Callable[[str], torch.Tensor]) -> None:
-        for name, held in module.language_model.state_dict().items():
-            held.copy_(weight_of(name))
+        return self.model
 
     def columns(self, rows: Rows) -> dict[str, list[Any]]:
         """Its log-probs of some pairs, as a table of reference log-probs has them; none before its first move."""
@@ -106,14 +106,14 @@ class LiveReference:
     def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
         if not state["moved"]:
             return
-        module = self._module()
+        model = self._model()
         kept: dict[str, torch.Tensor] = {}
 
         def weight_of(name: str) -> torch.Tensor:
             kept[name] = read(name).clone()  # it may be a view of the checkpoint's file, which is removed in time
             return kept[name]
 
-        self._fill(module, weight_of)
+        fill(model, weight_of)
         self.weights = kept if self.policy.processes.is_main else {}
 
 

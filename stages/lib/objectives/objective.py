@@ -1,6 +1,7 @@
 """What is trained on a fixed table: its batches, its sums, and what the sums are divided by."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -66,6 +67,15 @@ class KeepsState(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class AltersInputs(Protocol):
+    """An objective whose passes read something else while training, such as embeddings with noise."""
+
+    def altered(self, module: Any, batch: SequenceBatch, rows: Rows, /) -> AbstractContextManager[None]:
+        """Within it a pass over a batch reads what its pass with a gradient does."""
+        ...
 
 
 def summed(*values: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ would be balanced by itself, and where a row stands would matter.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.models.attention_masks import PARTS, PROMPT
 from stages.lib.models.routing import Routing, recorded_routing, routers
 from stages.lib.models.token_logprobs import at_least_float32
-from stages.lib.objectives.objective import KeepsState, Mean, Objective, PassSums, Rows, summed
+from stages.lib.objectives.objective import AltersInputs, KeepsState, Mean, Objective, PassSums, Rows, summed
 from stages.lib.settings.router_loss import RouterLoss
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class RoutedObjective:
 
     def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
         if self.settings.over == "batch" and self.of_step is None:
-            self.of_step = self._counted(module, rows)
+            self.of_step = self._counted(module, rows, train=torch.is_grad_enabled())
         watched = WatchedModule(module, self.model, batch)
         loss, metrics = self.objective.sums(watched, batch, rows)
         if self.of_step is None:
@@ -197,12 +198,14 @@ class RoutedObjective:
         return PassSums(loss, torch.cat([metrics, summed(losses, shares)]))
 
     @torch.no_grad()
-    def _counted(self, module: Any, rows: Rows) -> ExpertLoads:
+    def _counted(self, module: Any, rows: Rows, *, train: bool) -> ExpertLoads:
         """The choices of all tokens of the step, over all processes; probabilities are not summed up."""
+        altered = self.objective.altered if train and isinstance(self.objective, AltersInputs) else None
         own: list[ExpertLoads] = []
         for batch in self.objective.batches(rows):
             watched = WatchedModule(module, self.model, batch)
-            watched(*batch.inputs, torch.zeros_like(batch.completion_mask))  # an empty mask: nothing for the head to do
+            with altered(module, batch, rows) if altered else nullcontext():
+                watched(*batch.inputs, torch.zeros_like(batch.completion_mask))  # an empty mask: no work for the head
             own.append(watched.loads)
         counts = torch.cat([loads.counts for loads in own]).sum(dim=0, keepdim=True)
         tokens = torch.cat([loads.tokens for loads in own]).sum()

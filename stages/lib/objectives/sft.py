@@ -5,7 +5,7 @@ L = Σ_t m_t loss_t / Σ_t m_t
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,12 @@ class SftObjective:
     def batches(self, rows: Rows) -> Iterator[SequenceBatch]:
         return self.batching.masked(rows["input_ids"], rows["loss_mask"])
 
+    def altered(self, module: Any, batch: SequenceBatch, rows: Rows) -> AbstractContextManager[None]:
+        """Within it a pass over a batch reads embeddings with noise, if there is any."""
+        return self.noise.added(batch, rows, module.steps_taken) if self.noise else nullcontext()
+
     def sums(self, module: Any, batch: SequenceBatch, rows: Rows) -> PassSums:
-        noise = self.noise if torch.is_grad_enabled() else None
-        with noise.added(batch, rows, module.steps_taken) if noise else nullcontext():
+        with self.altered(module, batch, rows) if torch.is_grad_enabled() else nullcontext():
             logps, entropies, hits = module(*batch.inputs, batch.completion_mask, run="predictions")
         losses = SFT_LOSSES[self.loss](logps)
         return PassSums(losses.sum(), summed(losses, -logps, entropies, hits))

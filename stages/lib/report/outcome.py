@@ -18,7 +18,7 @@ def outcome(
     policies: Mapping[str, Measured],
     reference: str,
     reward_models: Mapping[str, Measured],
-    bayes_accuracy: float | None,
+    known: Measured,
 ) -> list[str]:
     """The sentences, one for each thing that was measured.
 
@@ -26,12 +26,18 @@ def outcome(
         policies: what was measured on each policy, by its name; the reference may be among them.
         reference: its name as it is shown.
         reward_models: what was measured on each reward model.
-        bayes_accuracy: the best accuracy that can be expected on the test pairs, or None where it is unknown.
+        known: of the data; of the test pairs `bayes_accuracy`, the best accuracy that can be expected, and
+            `gold_label_accuracy`, that of the gold utility on the labels drawn, where they are known.
     """
     answered = {name: metrics for name, metrics in policies.items() if "prompts" in metrics}
     compared = {name: metrics for name, metrics in answered.items() if is_compared(metrics)}
     sentences = [of_comparisons(compared, reference)] if compared else []
-    sentences += [of_reward_model(name, metrics, bayes_accuracy) for name, metrics in reward_models.items()]
+    sentences += [
+        said
+        for measure, judge in (("gold", "gold utility"), ("judge", "score by the judge"))
+        if (said := of_residuals(policies, measure, judge))
+    ]
+    sentences += [of_reward_model(name, metrics, known) for name, metrics in reward_models.items()]
     texts = {name: metrics for name, metrics in policies.items() if "sft_perplexity" in metrics}
     sentences += [of_texts(texts)] if texts else []
     sentences += [of_drift(answered, reference)] if answered else []
@@ -108,7 +114,31 @@ def evidence(metrics: Measured, measure: str, reference: str) -> str:
     return f"{difference(metrics, measure, reference)}; better on {rate} of the prompts, {low} to {high}"
 
 
-def of_reward_model(name: str, metrics: Measured, bayes_accuracy: float | None) -> str:
+def of_residuals(policies: Mapping[str, Measured], measure: str, judge: str) -> str:
+    """Which policies lie below the line that relates reward to a better measure; "" where nothing was measured."""
+    measured = {name: metrics for name, metrics in policies.items() if f"{measure}_residual_mean" in metrics}
+    below = {name: residual(metrics, measure) for name, metrics in measured.items() if is_below(metrics, measure)}
+    if not measured:
+        return ""
+    if not below:
+        return f"No policy's mean {judge} can be told to lie below that of held-out replies of the same reward."
+    return (
+        f"Over-optimised: the mean {judge} lies below that of held-out replies of the same reward by {listed(below)}; "
+        "such a policy has learnt what the reward model gets wrong."
+    )
+
+
+def is_below(metrics: Measured, measure: str) -> bool:
+    return metrics.get(f"{measure}_residual_ci_high", 0.0) < 0
+
+
+def residual(metrics: Measured, measure: str) -> str:
+    """The shortfall, as a positive number, with its interval."""
+    short, least, most = (decimal(-metrics[f"{measure}_residual_{part}"]) for part in ("mean", "ci_high", "ci_low"))
+    return f"{short} (95\N{NO-BREAK SPACE}% interval {least} to {most})"
+
+
+def of_reward_model(name: str, metrics: Measured, known: Measured) -> str:
     accuracy, low, high = (metrics[f"accuracy{part}"] for part in ("", "_ci_low", "_ci_high"))
     sentence = (
         f"The reward model {name} agrees with {percent(accuracy)} of the test preferences "
@@ -120,13 +150,16 @@ def of_reward_model(name: str, metrics: Measured, bayes_accuracy: float | None) 
         sentence += ", which cannot be told from guessing)"
     else:
         sentence += ")"
+    bayes_accuracy = known.get("bayes_accuracy")
     if bayes_accuracy is None:
         return f"{sentence}; the best accuracy that could be reached on this data is not known."
     gap = 100 * (bayes_accuracy - accuracy)
     side = "below" if gap >= 0 else "above"
+    drawn = known.get("gold_label_accuracy")
+    on_labels = "" if drawn is None else f"; on these labels, as they were drawn, the gold utility has {percent(drawn)}"
     return (
         f"{sentence}, {decimal(abs(gap), 1)} points {side} the Bayes accuracy of {percent(bayes_accuracy)}, "
-        "the most that any model can expect."
+        f"the most that any model can expect{on_labels}."
     )
 
 

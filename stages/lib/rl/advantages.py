@@ -80,14 +80,14 @@ def reinforce_baseline(rollouts: Rollouts, settings: ReinforceBaseline) -> torch
 def gdpo(rollouts: Rollouts, settings: Gdpo, weights: Mapping[str, float] = NO_WEIGHTS) -> torch.Tensor:
     """GDPO's, at each token, (b, t), of the parts of the rollouts' rewards, each by its weight.
 
-    What is taken off the score besides (for a response that does not end, for its KL) is one more part.
+    What is taken off the score of a response that does not end is no part: it counts as it is, in deviations of a
+    reward, or its size would not matter.
     """
+    besides = rollouts.groups(totals(rollouts) - rollouts.scores)
     parts = {name: rollouts.groups(part) for name, part in rollouts.parts.items()}
-    if parts:
-        parts["besides"] = rollouts.groups(totals(rollouts) - rollouts.scores)
-    else:
-        parts = {"besides": rollouts.groups(totals(rollouts))}
-    return at_tokens(decoupled_advantages(parts, {**weights, "besides": 1.0}, epsilon=settings.epsilon), rollouts)
+    if not parts:
+        parts, weights = {"score": rollouts.groups(rollouts.scores)}, {"score": 1.0}
+    return at_tokens(decoupled_advantages(parts, weights, besides, epsilon=settings.epsilon), rollouts)
 
 
 @torch.no_grad()
@@ -178,21 +178,23 @@ def group_relative_advantages(
 
 @torch.no_grad()
 def decoupled_advantages(
-    parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], *, epsilon: float
+    parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], besides: torch.Tensor, *, epsilon: float
 ) -> torch.Tensor:
     """Each reward standardised in its group, then their weighted sum over the phase (GDPO, arXiv 2601.05242).
 
-        Z_ik = (r_ik - mean_k) / (s_k + epsilon)    within the group, of reward k
-        A_i  = Σ_k w_k Z_ik / (S + epsilon)         S the standard deviation of these sums over the phase
+        Z_ik = (r_ik - mean_k) / (s_k + epsilon)               within the group, of reward k
+        A_i  = (Σ_k w_k Z_ik + b_i - mean b) / (S + epsilon)   S the standard deviation of these sums over the phase
 
     The mean of the sums is 0, since that of each group is.
 
     Args:
         parts: of each reward, by name, (groups, samples); NaN where it does not apply, which counts for nothing.
+        besides: b, what is added to the sum without being standardised, (groups, samples).
     Returns:
         (groups, samples), in the type of the first part.
     """
     sums = torch.stack([weights[name] * standardised_in_groups(part, epsilon) for name, part in parts.items()]).sum(0)
+    sums = sums + group_relative_advantages(besides.double(), scale="none", epsilon=0.0)
     deviation = sums.std() if sums.numel() > 1 else 0.0
     return (sums / (deviation + epsilon)).to(next(iter(parts.values())).dtype)
 

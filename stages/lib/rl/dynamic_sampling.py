@@ -79,7 +79,10 @@ class GroupSampling:
             new = self.collector.sample(prompts, iteration * rounds + used, size)
             scores = self.collector.scored(new)
             ended = torch.tensor([episode.ended for episode in new])
-            groups = shape_scores(torch.tensor(scores.totals), ended, truncated=settings.truncated).reshape(-1, size)
+            shaped = shape_scores(
+                torch.tensor(scores.totals), ended, clip=settings.score_clip, truncated=settings.truncated
+            )
+            groups = shaped.reshape(-1, size)
             episodes, scored = episodes + new, joined(scored, scores)
             rewards, kept = torch.cat([rewards, groups]), torch.cat([kept, teaches(groups, filtering)])
             asked, used = asked + missing, used + 1
@@ -87,20 +90,28 @@ class GroupSampling:
         rows = [row for row in range(len(episodes)) if not count or kept[row // size]]
         rollouts = self.collector.read([episodes[row] for row in rows], scores_of_rows(scored, rows))
         rollouts = rollouts._replace(failures=failures_of(scored.parts))  # of the groups that were left out, too
-        return PhaseGroups(rollouts, asked, count, sampling_metrics(filtering, asked, count, used, rewards))
+        metrics = sampling_metrics(filtering, asked, count, used, scored.totals, rewards)
+        return PhaseGroups(rollouts, asked, count, metrics)
 
 
 def sampling_metrics(
-    filtering: DynamicSampling | None, asked: int, kept: int, rounds: int, rewards: torch.Tensor
+    filtering: DynamicSampling | None,
+    asked: int,
+    kept: int,
+    rounds: int,
+    scores: Sequence[float],
+    rewards: torch.Tensor,
 ) -> dict[str, float]:
-    """What the curve says of a phase's sampling; `rewards` are those of all groups, whether kept or not."""
+    """What the curve says of a phase's sampling; scores and rewards are those of all groups, whether kept or not."""
     if filtering is None:
         return {}
-    values = (asked, kept, rounds, rewards.mean())
+    alike = without_variance(rewards).float().mean()
+    values = (asked, kept, rounds, sum(scores) / len(scores), rewards.mean(), alike)
     return {name: float(value) for name, value in zip(GROUP_COLUMNS, values, strict=True)}
 
 
-GROUP_COLUMNS = tuple(f"dynamic_sampling/{name}" for name in ("prompts", "kept", "rounds", "unfiltered_rewards"))
+COUNTED = ("prompts", "kept", "rounds", "unfiltered_scores", "unfiltered_rewards", "unfiltered_without_variance")
+GROUP_COLUMNS = tuple(f"dynamic_sampling/{name}" for name in COUNTED)
 
 
 def teaches(rewards: torch.Tensor, filtering: DynamicSampling | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from stages.lib.rl.log_ratios import ratio_less_one, ratio_of
 from stages.lib.settings.kl_controller import AdaptiveKl
 from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, KlPenalty, first_kl_coef
 
@@ -27,7 +28,7 @@ def kl_estimate(
     Args:
         logps, reference_logps: in nats, both at the sampling temperature, (b, t).
     Returns:
-        (b, t). Positions that do not count are the caller's to mask (with `where`: k3 may be inf there).
+        (b, t). Positions that do not count are the caller's to mask (with `where`).
     """
     log_ratio = logps - reference_logps
     if kind == "k1":
@@ -35,7 +36,7 @@ def kl_estimate(
     if kind == "k2":
         return log_ratio**2 / 2
     if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        return ratio_less_one(-log_ratio) + log_ratio
     raise ValueError(f"kind of KL estimate must be k1, k2 or k3, found {kind!r}")
 
 
@@ -51,8 +52,9 @@ def kl_loss(
     On tokens that the policy itself sampled, the mean gradient of k2 is that of KL(policy || reference) and that of k3
     is that of KL(reference || policy). The tokens are an earlier policy's, though. The bias correction (arXiv
     2512.02556, section 3.1) multiplies by rho = exp(logp - old logp), so that the mean is over the policy's tokens:
-    with k3, whose mean is the KL, rho carries gradient, and the gradient becomes that of KL(policy || reference); with
-    k2, whose gradient is right and whose mean is not, it carries none.
+    with k3, whose mean is the KL, rho carries gradient; with k2, whose gradient is right and whose mean is not, it
+    carries none. Either way the gradient is rho d times that of logp, that of KL(policy || reference), and is written
+    so: the exponentials of k3, which cancel, may be beyond all numbers.
 
     Args:
         logps: of the policy, with gradient, in nats, (b, t); `old_logps` those of the policy that sampled, and
@@ -65,8 +67,8 @@ def kl_loss(
     estimate = kl_estimate(log_ratio, torch.zeros_like(log_ratio), settings.estimator)
     if not settings.bias_correction:
         return estimate
-    ratio = torch.where(response_mask, logps - old_logps.detach(), 0.0).exp()
-    return estimate * (ratio if settings.estimator == "k3" else ratio.detach())
+    ratio, held = ratio_of(torch.where(response_mask, logps - old_logps, 0.0)).detach(), log_ratio.detach()
+    return ratio * (estimate.detach() + held * (log_ratio - held))
 
 
 class FixedKLController:

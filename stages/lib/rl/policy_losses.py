@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stages.lib.rl.log_ratios import ratio_less_one, ratio_of
 from stages.lib.settings.policy_loss import CispoLoss, ClippedLoss, SapoLoss, VespoLoss
 
 
@@ -40,7 +41,7 @@ Losses = tuple[torch.Tensor, torch.Tensor]  # of each token the loss, and whethe
 
 def ratio_sum(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Σ π(y_t) / π_old(y_t) over the masked tokens, without gradient. (b, t) each → a scalar."""
-    ratios = torch.where(mask, logps.detach() - old_logps, 0.0).exp()
+    ratios = ratio_of(torch.where(mask, logps.detach() - old_logps, 0.0))
     return torch.where(mask, ratios, 0.0).sum()
 
 
@@ -65,7 +66,7 @@ def policy_terms(
     sampled = Sampled(torch.where(response_mask, logps, 0.0), log_ratio, advantages, response_mask)
     losses, clipped = POLICY_LOSSES[settings.type](sampled, settings)
     with torch.no_grad():
-        approx_kl = torch.expm1(log_ratio) - log_ratio
+        approx_kl = ratio_less_one(log_ratio) - log_ratio
         return PolicyTerms(losses, clipped.to(approx_kl.dtype), approx_kl)
 
 
@@ -82,7 +83,7 @@ def clipped_ratio(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: C
     with min(rho, delta) in the first term, INTELLECT-2's two-sided clipping (arXiv 2505.07291, section 4.1), which is
     the dual clip: delta is above 1 + high, so that where A > 0 the second term decides.
     """
-    ratio = log_ratio.exp()
+    ratio = ratio_of(log_ratio)
     bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
     plain = -bounded * advantages
     clipped = -ratio.clamp(1 - settings.low, 1 + settings.high) * advantages
@@ -113,7 +114,7 @@ def gspo_token_loss(sampled: Sampled, settings: ClippedLoss) -> Losses:
 
 def cispo_loss(sampled: Sampled, settings: CispoLoss) -> Losses:
     """-sg(min(rho, bound)) A log pi (arXiv 2506.13585, Eq 4, without its lower bound, which is not used there)."""
-    ratio = sampled.log_ratio.detach().exp()
+    ratio = ratio_of(sampled.log_ratio.detach())
     weight = ratio.clamp(max=settings.largest_ratio)
     return -weight * sampled.advantages * sampled.logps, ratio > weight
 
@@ -122,7 +123,7 @@ def sapo_loss(sampled: Sampled, settings: SapoLoss) -> Losses:
     """-(4 / tau) sigmoid(tau (rho - 1)) A (arXiv 2511.20347): at rho = 1 its gradient is that of -rho A."""
     advantages = sampled.advantages
     tau = one_of_two(advantages > 0, settings.positive_temperature, settings.negative_temperature, advantages)
-    gate = torch.sigmoid(tau * torch.expm1(sampled.log_ratio)) * 4 / tau
+    gate = torch.sigmoid(tau * ratio_less_one(sampled.log_ratio)) * 4 / tau
     return -gate * advantages, torch.zeros_like(sampled.mask)
 
 

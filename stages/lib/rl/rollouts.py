@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, SequenceBatch
 from stages.lib.models.policy_with_values import PolicyWithValues
 from stages.lib.rl.episodes import Episode
@@ -133,6 +134,7 @@ def read_rollouts(
     mask = torch.arange(width, device=lengths.device) < lengths[:, None]
     rewards = token_rewards(None, scored, mask, kl_coef=0.0)
     logps, reference_logps, entropies, values = found
+    require_finite_logps(episodes, mask, {"policy": logps, "reference": reference_logps})
     rollouts = Rollouts(
         episodes, scored, rewards, mask, logps, reference_logps if reference else None, entropies, values
     )
@@ -147,6 +149,23 @@ def engine_logps_of(episodes: Sequence[Episode], like: torch.Tensor) -> torch.Te
             return None
         found[row, : len(episode.ids)] = found.new_tensor(episode.engine_logps)
     return found
+
+
+def require_finite_logps(episodes: list[Episode], mask: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise StageError for a token of a response that a model gives no finite log-prob.
+
+    Args:
+        mask: True on response tokens, (b, t).
+        found: of each model by its name, (b, t).
+    """
+    for model, logps in found.items():
+        for row, place in torch.nonzero(mask & ~logps.isfinite())[:1].tolist():
+            episode = episodes[row]
+            raise StageError(
+                f"row {episode.prompt.row} of the prompts, response {episode.text[:60]!r}: the {model} gives its token "
+                f"{episode.ids[place]} the log-prob {float(logps[row, place])}: it bars that token, or its weights are "
+                "broken"
+            )
 
 
 def values_before(critic: Callable, batch: SequenceBatch) -> torch.Tensor:

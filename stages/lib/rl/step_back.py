@@ -1,6 +1,7 @@
-"""Updates of a policy that end where it gets too far from the one that sampled; the last step is then taken back."""
+"""A policy that goes too far, from the one that sampled or from the reference, and back to where it was before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,12 +14,18 @@ class StateBefore:
     """The weights and optimizer states that an engine has now, copied to the CPU, so that it can return to them.
 
     All processes call its methods together.
+
+    Args:
+        small, tensors: what an earlier one held; without them the state is that of now.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, small: dict[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self.engine = engine
-        self.small = engine.state_dict()
-        self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in engine.tensors()}
+        self.small = engine.state_dict() if small is None else small
+        found = engine.tensors() if tensors is None else tensors.items()
+        self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in found}
 
     def restore(self) -> None:
         """Let the engine be as it was; only the plan for its learning rate stays."""
@@ -66,3 +73,46 @@ class LimitedUpdates:
             self.before.restore()
             self.found.pop()
             self.over = True
+
+
+class KlLimit:
+    """The last state of a policy whose rollouts were within a limit of their KL to the reference; part of a checkpoint.
+
+    Args:
+        limit: in nats per response; None: nothing is kept.
+    """
+
+    def __init__(self, limit: float | None, engine: Engine) -> None:
+        self.limit = limit
+        self.engine = engine
+        self.within: StateBefore | None = None
+        self.phases = 0  # whose updates are in that state
+
+    def is_passed(self, kl: float) -> bool:
+        """Whether a KL, in nats per response, is above the limit."""
+        return self.limit is not None and kl > self.limit
+
+    def keep(self, phases: int) -> None:
+        """Copy the state as it is, in which the updates of so many phases are."""
+        if self.limit is not None:
+            self.within, self.phases = StateBefore(self.engine), phases
+
+    def step_back(self) -> int:
+        """Return to the state that was kept, if any was. Returns the phases whose updates stand."""
+        if self.within is not None:
+            self.within.restore()
+            self.within = None
+        return self.phases
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = None if self.within is None else {"small": self.within.small, "names": [*self.within.tensors]}
+        return {"phases": self.phases, "kept": kept}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of the state that was kept."""
+        yield from self.within.tensors.items() if self.within is not None else ()
+
+    def load_state_dict(self, state: dict[str, Any], read: Callable[[str], torch.Tensor]) -> None:
+        self.phases, kept = state["phases"], state["kept"]
+        tensors = {name: read(name) for name in kept["names"]} if kept else None
+        self.within = StateBefore(self.engine, kept["small"], tensors) if kept else None

@@ -1,12 +1,17 @@
 """Signs in the curve of an RL run that it goes wrong, each with its metric and its threshold.
 
 A sign is read off a phase and those before it, so that console and report, which read the same curve, say the same.
-README.md says which settings to turn.
+README.md says which settings to turn. Under dynamic sampling what is kept has variance and a middling reward by choice,
+so what is read of either is that of all groups that were asked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+UNFILTERED = {
+    "objective/scores": "dynamic_sampling/unfiltered_scores",
+    "group/without_variance": "dynamic_sampling/unfiltered_without_variance",
+}
 History = Sequence[Mapping[str, float]]  # of each phase what was measured in it
 # Of a phase (1-based), from the phases up to it; None where it says nothing yet.
 Measure = Callable[[History, int], float | None]
@@ -42,7 +47,8 @@ class Seen(NamedTuple):
 
 def seen_in(history: History, phase: int) -> list[Seen]:
     """The signs of a phase (1-based)."""
-    values = [(sign, sign.measure(history, phase)) for sign in SIGNS] if phase else []
+    asked = [unfiltered(row) for row in history]
+    values = [(sign, sign.measure(asked, phase)) for sign in SIGNS] if phase else []
     return [Seen(sign, value) for sign, value in values if value is not None and sign.is_seen_at(value)]
 
 
@@ -65,6 +71,11 @@ def sentence(sign: Sign, found: Mapping[int, float], phases: int) -> str:
     worst = (max if sign.above else min)(found.values())
     where = f"in {len(found)} of {phases} phases, last in phase {max(found)}"
     return f"{sign.what} {where}: {worst:.3g} at the worst ({sign.condition})."
+
+
+def unfiltered(row: Mapping[str, float]) -> Mapping[str, float]:
+    """A phase as it was before dynamic sampling left groups out."""
+    return {**row, **{name: row[found] for name, found in UNFILTERED.items() if found in row}}
 
 
 def latest(name: str) -> Measure:

@@ -19,40 +19,35 @@ from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
 from stages.lib.rl.rewards.mixture import Mixture
 from stages.lib.rl.rewards.reward_model import RewardModel
-from stages.lib.rl.rewards.scoring import Reward
+from stages.lib.rl.rewards.scoring import Reward, RewardError
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.rl.samplers.asynchronous import asynchronous_sampler
-from stages.lib.rl.samplers.sampler import Sampler
+from stages.lib.rl.samplers.sampler import Sampler, SamplerError
 from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings
 from stages.lib.rl.samplers.vllm_sampler import EngineHome
+from stages.lib.rl.step_back import KlLimit
 from stages.lib.rl.symptoms import new_in
+from stages.lib.rl.trained_phase import TrainedPhase
 from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import SavesModels, TrainingRun
 from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.train_ppo import TrainPpo
 
+VALIDATION_KL = "validation/objective/kl"
 SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
 
 
-def record_phase(
+def log_phase(
     this_run: TrainingRun,
     log: RolloutLog,
     iteration: int,
     rollouts: Rollouts,
     kl: torch.Tensor | None,
     advantages: torch.Tensor,
-    row: Mapping[str, float],
 ) -> None:
-    """Add a phase (0-based) to the log and to the curve, show some of both, and say what begins to go wrong.
-
-    `kl` is as `Rollouts.kl` gives it.
-    """
+    """Add the responses of a phase (0-based) to the log, and show some. `kl` is as `Rollouts.kl` gives it."""
     log.append(iteration, rollouts, kl, advantages)
-    this_run.record(iteration, int(rollouts.response_mask.sum()), row, SHOWN)
-    if this_run.curve:
-        for seen in new_in([values for _, values in this_run.curve.rows()], iteration + 1):
-            this_run.say(f"{this_run.stage}: phase {iteration + 1}: {seen.line}")
     for line in log.samples(rollouts, kl, this_run.runtime.shown_samples):
         this_run.say(line)
 
@@ -73,31 +68,47 @@ def held_out_evaluation(
     validation: Path,
     collector: Collector,
     rewards: Callable[[Rollouts], torch.Tensor],
+    max_kl: float | None = None,
 ) -> HeldOutEvaluation:
     """The evaluation of a run's policy on the validation prompts of a token table.
 
     Args:
         rewards: what responses are rewarded with, (b,), comparable between phases.
+        max_kl: as `HeldOutEvaluation` takes it.
     """
     where = this_run.stage.replace("@", ".")
     prompts = held_out_prompts(settings, validation, collector.policy.language_model, where)
     log = RolloutLog(this_run.log_file("held_out.jsonl"), Path(settings.model))
-    return HeldOutEvaluation(settings, prompts, collector, rewards, log)
+    return HeldOutEvaluation(settings, prompts, collector, rewards, log, max_kl)
 
 
 def end_phase(
-    this_run: TrainingRun, held_out: HeldOutEvaluation, early_stop: EarlyStop, iteration: int, settings: Phased
-) -> dict[str, float]:
-    """Evaluate the policy after a phase (0-based) and keep its model folder, where either is due.
+    this_run: TrainingRun,
+    held_out: HeldOutEvaluation,
+    trained: TrainedPhase,
+    early_stop: EarlyStop,
+    iteration: int,
+    settings: Phased,
+    limit: KlLimit | None = None,
+) -> None:
+    """Evaluate the policy after a phase (0-based) and keep its model folder, where either is due; record the phase.
 
     The last phase is always evaluated: the one of the plan, the one after which `early_stop` has ended training, or
     the one whose evaluation ends it here. Its model is published, and kept besides only if an earlier one may be.
 
-    Returns:
-        What the curve gets of the evaluation.
+    Args:
+        trained: the phase, which has come to its end then.
+        limit: of the KL, which the evaluation measures where no rollouts follow.
     """
+    assert trained.row is not None
     planned_end = iteration + 1 == settings.iterations
-    found = held_out.after_phase(iteration, is_last=planned_end or early_stop.stopped_after > 0)
+    with this_run.keeping_state(RewardError, SamplerError, changed=True):
+        stands = limit.phases if limit and early_stop.stopped_after else None
+        found = held_out.after_phase(iteration, is_last=planned_end or early_stop.stopped_after > 0, stands=stands)
+        ends = not early_stop.stopped_after and (planned_end or held_out.patience.is_over)
+        if limit and ends and limit.is_passed(found.get(VALIDATION_KL, 0.0)):
+            step_back(this_run, early_stop, limit, iteration, found[VALIDATION_KL])
+            found = held_out.after_phase(iteration, is_last=True, stands=limit.phases)
     if held_out.patience.is_over and not early_stop.stopped_after:
         early_stop.stopped_after = iteration + 1
         this_run.say(
@@ -108,7 +119,20 @@ def end_phase(
     if not is_last or held_out.best.keep == "best":
         policy = held_out.policy
         this_run.keep_model(iteration, policy.engine, policy.lora, settings, tokenizer_from=Path(settings.model))
-    return found
+    this_run.record(iteration, trained.tokens, trained.row | found, SHOWN)
+    trained.end()
+    if this_run.curve:
+        for seen in new_in([values for _, values in this_run.curve.rows()], iteration + 1):
+            this_run.say(f"{this_run.stage}: phase {iteration + 1}: {seen.line}")
+
+
+def step_back(this_run: TrainingRun, early_stop: EarlyStop, limit: KlLimit, iteration: int, kl: float) -> None:
+    """End training in a phase (0-based) with the last weights within the limit of the KL."""
+    early_stop.stopped_after, stands = iteration + 1, limit.step_back()
+    this_run.say(
+        f"{this_run.stage}: stops in phase {iteration + 1}: the KL {kl:.3g} is above max_kl {limit.limit}; the weights "
+        f"are those after {stands} phases"
+    )
 
 
 def tell_of_reward_model(this_run: TrainingRun, reward: Reward) -> None:

@@ -169,15 +169,22 @@ class TrainingRun(StageRun):
             self.stop.leave(f"state saved at step {self.step}")
 
     @contextmanager
-    def keeping_state(self, *errors: type[Exception]) -> Iterator[None]:
-        """Save the state before one of these errors ends the run, of the last step that is over.
+    def keeping_state(self, *errors: type[Exception], changed: bool = False) -> Iterator[None]:
+        """Save the state before one of these errors ends the run.
 
         For a part of a step that changes nothing a checkpoint holds, and for errors that all processes raise.
+
+        Args:
+            changed: the step has changed what a checkpoint holds before this part began, and goes on from there when
+                its parts are loaded.
         """
         try:
             yield
         except errors:
-            self._keep_state()
+            if changed:
+                self._save_now()
+            else:
+                self._keep_state()
             raise
 
     def _keep_state(self) -> None:

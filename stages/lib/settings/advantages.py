@@ -36,32 +36,32 @@ class LeaveOneOut(Settings):
     )
 
 
-class Reinforce(Settings):
+class RewardsToCome(Settings):
+    """What the advantages of REINFORCE++ share."""
+
+    type: str = key("", "of the advantages")
+    gamma: Share = key(1.0, "discount of the rewards to come", source="arXiv 2501.03262")
+    scale: Literal["batch_std", "none"] = key(
+        "batch_std",
+        "divided by the standard deviation over all tokens of the phase, or by 1",
+        source="arXiv 2501.03262",
+    )
+
+
+class Reinforce(RewardsToCome):
     """REINFORCE++'s, for any number of samples of a prompt."""
 
     type: Literal["reinforce"] = key(
         "reinforce", "REINFORCE++: each token's rewards to come, less the mean of the phase", source="arXiv 2501.03262"
     )
-    gamma: Share = key(1.0, "discount of the rewards to come", source="arXiv 2501.03262")
-    scale: Literal["batch_std", "none"] = key(
-        "batch_std",
-        "divided by the standard deviation over all tokens of the phase, or by 1",
-        source="arXiv 2501.03262",
-    )
 
 
-class ReinforceBaseline(Settings):
+class ReinforceBaseline(RewardsToCome):
     """REINFORCE++-baseline's."""
 
     type: Literal["reinforce_baseline"] = key(
         "reinforce_baseline",
         "REINFORCE++-baseline: each token's rewards to come, less the mean reward of the group, then as reinforce",
-        source="arXiv 2501.03262",
-    )
-    gamma: Share = key(1.0, "discount of the rewards to come", source="arXiv 2501.03262")
-    scale: Literal["batch_std", "none"] = key(
-        "batch_std",
-        "divided by the standard deviation over all tokens of the phase, or by 1",
         source="arXiv 2501.03262",
     )
 

@@ -7,16 +7,16 @@ from pydantic import model_validator
 
 from stages.lib.command.json_schema import LARGEST_NUMBER
 from stages.lib.command.params import Seed
-from stages.lib.settings.bounds import Count, NewTokens, Precision, Share, Temperature, Text
+from stages.lib.settings.bounds import Count, Precision, Share, Text
 from stages.lib.settings.declaration import key
 from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.sampling import DrawingSettings
 
 
-class PassRates(MixedRewards):
+class PassRates(DrawingSettings, MixedRewards):
     """How often a policy's responses to each train prompt pass, and which prompts are kept for it."""
 
     model: Text = key("models/sft", "folder of the language model that is sampled from")
-    reward_model: Text = key("models/rm", "folder of the reward model; that of model itself: none takes part")
     prompts: Count | None = key(None, "drawn from the train prompts, as many; null: all of them", unit="prompts")
     samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(8, "to each prompt", unit="responses")
     passes_above: Annotated[float, Ge(-LARGEST_NUMBER), Le(LARGEST_NUMBER)] = key(
@@ -26,8 +26,6 @@ class PassRates(MixedRewards):
         0.1, "keep prompts of whose responses at least this share passes: below it they are too hard"
     )
     keep_to: Share = key(0.9, "and at most this share: above it they are too easy")
-    max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling")
     seed: Seed | None = key(None, "of sampling, and of the draws of prompts; null: the common seed")
     precision: Precision = key("fp32", "of weights and activations, of the policy and of the reward model")
 

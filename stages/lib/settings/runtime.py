@@ -85,6 +85,9 @@ class Runtime(Settings):
         "lay sequences end to end in one row instead of padding them; pays with flash_attention_2, not with sdpa, "
         "whose mask spans the whole row",
     )
+    pad_to_multiple_of: Count = key(
+        1, "the length of padded rows is a multiple of this; 8 or 64 suit the matrix units of GPUs", unit="tokens"
+    )
     micro_batch_tokens: Count = key(
         8192, "at most in one forward and backward pass of one process", unit="padded tokens"
     )
@@ -177,6 +180,8 @@ class Runtime(Settings):
     def _check(self) -> "Runtime":
         if self.activation_offload and self.device == "cpu":
             raise ValueError("activation_offload needs a GPU, and device is cpu: set it to false")
+        if self.packing and self.pad_to_multiple_of > 1:
+            raise ValueError("pad_to_multiple_of is of padded rows, and packing pads none: set 1, or packing: false")
         self._check_zero()
         self._check_retry()
         self._check_trackers()

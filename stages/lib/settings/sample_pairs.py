@@ -8,9 +8,10 @@ from pydantic import Field
 from stages.lib.command.json_schema import LARGEST_NUMBER
 from stages.lib.command.params import Seed
 from stages.lib.data.prepared_rows import Kind
-from stages.lib.settings.bounds import Count, NewTokens, NotNegative, Precision, Temperature, Text
+from stages.lib.settings.bounds import Count, NotNegative, Precision, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.rewards import MixedRewards
+from stages.lib.settings.sampling import DrawingSettings
 
 
 class PairRule(Settings):
@@ -61,7 +62,7 @@ class BestOfN(Settings):
 MadeRows = Annotated[BestAndWorst | AllPairs | BestOfN, Field(discriminator="type")]
 
 
-class SamplePairs(MixedRewards):
+class SamplePairs(DrawingSettings, MixedRewards):
     """One round: replies of a policy to prompts that it was not trained on in an earlier round."""
 
     model: Text = key("models/sft", "folder of the language model that is sampled from")
@@ -76,8 +77,6 @@ class SamplePairs(MixedRewards):
     prompts: Count = key(500, "in a round", unit="prompts")
     split: Literal["train", "validation"] = key("train", "of the prompts, and of the rows made of them")
     samples_per_prompt: Annotated[int, Ge(2), Le(2**16)] = key(4, "to each prompt", unit="replies")
-    max_new_tokens: NewTokens = key(64, "of a reply", unit="tokens")
-    temperature: Temperature = key(1.0, "of sampling")
     seed: Seed | None = key(None, "of sampling; null: the common seed")
     precision: Precision = key("fp32", "of weights and activations, of the policy and of the reward model")
     makes: MadeRows = key(block(BestAndWorst), "the rows that are made")

@@ -1,4 +1,4 @@
-"""Keys of sections that sample from the policy they train."""
+"""How sections draw responses."""
 
 from typing import Annotated
 
@@ -11,8 +11,8 @@ from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorr
 from stages.lib.settings.sampler import OwnSampling, SamplerChoice
 
 
-class SamplingSettings(Settings):
-    """How responses are drawn. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+class DrawingSettings(Settings):
+    """How responses are drawn, and when they end."""
 
     max_new_tokens: NewTokens = key(64, "of a response", unit="tokens")
     min_new_tokens: Annotated[int, Ge(0), Le(2**20)] = key(0, "before which a response does not end", unit="tokens")
@@ -26,6 +26,19 @@ class SamplingSettings(Settings):
     stop_strings: Several[Text] = key(
         [], 'texts, such as "\\nUser:", each of which ends a response like EOS, and stays in it'
     )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "DrawingSettings":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
+            )
+        return self
+
+
+class SamplingSettings(DrawingSettings):
+    """Of a policy that is trained. Whatever is left out in drawing, log-probs are of all tokens, at the temperature."""
+
     sampler: SamplerChoice = key(block(OwnSampling), "what draws responses")
     reuse_sampler_logps: bool = key(
         False,
@@ -48,7 +61,12 @@ class SamplingSettings(Settings):
     @property
     def keeps_engine_logps(self) -> bool:
         """Whether responses come with the sampler's log-probs, to be compared with the policy's own."""
-        return self.engine_correction.type != "none" or self.sampler.type != "own"
+        return self.engine_correction.type != "none" or (self.sampler.type != "own" and self.draws_from_all)
+
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether every token may be drawn at any place: an engine's log-probs are of those that may be drawn."""
+        return self.top_k is None and self.top_p == 1 and self.min_new_tokens <= 1
 
     @model_validator(mode="after")
     def _check_engine_correction(self) -> "SamplingSettings":
@@ -88,14 +106,12 @@ class SamplingSettings(Settings):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> "SamplingSettings":
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
-            )
         if self.reuse_sampler_logps and self.sampler.type != "own":
             raise ValueError(
                 f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
             )
+        if self.sampler.type == "transformers" and (self.stop_strings or self.min_new_tokens):
+            raise ValueError("sampler: transformers knows no stop_strings and no min_new_tokens: set [] and 0")
         if self.sampler.type == "vllm" and self.sampler.pushes == "adapter" and getattr(self, "lora", None) is None:
             raise ValueError("sampler.pushes: adapter needs one, and lora is null; set weights")
         return self

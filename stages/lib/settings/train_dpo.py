@@ -8,6 +8,7 @@ from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import Count, Positive, Text
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.epochs import EpochSettings
+from stages.lib.settings.lora import quantization_of_base
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.preference_loss import PreferenceLoss, SigmoidLoss, needs_reference
 from stages.lib.settings.reference_sync import ReferenceSync
@@ -34,8 +35,8 @@ class TrainDpo(EpochSettings):
     def _check_sync(self) -> Self:
         if self.reference_sync is not None and not needs_reference(self.loss):
             raise ValueError(f"reference_sync: the loss {self.loss.type} reads no reference here; set null")
-        if self.reference_sync is not None and self.lora is not None:
-            raise ValueError("reference_sync moves whole models, and lora trains adapters; set one of them to null")
+        if self.reference_sync is not None and quantization_of_base(self.lora) is not None:
+            raise ValueError("reference_sync moves whole weights; set it or lora.base_quantization to null")
         return self
 
     @property

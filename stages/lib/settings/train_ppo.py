@@ -2,17 +2,13 @@
 
 import os
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge, Le
 from pydantic import model_validator
 
-from stages.lib.command.params import Seed
 from stages.lib.settings.bounds import (
     Count,
     Positive,
-    Precision,
-    SaveDtype,
     Share,
     Text,
     WholeNumber,
@@ -20,43 +16,21 @@ from stages.lib.settings.bounds import (
 from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
-from stages.lib.settings.held_out import HeldOutSettings, held_out
-from stages.lib.settings.kl_penalty import (
-    KlInReward,
-    KlPenalty,
-    kl_needs_reference,
-    refuse_short_horizon,
-    refuse_unread_reference,
-)
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import ClipLoss
+from stages.lib.settings.policy_training import PolicyTraining
 from stages.lib.settings.ptx import PtxSettings
 from stages.lib.settings.reference_reset import ReferenceReset
-from stages.lib.settings.rewards import MixedRewards
-from stages.lib.settings.sampling import SamplingSettings
-from stages.lib.settings.save_every import SaveEvery, save_every
-from stages.lib.settings.truncated import MissingEos, Truncated
 
 PROMPTS = "data/tokens/train/prompts.arrow"
 
 
-class TrainPpo(SamplingSettings, MixedRewards):
+class TrainPpo(PolicyTraining):
     """A policy and a critic, trained on the policy's own responses (arXiv 1707.06347, 2203.02155)."""
 
-    model: Text = key("models/sft", "folder of the language model that training starts from")
-    reference: Text = key("models/sft", "folder of the language model that the KL is measured to")
     critic: Critic = key(block(SeparateCritic), "what foresees the returns")
-    seed: Seed | None = key(None, "of prompts, sampling and order; null: the common seed")
     iterations: Count = key(11, "rollout phases; in the default run 10 in which the policy learns")
-    rollout_batch_size: Count = key(128, "of a rollout phase, over all processes", unit="prompts")
-    samples_per_prompt: Annotated[int, Ge(1), Le(2**16)] = key(1, "to each prompt", unit="responses")
-    epochs: Count = key(2, "passes over the rollouts of a phase; the later ones are on tokens of an earlier policy")
-    minibatch_size: Count = key(
-        64,
-        "in an optimizer step, over all processes; rollout_batch_size times samples_per_prompt is a multiple of it",
-        unit="rollouts",
-    )
     gamma: Share = key(
         1.0, "discount; 1: a response is short, and its score comes at its end", source="arXiv 1506.02438, Eq 16"
     )
@@ -76,7 +50,6 @@ class TrainPpo(SamplingSettings, MixedRewards):
         False, "the tokens' rewards to variance 1 over a phase, their mean as it is", source="arXiv 2403.17031"
     )
     whiten_advantages: bool = key(True, "to mean 0 and variance 1 over the rollouts of a phase")
-    kl: KlPenalty = key(block(KlInReward), "where the KL to the reference acts")
     reference_reset: ReferenceReset | None = key(
         None, "null: the reference stays as it is; else a block: from time to time it becomes the policy"
     )
@@ -90,7 +63,9 @@ class TrainPpo(SamplingSettings, MixedRewards):
     )
     max_kl: Positive | None = key(
         None,
-        "stop before the update of a phase whose mean KL to the reference is above this; null: never",
+        "training ends where the mean KL of a phase to the reference is above this, with the weights of the last phase "
+        "within it; what the last phase makes, and what keep: best compares, is measured by held_out. A second copy of "
+        "weights and moments is held on the CPU, and in checkpoints; null: never",
         unit="nats per response",
     )
     max_policy_kl: Positive | None = key(
@@ -111,18 +86,11 @@ class TrainPpo(SamplingSettings, MixedRewards):
         "the start's own, such as SFT's | running: by all scores so far",
         source="start: arXiv 1909.08593",
     )
-    truncated: Truncated = key(
-        block(MissingEos), "what becomes of the score of a response that does not end within max_new_tokens"
-    )
     critic_warmup_iterations: WholeNumber = key(
         1,
         "first phases in which only the critic learns; below iterations. One that starts from a reward model at first "
         "foresees returns worse than a constant would (value/explained_variance below 0)",
     )
-    precision: Precision = key("fp32", "of weights and activations; the masters are float32 either way")
-    save_dtype: SaveDtype = key("float32", "of the saved weights")
-    held_out: HeldOutSettings | None = held_out()
-    save_every: SaveEvery | None = save_every()
     lora: LoraSettings | None = key(
         None,
         "null: every weight is trained; else a block: policy and critic get adapters, and their frozen bases also "
@@ -150,11 +118,6 @@ class TrainPpo(SamplingSettings, MixedRewards):
                 f"held_out.best_by.metric {best_by} compares KLs to several references, since reference_reset is set: "
                 "take objective/rewards"
             )
-        if self.responses_per_iteration % self.minibatch_size:
-            raise ValueError(
-                f"rollout_batch_size ({self.rollout_batch_size}) times samples_per_prompt ({self.samples_per_prompt}) "
-                f"must be a multiple of minibatch_size ({self.minibatch_size})"
-            )
         if self.critic_warmup_iterations >= self.iterations:
             raise ValueError("critic_warmup_iterations must be below iterations, or the policy never learns")
         return self
@@ -174,10 +137,8 @@ class TrainPpo(SamplingSettings, MixedRewards):
 
     @model_validator(mode="after")
     def _check_kl(self) -> "TrainPpo":
-        refuse_unread_reference(self.kl, self.model, self.reference)
         if self.max_kl is not None and not self.reads_reference:
             raise ValueError("max_kl limits the KL to a reference, and kl has none; set null")
-        refuse_short_horizon(self.kl, self.responses_per_iteration)
         if self.reference_reset is not None and not self.reads_reference:
             raise ValueError("reference_reset: kl has no reference; set null")
         if self.reference_reset is not None and os.path.normpath(self.reference) != os.path.normpath(self.model):
@@ -194,27 +155,10 @@ class TrainPpo(SamplingSettings, MixedRewards):
             )
         if self.ptx is not None and PurePath(self.ptx_tokens).parts[-2:] != ("train", "sft.arrow"):
             raise ValueError(f"ptx_tokens: expected <folder of tokens>/train/sft.arrow, found {self.ptx_tokens}")
-        if self.max_policy_kl is not None and self.policy_optimizer.moments != "float32":
-            raise ValueError(
-                f"max_policy_kl takes steps back, which needs policy_optimizer.moments: float32, found "
-                f"{self.policy_optimizer.moments}; set max_policy_kl: null"
-            )
+        for name in ("max_kl", "max_policy_kl"):
+            if getattr(self, name) is not None and self.policy_optimizer.moments != "float32":
+                raise ValueError(
+                    f"{name} takes steps back, which needs policy_optimizer.moments: float32, found "
+                    f"{self.policy_optimizer.moments}; set {name}: null"
+                )
         return self
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether a reference model is loaded."""
-        return kl_needs_reference(self.kl)
-
-    @property
-    def reported_kl(self) -> Literal["k1", "k2", "k3"]:
-        """The estimator of the KL that is reported, limited and steered: that in the reward, or k1."""
-        return self.kl.estimator if isinstance(self.kl, KlInReward) else "k1"
-
-    @property
-    def responses_per_iteration(self) -> int:
-        return self.rollout_batch_size * self.samples_per_prompt
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return self.epochs * (self.responses_per_iteration // self.minibatch_size)

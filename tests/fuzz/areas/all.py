@@ -1,6 +1,7 @@
 """The areas by name."""
 
 from tests.fuzz.areas import (
+    blocks,
     checkpoints,
     comparisons,
     files,
@@ -27,6 +28,7 @@ AREAS: dict[str, Area] = {
     "sources": sources.AREA,
     "mixtures": mixtures.AREA,
     "params": params.AREA,
+    "blocks": blocks.AREA,
     "runtime": runtime.AREA,
     "templates": templates.AREA,
     "tokens": tokens.AREA,

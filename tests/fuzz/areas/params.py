@@ -104,17 +104,23 @@ def case(what: str, path: Path_, value: Any, expected: Expected = "either") -> C
     return Case(f"{'.'.join(path)} {what}", prepare, stages_of(path), expected)
 
 
+# What every key is tried with: nothing, other types, huge numbers.
+MISTAKES: tuple[tuple[str, Any, Expected], ...] = (
+    ("is missing", MISSING, "refused"),
+    ("is null", None, "either"),
+    ("is a list", [[1]], "refused"),
+    ("is -1", -1, "either"),
+    ("is NaN", float("nan"), "refused"),
+    ("is a 400-digit integer", 10**400, "either"),
+)
+
+
 def usual_mistakes(path: Path_) -> list[Case]:
-    """What every key is tried with: nothing, other types, huge numbers, another name."""
-    wrong: list[tuple[str, Any, Expected]] = [
-        ("is missing", MISSING, "accepted" if path in MAY_BE_MISSING else "refused"),
-        ("is null", None, "either"),
-        ("is a list", [[1]], "refused"),
-        ("is -1", -1, "either"),
-        ("is NaN", float("nan"), "refused"),
-        ("is a 400-digit integer", 10**400, "either"),
+    is_optional = path in MAY_BE_MISSING
+    return [
+        case(what, path, value, "accepted" if is_optional and value is MISSING else expected)
+        for what, value, expected in MISTAKES
     ]
-    return [case(*entry[:1], path, *entry[1:]) for entry in wrong]
 
 
 def misspelt(path: Path_) -> Case:

@@ -1,6 +1,7 @@
 """Which rows a step sees, and how they are cut into forward passes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,8 @@ from stages.lib.compute.batching import (
     steps_in,
 )
 from stages.lib.compute.processes import Processes
+from stages.lib.compute.sequence_logprobs import all_response_logps
+from stages.lib.models.token_logprobs import TokenLogProbs
 from tests import tiny_models
 from tests.tiny_models import CPU
 
@@ -85,6 +88,20 @@ def test_values_of_completion_tokens_are_a_row_for_each_sequence(packing: bool) 
 def test_a_row_without_padding_needs_no_mask() -> None:
     (batch,) = batching().sequences([[1, 2], [3]], [[4], [5, 6]])
     assert batch.attention_mask is None
+
+
+def test_rows_are_as_long_as_a_multiple_and_compute_the_same() -> None:
+    prompts, completions = [[3, 4], [5], [6, 7]], [[8, 9, 10], [11, 1], [12, 13, 14, 1]]
+    own, wider = batching(18), replace(batching(18), multiple=4)
+    widths = [[batch.input_ids.shape[1] for batch in plan.sequences(prompts, completions)] for plan in (own, wider)]
+    assert widths == [[6], [8, 4]]  # of 18 tokens two rows of 8 are left
+    (batch,) = wider.sequences(prompts[:1], completions[:1])
+    assert batch.input_ids.tolist() == [[3, 4, 8, 9, 10, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[True] * 5 + [False] * 3]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 4, 4]]
+    module = TokenLogProbs(tiny_models.tiny_llama())
+    logps = [all_response_logps(module, prompts, completions, plan).tolist() for plan in (own, wider)]
+    assert logps[0] == pytest.approx(logps[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])

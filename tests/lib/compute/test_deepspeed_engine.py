@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.two_processes import run_on_two_processes
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from stages.lib.compute.engine import torch as engine_torch
 from stages.lib.compute.engine.deepspeed_setup import sharded
+from stages.lib.compute.frozen_model import fill
 from stages.lib.command.errors import StageError
 from stages.lib.compute.processes import join_processes
 from stages.lib.settings.runtime import read_runtime
@@ -40,6 +41,10 @@ runtime = read_runtime("train_sft").model_copy(update={"frozen_zero_stage": 3})
 processes = join_processes(runtime)
 model = sharded(Scaled(processes.rank).requires_grad_(False), runtime, processes)
 assert model(torch.ones(1, 3)).tolist() == [[6.0, 6.0]]
+for factor in (3.0, 4.0):  # twice, with a pass between, which leaves weights gathered
+    others = {"linear.weight": torch.full((2, 3), factor), "scale": torch.tensor(factor)}
+    fill(model.module, others.__getitem__)
+    assert model(torch.ones(1, 3)).tolist() == [[3 * factor**2] * 2]
 with pytest.raises(StageError, match="its files hold other weights than its config.json"):
     sharded(Scaled(0, width=3 + processes.rank).requires_grad_(False), runtime, processes)
 
@@ -98,7 +103,7 @@ def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
         ("float32", 2, {"csv_monitor": {"enabled": True, "output_path": "/proc/none", "job_name": "a"}}),
         ("float32", 2, {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
     ]
-    words = [sys.executable, "-c", KEYS, json.dumps(tried)]
+    words = [*loaded_python(), "-c", KEYS, json.dumps(tried)]
     done = subprocess.run(
         words, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )

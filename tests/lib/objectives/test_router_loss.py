@@ -14,6 +14,7 @@ from stages.lib.command.errors import StageError
 from stages.lib.models.routing import Routing, recorded_routing
 from stages.lib.models.scalar_scores import SequenceScores
 from stages.lib.models.token_logprobs import TokenLogProbs
+from stages.lib.objectives.embedding_noise import EmbeddingNoise
 from stages.lib.objectives.fit import global_means
 from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
@@ -237,6 +238,24 @@ def test_the_gradient_is_that_of_the_two_losses(over: str) -> None:
     slope = (trained(0.5, 1e-6)[1]["router_loss"] - trained(0.5, -1e-6)[1]["router_loss"]) / 2e-6
     assert abs(slope) > 1e-3
     assert both - plain == pytest.approx(0.5 * slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_choices_of_a_step_are_counted_under_the_noise_that_is_trained_on(*, train: bool) -> None:
+    """Of a single row, the step's balance is that of its sequence, which is read in the training pass itself."""
+    rows = {name: values[:1] for name, values in SFT_ROWS.items()}
+    found = []
+    for over in ("sequence", "batch"):
+        model = tiny_olmoe()
+        noise = EmbeddingNoise(model.get_input_embeddings(), 500.0, seed=1)
+        objective = with_router_loss(SftObjective(batching(100), noise=noise), settings(over), model, 1, "train.x")
+        module = Alone(TokenLogProbs(model))
+        module.steps_taken = 3
+        found.append(global_means(objective, module, rows, train=train))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    objective, module, *_ = routed("sft", "sequence")
+    without = global_means(objective, module, rows, train=False)
+    assert (found[0]["router_loss"] == pytest.approx(without["router_loss"], rel=1e-6)) != train
 
 
 @pytest.mark.parametrize(

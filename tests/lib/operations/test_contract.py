@@ -2,19 +2,22 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.lib.operations.idle import ANSWERS, MODULES
+from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 
 
 @pytest.mark.slow
 def test_the_outs_keep_their_bytes_without_any_module_of_operations(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.lib.operations.idle", str(tmp_path)], cwd=PROJECT, capture_output=True, text=True
+        [*loaded_python(), "-m", "tests.lib.operations.idle", str(tmp_path)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "outs.json").read_text())

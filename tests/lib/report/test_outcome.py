@@ -17,8 +17,8 @@ def evaluation(gold=None, reward=(0.5, 0.4, 0.6), kl=12.344, eos_rate=0.99):
     return metrics
 
 
-def sentences(policies, reward_model=REWARD_MODEL, bayes_accuracy=None):
-    said = outcome(policies, "SFT", {"rm": reward_model} if reward_model else {}, bayes_accuracy)
+def sentences(policies, reward_model=REWARD_MODEL, **known):
+    said = outcome(policies, "SFT", {"rm": reward_model} if reward_model else {}, known)
     return [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in said]
 
 
@@ -89,11 +89,32 @@ def test_perplexity_is_told_where_there_are_texts():
 
 
 def test_the_reward_model_against_guessing_and_bayes():
-    def said(accuracy, low, high, bayes=None):
+    def said(accuracy, low, high, bayes=None, **known):
         metrics = {"accuracy": accuracy, "accuracy_ci_low": low, "accuracy_ci_high": high}
-        return sentences({"sft": SFT}, metrics, bayes)[0]
+        known |= {} if bayes is None else {"bayes_accuracy": bayes}
+        return sentences({"sft": SFT}, metrics, **known)[0]
 
     assert "which cannot be told from guessing); the best accuracy that could be reached" in said(0.52, 0.48, 0.56)
     assert "which is worse than guessing" in said(0.42, 0.38, 0.46)
     assert "guessing" not in said(0.6, 0.56, 0.64)
     assert "1.0 points above the Bayes accuracy of 80.0 %" in said(0.81, 0.77, 0.85, bayes=0.8)
+    assert said(0.7, 0.6, 0.8, bayes=0.77, gold_label_accuracy=0.757).endswith(
+        "the most that any model can expect; on these labels, as they were drawn, the gold utility has 75.7 %."
+    )
+
+
+def test_a_policy_below_the_line_is_called_over_optimised():
+    def of(mean, low, high, measure="gold"):
+        parts = {"mean": mean, "ci_low": low, "ci_high": high}
+        return evaluation((0.4, 0.3, 0.5)) | {f"{measure}_residual_{part}": value for part, value in parts.items()}
+
+    policies = {"sft": SFT, "dpo": of(-0.1, -0.2, 0.01), "ppo": of(-0.684, -0.9, -0.47)}
+    assert sentences(policies)[1] == (
+        "Over-optimised: the mean gold utility lies below that of held-out replies of the same reward by 0.68 (95 % "
+        "interval 0.47 to 0.90) for PPO; such a policy has learnt what the reward model gets wrong."
+    )
+    assert sentences({"sft": SFT, "dpo": of(-0.1, -0.2, 0.01)})[1] == (
+        "No policy's mean gold utility can be told to lie below that of held-out replies of the same reward."
+    )
+    judged = sentences({"sft": SFT, "ppo": of(-0.3, -0.4, -0.2, "judge")})
+    assert "the mean score by the judge lies below that of held-out replies of the same reward by 0.30" in judged[1]

@@ -296,11 +296,28 @@ def test_gdpo_by_hand() -> None:
     # Group two: "right" alike, "short" 0, 4 without the second one: alone, it says nothing.
     right = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     short = torch.tensor([[10.0, 0.0], [0.0, NAN]], dtype=torch.float64)
-    found = decoupled_advantages({"right": right, "short": short}, {"right": 1.0, "short": 0.5}, epsilon=1e-12)
+    parts, weights = {"right": right, "short": short}, {"right": 1.0, "short": 0.5}
+    found = decoupled_advantages(parts, weights, torch.zeros_like(right), epsilon=1e-12)
     z = 1 / math.sqrt(2)
     sums = torch.tensor([[-z + 0.5 * z, z - 0.5 * z], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(found, sums / sums.std())
     assert found[1].tolist() == [0, 0]
+    # Of group two the second response did not end, which costs 0.3: by the group's mean 0.15 either way.
+    cut = torch.tensor([[0.0, 0.0], [0.0, -0.3]], dtype=torch.float64)
+    found = decoupled_advantages(parts, weights, cut, epsilon=1e-12)
+    sums[1] = torch.tensor([0.15, -0.15])
+    torch.testing.assert_close(found, sums / sums.std())
+
+
+def test_gdpo_reads_what_is_taken_off_a_truncated_response_as_it_is() -> None:
+    """A penalty of twice the size is twice the distance, which standardised it would not be."""
+    rollouts = group_rollouts([[1.0], [3.0], [2.0], [2.0]], 2)
+    between = []
+    for penalty in (0.5, 1.0):
+        cut = rollouts._replace(rewards=rollouts.rewards - torch.tensor([[0.0], [0.0], [0.0], [penalty]]))
+        found = advantages_of(cut, "gdpo", epsilon=1e-9)[:, 0]
+        between.append(float((found[2] - found[3]) / (found[1] - found[0])))
+    assert between == pytest.approx([0.5 / math.sqrt(2), 1.0 / math.sqrt(2)])
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
@@ -308,7 +325,7 @@ def test_gdpo_says_nothing_of_a_reward_that_is_alike(value: float) -> None:
     """The mean of equal numbers is not always that number."""
     for size in (3, 6, 7):
         part = torch.full((2, size), value, dtype=torch.float64)
-        assert decoupled_advantages({"one": part}, {"one": 1.0}, epsilon=1e-12).count_nonzero() == 0
+        assert decoupled_advantages({"one": part}, {"one": 1.0}, part, epsilon=1e-12).count_nonzero() == 0
 
 
 def test_gdpo_of_one_reward_is_group_relative_over_the_phase() -> None:

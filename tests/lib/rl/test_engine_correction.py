@@ -131,7 +131,7 @@ def gradient_of(settings: Any, engine: torch.Tensor, policy: torch.Tensor) -> to
 
 
 def entries(chosen: dict[str, Any], kl: dict[str, Any] | None = None) -> list[Any]:
-    shared = {"engine_correction": chosen, "kl": kl or block(NoKl)}
+    shared = {"engine_correction": chosen, "kl": kl or block(NoKl), "held_out": None}
     grpo = {"loss": block(DrGrpoLoss), "max_new_tokens": every.LENGTH}
     return [
         TrainPpo.model_validate(block(TrainPpo, **shared)),

@@ -24,7 +24,7 @@ ADVANTAGES = torch.tensor([[2.0], [-1.0], [0.5]])
 
 
 def entry(**changed: Any) -> TrainGrpo:
-    return TrainGrpo.model_validate(block(TrainGrpo, **({"kl": block(NoKl)} | changed)))
+    return TrainGrpo.model_validate(block(TrainGrpo, **({"kl": block(NoKl), "held_out": None} | changed)))
 
 
 def sums_of(settings: TrainGrpo, rollouts: Rollouts, budget: int = 1000) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """What policy, reference and critic say of rollouts, against each model on each sequence alone."""
 
+import math
+
 import pytest
 import torch
 
+from stages.lib.command.errors import StageError
 from stages.lib.data.prompts import Prompt
 from stages.lib.models.scalar_scores import TokenScores
 from stages.lib.models.token_logprobs import TokenLogProbs
@@ -101,3 +104,18 @@ def test_the_value_of_a_token_is_that_of_the_state_before_it() -> None:
     values, scores = values_before(critic, batch), critic(*batch.inputs)
     assert torch.equal(values[:, 1:], scores[:, :-1])
     assert values[:, 0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_log_prob_that_is_not_finite_is_refused_with_its_token(value: float) -> None:
+    policy, reference = TokenLogProbs(tiny_llama(1), with_entropies=True), TokenLogProbs(tiny_llama(2))
+
+    def barring(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        """Token 12 alone, which the second response has."""
+        ids = inputs[0]
+        return (torch.where(ids == 12, value, reference(*inputs).logps),)
+
+    with pytest.raises(
+        StageError, match=r"^row 11 of the prompts, response 'text 1': the reference gives its token 12"
+    ):
+        read_rollouts(EPISODES, [0.0] * 3, policy, barring, None, 1.0, batching(1000, False))

@@ -8,7 +8,7 @@ import torch
 from stages.lib.compute.engine.torch import TorchEngine
 from stages.lib.compute.processes import Processes
 from stages.lib.models.scalar_scores import TokenScores
-from stages.lib.rl.step_back import LimitedUpdates, StateBefore
+from stages.lib.rl.step_back import KlLimit, LimitedUpdates, StateBefore
 from tests.lib.rl.test_learner import OPTIMIZER, PLAIN_TORCH, engine
 from tests.tiny_models import CPU, tiny_classifier
 
@@ -94,3 +94,30 @@ def test_without_a_limit_nothing_is_measured() -> None:
     limited.update([1])
     limited.check([0])
     assert (len(limited.found), steps.measured) == (2, [])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_last_state_within_a_limit_comes_back(steps: int, resumed: bool) -> None:
+    own, alone = engine(), engine()
+    limit = KlLimit(3.0, own)
+    for seed in range(steps):
+        take_step(own, seed)
+        take_step(alone, seed)
+        limit.keep(seed)
+    limit.keep(steps)
+    take_step(own, 99)
+    if resumed:  # by another process, from a checkpoint
+        state, tensors = limit.state_dict(), {name: tensor.clone() for name, tensor in limit.tensors()}
+        assert {"phases": steps, "kept": {"small": alone.state_dict(), "names": [*tensors]}} == state
+        limit = KlLimit(3.0, own)
+        limit.load_state_dict(state, tensors.__getitem__)
+    assert [limit.is_passed(kl) for kl in (3.0, 3.1)] == [False, True]
+    assert limit.step_back() == steps
+    assert same(state_of(own), state_of(alone))
+
+
+def test_without_a_limit_nothing_is_kept() -> None:
+    limit = KlLimit(None, engine())
+    limit.keep(1)
+    assert (limit.is_passed(1e9), [*limit.tensors()], limit.state_dict()) == (False, [], {"phases": 0, "kept": None})

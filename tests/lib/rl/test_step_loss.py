@@ -81,7 +81,7 @@ def drawn():
 
 
 def settings_of(**changes):
-    sizes = {"max_new_tokens": LONGEST, "minibatch_size": 1}
+    sizes = {"max_new_tokens": LONGEST, "minibatch_size": 1, "held_out": None}
     return TrainGrpo.model_validate(default_params()["train_grpo"]["grpo"] | sizes | changes)
 
 

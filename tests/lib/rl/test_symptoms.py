@@ -57,6 +57,15 @@ def test_what_was_not_measured_or_cannot_be_compared_yet_says_nothing():
     assert names([*history("value/explained_variance", -1.0, -1.0), {}]) == []
 
 
+def test_with_dynamic_sampling_the_groups_that_were_left_out_count() -> None:
+    """Those that are kept gain and vary, whatever the policy does."""
+    kept = {"objective/scores": 0.5, "group/without_variance": 0.0}
+    left_out = {"dynamic_sampling/unfiltered_scores": 0.1, "dynamic_sampling/unfiltered_without_variance": 0.9}
+    curve = [{**kept, "objective/scores": float(phase)} for phase in range(10)]
+    assert names(curve) == []
+    assert names([{**row, **left_out} for row in curve]) == ["Reward stalls", "Groups have no variance"]
+
+
 def test_a_sign_is_said_when_it_begins_and_counted_afterwards():
     curve = history("group/distinct", 0.9, 0.4, 0.3, 0.8, 0.2)
     said = [[seen.line for seen in new_in(curve, phase)] for phase in range(1, 6)]

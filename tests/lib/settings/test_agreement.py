@@ -165,7 +165,11 @@ def test_what_cannot_both_be_obeyed_is_refused(settings: dict, how: dict, messag
             {"minibatch_size": 48},
             "rollout_batch_size (32) times samples_per_prompt (4) must be a multiple of minibatch_size (48)",
         ),
-        ("train_grpo", {"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, found 1"),
+        (
+            "train_grpo",
+            {"samples_per_prompt": 1, "minibatch_size": 32},
+            "samples_per_prompt must be at least 2, found 1",
+        ),
         ("train_grpo", {"top_entropy_share": 0.0}, "train_grpo.grpo.top_entropy_share must be above 0"),
         ("train_ppo", {"minibatch_size": 7}, "must be a multiple of minibatch_size (7)"),
         (

@@ -44,6 +44,10 @@ def test_a_stage_overrides_single_keys(tmp_path: Path) -> None:
         ("train_rm: {threads: 0}\n", "threads must be at least 1 and at most 4096, found 0"),
         ("train_rm: {device: tpu}\n", "'tpu' (str) is not one of: auto, cpu, cuda"),
         ("train_rm: {device: cpu, activation_offload: true}\n", "activation_offload needs a GPU, and device is cpu"),
+        (
+            "train_rm: {packing: true, pad_to_multiple_of: 8}\n",
+            "pad_to_multiple_of is of padded rows, and packing pads",
+        ),
         ("train_rm: {kept_checkpoints: 0}\n", "kept_checkpoints must be at least 1, found 0"),
         ("train_rm: {shown_samples: -1}\n", "shown_samples must be at least 0, found -1"),
         ("train_rm: {checkpoint_seconds: -0.5}\n", "checkpoint_seconds must be at least 0, found -0.5"),

@@ -13,7 +13,7 @@ from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.named_models import require_kinds
 from tests.lib.settings.test_agreement import params, runtimes
 
-NO_KL = {"kl": block(NoKl)}
+NO_KL = {"kl": block(NoKl), "held_out": block(HeldOutSettings, kl_weight=0.0)}
 RESET = {"reference_reset": {"every": 1}}
 PTX = {"ptx": {"coef": 1.0, "batch_size": 8}, "ptx_tokens": "data/tokens/train/sft.arrow"}
 LORA = {"rank": 4, "alpha": 8, "targets": "all-linear", "experts": False, "routers": False, "rslora": False}
@@ -47,11 +47,12 @@ def test_what_cannot_stand_together_is_refused(changed: dict[str, Any], message:
     assert message in str(caught.value)
 
 
-def test_steps_are_taken_back_in_float32_alone() -> None:
+@pytest.mark.parametrize("limit", ["max_kl", "max_policy_kl"])
+def test_steps_are_taken_back_in_float32_alone(limit: str) -> None:
     entry = params()["train_ppo"]["ppo"].model_dump()
     optimizer = entry["policy_optimizer"] | {"moments": "8bit"}
-    with pytest.raises(StageError, match="max_policy_kl takes steps back, which needs policy_optimizer"):
-        params(train_ppo={"max_policy_kl": 0.1, "policy_optimizer": optimizer})
+    with pytest.raises(StageError, match=f"{limit} takes steps back, which needs policy_optimizer"):
+        params(train_ppo={limit: 0.1, "policy_optimizer": optimizer})
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_steps_are_taken_back_in_float32_alone() -> None:
     ],
 )
 def test_no_coefficient_no_reference(kl: dict[str, Any]) -> None:
-    settings = params(train_ppo={"kl": kl})
+    settings = params(train_ppo=NO_KL | {"kl": kl})
     assert not settings["train_ppo"]["ppo"].reads_reference
     assert params()["train_ppo"]["ppo"].reads_reference
     require_agreement(settings, runtimes())

@@ -105,8 +105,7 @@ def finite_score(score: RewardScore) -> RewardScore:
         return score
     if abs(score) <= LARGEST_NUMBER:
         return float(score)
-    beyond = f" (beyond ±{LARGEST_NUMBER:g})" if math.isfinite(score) else ""
-    return Failure("error", f"it gives {score:g}{beyond}, which is no number to learn from")
+    return Failure("error", f"it gives {score:g}; expected a number within ±{LARGEST_NUMBER:g}")
 
 
 def fact_of(episode: Episode, fact: str) -> Any:

@@ -113,5 +113,7 @@ class RemoteScores:
 
     def _reward(self, caller: Caller, reward: Any) -> RewardScore:
         if type(reward) not in (int, float) or not abs(reward) <= LARGEST_NUMBER:
-            return Failure("error", f"{caller.shown} gives {reward!r:.60}, which is no number to learn from")
+            return Failure(
+                "error", f"{caller.shown} gives {reward!r:.60}; expected a number within ±{LARGEST_NUMBER:g}"
+            )
         return float(reward)

@@ -8,9 +8,8 @@ import torch
 
 from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.settings.reward_columns import KINDS
 from stages.lib.settings.rewards import REWARD_MODEL
-
-KINDS = ("error", "timeout")
 
 
 def with_parts(rollouts: Rollouts, parts: Mapping[str, Sequence[RewardScore]]) -> Rollouts:
@@ -31,23 +30,6 @@ def failures_of(parts: Mapping[str, Sequence[RewardScore]]) -> dict[str, Counter
 def numbers_of(scores: Iterable[RewardScore]) -> list[float]:
     """The scores as numbers, NaN for those that are missing or failed."""
     return [math.nan if score is None or isinstance(score, Failure) else score for score in scores]
-
-
-def reward_columns(names: Sequence[str], sources: Iterable[str]) -> tuple[str, ...]:
-    """The columns of `reward_metrics`; none where a reward model alone takes part on one source: that is the score.
-
-    Args:
-        names: of the parts of a mixture.
-        sources: of the prompts.
-    """
-    several = sorted(set(sources))
-    if [*names] == [REWARD_MODEL] and len(several) < 2:
-        return ()
-    columns = []
-    for name in names:
-        columns += [f"rewards/{name}", *(f"rewards/{name}/{source}" for source in several if len(several) > 1)]
-        columns += [f"reward_{kind}s/{name}" for kind in KINDS]
-    return tuple(columns)
 
 
 def reward_metrics(rollouts: Rollouts) -> dict[str, float]:

@@ -146,6 +146,7 @@ class AsynchronousSampler:
     current: PhaseDrawn | None = None
     coming: PhaseDrawn | None = None
     asked: PhaseDrawn | None = None  # what is being drawn, still without responses
+    begun: int = 0  # updates that the policy had at the start of the current phase
 
     @property
     def temperature(self) -> float:
@@ -182,7 +183,7 @@ class AsynchronousSampler:
                 for one in self.inner.sample(prompts, step, samples_per_prompt)
             ]
             self.coming = PhaseDrawn(step, updates, rows, drawn)
-        self.current, self.coming = self.coming, None
+        self.current, self.coming, self.begun = self.coming, None, updates
         later = self.upcoming(step + 1)
         if later:
             self.ahead.begin(later, step + 1, samples_per_prompt)
@@ -210,10 +211,12 @@ class AsynchronousSampler:
         if self.current is None and self.coming is None:
             return {}
         step = self.step_of_run()
+        if self.current is not None and self.policy.engine.steps_taken > self.begun:
+            step = max(step, self.current.step + 1)  # stopped between a phase's updates and its evaluation
         if self.asked is not None and self.asked.step == step:
             self.finish()
-        of_step = [phase for phase in (self.current, self.coming) if phase is not None and phase.step == step]
-        return of_step[0].as_state() if of_step else {}
+        left = [phase for phase in (self.current, self.coming) if phase is not None and phase.step >= step]
+        return left[0].as_state() if left else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:

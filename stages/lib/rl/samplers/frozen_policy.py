@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from stages.lib.compute.batching import pass_cost_of, sampling_budget
 from stages.lib.compute.frozen_model import frozen
@@ -11,20 +10,11 @@ from stages.lib.data.chat import decode_completion, load_tokenizer
 from stages.lib.models.pretrained import Loading, end_and_pad_ids, load_language_model
 from stages.lib.models.token_logprobs import TokenLogProbs
 from stages.lib.rl.samplers.own import OwnSampler
-
-
-class FrozenSampling(Protocol):
-    """What `frozen_sampler` reads of a section of params.yaml."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def max_new_tokens(self) -> int: ...
+from stages.lib.settings.sampling import DrawingSettings
 
 
 def frozen_sampler(
-    model: Path, settings: FrozenSampling, seed: int, loading: Loading, processes: Processes
+    model: Path, settings: DrawingSettings, seed: int, loading: Loading, processes: Processes
 ) -> OwnSampler:
     """Samples with random numbers that belong to a prompt's row, whichever other prompts are asked."""
     language_model, tokenizer = load_language_model(model, loading), load_tokenizer(model)
@@ -43,4 +33,8 @@ def frozen_sampler(
         processes,
         by_row=True,
         cost=pass_cost_of(loading.runtime, processes.device),
+        min_new_tokens=settings.min_new_tokens,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_strings=settings.stop_strings,
     )

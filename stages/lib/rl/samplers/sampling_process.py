@@ -19,7 +19,7 @@ from stages.lib.data.prompts import Prompt
 from stages.lib.rl.samplers import sampling_worker
 from stages.lib.rl.samplers.sampler import SamplerError
 from stages.lib.rl.samplers.sampling_worker import Drawn, SamplerStart
-from stages.lib.rl.samplers.vllm_process import LAUNCH_VARIABLES, end_group, end_with_parent
+from stages.lib.rl.samplers.vllm_process import LAUNCH_VARIABLES, end_after_parent, end_group
 
 PROJECT = Path(__file__).resolve().parents[4]
 
@@ -45,7 +45,7 @@ class SamplingProcess:
             stdout=subprocess.PIPE,
             env=own,
             start_new_session=True,  # Ctrl-C is for the stage
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_after_parent if sys.platform == "linux" else None,
         )
         self.end = weakref.finalize(self, end_group, self.process)
         self._write(start.line())

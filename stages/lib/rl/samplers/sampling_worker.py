@@ -74,7 +74,7 @@ def read_start(line: str) -> SamplerStart:
     return SamplerStart(**values)
 
 
-class Worker:
+class SamplingWorker:
     """The sampler, and the weights that it samples with."""
 
     def __init__(self, start: SamplerStart) -> None:
@@ -118,7 +118,7 @@ def main() -> None:
         out.flush()
 
     try:
-        worker = Worker(read_start(asked.readline()))
+        worker = SamplingWorker(read_start(asked.readline()))
         for line in asked:
             say({"drawn": worker.drawn(json.loads(line))})
     except BrokenPipeError:

@@ -11,9 +11,10 @@ from stages.lib.command.errors import StageError
 from stages.lib.data.prompts import Prompt
 from stages.lib.rl.episodes import Episode
 from stages.lib.rl.rewards.mixture import Mixture, MixturePart
-from stages.lib.rl.rewards.reward_metrics import reward_columns, reward_metrics, with_parts
+from stages.lib.rl.rewards.reward_metrics import reward_metrics, with_parts
 from stages.lib.rl.rewards.scoring import Failure, RewardScore
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.settings.reward_columns import reward_columns
 from stages.lib.settings.reward_part import RowsWhere
 
 FACTS: list[dict[str, Any]] = [{"task": "sums", "hard": True}, {"task": "tales", "hard": 1}, {"task": "sums"}]
@@ -74,9 +75,9 @@ def test_a_failure_stops_or_counts_as_missing() -> None:
     assert found.parts["late"][1] == LATE
     with pytest.raises(StageError, match=r"^row 11 of the prompts, response 'reply 1': the reward late fails: it took"):
         Mixture(parts | {"late": parts["late"]._replace(missing="stop")}).scored(EPISODES)
-    with pytest.raises(StageError, match=r"row 12 .* the reward model fails: it gives inf, which is no number"):
+    with pytest.raises(StageError, match=r"row 12 .* the reward model fails: it gives inf; expected a number within"):
         Mixture({"model": MixturePart(saying(1.0, 2.0, math.inf))}).scored(EPISODES)
-    with pytest.raises(StageError, match=r"row 12 .* fails: it gives -1e\+30 \(beyond ±1e\+09\), which is no number"):
+    with pytest.raises(StageError, match=r"row 12 .* fails: it gives -1e\+30; expected a number within ±1e\+09"):
         Mixture({"model": MixturePart(saying(1.0, 2.0, -1e30))}).scored(EPISODES)
 
 

@@ -200,8 +200,8 @@ def test_a_request_as_openrlhf_has_it(kept: KeptAnswers, monkeypatch: pytest.Mon
     [
         (Told({"rewards": [1.0]}), "error", "answers with 1 rewards to 3 responses"),
         (Told([1.0, 2.0]), "error", "answers with no list of rewards to 3 responses"),
-        (Told(b'{"rewards": [1.0, NaN, 2.0]}'), "error", "gives nan, which is no number to learn from"),
-        (Told({"rewards": [1.0, None, 2.0]}), "error", "gives None, which is no number to learn from"),
+        (Told(b'{"rewards": [1.0, NaN, 2.0]}'), "error", "gives nan; expected a number within ±1e+09"),
+        (Told({"rewards": [1.0, None, 2.0]}), "error", "gives None; expected a number within ±1e+09"),
         (Told({"rewards": [1.0, 10**400, 2.0]}), "error", "gives 1000"),
         (Told(b"[" * 100_000), "error", "answers with no JSON: '[[[["),
         (Told(b"<html>"), "error", "answers with no JSON: '<html>'"),

@@ -81,6 +81,20 @@ def test_a_phase_has_the_responses_of_the_weights_of_the_one_before() -> None:
     assert run.sampler.state_dict() == {}
 
 
+def test_a_phase_that_is_stopped_between_its_updates_and_its_evaluation_is_not_drawn_again() -> None:
+    whole, cut, resumed = Training(), Training(), Training()
+    for run in (whole, cut):
+        run.drawn()
+        run.learn()
+    cut.step = 0
+    state = cut.sampler.state_dict()
+    assert state["step"] == 1
+    resumed.sampler.load_state_dict(state)
+    assert resumed.sampler.state_dict() == state
+    resumed.learn()
+    assert resumed.drawn() == whole.drawn()
+
+
 @pytest.mark.parametrize("in_the_midst", [False, True])
 def test_a_checkpoint_holds_the_responses_of_the_phase_that_comes(in_the_midst: bool) -> None:
     """In the midst of a phase, before its updates, that is this one. The next one's are then drawn again."""
