@@ -15,9 +15,11 @@ from stages.lib.rl.samplers.sampling_worker import Drawn, SamplerStart, Sampling
 from stages.lib.settings.declaration import block
 from stages.lib.settings.dynamic_sampling import DynamicSampling
 from stages.lib.settings.engine_correction import NoEngineCorrection, SequenceTruncated
+from tests.lib.rl.samplers.vllm_stand_in import VllmStandIn
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import curve
-from tests.stages.tiny_pipeline import call, change, refusal
+from tests.stages.test_vllm_sampler import project
+from tests.stages.tiny_pipeline import call, change, read_yaml, refusal
 from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
@@ -50,9 +52,9 @@ def test_a_phase_is_drawn_while_the_one_before_is_learnt_from_and_a_kill_changes
     copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, whole, folder = "train_grpo@grpo", copy_of_tiny("whole"), copy_of_tiny()
-    for project in (whole, folder):
-        change(project / "params.yaml", {"train_grpo": {"grpo": AHEAD}})
-        change(project / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
+    for one in (whole, folder):
+        change(one / "params.yaml", {"train_grpo": {"grpo": AHEAD}})
+        change(one / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
     call(whole, stage)
     rows = curve(whole, "train_grpo")
     updates = rows["policy/updates"][0]
@@ -116,3 +118,20 @@ def test_what_cannot_be_drawn_ahead_is_refused(
     folder = copy_of_tiny()
     change(folder / "params.yaml", {"train_grpo": {"grpo": AHEAD | values}})
     assert message in refusal(folder, "train_grpo@grpo", capsys)
+
+
+def test_a_server_is_asked_a_phase_ahead(copy_of_tiny: Copy, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws with the weights that it was given before; a held-out evaluation, which changes them, waits for it."""
+    held_out = read_yaml(tiny / "params.yaml")["train_grpo"]["grpo"]["held_out"] | {"every": 1, "prompts": 4}
+    stage, found = "train_grpo@grpo", []
+    for name in ("whole", "killed"):
+        with VllmStandIn(tiny / "models/sft") as server:
+            folder = project(copy_of_tiny(name), server, **AHEAD, held_out=held_out)
+            if name == "killed":
+                cut_short(folder, stage, monkeypatch, after=1)
+            call(folder, stage)
+            found.append((server.asked, outs(folder, stage)))
+    rows = curve(folder, "train_grpo")
+    assert rows["engine/staleness"].tolist() == [0, rows["policy/updates"][0]]
+    assert rows["engine/logp_difference"][0] < 1e-4 < rows["engine/logp_difference"][1]
+    assert found[0] == found[1]  # nothing is asked for again, or written otherwise
