@@ -124,7 +124,6 @@ WITH_TERMS = {
         "off_policy_limit": 0.01,
     },
     "train_grpo, several rewards": {
-        # Of two rewards that are almost equal, standardising magnifies the rounding; four are seldom all so.
         "rollout_batch_size": 2,
         "samples_per_prompt": 4,
         "advantages": block(Gdpo),

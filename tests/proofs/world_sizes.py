@@ -52,6 +52,11 @@ HEADLINES = [
     "evaluate/ppo: gold_minus_reference_mean",
     "score_samples/ppo: reward_minus_reference_mean",
     "evaluate/ppo: kl_to_reference_mean",
+    "training/grpo: last_score_mean",
+    "training/grpo: last_kl_mean",
+    "evaluate/grpo: gold_minus_reference_mean",
+    "score_samples/grpo: reward_minus_reference_mean",
+    "evaluate/grpo: kl_to_reference_mean",
 ]
 HEAD = """# One process and two, beside three seeds
 

@@ -140,6 +140,6 @@ AREA = Area(
         *(found for one in untried() for found in of_each_key(one)),
     ),
     mutated=mutated,
-    share=0.1,
+    share=0.05,
     may_run_on=True,
 )
