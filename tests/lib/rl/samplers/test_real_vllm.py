@@ -129,7 +129,7 @@ def test_an_adapter_alone_cannot_be_verified_on_a_cpu(tmp_path: Path) -> None:
     policy = policy_of(tied, LORA)
     chosen = {"sampler": block(VllmSampling, pushes="adapter"), "lora": LORA.model_dump()}
     sampler = vllm_around(policy, tied, tmp_path, started(), TEXTS, **chosen)
-    with pytest.raises(SamplerError, match="vLLM server .* refuses /v1/completions: status 500"):
+    with pytest.raises(SamplerError, match=r"vLLM server .* refuses /v1/completions: status 500"):
         sampler.take_weights()
     assert sampler.weights.process is not None
     sampler.weights.process.end()
