@@ -57,7 +57,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
 
 .PHONY: help setup repro tokenize train-sft train-rm sample-pairs pass-rates ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
         report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview samples serve-rm test test-fast fuzz prove soak bench \
-        pass-cost losses seeds lint clean
+        pass-cost losses frontier seeds lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -215,6 +215,9 @@ pass-cost: $(VENV) ## Measure runtime.yaml: pass_cost on this machine: MODEL=mod
 
 losses: $(VENV) ## Train with every preference loss on the pairs here, and write benchmarks/loss_table.md
 	.venv/bin/python -m benchmarks.loss_table --seeds 18 --seeds 19
+
+frontier: $(VENV) ## Reward and gold utility against KL, of policies through training and of best-of-n: benchmarks/frontier.md
+	.venv/bin/python -m benchmarks.frontier
 
 seeds: $(VENV) ## Train DPO, PPO and GRPO with N seeds each (N=5), and print means with Student's intervals
 	.venv/bin/python -m stages.code_manifest

@@ -12,6 +12,7 @@ It fails unless SFT is done learning, and GRPO adds on every seed what SFT had l
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -36,9 +37,9 @@ from stages.lib.tasks.arithmetic import grade
 from stages.tools.use_profile import settings_of
 from tests.pipeline.graph import all_instances, load_graph
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, start, write_yaml
+from tests.stages.tiny_pipeline import PROJECT, script, stage_options, write_yaml
 
-K, SAMPLED = 8, 200  # samples of pass@k, and to how many of the prompts
+K, SAMPLED = 8, 100  # samples of pass@k, and to how many of the prompts
 LATER = "train_sft@rejection"
 EPOCH = {"model": "models/sft", "epochs": 1.0}
 HEAD = """# GRPO on arithmetic, and what else might have helped
@@ -104,14 +105,15 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
         done = folder / "done" / stage
         if done.exists():
             continue
-        process = start(folder, stage)
+        words = [sys.executable, "-m", f"stages.{script(stage)}", *stage_options(stage)]
+        own = {"PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
         before = children_seconds()
-        told, errors = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"{stage} failed:\n{told[-2000:]}{errors[-2000:]}")
+        ended = subprocess.run(words, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise SystemExit(f"{stage} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
         done.parent.mkdir(exist_ok=True)
         done.write_text(f"{children_seconds() - before:.1f}")
-        print(f"{stage}: {(told.splitlines() or [''])[-1]}", flush=True)
+        print(f"{stage}: {(ended.stdout.splitlines() or [''])[-1]}", flush=True)
 
 
 def children_seconds() -> float:
@@ -193,7 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, policies = options.folder.resolve(), [f"grpo-{seed}" for seed in options.seeds]
     run(folder, settings_with(options.seeds))
-    taken = {"sft": (), "epoch": ("train_sft@epoch",), "continued": ("train_sft@continued",)}
+    taken = {"sft": (), "epoch": (), "continued": ("train_sft@continued",)}
     taken |= {"rejection": ("sample_pairs@right", "train_sft@rejection")}
     taken |= {name: (f"train_grpo@{name}",) for name in policies}
     found = {name: measured(folder, name) for name in taken}

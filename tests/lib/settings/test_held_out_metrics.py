@@ -20,7 +20,7 @@ def compared_by(section: str, metric: str, **entry: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("section", ["train_ppo", "train_grpo"])
-def test_a_metric_that_there_is_not_is_refused_before_anything_runs(section: str) -> None:
+def test_an_unknown_metric_is_refused_before_anything_runs(section: str) -> None:
     require_held_out_metrics(compared_by(section, "response/length"))
     message = (
         rf"^params\.yaml: {section}\..*\.held_out\.best_by\.metric: there is no metric 'response/lenght' here; did"

@@ -96,7 +96,11 @@ SAME = "has prompts of round 1 of 500 prompts of sample_pairs.first, on which mo
             "models/rm",
             "reward_model names model itself, so that none takes part; then rewards",
         ),
-        ("sample_pairs.second.reward_model", "models/sft", "expected a reward model, and models/sft"),
+        (
+            "sample_pairs.second.reward_model",
+            "models/sft",
+            "expected a reward model or an ensemble of reward models, and",
+        ),
         ("sample_pairs.first.samples_per_prompt", 1, "sample_pairs.first.samples_per_prompt must be at least 2"),
         ("sample_pairs.first.round", 0, "sample_pairs.first.round must be at least 1"),
         ("sample_pairs.first.split", "test", "sample_pairs.first.split: 'test' (str) is not one of: train, validation"),
