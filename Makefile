@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (what makes .venv), ONLY=1, GPUS=n, REV=…, PROFILE=…, FORCE=1, OUT=…,
 # KEY=…, KIND=…, ROW=n, SPLIT=…, TOKENS=…, MINUTES=n, STAGE=…, CASES=n, SEED=n, DATA=…, MODEL=…, LABEL=…,
-# PORT=n, OF=…, SORT=…, WHERE=…, COUNT=n.
+# PORT=n, OF=…, SORT=…, WHERE=…, COUNT=n, N=n.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -9,10 +9,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TORCHRUN := torchrun --standalone --nproc_per_node
 # What a user gives is text: no `$` in it is make's, and a recipe takes it from the environment, not from its own line.
 USER_VARIABLES := PYTHON ONLY GPUS REV PROFILE FORCE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT
-USER_VARIABLES += OF SORT WHERE COUNT
+USER_VARIABLES += OF SORT WHERE COUNT N
 MINUTES ?= 240
+N ?= 5
 $(foreach name,$(USER_VARIABLES),$(eval override $(name) := $$(value $(name))))
-export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT OF SORT WHERE COUNT
+export PYTHON REV PROFILE OUT KEY MINUTES STAGE KIND ROW SPLIT TOKENS DATA MODEL LABEL PORT OF SORT WHERE COUNT N
 quoted = '$(subst ','\'',$(1))'
 # GPUS=n starts the stages that compute on n processes of this machine. It changes no stage's identity.
 ifneq ($(GPUS),)
@@ -56,7 +57,7 @@ repro = .venv/bin/python -m stages.tools.mend_lock && $(if $(ONLY),$(dvc_repro) 
 
 .PHONY: help setup repro tokenize train-sft train-rm sample-pairs pass-rates ref-logprobs train-dpo train-unpaired train-ppo train-grpo evaluate \
         report ppo grpo dpo metrics metrics-diff plots dag status lineage use fetch explain schemas join preview samples serve-rm test test-fast fuzz prove soak bench \
-        pass-cost losses lint clean
+        pass-cost losses frontier seeds lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -214,6 +215,13 @@ pass-cost: $(VENV) ## Measure runtime.yaml: pass_cost on this machine: MODEL=mod
 
 losses: $(VENV) ## Train with every preference loss on the pairs here, and write benchmarks/loss_table.md
 	.venv/bin/python -m benchmarks.loss_table --seeds 18 --seeds 19
+
+frontier: $(VENV) ## Reward and gold utility against KL, of policies through training and of best-of-n: benchmarks/frontier.md
+	.venv/bin/python -m benchmarks.frontier
+
+seeds: $(VENV) ## Train DPO, PPO and GRPO with N seeds each (N=5), and print means with Student's intervals
+	.venv/bin/python -m stages.code_manifest
+	.venv/bin/python -m stages.tools.repeat_seeds --count "$$N"
 
 lint: $(VENV) ## Check style, format and types
 	.venv/bin/ruff check benchmarks rewards stages tests

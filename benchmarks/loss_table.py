@@ -67,7 +67,7 @@ LOSSES: dict[str, Loss] = SINGLE | {
         },
     ),
 }
-HEAD = """# Every preference loss on the same pairs
+HEAD = """# Preference losses on the same pairs
 
 Written by `make losses`. {rows} pairs, {steps} steps of {batch_size} pairs. Each loss has its own defaults;
 the learning rate, {learning_rate}, is the same for all. Gold: the utility that the task gives to replies to test
@@ -176,7 +176,16 @@ def table_text(results: Mapping[str, tuple[str, dict[str, Any]]]) -> str:
         learning_rate=settings["optimizer"]["learning_rate"],
     )
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(name, found) for name, found in results.values())]
-    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return head + told(results) + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def told(results: Mapping[str, tuple[str, dict[str, Any]]]) -> str:
+    """Which entries do not beat SFT in gold, or that all do; nothing where no gold is known."""
+    lows = {entry: found["evaluate"].get("gold_minus_reference_ci_low") for entry, (_, found) in results.items()}
+    if None in lows.values():
+        return ""
+    others = [entry for entry, low in lows.items() if low <= 0]
+    return f"Not above SFT with their interval: {', '.join(others)}.\n\n" if others else "All are above SFT.\n\n"
 
 
 def best_of(results: Mapping[str, tuple[str, dict[str, Any]]], count: int) -> list[str]:

@@ -12,6 +12,7 @@ It fails unless SFT is done learning, and GRPO adds on every seed what SFT had l
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -36,22 +37,22 @@ from stages.lib.tasks.arithmetic import grade
 from stages.tools.use_profile import settings_of
 from tests.pipeline.graph import all_instances, load_graph
 from tests.proofs.measured_commit import measured_commit
-from tests.stages.tiny_pipeline import PROJECT, start, write_yaml
+from tests.stages.tiny_pipeline import PROJECT, script, stage_options, write_yaml
 
-K, SAMPLED = 8, 200  # samples of pass@k, and to how many of the prompts
+K, SAMPLED = 8, 100  # samples of pass@k, and to how many of the prompts
 LATER = "train_sft@rejection"
 EPOCH = {"model": "models/sft", "epochs": 1.0}
 HEAD = """# GRPO on arithmetic, and what else might have helped
 
 The profile `arithmetic` at commit {commit}; `make prove` makes this table again. Right answers to {prompts} test
-prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval. Of {sampled}
-of the prompts {k} samples each were drawn at temperature 1: the share of samples that are right, and pass@{k}, that
-of prompts with a right one. "Worked" is the share of greedy answers that write steps down, and then how many of those
-are right. Harder: greedy on {harder} problems of three steps, which nobody was trained on. Time is that of training and
-sampling.
+prompts, greedy; "over SFT" is the mean difference on the same prompts, in points, with its 95 % interval; "worked" is
+the share of greedy answers that write steps down. To {sampled} of the prompts {k} samples each were drawn at
+temperature 1: the share of them that are right, that of prompts with a right one (pass@{k}), and that of right ones
+among those that write steps down, so how well they are worked, however often. Harder: greedy, on {harder} problems of
+three steps, of which there were none in training. Time is that of training and sampling after SFT.
 
-| policy | greedy | over SFT | samples | pass@{k} | worked, right if worked | harder | minutes of CPU |
-|---|---|---|---|---|---|---|---|
+| policy | greedy | over SFT | worked | samples | pass@{k} | right if worked | harder | minutes of CPU |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -59,8 +60,9 @@ class Measured(NamedTuple):
     """What a policy answers to test prompts."""
 
     greedy: list[float]  # grades, prompt by prompt
-    worked: list[bool]
+    worked: list[bool]  # which greedy answers write steps down
     sampled: list[list[float]]  # grades of K samples of each
+    worked_samples: list[float]  # grades of those that write steps down
     harder: list[float]
 
     @property
@@ -103,14 +105,15 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
         done = folder / "done" / stage
         if done.exists():
             continue
-        process = start(folder, stage)
+        words = [sys.executable, "-m", f"stages.{script(stage)}", *stage_options(stage)]
+        own = {"PYTHONPATH": str(PROJECT), "STAGEWISE_SCRATCH": str(folder / ".scratch")}
         before = children_seconds()
-        told, errors = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"{stage} failed:\n{told[-2000:]}{errors[-2000:]}")
+        ended = subprocess.run(words, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise SystemExit(f"{stage} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
         done.parent.mkdir(exist_ok=True)
         done.write_text(f"{children_seconds() - before:.1f}")
-        print(f"{stage}: {(told.splitlines() or [''])[-1]}", flush=True)
+        print(f"{stage}: {(ended.stdout.splitlines() or [''])[-1]}", flush=True)
 
 
 def children_seconds() -> float:
@@ -142,11 +145,18 @@ def measured(folder: Path, name: str) -> Measured:
         return [episode.ended * grade(episode.prompt, episode.text) for episode in episodes]
 
     usual, harder = test_prompts(folder).values()
-    greedy, sampled = answers(usual, 0.0, 1), grades(answers(usual[:SAMPLED], 1.0, K))
-    groups = [sampled[start : start + K] for start in range(0, len(sampled), K)]
+    greedy, samples = answers(usual, 0.0, 1), answers(usual[:SAMPLED], 1.0, K)
     return Measured(
-        grades(greedy), ["\n" in episode.text for episode in greedy], groups, grades(answers(harder, 0.0, 1))
+        greedy=grades(greedy),
+        worked=[is_worked(episode) for episode in greedy],
+        sampled=[grades(samples[start : start + K]) for start in range(0, len(samples), K)],
+        worked_samples=grades([episode for episode in samples if is_worked(episode)]),
+        harder=grades(answers(harder, 0.0, 1)),
     )
+
+
+def is_worked(episode: Episode) -> bool:
+    return "\n" in episode.text
 
 
 def gain(own: Measured, sft: Measured) -> tuple[float, float, float]:
@@ -156,16 +166,16 @@ def gain(own: Measured, sft: Measured) -> tuple[float, float, float]:
 
 
 def minutes(folder: Path, *stages: str) -> str:
-    return f"{sum(float((folder / 'done' / stage).read_text()) for stage in stages) / 60:.1f}"
+    """Of CPU, that stages took."""
+    return f"{sum(float((folder / 'done' / stage).read_text()) for stage in stages) / 60:.1f}" if stages else ""
 
 
 def row_of(name: str, own: Measured, sft: Measured, time_taken: str) -> str:
     over = "" if own is sft else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in gain(own, sft)))
-    if_worked = [grade for grade, worked in zip(own.greedy, own.worked, strict=True) if worked]
     shares = (mean(own.greedy), mean([mean(group) for group in own.sampled]), own.pass_at_k)
     greedy, samples, pass_at_k = (f"{share:.1%}" for share in shares)
-    worked = f"{mean(own.worked):.0%}, {mean(if_worked):.0%}"
-    cells = (name, greedy, over, samples, pass_at_k, worked, f"{mean(own.harder):.1%}", time_taken)
+    worked, if_worked = f"{mean(own.worked):.0%}", f"{mean(own.worked_samples):.1%}"
+    cells = (name, greedy, over, worked, samples, pass_at_k, if_worked, f"{mean(own.harder):.1%}", time_taken)
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -185,7 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, policies = options.folder.resolve(), [f"grpo-{seed}" for seed in options.seeds]
     run(folder, settings_with(options.seeds))
-    taken = {"sft": ("train_sft@sft",), "epoch": ("train_sft@epoch",), "continued": ("train_sft@continued",)}
+    taken = {"sft": (), "epoch": (), "continued": ("train_sft@continued",)}
     taken |= {"rejection": ("sample_pairs@right", "train_sft@rejection")}
     taken |= {name: (f"train_grpo@{name}",) for name in policies}
     found = {name: measured(folder, name) for name in taken}

@@ -57,12 +57,13 @@ DATASET = "plain_text/train.jsonl"
 SHOWN = 4  # prompts whose responses the table shows
 HEAD = """# Positive film reviews by PPO
 
-The profile `{profile}` at commit {commit}, made smaller: {iterations} phases, learning rate {learning_rate}, and a
-language model of {parameters:,} parameters that was trained on reviews here; `make prove` makes this table again. The
-reward is the logit POSITIVE of a classifier that is right about {accuracy:.1%} of unseen sentences. The judge's logit
-is POSITIVE less NEGATIVE of a classifier of other reviews, right about {judge_accuracy:.1%}. What PPO adds is the mean
-difference between its responses and those of the model before it to the same {prompts} test prompts, with the 95 %
-interval; "better" is how often the reward is higher. KL is in nats a response.
+The profile `{profile}` at commit {commit}, made smaller: {iterations} phases, learning rate {learning_rate}, the KL's
+first coefficient {coef}, and a language model of {parameters:,} parameters that was trained on reviews here; `make
+prove` makes this table again. The reward is the logit POSITIVE of a classifier that is right about {accuracy:.1%} of
+unseen sentences. The judge's logit is POSITIVE less NEGATIVE of a classifier of other reviews, right about
+{judge_accuracy:.1%}. What PPO adds is the mean difference between its responses and those of the model before it to
+the same {prompts} test prompts, with the 95 % interval; "better" is how often the reward is higher. KL is in nats a
+response.
 
 | seed | reward before | PPO adds | better | judge before | PPO adds | judged positive before, after | KL |
 |---|---|---|---|---|---|---|---|
@@ -220,6 +221,7 @@ def main() -> None:
         commit=measured_commit(),
         iterations=ppo["iterations"],
         learning_rate=ppo["policy_optimizer"]["learning_rate"],
+        coef=ppo["kl"]["controller"]["coef"],
         parameters=sum(weight.numel() for weight in load_file(base / "model.safetensors").values()),
         accuracy=right["reward"],
         judge_accuracy=right["judge"],

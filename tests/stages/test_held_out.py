@@ -24,7 +24,7 @@ from stages.lib.settings.rewards import RepetitionReward
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.test_training import curve, metrics, weights
 from tests.stages.tiny_pipeline import call, change, change_entries, read_yaml, refusal, write_yaml
-from tests.tables import rollout_rows
+from tests.tables import rewrite, rollout_rows
 from tests.tiny_models import CPU
 
 Copy = Callable[..., Path]
@@ -151,6 +151,23 @@ def test_one_of_several_rewards_may_say_what_is_best(copy_of_tiny: Copy, capsys:
     mean = -sum(shares) / len(shares)
     assert curve(folder, "train_grpo")["validation/rewards/repeats"][0] == pytest.approx(mean, abs=1e-6)
     assert metrics(folder, "train_grpo")["validation_rewards_repeats"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_each_source_has_its_own_mean(copy_of_tiny: Copy) -> None:
+    """Of validation prompts that are said to come from two."""
+    folder = evaluated(copy_of_tiny(), "train_grpo", {"iterations": 1})
+    path = folder / "data/tokens/validation/prompts.arrow"
+    rewrite(path, PROMPT_SCHEMA, lambda columns: columns | {"source": ["one", "two"] * (len(columns["row"]) // 2)})
+    call(folder, "train_grpo")
+    found, row, results = (
+        held_out_rows(folder, "train_grpo"),
+        curve(folder, "train_grpo").loc[0],
+        metrics(folder, "train_grpo"),
+    )
+    assert found["source"].value_counts().to_dict() == {"one": 3, "two": 2}
+    for source, rows in found.groupby("source"):
+        assert row[f"validation/rewards/reward_model/{source}"] == pytest.approx(rows["score"].mean(), abs=1e-6)
+        assert results[f"validation_rewards_reward_model_{source}"] == pytest.approx(rows["score"].mean(), abs=1e-6)
 
 
 def test_evaluations_differ_by_the_weights_alone(copy_of_tiny: Copy) -> None:

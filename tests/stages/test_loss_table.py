@@ -30,6 +30,14 @@ def test_the_best_are_those_of_the_highest_gold() -> None:
     assert list(loss_table.entries(["b"], [None, 5])) == [("b", "b", None), ("b-5", "b", 5)]
 
 
+def test_what_does_not_beat_sft_is_said() -> None:
+    lows = {"a": 0.5, "b": 0.0, "b-18": -0.25}
+    results = {entry: (entry[0], {"evaluate": {"gold_minus_reference_ci_low": low}}) for entry, low in lows.items()}
+    assert loss_table.told(results) == "Not above SFT with their interval: b, b-18.\n\n"
+    assert loss_table.told({"a": results["a"]}) == "All are above SFT.\n\n"
+    assert loss_table.told(results | {"c": ("c", {"evaluate": {}})}) == ""
+
+
 @pytest.mark.slow
 def test_a_table_is_written_and_goes_on_where_it_was(copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of_tiny()

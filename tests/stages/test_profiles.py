@@ -48,7 +48,7 @@ def shortened(settings: Any, section: str = "") -> Any:
     """The settings of a profile with everything in them that takes long made small."""
     if not isinstance(settings, dict):
         return deepcopy(settings)  # or YAML would write an alias where two entries share a default
-    short = SHORT | (RL if section in ("train_ppo", "train_grpo") else {"max_new_tokens": 16})
+    short = SHORT | (RL if section in ("train_ppo", "train_grpo") else {"max_new_tokens": 16, "min_new_tokens": 16})
     found = {name: shortened(value, section or name) for name, value in settings.items()}
     found |= {name: type(settings[name] or 0)(short[name]) for name in found.keys() & short.keys() if found[name] != 0}
     if "rollout_batch_size" in found:

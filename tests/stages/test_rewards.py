@@ -265,6 +265,25 @@ def test_a_function_and_what_it_imports_are_in_the_manifests_of_those_who_call_i
         assert check_settings() == []
 
 
+def test_a_file_that_a_function_reads_is_part_of_its_code(project: Path) -> None:
+    words = project / "rewards/lists/words.txt"
+    with_rewards(project, "train_grpo", rewards={"own": function("film", files=["rewards/lists/words.txt"])})
+    with (
+        inside(project),
+        pytest.raises(StageError, match=r"rewards\.own\.files: the file rewards/lists/words\.txt does not"),
+    ):
+        check_settings()
+    words.parent.mkdir()
+    found = []
+    for text in ("one", "one", "two"):
+        words.write_text(text)
+        with inside(project):
+            assert check_settings() == []
+            found.append({name: text for name, text in manifests().items() if "rewards/lists/words.txt" in text})
+    assert [*found[0]] == ["train_grpo"]
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -296,6 +315,8 @@ def test_the_gold_utility_is_no_reward(project: Path, code: str | None, message:
         ({"reward_model_weight": 0.0}, "reward_model_weight is 0, so rewards must have one of a weight"),
         ({"rewards": {"reward_model": function("film")}}, "rewards must not have the name reward_model"),
         ({"rewards": {"own": function("film", path="../own.py:film")}}, "rewards.own.path"),
+        ({"rewards": {"own": function("film", files=["rewards/../params.yaml"])}}, "rewards.own.files"),
+        ({"rewards": {"own": function("film", files=["data/words.txt"])}}, "rewards.own.files"),
         ({"rewards": {"own": {"type": "function", "pattern": "x"}}}, "rewards.own"),
         ({"rewards": {"length": {"type": "cosine_length"}}}, "rewards.length"),
         (

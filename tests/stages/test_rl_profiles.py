@@ -58,7 +58,9 @@ def test_gpt2_imdb(tmp_path: Path) -> None:
     rollouts = rollout_rows(project, "ppo")
     assert {len(rollout["response_ids"]) for rollout in rollouts} == {16}
     assert not any(rollout["ended"] for rollout in rollouts)
-    prompts = [row["prompt"] for row in rows(project / "data/samples/ppo.jsonl")]
+    samples = rows(project / "data/samples/ppo.jsonl")
+    assert {row["length"] for row in samples} == {16}
+    prompts = [row["prompt"] for row in samples]
     assert all(any(text.startswith(prompt) for text, _ in of[:ROWS]) for prompt in prompts)
     assert metrics(project, "score_samples/ppo")["prompts"] == PROMPTS
     assert "positive" in (project / "metrics/report.html").read_text()

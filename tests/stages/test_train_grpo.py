@@ -21,6 +21,7 @@ from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
 from stages.lib.settings.truncated import FixedScore
+from stages.train_grpo import penalised_scores
 from tests.lib.rl.test_rollouts import read
 from tests.loaded_python import torchrun
 from tests.stages.test_resume import cut_short, outs
@@ -88,6 +89,12 @@ def test_groups_without_variance_move_nothing_but_the_kl_does() -> None:
     nothing = torch.zeros_like(rollouts.logps)
     assert loss_at(rollouts, nothing, kl_coef=0.0)[1].count_nonzero() == 0
     assert loss_at(rollouts, nothing, kl_coef=0.1)[1].count_nonzero() > 0
+
+
+def test_scores_are_clipped_before_a_penalty_is_taken_off() -> None:
+    """Of 0.5, 1.5 and 2.5, of which the last did not end."""
+    rewards = penalised_scores(grpo_settings(score_clip=1.0), read(1000, packing=False))
+    assert rewards.tolist() == [0.5, 1.0, -1.0]
 
 
 def test_every_sample_is_published_and_samples_differ(tiny: Path) -> None:

@@ -14,6 +14,7 @@ from stages.lib.rl.learner import Learner
 from stages.lib.settings.declaration import block
 from stages.lib.settings.sampler import VllmSampling
 from tests.lib.rl.samplers.vllm_stand_in import VllmStandIn, settings_of
+from tests.proofs.tiny_projects import remove_outs
 from tests.stages.test_resume import cut_short, outs
 from tests.stages.tiny_pipeline import call, change_entries, read_yaml, refusal, write_yaml
 
@@ -32,34 +33,26 @@ def project(folder: Path, server: VllmStandIn, **changed: Any) -> Path:
     return folder
 
 
-def test_a_killed_run_goes_on_with_the_responses_that_it_had(
-    copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch, tiny: Path
+def test_a_dead_server_and_a_kill_lose_no_response(
+    copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tiny: Path
 ) -> None:
-    with VllmStandIn(tiny / "models/sft") as server:
+    sft = tiny / "models/sft"
+    with VllmStandIn(sft) as server:
         whole = project(copy_of_tiny("whole"), server)
         call(whole, STAGE)
-        asked = server.asked
-    assert asked == 2 * 2  # requests of a phase of four prompts
+    assert server.asked == 2 * 2  # requests of a phase of four prompts
     assert server.pushes == 2
-    with VllmStandIn(tiny / "models/sft") as server:
-        killed = project(copy_of_tiny("killed"), server)
-        cut_short(killed, STAGE, monkeypatch, after=6, kind=Learner, method="update")  # in the second phase
-        assert server.asked == asked
-        call(killed, STAGE)
-        assert server.asked == asked
-        assert server.pushes == 3  # once more to be sure
-    assert outs(killed, STAGE) == outs(whole, STAGE)
-
-
-def test_a_server_that_dies_ends_the_stage_in_one_line_and_no_response_is_lost(
-    copy_of_tiny: Copy, capsys: pytest.CaptureFixture, tiny: Path
-) -> None:
-    folder = copy_of_tiny()
-    with VllmStandIn(tiny / "models/sft", dies_at=3) as server:  # at the second request of the second phase
+    folder = copy_of_tiny("cut")
+    with VllmStandIn(sft, dies_at=3) as server:  # at the second request of the second phase
+        remove_outs(folder, STAGE)
         said = refusal(project(folder, server), STAGE, capsys)
     assert f"error: vLLM server {server.address} does not answer /v1/completions: " in said
     assert said.endswith("The responses to 2 of 4 prompts of this phase are kept")
-    with VllmStandIn(tiny / "models/sft") as server:
-        call(project(folder, server), STAGE)
-    assert server.asked == 1
-    assert "resuming from step 1" in capsys.readouterr().out
+    with VllmStandIn(sft, asked=3) as server:
+        cut_short(project(folder, server), STAGE, monkeypatch, after=2, kind=Learner, method="update")
+        assert "resuming from step 1" in capsys.readouterr().out
+        assert server.asked == 4
+        call(folder, STAGE)
+        assert server.asked == 4
+        assert server.pushes == 2  # to be sure, in each start
+    assert outs(folder, STAGE) == outs(whole, STAGE)

@@ -30,7 +30,9 @@ EXPECTED = {
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]*$"
 TEMPLATE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja$"
 FUNCTION_PATH = r"^rewards/(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py:[A-Za-z_]\w*$"
+REWARD_FILE = r"^rewards/(?:[\w-][\w.-]*/)*[\w-][\w.-]*$"
 OF_PATTERNS = {
+    REWARD_FILE: "the path of a file below rewards/, such as rewards/words.txt",
     FUNCTION_PATH: "a file and a function in it, such as rewards/example.py:score",
     NAME: "a name of letters, digits, _ and -",
     TEMPLATE_NAME: "the name of a file, of letters, digits, _, - and ., that ends in .jinja",

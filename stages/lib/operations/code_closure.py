@@ -79,7 +79,7 @@ def running_hash() -> str:
 def running_manifest() -> str | None:
     """The manifest of the stage that this process was started as, or None if it was started as something else.
 
-    With the reward functions that the one on disk lists: settings choose them, and so it does not follow from the code.
+    With the reward functions, and what they read, that the one on disk lists: settings choose them, not the code.
     """
     name = _own_name()
     if not name:
@@ -120,7 +120,8 @@ def require_recorded_code() -> None:
     if not stage or own is None or not manifest.is_file():
         return
     differing = differing_files(manifest.read_text(encoding="utf-8"), own)
-    differing = [file for file in differing if file.endswith(".py")]  # templates that settings choose are data
+    # Templates that settings choose are data.
+    differing = [file for file in differing if file.endswith(".py") or file.startswith(f"{REWARDS}/")]
     if differing:
         raise StageError(
             f"{differing[0]} is not what {manifest} says, which DVC records for {stage}: it was edited after this run "

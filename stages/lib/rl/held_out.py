@@ -60,7 +60,7 @@ def held_out_columns(settings: Evaluated, path: Path, where: str) -> tuple[str, 
         path: of the prompts' token table.
         where: the entry of params.yaml, for messages.
     Raises:
-        StageError: there is no such metric as evaluations are compared by, or the table is of another tokenizer.
+        StageError: evaluations are compared by an unknown metric, or the table is of another tokenizer.
     """
     if settings.held_out is None:
         return ()

@@ -35,7 +35,7 @@ def held_out_metrics(parts: Sequence[str], sources: Iterable[str], *, has_refere
 
 
 def require_compared_metric(held_out: HeldOutSettings, metrics: Sequence[str], key: str) -> None:
-    """Raise StageError, naming the entry `key`, if evaluations are compared by a metric that there is not."""
+    """Raise StageError, naming the entry `key`, if evaluations are compared by an unknown metric."""
     name = held_out.best_by.metric
     if name not in metrics:
         raise StageError(

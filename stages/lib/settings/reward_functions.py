@@ -11,7 +11,7 @@ MEASURES = "stages/lib/tasks/"  # what is never trained on
 
 
 def reward_files(rewards: Mapping[str, RewardPart], key: str) -> list[str]:
-    """The files of the functions among some rewards, with what they import of ours, sorted.
+    """The files of the functions among some rewards, with what they import of ours and say that they read, sorted.
 
     Args:
         key: of the rewards in params.yaml.
@@ -22,6 +22,10 @@ def reward_files(rewards: Mapping[str, RewardPart], key: str) -> list[str]:
     for name, reward in rewards.items():
         if isinstance(reward, FunctionReward):
             found.update(files_of_function(reward.path, f"params.yaml: {key}.{name}.path"))
+            for file in reward.files:
+                if not Path(file).is_file():
+                    raise StageError(f"params.yaml: {key}.{name}.files: the file {file} does not exist")
+                found.add(file)
     return sorted(found)
 
 

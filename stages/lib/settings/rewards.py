@@ -7,14 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from stages.lib.command.wrong_values import FUNCTION_PATH
-from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Text
+from stages.lib.command.wrong_values import FUNCTION_PATH, REWARD_FILE
+from stages.lib.settings.bounds import Count, Name, NotNegative, Positive, Several, Text
 from stages.lib.settings.declaration import key
 from stages.lib.settings.reward_part import RewardPart, RowsWhere, Weight
 from stages.lib.settings.reward_reading import RewardSettings
 from stages.lib.settings.served_rewards import JudgeReward, RemoteReward
 
 REWARD_MODEL, SUM = "reward_model", "sum"  # names of the reward model, and of the sum, among rewards
+DataFile = Annotated[str, StringConstraints(pattern=REWARD_FILE, max_length=500)]
 FunctionPath = Annotated[str, StringConstraints(pattern=FUNCTION_PATH, max_length=500)]
 
 
@@ -23,6 +24,9 @@ class FunctionReward(RewardPart):
 
     type: Literal["function"] = key("function", "a Python function below rewards/")
     path: FunctionPath = key("rewards/example.py:score", "file and function")
+    files: Several[DataFile] = key(
+        [], "what it reads of rewards/, such as [rewards/words.txt]: other contents count as another function"
+    )
     seconds: Positive = key(10.0, "for one response; what takes longer is ended", unit="seconds")
 
 

@@ -51,10 +51,22 @@ class SamplingSettings(DrawingSettings):
         "policy; the curve has both sides' difference as engine/…",
     )
 
+    asynchronous: bool = key(
+        False,
+        "draw a phase's responses while the phase before is learnt from, beside the updates: by weights that are a "
+        "phase old (engine/staleness), for which engine_correction or reuse_sampler_logps makes up; our own sampler "
+        "does so in a process of its own (runtime.yaml: sampling_process)",
+    )
+
     @property
     def keeps_engine_logps(self) -> bool:
         """Whether responses come with the sampler's log-probs, to be compared with the policy's own."""
-        return self.engine_correction.type != "none" or self.sampler.type != "own"
+        return self.engine_correction.type != "none" or (self.sampler.type != "own" and self.draws_from_all)
+
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether every token may be drawn at any place: an engine's log-probs are of those that may be drawn."""
+        return self.top_k is None and self.top_p == 1 and self.min_new_tokens <= 1
 
     @model_validator(mode="after")
     def _check_engine_correction(self) -> "SamplingSettings":
@@ -73,11 +85,33 @@ class SamplingSettings(DrawingSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_asynchronous(self) -> "SamplingSettings":
+        if not self.asynchronous:
+            return self
+        if self.engine_correction.type == "none" and not self.reuse_sampler_logps:
+            raise ValueError(
+                "asynchronous: responses are of weights a phase old: set an engine_correction, such as of type "
+                "token_truncated, or reuse_sampler_logps: true, which takes ratios to the policy that sampled"
+            )
+        if self.sampler.type == "transformers":
+            raise ValueError(
+                "asynchronous: a sampler of type transformers draws with the model that is trained; set own or vllm"
+            )
+        if getattr(self, "dynamic_sampling", None) is not None:
+            raise ValueError(
+                "asynchronous: which prompts a phase asks must be known before the phase before is over, and "
+                "dynamic_sampling asks further ones; set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sampling(self) -> "SamplingSettings":
         if self.reuse_sampler_logps and self.sampler.type != "own":
             raise ValueError(
                 f"reuse_sampler_logps: a sampler of type {self.sampler.type} gives no entropies; set it to false"
             )
+        if self.sampler.type == "transformers" and (self.stop_strings or self.min_new_tokens):
+            raise ValueError("sampler: transformers knows no stop_strings and no min_new_tokens: set [] and 0")
         if self.sampler.type == "vllm" and self.sampler.pushes == "adapter" and getattr(self, "lora", None) is None:
             raise ValueError("sampler.pushes: adapter needs one, and lora is null; set weights")
         return self

@@ -16,6 +16,8 @@ from stages.lib.settings.bounds import (
 from stages.lib.settings.critic import Critic, SeparateCritic, SharedTrunk
 from stages.lib.settings.declaration import block, key
 from stages.lib.settings.entropy_bonus import EntropyBonus, NoEntropyBonus
+from stages.lib.settings.kl_controller import FixedKl
+from stages.lib.settings.kl_penalty import KlInReward, KlPenalty
 from stages.lib.settings.lora import LoraSettings
 from stages.lib.settings.optimizer import OptimizerSettings
 from stages.lib.settings.policy_loss import ClipLoss
@@ -61,6 +63,7 @@ class TrainPpo(PolicyTraining):
         PROMPTS,
         f"what ptx reads: train/sft.arrow of a folder of tokens; with ptx: null, {PROMPTS}, which is read anyway",
     )
+    kl: KlPenalty = key(block(KlInReward, controller=block(FixedKl, coef=0.4)), "where the KL to the reference acts")
     max_kl: Positive | None = key(
         None,
         "training ends where the mean KL of a phase to the reference is above this, with the weights of the last phase "
@@ -97,7 +100,7 @@ class TrainPpo(PolicyTraining):
         "serve as reference and reward model where these are the same models",
     )
     policy_optimizer: OptimizerSettings = key(
-        block(OptimizerSettings, learning_rate=2e-4, schedule="linear", warmup_ratio=0.1, epsilon=1e-5),
+        block(OptimizerSettings, learning_rate=4e-4, schedule="linear", warmup_ratio=0.1, epsilon=1e-5),
         "of the policy. warmup_ratio: in the default run its first phase, which else takes it several times as far as "
         "later ones (policy/approxkl), since Adam's first steps are all of full length. epsilon: that of arXiv "
         "2403.17031, which damps weights with hardly any gradient",

@@ -41,9 +41,13 @@ def odd_rows_differ(episodes: Sequence[Episode]) -> list[float | None]:
     ]
 
 
-def group_sampling(filtering: dict[str, Any] | None, reward: Any = odd_rows_differ, size: int = 4) -> GroupSampling:
+def group_sampling(
+    filtering: dict[str, Any] | None, reward: Any = odd_rows_differ, size: int = 4, score_clip: float | None = None
+) -> GroupSampling:
     settings = {"rollout_batch_size": size, "samples_per_prompt": 2, "minibatch_size": 4, "dynamic_sampling": filtering}
-    entry = TrainGrpo.model_validate(block(TrainGrpo, **settings, truncated=block(MissingEos, penalty=0.0)))
+    entry = TrainGrpo.model_validate(
+        block(TrainGrpo, **settings, score_clip=score_clip, truncated=block(MissingEos, penalty=0.0))
+    )
     model = tiny_llama()
     policy = TrainedPolicy(model, cast(Any, None), cast(Any, TokenLogProbs(model, with_entropies=True)), None)
     collector = Collector(sampler(model, max_new_tokens=3, by_row=False), reward, policy, None, batching(1000))
@@ -116,6 +120,15 @@ def test_where_no_group_is_kept_the_rollouts_are_all_of_them() -> None:
     filtering = {"refill_rounds": 1, "above": None, "below": None}
     phase = group_sampling(filtering, lambda episodes: [0.5] * len(episodes)).phase(0)
     assert (phase.asked, phase.kept, len(phase.rollouts.episodes)) == (8, 0, 16)
+
+
+def test_scores_that_are_alike_where_they_are_clipped_teach_nothing() -> None:
+    filtering = {"refill_rounds": 0, "above": None, "below": None}
+    phase = group_sampling(filtering, lambda episodes: [2.0 + episode.sample for episode in episodes], score_clip=1.0)
+    metrics = phase.phase(0).metrics
+    assert metrics["dynamic_sampling/kept"] == 0
+    assert metrics["dynamic_sampling/unfiltered_rewards"] == 1
+    assert metrics["dynamic_sampling/unfiltered_scores"] == 2.5
 
 
 def test_rounds_and_phases_have_random_numbers_of_their_own() -> None:

@@ -91,8 +91,16 @@ SAME = "has prompts of round 1 of 500 prompts of sample_pairs.first, on which mo
             "sample_pairs.first.model: models/dpo-second is trained on what is sampled from it; a graph has no cycle",
         ),
         ("sample_pairs.first.model", "models/sfd", "sample_pairs.first.model: models/sfd is neither there nor made"),
-        ("sample_pairs.first.model", "models/rm", "sample_pairs.first.model: expected a language model, and models/rm"),
-        ("sample_pairs.first.reward_model", "models/sft", "expected a reward model, and models/sft"),
+        (
+            "sample_pairs.first.model",
+            "models/rm",
+            "reward_model names model itself, so that none takes part; then rewards",
+        ),
+        (
+            "sample_pairs.second.reward_model",
+            "models/sft",
+            "expected a reward model or an ensemble of reward models, and",
+        ),
         ("sample_pairs.first.samples_per_prompt", 1, "sample_pairs.first.samples_per_prompt must be at least 2"),
         ("sample_pairs.first.round", 0, "sample_pairs.first.round must be at least 1"),
         ("sample_pairs.first.split", "test", "sample_pairs.first.split: 'test' (str) is not one of: train, validation"),
@@ -104,7 +112,7 @@ SAME = "has prompts of round 1 of 500 prompts of sample_pairs.first, on which mo
         ),
         (
             "sample_pairs.first.makes",
-            {"type": "best_of_n"},
+            {"type": "best_of_n", "least_score": None},
             "ref_logprobs.for-first.tokens: expected rows of kind preference and split train, and sample_pairs.first "
             "makes sft of split train",
         ),

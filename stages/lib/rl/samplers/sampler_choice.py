@@ -8,12 +8,13 @@ from stages.lib.command.errors import StageError
 from stages.lib.compute.batching import MicroBatching, pass_cost_of, sampling_budget
 from stages.lib.models.pretrained import Loading, end_and_pad_ids
 from stages.lib.models.routing import routers
+from stages.lib.rl.samplers.continuous import ContinuousSampler
 from stages.lib.rl.samplers.own import OwnSampler
 from stages.lib.rl.samplers.sampler import Sampler
 from stages.lib.rl.samplers.vllm_sampler import EngineHome, VllmSampler
 from stages.lib.rl.samplers.vllm_weights import VllmWeights
 from stages.lib.rl.trained_policy import TrainedPolicy
-from stages.lib.settings.sampler import VllmSampling
+from stages.lib.settings.sampler import TransformersSampling, VllmSampling
 from stages.lib.settings.sampling import SamplingSettings
 
 
@@ -46,6 +47,8 @@ def new_sampler(policy: TrainedPolicy, settings: SamplingSettings, around: Sampl
     chosen = settings.sampler
     if isinstance(chosen, VllmSampling):
         return vllm_sampler(policy, settings, chosen, around)
+    if isinstance(chosen, TransformersSampling):
+        return continuous_sampler(policy, settings, around)
     return own_sampler(policy, settings, around)
 
 
@@ -72,6 +75,21 @@ def own_sampler(policy: TrainedPolicy, settings: SamplingSettings, around: Sampl
         keeps_logps=settings.reuse_sampler_logps or settings.keeps_engine_logps,
         keeps_entropies=settings.reuse_sampler_logps,
     )
+
+
+def continuous_sampler(
+    policy: TrainedPolicy, settings: SamplingSettings, around: SamplerSurroundings
+) -> ContinuousSampler:
+    """Raises StageError where the model is shared out: its threads know nothing of other processes."""
+    runtime, processes = around.loading.runtime, around.batching.processes
+    if processes.world_size > 1 or runtime.zero_stage == 3:
+        raise StageError(
+            f"params.yaml: {around.where}.sampler: transformers' continuous batching needs a whole model in one "
+            "process: start one, with zero_stage 0 to 2, or set type: own"
+        )
+    eos_id, pad_id = end_and_pad_ids(around.model)
+    budget = sampling_budget(runtime)
+    return ContinuousSampler(policy.language_model, settings, around.seed, eos_id, pad_id, around.decode, budget)
 
 
 def vllm_sampler(

@@ -51,7 +51,7 @@ class VllmProcess:
                 stderr=subprocess.STDOUT,
                 env=own | environment,
                 start_new_session=True,  # Ctrl-C is for the stage
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_after_parent if sys.platform == "linux" else None,
             )
         self.end = weakref.finalize(self, end_group, self.process)
         self.connection = VllmConnection(f"http://127.0.0.1:{port}", server, self.fate)
@@ -82,7 +82,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def end_with_parent() -> None:
+def end_after_parent() -> None:
     """Let the kernel end this process when the stage dies, however it dies."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

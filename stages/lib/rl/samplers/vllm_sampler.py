@@ -58,12 +58,6 @@ class VllmSampler:
     def temperature(self) -> float:
         return self.settings.temperature
 
-    @property
-    def knows_whole_distribution(self) -> bool:
-        """Whether the server's log-probs are of all tokens: it renormalises over those that may be drawn."""
-        settings = self.settings
-        return settings.top_k is None and settings.top_p == 1 and settings.min_new_tokens <= 1
-
     def undisturbed(self) -> Self:
         """As `Sampler` says; nothing disturbs it."""
         return self
@@ -145,12 +139,12 @@ class VllmSampler:
 
     def episode(self, prompt: Prompt, completion: Completion, sample: int) -> Episode:
         ids, logps, ended = completion
-        kept = logps if self.knows_whole_distribution else None
+        kept = logps if self.settings.draws_from_all else None
         return Episode(prompt, ids, self.decode(ids), ended, sample, engine_logps=kept, policy_mask=[True] * len(ids))
 
     def _check_temperature(self) -> None:
         """Raise SamplerError if the server takes its log-probs before the temperature."""
-        if not self.knows_whole_distribution:
+        if not self.settings.draws_from_all:
             return
         prompts = [list(text) for text in self.first_texts[:4]]
         request = self.request(prompts, 1) | {"max_tokens": min(LIKELY_AS_DRAWN, self.settings.max_new_tokens)}

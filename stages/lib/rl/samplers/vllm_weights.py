@@ -19,7 +19,7 @@ from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.settings.sampler import VllmSampling
 from stages.lib.settings.vllm_server import VllmServer
 
-Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 UNTIED = "a server whose lm_head is its embedding may keep the old one: serve a copy with tie_word_embeddings false"
 
 
@@ -68,11 +68,11 @@ class VllmWeights:
             raise SamplerError(f"runtime.yaml: vllm.address: no vLLM server answers at {self.server.address}")
         return connection
 
-    def asked(self, question: Callable[[VllmConnection], Item]) -> Item:
+    def asked(self, question: Callable[[VllmConnection], Answer]) -> Answer:
         """What the main process learns from the server, in all processes."""
-        return self.batching.processes.broadcast(cast(Item, self.in_main(lambda: question(self.connection))))
+        return self.batching.processes.broadcast(cast(Answer, self.in_main(lambda: question(self.connection))))
 
-    def in_main(self, action: Callable[[], Item]) -> Item | None:
+    def in_main(self, action: Callable[[], Answer]) -> Answer | None:
         """As `Processes.in_main`; what it raises is a SamplerError in all processes."""
         try:
             return self.batching.processes.in_main(action)

@@ -51,7 +51,7 @@ def vllm_around(
     policy: TrainedPolicy, model: Path, home: Path, server: dict[str, Any], texts: Sequence[list[int]], **changed: Any
 ) -> VllmSampler:
     """A sampler that asks a server; `changed` are keys of the entry."""
-    settings = TrainGrpo(**block(TrainGrpo, **{"max_new_tokens": 12, "sampler": block(VllmSampling), **changed}))
+    settings = TrainGrpo(**block(TrainGrpo, **{"max_new_tokens": 6, "sampler": block(VllmSampling), **changed}))
     assert isinstance(settings.sampler, VllmSampling)
     sharing = batching(10**6, pad_id=end_and_pad_ids(model)[1])
     weights = VllmWeights(policy, model, settings.sampler, VllmServer(**server), "fp32", sharing, home / "weights")

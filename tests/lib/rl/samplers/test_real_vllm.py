@@ -75,7 +75,7 @@ def sampled_as_pushed(policy: TrainedPolicy, sampler: VllmSampler, temperature: 
         asked, ids = [episode.prompt.ids for episode in episodes], [episode.ids for episode in episodes]
         theirs = [episode.engine_logps or [] for episode in episodes]
         assert furthest(theirs, policy_logps(policy.engine, asked, ids, temperature, sampler.batching)) < 1e-4
-        assert all(len(episode.ids) == 12 or episode.ids[-1] == 1 for episode in episodes)
+        assert all(len(episode.ids) == 6 or episode.ids[-1] == 1 for episode in episodes)
         assert all(episode.ended == (episode.ids[-1] == 1) for episode in episodes)
         move(policy, 0.05, step)
         assert furthest(theirs, policy_logps(policy.engine, asked, ids, temperature, sampler.batching)) > 1e-2

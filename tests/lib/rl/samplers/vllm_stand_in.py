@@ -22,15 +22,22 @@ class VllmStandIn:
         keeps_head: a reload leaves the head as it was.
         before_temperature: log-probs are taken before logits are divided by it.
         dies_at: the number (from 0) of the request for several samples that is the first to get no answer.
+        asked: how many such requests another one has answered before.
     """
 
     def __init__(
-        self, folder: Path, *, keeps_head: bool = False, before_temperature: bool = False, dies_at: int | None = None
+        self,
+        folder: Path,
+        *,
+        keeps_head: bool = False,
+        before_temperature: bool = False,
+        dies_at: int | None = None,
+        asked: int = 0,
     ) -> None:
         self.model: Any = self.load(folder)
         self.keeps_head, self.before_temperature, self.dies_at = keeps_head, before_temperature, dies_at
         self.seen: list[str] = []  # paths
-        self.asked = 0  # requests for several samples
+        self.asked = asked  # requests for several samples, by whose number they draw
 
     def load(self, folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
