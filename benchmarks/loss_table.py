@@ -48,7 +48,8 @@ def part(weight: float, loss: Loss) -> dict[str, Any]:
     return block(of.WeightedLoss, weight=weight, loss=loss)
 
 
-LOSSES: dict[str, Loss] = SINGLE | {
+# A policy's folder has the name of its loss, and models/sft is what all start from.
+LOSSES: dict[str, Loss] = {"sft-loss" if name == "sft" else name: loss for name, loss in SINGLE.items()} | {
     "cdpo": block(of.SigmoidLoss, label_smoothing=0.1),
     "ipo-summed": block(of.IpoLoss, over_tokens="sum"),
     "forward-kl": block(of.SigmoidLoss, divergence=block(ForwardKl)),

@@ -49,6 +49,7 @@ if not asks_for_help():
     from stages.lib.rl.rewards.scoring import RewardError
     from stages.lib.rl.rollout_log import RolloutLog
     from stages.lib.rl.rollouts import Rollouts, summary
+    from stages.lib.rl.samplers.asynchronous import state_of
     from stages.lib.rl.samplers.probe import PROBED
     from stages.lib.rl.samplers.sampler import SamplerError
     from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings, new_sampler
@@ -58,6 +59,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_phase import TrainedPhase
     from stages.lib.rl.trained_policy import load_policy
     from stages.lib.runs.policy_run import (
+        ahead_of_updates,
         end_phase,
         engine_home,
         held_out_evaluation,
@@ -88,7 +90,7 @@ def grpo_phases(
     state = {"policy": engine, "sampling": collector.sampler.budget, "budget": batching.budget, "prompts": sampling}
     trained = TrainedPhase()
     state |= {"kl_controller": controller, "early_stop": early_stop, "trained": trained}
-    for iteration in this_run.steps(settings.iterations, **state, **held_out.state):
+    for iteration in this_run.steps(settings.iterations, **state, **state_of(collector.sampler), **held_out.state):
         if trained.row is None and not early_stop.stopped_after:
             trained.begin(*grpo_phase(settings, seed, sampling, controller, iteration, this_run, log))
         # 5. What the policy now answers to validation prompts, and whether it goes on.
@@ -178,7 +180,7 @@ def main(
     columns = COLUMNS + (("policy/left_out",) if settings.off_policy_limit else ())
     columns += GROUP_COLUMNS if settings.dynamic_sampling else ()
     columns += ("policy/first_ratio",) if settings.reuse_sampler_logps else ()
-    columns += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
+    columns += engine_columns(settings)
     columns += reward_columns(part_names(settings), prompts["source"][:])
     columns += held_out_columns(settings, validation, f"train_grpo.{name}")
     with TrainingRun(f"train_grpo@{name}", declared, inputs, outs, columns, runtime, processes) as this_run:
@@ -195,7 +197,7 @@ def main(
         batching = micro_batching(runtime, end_and_pad_ids(model)[1], processes, *policy.read_beside(model, reference))
         of_sampler = (decode, prompts[:PROBED]["prompt_ids"], this_run.may_stop, engine_home(this_run))
         around = SamplerSurroundings(model, seed, loading, batching, *of_sampler, where=f"train_grpo.{name}")
-        sampler = new_sampler(policy, settings, around)
+        sampler = ahead_of_updates(this_run, new_sampler(policy, settings, around), policy, settings, around, prompts)
         of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
         reward = load_entry_rewards(*of_rewards, kept=kept_rewards(this_run))
         tell_of_reward_model(this_run, reward)

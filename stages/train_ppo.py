@@ -74,6 +74,7 @@ if not asks_for_help():
     from stages.lib.rl.trained_policy import load_policy
     from stages.lib.rl.value_loss import explained_variance
     from stages.lib.runs.policy_run import (
+        ahead_of_updates,
         end_phase,
         engine_home,
         held_out_evaluation,
@@ -118,7 +119,7 @@ def curve_columns(settings: TrainPpo) -> tuple[str, ...]:
     }
     absent = ("value/grad_norm", "value/learning_rate") if settings.critic.type == "shared_trunk" else ()
     own = [name for name in COLUMNS if name not in absent]
-    own += engine_columns(settings.engine_correction, keeps_logps=settings.keeps_engine_logps)
+    own += engine_columns(settings)
     return (*own, *(name for name, is_there in added.items() if is_there))
 
 
@@ -149,7 +150,7 @@ def load_parts(
         critic = load_critic(*folders, settings, *of_training, batching, processes)
     of_sampler = (decode, prompts[:PROBED]["prompt_ids"], this_run.may_stop, engine_home(this_run))
     around = SamplerSurroundings(model, seed, loading, batching, *of_sampler, where=this_run.stage.replace("@", "."))
-    sampler = new_sampler(policy, settings, around)
+    sampler = ahead_of_updates(this_run, new_sampler(policy, settings, around), policy, settings, around, prompts)
     of_rewards = (settings, model, settings.max_new_tokens, loading, batching, processes)
     reward = load_entry_rewards(*of_rewards, critic.reward_model, kept_rewards(this_run))
     readers = [*policy.read_beside(model, reference)]

@@ -47,7 +47,7 @@ def main(
     if not policies:
         raise StageError(f"{PARAMS_FILE}: evaluate.policies has no model of {', '.join(REPEATED)}; nothing to repeat")
     seeds = range(params["seed"], params["seed"] + count)
-    if changed := lines_of("git", "status", "--porcelain", "--untracked-files=no"):
+    if changed := printed_lines("git", "status", "--porcelain", "--untracked-files=no"):
         raise StageError(
             f"{changed[0].split()[-1]} has changed since the last commit; commit it, since seeds belong to one"
         )
@@ -55,7 +55,7 @@ def main(
         print(f"seed {seed} ({number} of {count})", flush=True)
         if not commits_of(seed):
             run_experiment(seed, policies, params)
-    print(table({name: [metrics_of(seed, name) for seed in seeds] for name in policies}))
+    print(seeds_table({name: [measured_in(seed, name) for seed in seeds] for name in policies}))
 
 
 def repeated_policies(params: Mapping[str, Any]) -> dict[str, str]:
@@ -82,7 +82,7 @@ def run_experiment(seed: int, policies: Mapping[str, str], params: Mapping[str, 
         raise StageError(f"seed {seed}: dvc exp run ended with {ended.returncode}; the seeds before it are kept")
 
 
-def lines_of(*words: str) -> list[str]:
+def printed_lines(*words: str) -> list[str]:
     """What a command prints. Raises StageError if it fails."""
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -92,24 +92,26 @@ def lines_of(*words: str) -> list[str]:
 
 def commits_of(seed: int) -> list[str]:
     """The commit that DVC has made of a seed's experiment on this one, if it has."""
-    (head,) = lines_of("git", "rev-parse", "HEAD")
+    (head,) = printed_lines("git", "rev-parse", "HEAD")
     ref = f"refs/exps/{head[:2]}/{head[2:]}/{experiment(seed)}"  # where DVC keeps them
-    return lines_of("git", "for-each-ref", "--format=%(objectname)", ref)
+    return printed_lines("git", "for-each-ref", "--format=%(objectname)", ref)
 
 
-def metrics_of(seed: int, policy: str) -> dict[str, float]:
+def measured_in(seed: int, policy: str) -> dict[str, float]:
     """What was measured on a policy in an experiment, as `<stage>/<metric>`; of both stages, or the first alone."""
     (commit,) = commits_of(seed)
     found = {}
-    for path in lines_of("git", "ls-tree", "-r", "--name-only", commit, "metrics/evaluate", "metrics/score_samples"):
+    for path in printed_lines(
+        "git", "ls-tree", "-r", "--name-only", commit, "metrics/evaluate", "metrics/score_samples"
+    ):
         stage, name = Path(path).parts[1:]
         if name == f"{policy}.json":
-            values = json.loads("\n".join(lines_of("git", "show", f"{commit}:{path}")))
+            values = json.loads("\n".join(printed_lines("git", "show", f"{commit}:{path}")))
             found |= {f"{stage}/{metric}": value for metric, value in values.items()}
     return found
 
 
-def table(measured: Mapping[str, list[dict[str, float]]]) -> str:
+def seeds_table(measured: Mapping[str, list[dict[str, float]]]) -> str:
     """In Markdown: of each policy the mean of each metric over seeds."""
     there = {key for seeds in measured.values() for one in seeds for key in one}
     keys = {title: key for title, column in COLUMNS.items() if (key := "/".join(column)) in there}

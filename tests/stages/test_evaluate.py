@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,6 +169,7 @@ def test_reward_and_kl_are_those_that_transformers_computes(
     answers = next(value for value in kept if "ids" in value)
     call(folder, "score_samples@ppo")
     answers |= {"rewards": kept[-1]["score"]}
+    assert_residual_is_beside_the_line_of_test_pairs(folder, kept[-2], kept[-1]["score"])
     models = {name: AutoModelForCausalLM.from_pretrained(folder / f"models/{name}") for name in ("ppo", "sft")}
     scorer = AutoModelForSequenceClassification.from_pretrained(folder / "models/rm")
     prompts = prompts_of(read_table(folder / PROMPTS, PROMPT_SCHEMA)[:5])
@@ -183,6 +185,21 @@ def test_reward_and_kl_are_those_that_transformers_computes(
         assert kl == pytest.approx(sums_of["ppo"] - sums_of["sft"], abs=1e-4)
         with torch.no_grad():
             assert reward == pytest.approx(float(scorer(whole).logits), abs=1e-4)
+
+
+def assert_residual_is_beside_the_line_of_test_pairs(
+    folder: Path, rewards: dict[str, list[float]], own: list[float]
+) -> None:
+    pairs = [json.loads(line) for line in (folder / "data/prepared/test/preference.jsonl").read_text().splitlines()]
+    gold = [gold_utility(pair["facts"], pair[side][0]["content"]) for side in rewards for pair in pairs]
+    slope, intercept = np.polyfit([*rewards["chosen"], *rewards["rejected"]], gold, 1)
+    found = metrics(folder, "score_samples/ppo")
+    expected = metrics(folder, "evaluate/ppo")["gold_mean"] - intercept - slope * sum(own) / len(own)
+    assert found["gold_residual_mean"] == pytest.approx(expected, rel=1e-6)
+    assert found["gold_line_slope"] == pytest.approx(slope, rel=1e-6)
+    assert found["gold_residual_ci_low"] < expected < found["gold_residual_ci_high"]
+    assert found["gold_line_pairs"] == len(pairs)
+    assert "judge_mean" not in found
 
 
 def test_a_second_task_is_one_file_and_an_entry_in_the_table(

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA
-from tests.loaded_python import torchrun
+from tests.loaded_python import loaded_python, torchrun
 from tests.stages.test_training import distance, outs_of
 from tests.stages.tiny_pipeline import PROJECT, call, change, contents, script, stage_options
 from tests.tables import rewrite
@@ -137,8 +137,13 @@ def test_two_machines_under_torchrun(uneven: Callable[[str], Path], expected: di
     first, second = uneven("first"), uneven("second")
     before = contents(second)
     meeting = "--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:29417 --rdzv-id=test"
+    python = " ".join(loaded_python())
     machines = [
-        launch(folder, "train_sft", f"torchrun --nnodes=2 --nproc_per_node=1 {meeting} --local-addr={address} -m")
+        launch(
+            folder,
+            "train_sft",
+            f"torchrun --nnodes=2 --nproc_per_node=1 {meeting} --local-addr={address} --no-python {python} -m",
+        )
         for folder, address in ((first, "127.0.0.1"), (second, "127.0.0.2"))
     ]
     before["runtime.yaml"] = (second / "runtime.yaml").read_bytes()  # `launch` has set it

@@ -21,6 +21,7 @@ def test_every_loss_has_settings_that_run_and_the_reference_that_it_reads(tiny: 
         entry = built["train_dpo"][f"{name}-3"]
         wanted = "data/ref_logprobs/sft" if entry.reads_reference else "models/sft"
         assert (entry.seed, entry.reference, entry.batch_size) == (3, wanted, 8)
+        assert f"models/{name}" not in map(str, loss_table.INPUTS)
 
 
 def test_the_best_are_those_of_the_highest_gold() -> None:

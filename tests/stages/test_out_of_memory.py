@@ -1,5 +1,6 @@
 """Stages whose passes do not fit into memory: each ends with one line, or repeats its step at half the size."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,13 @@ FITS_OF_ROLLOUTS, SIZE_OF_ROLLOUTS = 260, 256  # their sequences are shorter
 ROWS_FIT = 3  # of which a token is sampled
 # A step is then cut into as few passes as the memory allows, the first of which does not fit.
 DEAR_PASSES = {"pass_cost": {device: {"overhead": 10**6, "attention": 10**6} for device in ("cpu", "gpu")}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """A stage collects garbage wherever memory runs out; what the tests before have left need not be looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 class Hungry:

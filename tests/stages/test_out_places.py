@@ -36,7 +36,7 @@ def usual(stage: str) -> tuple[str, Path]:
     return out, Path(out).relative_to(below)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "report"])  # whose figures take long
+@pytest.mark.parametrize("stage", STAGES[:-1])  # the report's figures take long
 def test_a_link_gives_way_and_what_it_leads_to_stays(copy_of_tiny: Copy, tiny: Path, stage: str) -> None:
     """A link to a folder, to a file, or to nothing, whatever the out is."""
     folder = copy_of_tiny()
@@ -79,6 +79,9 @@ def test_a_parent_that_is_no_folder_is_one_line_before_anything_is_computed(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture, stage: str, what: str
 ) -> None:
     folder = copy_of_tiny()
+    for curve in (folder / "metrics/curves").glob("*.csv"):  # of the report, whose figures take long
+        rows = [line.split(",")[:2] for line in curve.read_text().splitlines()]
+        curve.write_text("".join(",".join(row) + "\n" for row in rows))
     results = folder / "results"
     if what == "file":
         results.write_text("mine")

@@ -26,7 +26,7 @@ WITH_TOOLS = (
 )
 POSITIONS = 8192
 ROWS = 24
-PREVIEWED = 3  # rows of each kind
+PREVIEWED = 1  # row of each kind: each loads the tokenizer
 BRACKETS_AND_SPACE = " " + "".join(style.brackets for style in preview_row.STYLES.values())
 FILES = {
     "data/hh-rlhf/harmless-base/test.jsonl.gz": {"kinds": ["sft", "preference", "prompts"]},
@@ -34,7 +34,6 @@ FILES = {
     "data/demo/dpo_en_demo.json": {"kinds": ["sft", "preference", "prompts"]},
     "data/demo/kto_en_demo.json": {"kinds": ["unpaired", "prompts"]},
     "data/demo/glaive_toolcall_en_demo.json": {"kinds": ["sft"]},
-    "data/gsm8k/train.jsonl": {"kinds": ["sft", "prompts"], "facts": ["answer"]},
     "data/gsm8k/test.jsonl": {"kinds": ["sft", "prompts"], "facts": ["answer"]},
 }
 

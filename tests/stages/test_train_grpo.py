@@ -275,12 +275,12 @@ def test_two_processes_make_what_one_makes(copy_of_tiny: Copy) -> None:
     knobs = {"zero_stage": 3, "frozen_zero_stage": 3}
     alone, folder = copy_of_tiny("alone"), copy_of_tiny()
     for project in (alone, folder):
-        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 20} | over_a_phase}})
+        change(project / "params.yaml", {"train_grpo": {"grpo": {"iterations": 12} | over_a_phase}})
     call(alone, "train_grpo")
     change(folder / "runtime.yaml", {"default": knobs | {"checkpoint_seconds": 0.0}})
     assert kill_after_a_checkpoint(folder, "train_grpo", signal.SIGTERM, torchrun()) == 1
     last = reached(folder)
-    assert last < 20
+    assert last < 12
     process = start(folder, "train_grpo")
     output, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -4,7 +4,7 @@ import pytest
 
 from stages.lib.command.errors import StageError
 from stages.lib.settings.sections import build_all, default_params
-from stages.tools.repeat_seeds import commits_of, lines_of, metrics_of, repeated_policies, table
+from stages.tools.repeat_seeds import commits_of, measured_in, printed_lines, repeated_policies, seeds_table
 
 
 @pytest.fixture
@@ -14,30 +14,30 @@ def project(tmp_path, monkeypatch):
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "someone")
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "someone@example.org")
-    lines_of("git", "init", "--quiet")
-    lines_of("git", "commit", "--quiet", "--allow-empty", "-m", "first")
-    (head,) = lines_of("git", "rev-parse", "HEAD")
+    printed_lines("git", "init", "--quiet")
+    printed_lines("git", "commit", "--quiet", "--allow-empty", "-m", "first")
+    (head,) = printed_lines("git", "rev-parse", "HEAD")
     for stage, values in {"evaluate": {"gold_mean": 1.25}, "score_samples": {"reward_mean": 0.5}}.items():
         (tmp_path / "metrics" / stage).mkdir(parents=True)
         (tmp_path / "metrics" / stage / "ppo.json").write_text(json.dumps(values, indent=2))
-    lines_of("git", "add", "metrics")
-    tree = lines_of("git", "write-tree")[0]
-    commit = lines_of("git", "commit-tree", tree, "-p", head, "-m", "experiment")[0]
-    lines_of("git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/seeds-18", commit)
+    printed_lines("git", "add", "metrics")
+    tree = printed_lines("git", "write-tree")[0]
+    commit = printed_lines("git", "commit-tree", tree, "-p", head, "-m", "experiment")[0]
+    printed_lines("git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/seeds-18", commit)
 
 
 @pytest.mark.usefixtures("project")
 def test_metrics_are_read_from_the_experiment_of_this_commit():
-    assert metrics_of(18, "ppo") == {"evaluate/gold_mean": 1.25, "score_samples/reward_mean": 0.5}
+    assert measured_in(18, "ppo") == {"evaluate/gold_mean": 1.25, "score_samples/reward_mean": 0.5}
     assert commits_of(19) == []
-    lines_of("git", "commit", "--quiet", "-m", "second")
+    printed_lines("git", "commit", "--quiet", "-m", "second")
     assert commits_of(18) == []  # it was of the commit before
 
 
 @pytest.mark.usefixtures("project")
 def test_a_command_that_fails_is_one_line():
     with pytest.raises(StageError, match=r"git rev-parse nothing failed: fatal: ambiguous argument 'nothing'"):
-        lines_of("git", "rev-parse", "nothing")
+        printed_lines("git", "rev-parse", "nothing")
 
 
 def test_policies_that_are_trained_with_a_seed():
@@ -54,7 +54,7 @@ def test_the_table_by_hand():
         "dpo": [{"evaluate/gold_mean": 1.0}, {"evaluate/gold_mean": 3.0}],
         "ppo": [{"evaluate/gold_mean": 2.0, "score_samples/reward_mean": 0.5}] * 2,
     }
-    assert table(measured).splitlines() == [
+    assert seeds_table(measured).splitlines() == [
         "| policy, 2 seeds | gold utility | reward |",
         "|---|---|---|",
         "| dpo | 2.00 ± 12.71 | – |",

@@ -10,6 +10,7 @@ from stages.lib.rl.rewards.mixture import Mixture
 from stages.lib.rl.rewards.reward_metrics import with_parts
 from stages.lib.rl.rewards.scoring import Reward, ScoredEpisodes, scores_of
 from stages.lib.rl.rollouts import Rollouts, read_rollouts
+from stages.lib.rl.samplers.asynchronous import AsynchronousSampler
 from stages.lib.rl.samplers.sampler import Sampler
 from stages.lib.rl.trained_policy import TrainedPolicy
 
@@ -44,6 +45,8 @@ class Collector(NamedTuple):
         engine, reference = self.policy.engine, self.policy.reference
         temperature = self.sampler.temperature
         rollouts = read_rollouts(episodes, scored.totals, engine, reference, self.critic, temperature, self.batching)
+        if isinstance(self.sampler, AsynchronousSampler):
+            rollouts = rollouts._replace(staleness=self.sampler.staleness)
         return with_parts(rollouts, scored.parts)
 
     def scored(self, episodes: Sequence[Episode]) -> ScoredEpisodes:

@@ -15,20 +15,26 @@ import torch
 from stages.lib.command.errors import StageError
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.engine_correction import EngineCorrection, NoEngineCorrection
+from stages.lib.settings.sampling import SamplingSettings
 
 DIFFERENCE_COLUMNS = ("engine/logp_difference", "engine/logp_difference_max", "engine/kl")
+STALENESS = "engine/staleness"
 WEIGHT_COLUMNS = ("engine/weight", "engine/bounded", "engine/effective_share")
 LARGEST_EXPONENT = 20.0  # of a metric, which one token is not to make infinite
 
 
-def engine_columns(settings: EngineCorrection, *, keeps_logps: bool) -> tuple[str, ...]:
-    """What `engine_corrected` adds to the curve; `keeps_logps`: the sampler gives log-probs beside those of a pass."""
-    return (DIFFERENCE_COLUMNS if keeps_logps else ()) + (() if settings.type == "none" else WEIGHT_COLUMNS)
+def engine_columns(settings: SamplingSettings) -> tuple[str, ...]:
+    """What `engine_corrected` adds to the curve."""
+    added = {STALENESS: settings.asynchronous}
+    added |= dict.fromkeys(DIFFERENCE_COLUMNS, settings.keeps_engine_logps)
+    added |= dict.fromkeys(WEIGHT_COLUMNS, settings.engine_correction.type != "none")
+    return tuple(name for name, is_there in added.items() if is_there)
 
 
 def engine_corrected(rollouts: Rollouts, settings: EngineCorrection) -> tuple[Rollouts, dict[str, float]]:
     """The rollouts with the weights of their tokens' losses, and metrics; as they are where the sampler kept nothing.
 
+        engine/staleness            updates of the policy since the weights that sampled
         engine/logp_difference      mean of |log π_old − log q| over tokens, in nats; …_max: the largest
         engine/kl                   k3 of KL(q ‖ π_old), its mean over tokens, in nats
         engine/weight               mean of the weights of tokens (or responses), after the bounds; without them about 1
@@ -38,8 +44,9 @@ def engine_corrected(rollouts: Rollouts, settings: EngineCorrection) -> tuple[Ro
     Raises:
         StageError: a log-prob is not finite.
     """
+    found = {} if rollouts.staleness is None else {STALENESS: float(rollouts.staleness)}
     if rollouts.engine_logps is None:
-        return rollouts, {}
+        return rollouts, found
     mask = rollouts.response_mask
     difference = torch.where(mask, rollouts.logps.double() - rollouts.engine_logps.double(), 0.0)
     if not bool(difference.isfinite().all()):
@@ -47,7 +54,7 @@ def engine_corrected(rollouts: Rollouts, settings: EngineCorrection) -> tuple[Ro
     of_tokens = difference[mask]
     kl = torch.expm1(of_tokens.clamp(max=LARGEST_EXPONENT)) - of_tokens
     values = [float(value) for value in (of_tokens.abs().mean(), of_tokens.abs().max(), kl.mean())]
-    found = dict(zip(DIFFERENCE_COLUMNS, values, strict=True))
+    found |= dict(zip(DIFFERENCE_COLUMNS, values, strict=True))
     if isinstance(settings, NoEngineCorrection):
         return rollouts, found
     by_token = settings.type.startswith("token")

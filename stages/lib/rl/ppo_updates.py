@@ -14,6 +14,7 @@ from stages.lib.rl.ptx import Ptx
 from stages.lib.rl.published_critic import PublishedCritic
 from stages.lib.rl.reference_reset import ResetReference
 from stages.lib.rl.rollouts import Rollouts
+from stages.lib.rl.samplers.asynchronous import state_of
 from stages.lib.rl.score_normalisation import RunningMoments
 from stages.lib.rl.step_back import KlLimit, LimitedUpdates
 from stages.lib.settings.train_ppo import TrainPpo
@@ -38,7 +39,8 @@ class Parts(NamedTuple):
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: each part with state_dict() and load_state_dict()."""
         budgets = {"sampling": self.collector.sampler.budget, "budget": self.collector.batching.budget}
-        return {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")} | budgets
+        parts = {name: part for name, part in self._asdict().items() if hasattr(part, "state_dict")}
+        return parts | budgets | state_of(self.collector.sampler)
 
 
 def plan_learning_rates(settings: TrainPpo, parts: Parts, iteration: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ class Rollouts(NamedTuple):
     failures: Mapping[str, Mapping[str, int]] = {}
     engine_logps: torch.Tensor | None = None  # (b, t), as the sampler has them, where these are kept beside `logps`
     engine_weights: torch.Tensor | None = None  # (b, t), of the tokens' losses; None: all 1
+    staleness: int | None = None  # updates of the policy since the weights that sampled, where that is not always 0
 
     @property
     def prompts(self) -> list[list[int]]:

@@ -8,9 +8,12 @@ from typing import Protocol
 import torch
 
 from stages.lib.compute.engine.base import Engine
+from stages.lib.data.mapped_table import MappedTable
+from stages.lib.data.prompts import Prompt
 from stages.lib.rl.collector import Collector
 from stages.lib.rl.early_stop import EarlyStop
 from stages.lib.rl.held_out import Evaluated, HeldOutEvaluation, held_out_prompts
+from stages.lib.rl.prompt_table import prompts_of_phase
 from stages.lib.rl.published_critic import PublishedCritic
 from stages.lib.rl.rewards.kept_answers import KeptAnswers
 from stages.lib.rl.rewards.kept_rewards import KeptRewards
@@ -19,12 +22,17 @@ from stages.lib.rl.rewards.reward_model import RewardModel
 from stages.lib.rl.rewards.scoring import Reward, RewardError
 from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts
-from stages.lib.rl.samplers.sampler import SamplerError
+from stages.lib.rl.samplers.asynchronous import asynchronous_sampler
+from stages.lib.rl.samplers.sampler import Sampler, SamplerError
+from stages.lib.rl.samplers.sampler_choice import SamplerSurroundings
 from stages.lib.rl.samplers.vllm_sampler import EngineHome
 from stages.lib.rl.step_back import KlLimit
 from stages.lib.rl.symptoms import new_in
 from stages.lib.rl.trained_phase import TrainedPhase
+from stages.lib.rl.trained_policy import TrainedPolicy
 from stages.lib.runs.training_run import SavesModels, TrainingRun
+from stages.lib.settings.train_grpo import TrainGrpo
+from stages.lib.settings.train_ppo import TrainPpo
 
 VALIDATION_KL = "validation/objective/kl"
 SHOWN = ("objective/scores", "objective/kl", "response/eos_rate")
@@ -150,6 +158,31 @@ def engine_home(this_run: TrainingRun) -> EngineHome | None:
         return None
     weights = scratch.folder / "vllm" if folder is None else Path(folder) / scratch.folder.name
     return EngineHome(scratch.kept / "responses.sqlite", weights, scratch.code)
+
+
+def ahead_of_updates(
+    this_run: TrainingRun,
+    sampler: Sampler,
+    policy: TrainedPolicy,
+    settings: TrainPpo | TrainGrpo,
+    around: SamplerSurroundings,
+    prompts: MappedTable,
+) -> Sampler:
+    """The sampler that an entry asks for, around which responses are drawn a phase ahead if it is `asynchronous`.
+
+    Args:
+        prompts: a token table.
+    """
+    if not settings.asynchronous:
+        return sampler
+
+    def upcoming(phase: int) -> list[Prompt]:
+        if phase >= settings.iterations:
+            return []
+        return prompts_of_phase(prompts, phase, settings, around.seed)
+
+    folder = this_run.scratch.folder / "ahead" if this_run.scratch else None
+    return asynchronous_sampler(sampler, policy, settings, around, upcoming, lambda: this_run.step, folder)
 
 
 def reward_models(reward: Reward) -> Iterator[RewardModel]:

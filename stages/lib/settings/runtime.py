@@ -18,6 +18,7 @@ from stages.lib.operations.tracker import TrackerName
 from stages.lib.settings.bounds import AnyValue, Count, Name, NotNegative, Several, Text, Whole, WholeNumber
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.reward_servers import RewardServer
+from stages.lib.settings.sampling_process import SamplingProcessSettings
 from stages.lib.settings.vllm_server import VllmServer
 
 RUNTIME_FILE = Path("runtime.yaml")
@@ -157,6 +158,10 @@ class Runtime(Settings):
     )
     reward_servers: dict[Name, RewardServer] = key(
         {}, "where rewards of the types remote and judge are asked, by the name that params.yaml has for a server"
+    )
+    sampling_process: SamplingProcessSettings = key(
+        block(SamplingProcessSettings),
+        "that samples a phase ahead, where an entry is asynchronous and its sampler our own",
     )
     vllm: VllmServer = key(block(VllmServer), "the server of samplers of type vllm")
     trackers: Several[TrackerName] = key([], "where a curve goes beside its CSV: one, both or none")

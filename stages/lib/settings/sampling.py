@@ -51,6 +51,13 @@ class SamplingSettings(DrawingSettings):
         "policy; the curve has both sides' difference as engine/…",
     )
 
+    asynchronous: bool = key(
+        False,
+        "draw a phase's responses while the phase before is learnt from, beside the updates: by weights that are a "
+        "phase old (engine/staleness), for which engine_correction or reuse_sampler_logps makes up; our own sampler "
+        "does so in a process of its own (runtime.yaml: sampling_process)",
+    )
+
     @property
     def keeps_engine_logps(self) -> bool:
         """Whether responses come with the sampler's log-probs, to be compared with the policy's own."""
@@ -75,6 +82,26 @@ class SamplingSettings(DrawingSettings):
         for value, is_set in (whole | {"min_new_tokens: 0": self.min_new_tokens <= 1}).items():
             if not is_set:
                 raise ValueError(f"{where} needs what was drawn from to be the whole distribution: set {value}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_asynchronous(self) -> "SamplingSettings":
+        if not self.asynchronous:
+            return self
+        if self.engine_correction.type == "none" and not self.reuse_sampler_logps:
+            raise ValueError(
+                "asynchronous: responses are of weights a phase old: set an engine_correction, such as of type "
+                "token_truncated, or reuse_sampler_logps: true, which takes ratios to the policy that sampled"
+            )
+        if self.sampler.type == "transformers":
+            raise ValueError(
+                "asynchronous: a sampler of type transformers draws with the model that is trained; set own or vllm"
+            )
+        if getattr(self, "dynamic_sampling", None) is not None:
+            raise ValueError(
+                "asynchronous: which prompts a phase asks must be known before the phase before is over, and "
+                "dynamic_sampling asks further ones; set it to null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,13 +19,13 @@ class ScoreSamples(RewardSettings):
     judge: Text | None = key(
         "models/rm",
         "folder of a second reward model, such as one trained on other pairs, which over-optimisation is measured by "
-        "where there is no gold utility; that of reward_model itself: none takes part",
+        "where prompts have no grade by a task; that of reward_model itself: none takes part",
     )
     judge_head: Text | None = key(None, "of the judge, as reward_head")
     judge_label: Text | WholeNumber | None = key(None, "of the judge, as reward_label")
     max_pairs: Count | None = key(
         1500,
-        "of the test pairs, whose replies give the line that relates the score to the gold utility or the judge's "
+        "of the test pairs, whose replies give the line that relates the score to the grade or the judge's "
         "score; null: all of them",
         unit="pairs",
     )

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.lib.command.errors import StageError
-from stages.lib.rl.engine_correction import engine_columns, engine_corrected
+from stages.lib.rl.engine_correction import DIFFERENCE_COLUMNS, engine_columns, engine_corrected
 from stages.lib.rl.group_loss import step_loss
 from stages.lib.rl.ppo_loss import PpoLoss
 from stages.lib.rl.rollouts import Rollouts
@@ -73,16 +73,17 @@ def test_weights_by_hand(kind: str, bounds: Any, weights: Any, bounded: float, s
     assert metrics["engine/logp_difference"] == pytest.approx(sum(map(abs, logs)) / 7, rel=1e-4)
     assert metrics["engine/logp_difference_max"] == pytest.approx(math.log(10), rel=1e-4)
     assert metrics["engine/kl"] == pytest.approx((9.5 - 7 - sum(logs)) / 7, rel=1e-4)
-    columns = engine_columns(correction(kind), keeps_logps=True)
-    assert set(metrics) == set(columns)
+    assert all(set(metrics) == set(engine_columns(settings)) for settings in entries(block(MODELS[kind])))
 
 
 def test_without_a_correction_the_difference_is_told_and_nothing_weighted() -> None:
     found, metrics = engine_corrected(by_hand(), NoEngineCorrection(**NONE))
     assert found.engine_weights is None
-    assert tuple(metrics) == engine_columns(NoEngineCorrection(**NONE), keeps_logps=True)
+    assert tuple(metrics) == DIFFERENCE_COLUMNS
     assert engine_corrected(read(1000, packing=False), correction("token_masked"))[1] == {}
-    assert engine_columns(NoEngineCorrection(**NONE), keeps_logps=False) == ()
+    assert all(engine_columns(settings) == () for settings in entries(NONE))
+    stale = read(1000, packing=False)._replace(staleness=4)
+    assert engine_corrected(stale, NoEngineCorrection(**NONE))[1] == {"engine/staleness": 4.0}
 
 
 def test_a_ratio_beyond_all_numbers_is_a_bound_and_none_at_all_is_refused() -> None:
@@ -130,7 +131,7 @@ def gradient_of(settings: Any, engine: torch.Tensor, policy: torch.Tensor) -> to
 
 
 def entries(chosen: dict[str, Any], kl: dict[str, Any] | None = None) -> list[Any]:
-    shared = {"engine_correction": chosen, "kl": kl or block(NoKl)}
+    shared = {"engine_correction": chosen, "kl": kl or block(NoKl), "held_out": None}
     grpo = {"loss": block(DrGrpoLoss), "max_new_tokens": every.LENGTH}
     return [
         TrainPpo.model_validate(block(TrainPpo, **shared)),

@@ -1,7 +1,7 @@
 """What draws a policy's responses."""
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol
 
 from stages.lib.command.errors import StageError
 from stages.lib.compute.memory_budget import MemoryBudget
@@ -34,7 +34,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def undisturbed(self) -> Self:
+    def undisturbed(self) -> "Sampler":
         """The same for a held-out evaluation: no stop in its midst, and, where random numbers can, they belong to a
         prompt's row."""
         ...

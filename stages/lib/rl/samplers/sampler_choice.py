@@ -95,7 +95,13 @@ def continuous_sampler(
 def vllm_sampler(
     policy: TrainedPolicy, settings: SamplingSettings, chosen: VllmSampling, around: SamplerSurroundings
 ) -> VllmSampler:
-    """Raises StageError for a mixture of experts, whose routers may choose otherwise on a server than in training."""
+    """Raises StageError for a mixture of experts, whose routers may choose otherwise on a server than in training, and
+    for batch_invariant with a server that is not the stage's to start."""
+    if chosen.batch_invariant and around.loading.runtime.vllm.address is not None:
+        raise StageError(
+            f"params.yaml: {around.where}.sampler.batch_invariant is for a server that the stage starts, and "
+            "runtime.yaml: vllm.address names one: start that with VLLM_BATCH_INVARIANT=1, and set false"
+        )
     if routers(policy.language_model):
         raise StageError(
             f"params.yaml: {around.where}.sampler: a mixture of experts cannot be sampled by vLLM: its routers may "
