@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from stages.lib.settings.bounds import Name, NotNegative, Positive, Share
 from stages.lib.settings.declaration import Settings, block, key
-from stages.lib.settings.divergence import AnyDivergence, ReverseKl
+from stages.lib.settings.divergence import AlphaDivergence, AnyDivergence, ForwardKl, ReverseKl
 
 FlipRate = Annotated[float, Ge(0), Lt(0.5)]
 MITCHELL = "E. Mitchell, A note on DPO with noisy preferences, Eq 3"
@@ -317,3 +317,10 @@ def discount_of_length(loss: PairLoss) -> float:
 def is_weighted(loss: PairLoss) -> bool:
     """Whether a loss weighs its pairs as WPO does."""
     return getattr(loss, "wpo", False)
+
+
+def has_exponents(loss: PairLoss) -> bool:
+    """Whether a loss has exponents that may have to be held at their limit."""
+    if isinstance(loss, DiscopopLoss):
+        return True
+    return isinstance(loss, ScoreGapLoss) and isinstance(loss.divergence, ForwardKl | AlphaDivergence)
