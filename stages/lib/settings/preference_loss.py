@@ -87,7 +87,10 @@ class ExoPairLoss(ScoreGapLoss):
     type: Literal["exo_pair"] = key("exo_pair", "EXO: reverse KL to the labels", source="arXiv 2402.00856, Eq 16")
     beta: Positive = beta(0.1, "arXiv 2402.00856, appendix B")
     label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = key(
-        1e-3, "labels taken to be wrong, more than 0, since its logarithm is taken", unit="share", source="arXiv 2402.00856, Eq 16"
+        1e-3,
+        "labels taken to be wrong; above 0, as its log is taken",
+        unit="share",
+        source="arXiv 2402.00856, Eq 16",
     )
     ld_alpha: Share = ld_alpha()
 
