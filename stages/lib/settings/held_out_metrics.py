@@ -1,16 +1,11 @@
 """What a held-out evaluation of a policy measures, by the names of its curve behind validation/."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from stages.lib.command.errors import StageError
 from stages.lib.command.quoted import nearest
 from stages.lib.settings.held_out import HeldOutSettings
-from stages.lib.settings.named_models import ENSEMBLES, settings_by_key
 from stages.lib.settings.reward_columns import part_columns
-from stages.lib.settings.rewards import REWARD_MODEL
 
 METRICS = (
     "objective/scores",
@@ -42,23 +37,3 @@ def require_compared_metric(held_out: HeldOutSettings, metrics: Sequence[str], k
             f"params.yaml: {key}.held_out.best_by.metric: there is no metric {name!r} here{nearest(name, metrics)}; "
             f"there are {', '.join(metrics)}"
         )
-
-
-def require_held_out_metrics(params: Mapping[str, Any]) -> None:
-    """The same of each entry before anything has run, when any source may have validation prompts."""
-    for section in ("train_ppo", "train_grpo"):
-        for key, settings in settings_by_key(section, params).items():
-            if settings.held_out is not None:
-                parts = [*named_models_of_reward(settings, params), *settings.rewards]
-                found = held_out_metrics(parts, params["sources"].by_name, has_reference=settings.reads_reference)
-                require_compared_metric(settings.held_out, found, key)
-
-
-def named_models_of_reward(settings: Any, params: Mapping[str, Any]) -> list[str]:
-    """The names of the reward models among the parts of an entry's reward, those of an ensemble one by one."""
-    if not settings.has_reward_model:
-        return []
-    path = Path(os.path.normpath(settings.reward_model))
-    if path.parent != ENSEMBLES:
-        return [REWARD_MODEL]
-    return sorted(name for name, member in params["ensemble_member"].items() if member.ensemble == path.name)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from stages.lib.command.errors import StageError
+from stages.lib.settings.compared_metrics import require_held_out_metrics
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
-from stages.lib.settings.held_out_metrics import require_held_out_metrics
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.sections import build_all, default_params
 from tests.lib.settings.test_model_agreement import params
