@@ -87,11 +87,12 @@ def test_ppo_with_adapters(copy_of_tiny: Copy, monkeypatch: pytest.MonkeyPatch) 
     assert rows["engine/logp_difference"][2] > 1e-5
 
 
-def test_a_process_that_is_killed_is_one_line(
+def test_a_process_that_is_killed_is_one_line_and_loses_no_update(
     copy_of_tiny: Copy, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, begin = copy_of_tiny(), SamplingProcess.begin
     change(folder / "params.yaml", {"train_grpo": {"grpo": AHEAD}})
+    change(folder / "runtime.yaml", {"default": {"checkpoint_seconds": 0.0}})
 
     def begin_and_kill(self: SamplingProcess, *asked: Any) -> None:
         begin(self, *asked)
@@ -102,6 +103,9 @@ def test_a_process_that_is_killed_is_one_line(
     assert refusal(folder, "train_grpo@grpo", capsys) == (
         "error: the process that samples a phase ahead has ended with -9; start the stage again"
     )
+    monkeypatch.setattr(asynchronous, "SamplingProcess", InThisProcess)
+    call(folder, "train_grpo@grpo")
+    assert "resuming from step 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

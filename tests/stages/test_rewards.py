@@ -286,6 +286,17 @@ def test_a_file_that_a_function_reads_is_part_of_its_code(project: Path) -> None
 
 @pytest.mark.parametrize(
     ("code", "message"),
+    [("def film(:", "is no Python"), ("import stages.lib.tasks.film_gold", "imports stages/lib/tasks/film_gold.py")],
+)
+def test_a_module_among_the_files_is_looked_into(project: Path, code: str, message: str) -> None:
+    (project / "rewards/read.py").write_text(code)
+    with_rewards(project, "train_grpo", rewards={"own": function("film", files=["rewards/read.py"])})
+    with inside(project), pytest.raises(StageError, match=f"rewards.own.files: .*{message}"):
+        check_settings()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
     [
         ("from stages.lib.tasks.film_gold import gold_utility as film", "imports stages/lib/tasks/film_gold.py, which"),
         ("from rewards.other import film", "imports stages/lib/tasks/"),

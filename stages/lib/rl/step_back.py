@@ -86,14 +86,14 @@ class KlLimit:
         self.limit = limit
         self.engine = engine
         self.within: StateBefore | None = None
-        self.phases = 0  # whose updates are in that state
+        self.phases = 0  # whose updates that state has
 
     def is_passed(self, kl: float) -> bool:
         """Whether a KL, in nats per response, is above the limit."""
         return self.limit is not None and kl > self.limit
 
     def keep(self, phases: int) -> None:
-        """Copy the state as it is, in which the updates of so many phases are."""
+        """Copy the state as it is, after the updates of this many phases."""
         if self.limit is not None:
             self.within, self.phases = StateBefore(self.engine), phases
 

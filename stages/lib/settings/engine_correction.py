@@ -31,7 +31,7 @@ def lower(default: float, says: str, source: str | None = None) -> Lower:
 
 
 RAISED = "a smaller weight is raised to it; 0: none is"
-LEFT_OUT = "what has a smaller weight counts nothing; 0: no bound"
+LEFT_OUT = "what has a smaller weight does not count; 0: no bound"
 
 
 class NoEngineCorrection(Settings):
@@ -56,7 +56,7 @@ class TokenMasked(Settings):
     type: Literal["token_masked"] = key(
         "token_masked", "each token's loss times π_old / q of the token; beyond the bounds 0", source=ICEPOP
     )
-    upper: Upper = upper(5.0, "a token with a larger weight counts nothing", ICEPOP)
+    upper: Upper = upper(5.0, "a token with a larger weight does not count", ICEPOP)
     lower: Lower = lower(0.5, LEFT_OUT, ICEPOP)
 
 
@@ -78,7 +78,7 @@ class SequenceMasked(Settings):
     type: Literal["sequence_masked"] = key(
         "sequence_masked", "each response's loss times the product of its tokens' π_old / q; beyond the bounds 0"
     )
-    upper: Upper = upper(3.0, "a response with a larger weight counts nothing: of long ones that may be many")
+    upper: Upper = upper(3.0, "a response with a larger weight does not count; of long ones these may be many")
     lower: Lower = lower(0.0, LEFT_OUT)
 
 

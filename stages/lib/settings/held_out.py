@@ -18,7 +18,8 @@ class HeldOutSettings(Settings):
     keep: Literal["best", "last"] = key("last", "weights to publish; best: those of the best evaluation")
     best_by: BestBy = key(
         block(BestBy, metric="objective/rlhf_reward", better="higher"),
-        "what keep: best and early_stopping compare evaluations by; rewards/<name>: one of several rewards",
+        "what keep: best and early_stopping compare evaluations by; rewards/<name>: one of several rewards, "
+        "rewards/<name>/<source>: that on the prompts of one of several sources",
     )
     early_stopping: EarlyStopping | None = key(None, "null: every phase is made; else a block: patience, min_delta")
 

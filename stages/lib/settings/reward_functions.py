@@ -23,14 +23,12 @@ def reward_files(rewards: Mapping[str, RewardPart], key: str) -> list[str]:
         if isinstance(reward, FunctionReward):
             found.update(files_of_function(reward.path, f"params.yaml: {key}.{name}.path"))
             for file in reward.files:
-                if not Path(file).is_file():
-                    raise StageError(f"params.yaml: {key}.{name}.files: the file {file} does not exist")
-                found.add(file)
+                found.update(files_of_function(file, f"params.yaml: {key}.{name}.files"))
     return sorted(found)
 
 
 def files_of_function(path: str, where: str) -> list[str]:
-    """The same of one function, such as rewards/example.py:score."""
+    """The same of one function, such as rewards/example.py:score, or of one file."""
     file = path.partition(":")[0]
     if not Path(file).is_file():
         raise StageError(f"{where}: the file {file} does not exist")

@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 
 def require_address(address: str, example: str) -> None:
-    """Raise ValueError for what is no http or https address, or holds a password."""
+    """Raise ValueError for what is not an http or https address, or holds a password."""
     try:
         parts = urlsplit(address)
         is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -142,6 +142,11 @@ class TrainPpo(PolicyTraining):
     def _check_kl(self) -> "TrainPpo":
         if self.max_kl is not None and not self.reads_reference:
             raise ValueError("max_kl limits the KL to a reference, and kl has none; set null")
+        if self.max_kl is not None and self.asynchronous:
+            raise ValueError(
+                "max_kl steps back by the KL of a phase's responses, and with asynchronous: true these are of weights "
+                "a phase older than those it would keep; set one of them back"
+            )
         if self.reference_reset is not None and not self.reads_reference:
             raise ValueError("reference_reset: kl has no reference; set null")
         if self.reference_reset is not None and os.path.normpath(self.reference) != os.path.normpath(self.model):

@@ -26,6 +26,10 @@ ADAPTIVE = {"kl": block(KlInReward, controller=block(AdaptiveKl, horizon=50.0))}
     [
         (NO_KL | {"reference": "models/base"}, "reference: with kl.type none and a coefficient of 0 nothing reads it"),
         (NO_KL | {"max_kl": 1.0}, "max_kl limits the KL to a reference, and kl has none; set null"),
+        (
+            {"max_kl": 1.0, "asynchronous": True, "reuse_sampler_logps": True},
+            "max_kl steps back by the KL of a phase's responses, and with asynchronous: true these are of weights",
+        ),
         (NO_KL | RESET, "reference_reset: kl has no reference; set null"),
         (RESET | {"reference": "models/base"}, "reference_reset: the reference becomes the policy"),
         (RESET | {"lora": LORA}, "reference_reset moves whole models, and lora trains adapters"),

@@ -146,6 +146,7 @@ class AsynchronousSampler:
     current: PhaseDrawn | None = None
     coming: PhaseDrawn | None = None
     asked: PhaseDrawn | None = None  # what is being drawn, still without responses
+    failed: SamplerError | None = None  # what a checkpoint met while it waited
     begun: int = 0  # updates that the policy had at the start of the current phase
 
     @property
@@ -175,6 +176,8 @@ class AsynchronousSampler:
             while not self.processes.any(self.processes.is_main and self.ahead.is_ready(POLL_SECONDS)):
                 self.after_batch()
             self.finish()
+        if self.failed is not None:
+            raise self.failed
         updates, rows = self.policy.engine.steps_taken, [prompt.row for prompt in prompts]
         if self.coming is None or (self.coming.step, self.coming.rows) != (step, rows):
             self.inner.take_weights()
@@ -214,7 +217,10 @@ class AsynchronousSampler:
         if self.current is not None and self.policy.engine.steps_taken > self.begun:
             step = max(step, self.current.step + 1)  # stopped between a phase's updates and its evaluation
         if self.asked is not None and self.asked.step == step:
-            self.finish()
+            try:
+                self.finish()
+            except SamplerError as error:  # the updates before are to be kept: it ends the run when it samples again
+                self.failed = error
         left = [phase for phase in (self.current, self.coming) if phase is not None and phase.step >= step]
         return left[0].as_state() if left else {}
 

@@ -58,7 +58,7 @@ class SamplingProcess:
         self._write(json.dumps(request | {"prompts": [[prompt.row, prompt.ids] for prompt in prompts]}))
 
     def is_ready(self, seconds: float) -> bool:
-        """Whether `take` has something to read now, or within so many seconds."""
+        """Whether `take` has something to read now, or within this many seconds."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)

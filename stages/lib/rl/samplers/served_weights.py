@@ -1,6 +1,6 @@
 """The folders from which an inference engine reads a policy: the whole model, with its head a weight of its own.
 
-Where a model's head is its embedding, an engine that is told to load weights anew may load the embedding alone, and go
+Where a model's head is its embedding, an engine that is told to load weights again may load the embedding alone, and go
 on with the old head: vLLM 0.32 does, on a CPU. In a folder of the untied model nothing can be left out.
 """
 

@@ -100,7 +100,7 @@ class VllmWeights:
         self.pushes += 1
 
     def _probe(self, texts: Sequence[Sequence[int]]) -> "Probe":
-        """So many of the texts as tell the server's weights of now from the policy's."""
+        """As many of the texts as it takes to tell the weights that the server has from the policy's."""
         runs = self.batching.processes.broadcast(self.process is not None or self.server.address is not None)
         probe = Probe([], [], None)
         for size in SIZES:
