@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from benchmarks.model_flops import forward_flops, peak_flops, training_flops
 from benchmarks.workloads import LORA_RANK, Configuration, Workload
@@ -38,9 +39,9 @@ from stages.lib.objectives.objective import Objective
 from stages.lib.objectives.preference import PreferenceObjective
 from stages.lib.objectives.reward import RewardObjective
 from stages.lib.objectives.sft import SftObjective
+from stages.lib.rl import ppo_updates
 from stages.lib.rl.advantages import gae
 from stages.lib.rl.ppo_loss import PpoLoss
-from stages.lib.rl.ppo_updates import learners
 from stages.lib.rl.rollouts import Rollouts
 from stages.lib.settings.declaration import plain
 from stages.lib.settings.lora import ALL_LINEAR, LoraSettings
@@ -198,9 +199,16 @@ def ppo(setup: Setup) -> dict[str, Part]:
     )
     critic = settings.critic.model_copy(update={"path": reward_model})
     settings = settings.model_copy(update={"critic": critic})
-    this_run = SimpleNamespace(scratch=None, processes=setup.processes, may_stop=lambda: None)
-    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, this_run, None)
+    this_run = SimpleNamespace(
+        scratch=None,
+        processes=setup.processes,
+        may_stop=lambda: None,
+        stage="train_ppo@ppo",
+        runtime=setup.loading().runtime,
+    )
     sequences = random_sequences(workload, [length - workload.new_tokens for length in sequence_lengths(setup)])
+    table = Dataset.from_dict({"prompt_ids": sequences})
+    parts = train_ppo.load_parts(settings, SEED, setup.loading(), setup.processes, str, this_run, table, None)
     prompts = [Prompt(row, ids, [], {}) for row, ids in enumerate(sequences)]
     phases: list[Rollouts] = []
 
@@ -218,7 +226,7 @@ def ppo(setup: Setup) -> dict[str, Part]:
     def update() -> Cost:
         phase = phases[-1]
         loss = PpoLoss(settings, *gae(phase, settings))
-        train_ppo.update(settings, SEED, len(phases) - 1, *learners(parts, phase, loss, warms_up=False))
+        ppo_updates.update(settings, SEED, len(phases) - 1, *ppo_updates.learners(parts, phase, loss, warms_up=False))
         lengths, new = sizes()
         both = [training_flops(architecture, lengths, logits, setup.rank) for logits in (new, 0)]
         return Cost(sum(lengths), sum(both))

@@ -90,7 +90,7 @@ def language_model(folder: Path) -> Path:
         (folder / "data/raw/rows.jsonl").write_text("\n".join(rows) + "\n")
         settings: dict[str, Any] = default_params()
         source = block(FileSource, path="data/raw/rows.jsonl", format="text", kinds=["sft"])
-        settings["sources"] = {"files": {"reviews": source}, "hub": {}, "tasks": {}}
+        settings["sources"] = {"files": {"reviews": source}, "hub": {}, "tasks": {}, "arithmetic": {}}
         settings["prepare_data"]["kinds"] = ["sft"]
         lay_over(settings["prepare_base"]["scratch"], {"base": {"vocab_size": 2048, "max_positions": 128}})
         settings["tokenize_data"] |= {"max_length": 96, "max_prompt_length": 64, "truncation": "drop"}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from stages.lib.data.token_tables import PREFERENCE_SCHEMA, SFT_SCHEMA, read_table
+from stages.lib.data.token_tables import PREFERENCE_SCHEMA, PROMPT_SCHEMA, SFT_SCHEMA, read_table
 from tests.loaded_python import torchrun
 from tests.stages.test_training import (
     curve,
@@ -172,8 +172,11 @@ def test_two_models_are_in_memory_instead_of_four(adapted: Path) -> None:
         _, settings = read_entry("train_ppo", TrainPpo, None)
         settings = settings.model_copy(update={"model": "models/ppo", "reference": "models/ppo"})
         loading = Loading(settings.precision, read_runtime("train_ppo"), alone.device)
-        this_run = SimpleNamespace(scratch=None, processes=alone, may_stop=lambda: None)
-        parts = load_parts(settings, 17, loading, alone, str, this_run, None)
+        this_run = SimpleNamespace(
+            scratch=None, processes=alone, may_stop=lambda: None, stage="train_ppo@ppo", runtime=loading.runtime
+        )
+        prompts = read_table(Path("data/tokens/train/prompts.arrow"), PROMPT_SCHEMA)
+        parts = load_parts(settings, 17, loading, alone, str, this_run, prompts, None)
     reward = parts.collector.reward.by_name["reward_model"].reward
     trained = {id(weight) for part in (parts.policy, parts.critic) for weight in part.module.parameters()}
     frozen = [

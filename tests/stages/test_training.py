@@ -433,7 +433,7 @@ def test_a_broken_model_is_told_by_the_row_it_fails_on(copy_of_tiny: Copy, tiny:
     tensors["score.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     assert "row 0: a score is nan; models/rm is broken" in refused(folder, "evaluate_rm@rm")
-    assert "row 0: the score of a reply is nan" in refused(folder, "score_samples@sft")
+    assert "row 0: a score is nan; models/rm is broken" in refused(folder, "score_samples@sft")
 
 
 def test_as_many_checkpoints_stay_as_runtime_yaml_says(copy_of_tiny: Copy) -> None:

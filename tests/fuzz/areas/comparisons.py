@@ -89,7 +89,7 @@ def settings_for(shape: str, path: str, **more: Any) -> dict[str, Any]:
     kind, said = SHAPES[shape]
     comparison = block(kind) | said | more.pop("comparison", {})
     source = block(FileSource) | {"path": path, "kinds": ["preference"], "comparison": comparison} | more
-    return {"sources": Whole(files={"mine": source}, hub={}, tasks={})}
+    return {"sources": Whole(files={"mine": source}, hub={}, tasks={}, arithmetic={})}
 
 
 def only(*allowed: tuple[str, str]) -> Complaint:
@@ -302,7 +302,7 @@ def labels(what: str, rows: list[Row], expected: Expected, **threshold: Any) -> 
     sound = [{"prompt": f"What is {topic}?", "completion": "A.", "score": 1 + 4 * (topic < "m")} for topic in TOPICS]
     source = block(FileSource) | {"path": "data/raw/rows.jsonl", "kinds": ["unpaired"]}
     source["threshold"] = block(Threshold) | threshold
-    settings = {"sources": Whole(files={"mine": source}, hub={}, tasks={})}
+    settings = {"sources": Whole(files={"mine": source}, hub={}, tasks={}, arithmetic={})}
     content = as_json_lines([*sound, *rows])
     return Case(
         f"threshold: {what}", lambda folder: put(folder / "data/raw/rows.jsonl", content), READ, expected, settings

@@ -38,7 +38,7 @@ def settings_for(name: str, path: str, **changed: Any) -> dict[str, Any]:
     kinds = changed.pop("kinds", KINDS[name])
     source = block(FileSource) | {"path": path, "kinds": kinds} | changed
     return {
-        "sources": Whole(files={"mine": source}, hub={}, tasks={}),
+        "sources": Whole(files={"mine": source}, hub={}, tasks={}, arithmetic={}),
         "prepare_data": {"kinds": kinds, "validation_fraction": 0.2, "test_fraction": 0.2},
         "tokenize_data": {"truncation": "drop"},
     }

@@ -30,7 +30,7 @@ def file_source(**changed: Any) -> Row:
 def project(files: Mapping[str, Any], **data: Any) -> Row:
     """The settings of these sources alone, from which nothing but SFT is made unless `kinds` says more."""
     data = {"kinds": KINDS, "validation_fraction": 0.2, "test_fraction": 0.2} | data
-    return {"sources": Whole(files=dict(files), hub={}, tasks={}), "prepare_data": data}
+    return {"sources": Whole(files=dict(files), hub={}, tasks={}, arithmetic={}), "prepare_data": data}
 
 
 def with_rows(rows: list[Row]) -> Callable[[Path], None]:
@@ -168,7 +168,11 @@ OF_HUB = tuple(
         with_rows(sound_rows("preference")),
         CHECK,
         "refused",
-        {"sources": Whole(files={"mine": file_source()}, hub={"other": block(HubSource) | said}, tasks={})},
+        {
+            "sources": Whole(
+                files={"mine": file_source()}, hub={"other": block(HubSource) | said}, tasks={}, arithmetic={}
+            )
+        },
     )
     for said in HUB
 )
