@@ -3,6 +3,8 @@
 What is refused, and what cannot be read, is one message that names file and line.
 """
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StageError(f"{path} is not a file")
     try:
-        document = strict_reader().load(path.read_text(encoding="utf-8"))
+        document = deepcopy(document_of(path.read_text(encoding="utf-8")))
     except RefusedYAMLError as error:
         raise StageError(f"{path}{line_of(error)}: {error.problem}") from None
     except UnicodeDecodeError as error:
@@ -91,6 +93,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
         found = "nothing" if document is None else type(document).__name__
         raise StageError(f"{path}: expected sections (key: value), found {found}")
     return document
+
+
+@lru_cache(maxsize=8)
+def document_of(text: str) -> Any:
+    """What a text says; remembered, as a stage asks for params.yaml several times and each takes 30 ms."""
+    return strict_reader().load(text)
 
 
 def strict_reader() -> YAML:

@@ -102,3 +102,11 @@ def test_what_is_not_a_file_is_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / "params.yaml")
     with pytest.raises(StageError, match="is missing; run from the project's top folder"):
         load_yaml(tmp_path / "other.yaml")
+
+
+def test_what_a_reader_changes_no_other_reads(tmp_path: Path) -> None:
+    path = written(tmp_path, "seeds: {first: 17}\n")
+    load_yaml(path)["seeds"]["first"] = 18
+    assert load_yaml(path) == {"seeds": {"first": 17}}
+    path.write_text("seeds: {first: 19}\n")
+    assert load_yaml(path) == {"seeds": {"first": 19}}
