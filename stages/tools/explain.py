@@ -149,7 +149,8 @@ def main(
     elif key == RUNTIME:
         lines = [*sections(top.below(RUNTIME), f"{RUNTIME}.")]
     else:
-        lines = [line for declared in found_at(key, top) for line in explained(key, declared)]
+        texts = ("\n".join(explained(key, declared)) for declared in found_at(key, top))
+        lines = [*dict.fromkeys(texts)]  # of blocks of several types that have the same key, once
     print("\n".join(lines))
 
 

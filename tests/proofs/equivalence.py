@@ -244,7 +244,7 @@ OF_EXPERTS = 5.0
 def outside(row: dict[str, Any]) -> dict[str, float]:
     """What of one row of measurements is larger than the precision allows."""
     limits = limits_of(row["precision"])
-    if row["stage"].endswith("experts"):
+    if "experts" in row["stage"]:
         limits["losses"] *= OF_EXPERTS
     return {key: row[key] for key in limits if key in row and not row[key] <= limits[key]}
 

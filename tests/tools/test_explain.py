@@ -31,7 +31,7 @@ train_ppo.ppo.kl.controller: a block of a type, fixed | adaptive; default fixed
   type: fixed
       the coefficient stays as it is
     coef: number at least 0; default 0.05
-        β, of the KL to the SFT policy in the reward (arXiv 2203.02155, Eq 2)
+        β; 0: no KL and no reference (arXiv 2203.02155, Eq 2)
   type: adaptive
       the coefficient is steered towards a target KL (arXiv 1909.08593, section 2.2)
     coef: number above 0; default 0.05
@@ -39,7 +39,7 @@ train_ppo.ppo.kl.controller: a block of a type, fixed | adaptive; default fixed
     target: number above 0; default 6.0
         [nats per response] KL to hold
     horizon: number above 0; default 10000.0
-        [responses] over which the controller acts; more than a fifth of rollout_batch_size
+        [responses] over which the controller acts; more than a fifth of those of a phase
 """
     )
 

@@ -1,4 +1,4 @@
-"""Best-of-n without bias, for all n from one set of samples: what choosing by reward alone would come to."""
+"""What choosing by reward alone would come to: unbiased estimates of best-of-n, for every n from one set of samples."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""pass@k: how often at least one of k responses to a prompt is right, without bias from n samples of it."""
+"""pass@k: how often at least one of k responses to a prompt is right, an unbiased estimate from n samples of each."""
 
 from collections.abc import Mapping, Sequence
 from math import comb

@@ -1,7 +1,7 @@
 """Over-optimisation: how far a policy lies from the line that relates reward to a better measure on held-out replies.
 
 Replies that nothing has selected by their reward give the line  u ≈ a + b r  by least squares. Choosing among such
-replies by reward, as best-of-n does, moves along it; a policy that has learnt what the reward model gets wrong lies
+replies by reward, as best-of-n does, moves along it; a policy that exploits what the reward model gets wrong lies
 below it: the mean of  u − (a + b r)  over its replies, its residual, is negative (arXiv 2210.10760, section 3).
 """
 

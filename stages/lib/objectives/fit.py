@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import torch
 
 from stages.lib.command.errors import StageError
-from stages.lib.command.quoted import nearest
 from stages.lib.compute.batching import is_due, rows_of_step
 from stages.lib.compute.engine.base import Engine, require_finite
 from stages.lib.compute.memory_budget import MemoryBudget
 from stages.lib.objectives.best_weights import BestWeights, Patience, cost_of
 from stages.lib.objectives.objective import KeepsState, Objective, Rows
-from stages.lib.settings.epochs import BestBy, EpochSettings
+from stages.lib.settings.epochs import BestBy, EpochSettings, require_compared_metric
 
 
 class Table(Protocol):
@@ -92,7 +91,7 @@ def fit(
         StageError: the metric to compare evaluations by is none of the objective's; a loss, this metric or the norm of
             a gradient is not a finite number.
     """
-    require_metric(settings, objective, run.stage)
+    require_compared_metric(settings.best_by, objective.metrics, run.stage.replace("@", "."))
     best = BestWeights(settings.keep, settings.best_by, is_main=engine.processes.is_main)
     patience = Patience(settings.early_stopping)
     total, budget = engine.total_steps, objective.batching.budget
@@ -125,16 +124,6 @@ def fit(
         if not is_last or settings.keep == "best":
             after_step(step)
     return best
-
-
-def require_metric(settings: EpochSettings, objective: Objective, stage: str) -> None:
-    """Raise StageError unless the objective has the metric that evaluations are to be compared by."""
-    name = settings.best_by.metric
-    if name not in objective.metrics:
-        raise StageError(
-            f"params.yaml: {stage.replace('@', '.')}.best_by.metric: there is no metric {name!r} here"
-            f"{nearest(name, objective.metrics)}; there are {', '.join(objective.metrics)}"
-        )
 
 
 def require_comparable(results: Mapping[str, float], best_by: BestBy, step: int) -> None:

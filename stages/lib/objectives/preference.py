@@ -18,7 +18,6 @@ from stages.lib.objectives.preference_losses import (
     PairBatch,
     StepTies,
     clamped_shares,
-    has_exponents,
     implicit_rewards,
     mean_logps,
 )
@@ -30,6 +29,7 @@ from stages.lib.settings.preference_loss import (
     OrpoLoss,
     PreferenceLoss,
     SimpoLoss,
+    has_exponents,
     is_weighted,
     reads_reference,
     weighted_losses,

@@ -297,13 +297,6 @@ def implicit_rewards(pairs: PairBatch, beta: float) -> tuple[torch.Tensor, torch
     return beta * pairs.chosen_log_ratios, beta * pairs.rejected_log_ratios
 
 
-def has_exponents(loss: of.PairLoss) -> bool:
-    """Whether a loss has exponents that may have to be held at their limit."""
-    return isinstance(loss, of.DiscopopLoss) or (
-        isinstance(loss, of.ScoreGapLoss) and exponent_rate(loss.divergence) > 0
-    )
-
-
 def clamped_shares(pairs: PairBatch, loss: of.PairLoss) -> torch.Tensor:
     """Of the exponents that a loss takes of a pair, the share that is held at its limit. Shape: (n,), no gradient.
 

@@ -121,10 +121,10 @@ def of_residuals(policies: Mapping[str, Measured], measure: str, judge: str) -> 
     if not measured:
         return ""
     if not below:
-        return f"No policy's mean {judge} can be told to lie below that of held-out replies of the same reward."
+        return f"No policy's mean {judge} lies clearly below that of held-out replies with the same reward."
     return (
-        f"Over-optimised: the mean {judge} lies below that of held-out replies of the same reward by {listed(below)}; "
-        "such a policy has learnt what the reward model gets wrong."
+        f"Over-optimised: the mean {judge} lies below that of held-out replies with the same reward by "
+        f"{listed(below)}; such a policy exploits what the reward model gets wrong."
     )
 
 

@@ -39,7 +39,7 @@ def engine_corrected(rollouts: Rollouts, settings: EngineCorrection) -> tuple[Ro
         engine/kl                   k3 of KL(q ‖ π_old), its mean over tokens, in nats
         engine/weight               mean of the weights of tokens (or responses), after the bounds; without them about 1
         engine/bounded              share of the weights that a bound has changed
-        engine/effective_share      (Σ w)² / (n Σ w²): how many equally weighted tokens (responses) these n are worth
+        engine/effective_share      (Σ w)² / (n Σ w²): what share of n equally weighted tokens they are worth
 
     Raises:
         StageError: a log-prob is not finite.

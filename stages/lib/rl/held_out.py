@@ -19,9 +19,9 @@ from stages.lib.rl.rollout_log import RolloutLog
 from stages.lib.rl.rollouts import Rollouts, summary
 from stages.lib.rl.samplers.sampler import SamplerError
 from stages.lib.rl.trained_policy import TrainedPolicy
-from stages.lib.settings.epochs import BestBy
+from stages.lib.settings.epochs import BestBy, require_compared_metric
 from stages.lib.settings.held_out import HeldOutSettings
-from stages.lib.settings.held_out_metrics import METRICS, held_out_metrics, require_compared_metric
+from stages.lib.settings.held_out_metrics import METRICS, held_out_metrics
 from stages.lib.settings.rewards import MixedRewards
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def held_out_columns(settings: Evaluated, path: Path, where: str) -> tuple[str, 
         return ()
     table = read_prompts(path, Path(settings.model))
     metrics = evaluated_metrics(settings, table["source"][: settings.held_out.prompts])
-    require_compared_metric(settings.held_out, metrics, where)
+    require_compared_metric(settings.held_out.best_by, metrics, f"{where}.held_out")
     return tuple(f"validation/{metric}" for metric in metrics)
 
 

@@ -9,7 +9,7 @@ from stages.lib.command.strict_yaml import load_yaml
 from stages.lib.models.model_facts import ModelFacts, read_config, read_model_facts, read_object
 from stages.lib.operations.scratch_root import scratch_root
 from stages.lib.settings.agreement import require_agreement, require_model_fits, require_paths
-from stages.lib.settings.compared_metrics import require_held_out_metrics
+from stages.lib.settings.compared_metrics import require_held_out_metrics, require_validation_metrics
 from stages.lib.settings.model_agreement import require_models_on_the_way, require_readable_reward_models
 from stages.lib.settings.named_models import settings_by_key
 from stages.lib.settings.prepare_base import ModelOfFolder, ModelOfHub, NewModel, PrepareBase
@@ -96,6 +96,7 @@ def check_settings() -> list[str]:
     require_models_on_the_way(params)
     require_readable_reward_models(params)
     require_held_out_metrics(params)
+    require_validation_metrics(params)
     scratch_root()
     warnings: list[str] = []
     for facts, name in known_models(base):

@@ -1,7 +1,10 @@
 """The settings of a stage that passes over a table of rows: how often, in which batches and numbers, what it keeps."""
 
+from collections.abc import Iterable
 from typing import Literal
 
+from stages.lib.command.errors import StageError
+from stages.lib.command.quoted import nearest
 from stages.lib.settings.bounds import Count, NotNegative, Positive, Precision, SaveDtype, Text
 from stages.lib.settings.declaration import Settings, block, key
 from stages.lib.settings.lora import LoraSettings
@@ -16,6 +19,16 @@ class BestBy(Settings):
 
     metric: Text = key("loss", "as the curve names it behind validation/")
     better: Literal["lower", "higher"] = key("lower", "higher: as of an accuracy or a margin")
+
+
+def require_compared_metric(best_by: BestBy, metrics: Iterable[str], key: str) -> None:
+    """Raise StageError, naming `key`, if the metric that evaluations are compared by is none of these."""
+    name, known = best_by.metric, [*metrics]
+    if name not in known:
+        raise StageError(
+            f"params.yaml: {key}.best_by.metric: there is no metric {name!r} here{nearest(name, known)}; there are "
+            f"{', '.join(known)}"
+        )
 
 
 class EarlyStopping(Settings):

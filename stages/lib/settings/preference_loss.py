@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from stages.lib.settings.bounds import Name, NotNegative, Positive, Share
 from stages.lib.settings.declaration import Settings, block, key
-from stages.lib.settings.divergence import AnyDivergence, ReverseKl
+from stages.lib.settings.divergence import AlphaDivergence, AnyDivergence, ForwardKl, ReverseKl
 
 FlipRate = Annotated[float, Ge(0), Lt(0.5)]
 MITCHELL = "E. Mitchell, A note on DPO with noisy preferences, Eq 3"
@@ -87,7 +87,10 @@ class ExoPairLoss(ScoreGapLoss):
     type: Literal["exo_pair"] = key("exo_pair", "EXO: reverse KL to the labels", source="arXiv 2402.00856, Eq 16")
     beta: Positive = beta(0.1, "arXiv 2402.00856, appendix B")
     label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = key(
-        1e-3, "labels taken to be wrong; log 0 forbids none", unit="share", source="arXiv 2402.00856, Eq 16"
+        1e-3,
+        "labels taken to be wrong; above 0, as its log is taken",
+        unit="share",
+        source="arXiv 2402.00856, Eq 16",
     )
     ld_alpha: Share = ld_alpha()
 
@@ -317,3 +320,10 @@ def discount_of_length(loss: PairLoss) -> float:
 def is_weighted(loss: PairLoss) -> bool:
     """Whether a loss weighs its pairs as WPO does."""
     return getattr(loss, "wpo", False)
+
+
+def has_exponents(loss: PairLoss) -> bool:
+    """Whether a loss has exponents that may have to be held at their limit."""
+    if isinstance(loss, DiscopopLoss):
+        return True
+    return isinstance(loss, ScoreGapLoss) and isinstance(loss.divergence, ForwardKl | AlphaDivergence)

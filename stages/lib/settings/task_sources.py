@@ -50,7 +50,7 @@ class ArithmeticSettings(Settings):
     test_rows: GeneratedRows = key(500, "of the test split of each kind", unit="rows")
     digits: Annotated[int, Ge(1), Le(9)] = key(2, "of a number at most", unit="digits")
     fewest_steps: Steps = key(1, "of a problem: additions, the comparison counted as one", unit="steps")
-    most_steps: Steps = key(2, "of a problem; all numbers of steps are drawn alike", unit="steps")
+    most_steps: Steps = key(2, "of a problem; each number of steps is as likely as another", unit="steps")
     shortcuts: Share = key(0.5, "of the answers in rows for SFT that give the result alone, without its steps")
     weight: Positive | None = key(None, "in the mixture of train rows, as for sources of files; null: all rows")
     rows: Count | None = key(None, "train rows of each kind to draw; null: all, or by weight", unit="rows")

@@ -15,7 +15,7 @@ class KtoLoss(Settings):
     beta: Positive = key(0.1, "how fast the value of a reply saturates", source="arXiv 2402.01306")
     desirable_weight: Positive = key(
         1.0,
-        "λ_D, of good replies; with as many as there are of them it should weigh 1 to 4/3 of λ_U with the bad ones",
+        "λ_D, of good replies; times their number it should be 1 to 4/3 times λ_U times the number of bad ones",
         source="arXiv 2402.01306",
     )
     undesirable_weight: Positive = key(1.0, "λ_U, of bad replies", source="arXiv 2402.01306")

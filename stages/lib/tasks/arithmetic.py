@@ -1,8 +1,8 @@
-"""Problems of arithmetic with worked answers: a task that is judged by a verifier, which leaves nothing to please.
+"""Problems of arithmetic with worked answers: a task judged by a verifier, which the right answer alone satisfies.
 
-A problem adds numbers up, or says which of two is larger, of which one may be a sum. Its steps are its additions, and
-the comparison. A worked answer writes each step down digit by digit; others in the rows for SFT are shortcuts, the
-result alone, so that a model trained on them knows two ways to answer, and which one is better it is not told.
+A problem asks for a sum, or which of two numbers is larger, one of which may be a sum. Its steps are its additions and
+the comparison. A worked answer writes each step down digit by digit; the others in the rows for SFT are shortcuts, the
+result alone, so a model trained on them knows two ways to answer, and is not told which is better.
 
     47+85+16=?               larger: 47+85 or 120?
     7+5=12                   7+5=12

@@ -15,7 +15,6 @@ from stages.lib.objectives.preference_losses import (
     PairBatch,
     StepTies,
     clamped_shares,
-    has_exponents,
     implicit_rewards,
     robust,
     sigmoid,
@@ -244,7 +243,7 @@ def test_the_share_of_exponents_at_their_limit() -> None:
     assert clamped_shares(pairs, settings_of(of.DiscopopLoss, beta=1.0)).tolist() == [0, 0, 1, 0]
     both = settings_of(of.DiscopopLoss, divergence=forward)
     assert clamped_shares(pairs, both).tolist() == pytest.approx([2 / 3, 2 / 3, 0, 1 / 3])
-    assert [own.type for own in map(settings_of, SINGLE) if has_exponents(own)] == ["discopop"]
+    assert [own.type for own in map(settings_of, SINGLE) if of.has_exponents(own)] == ["discopop"]
 
 
 @pytest.mark.parametrize("kind", [of.AotLoss, of.AotUnpairedLoss])

@@ -110,11 +110,11 @@ def test_a_policy_below_the_line_is_called_over_optimised():
 
     policies = {"sft": SFT, "dpo": of(-0.1, -0.2, 0.01), "ppo": of(-0.684, -0.9, -0.47)}
     assert sentences(policies)[1] == (
-        "Over-optimised: the mean gold utility lies below that of held-out replies of the same reward by 0.68 (95 % "
-        "interval 0.47 to 0.90) for PPO; such a policy has learnt what the reward model gets wrong."
+        "Over-optimised: the mean gold utility lies below that of held-out replies with the same reward by 0.68 (95 % "
+        "interval 0.47 to 0.90) for PPO; such a policy exploits what the reward model gets wrong."
     )
     assert sentences({"sft": SFT, "dpo": of(-0.1, -0.2, 0.01)})[1] == (
-        "No policy's mean gold utility can be told to lie below that of held-out replies of the same reward."
+        "No policy's mean gold utility lies clearly below that of held-out replies with the same reward."
     )
     judged = sentences({"sft": SFT, "ppo": of(-0.3, -0.4, -0.2, "judge")})
-    assert "the mean score by the judge lies below that of held-out replies of the same reward by 0.30" in judged[1]
+    assert "the mean score by the judge lies below that of held-out replies with the same reward by 0.30" in judged[1]

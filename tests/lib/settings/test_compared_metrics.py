@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stages.lib.command.errors import StageError
-from stages.lib.settings.compared_metrics import require_held_out_metrics
+from stages.lib.settings.compared_metrics import require_held_out_metrics, require_validation_metrics
 from stages.lib.settings.declaration import block
 from stages.lib.settings.ensemble_member import EnsembleMember
 from stages.lib.settings.rewards import RepetitionReward
@@ -61,3 +61,15 @@ def test_a_source_of_several_may_be_the_one_that_counts() -> None:
     tasks = values["sources"].tasks
     several = {**tasks, "second": tasks["film_reviews"]}
     require_held_out_metrics(values | {"sources": values["sources"].model_copy(update={"tasks": several})})
+
+
+@pytest.mark.parametrize("section", ["train_sft", "train_rm", "train_dpo"])
+def test_a_metric_that_no_validation_row_has_is_refused_before_anything_runs(section: str) -> None:
+    def compared(metric: str) -> dict[str, Any]:
+        return params({section: {section.removeprefix("train_"): {"best_by": {"metric": metric, "better": "lower"}}}})
+
+    require_validation_metrics(compared("loss"))
+    with pytest.raises(
+        StageError, match=rf"^params\.yaml: {section}\..*\.best_by\.metric: there is no metric 'lost' here"
+    ):
+        require_validation_metrics(compared("lost"))
