@@ -112,11 +112,10 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
 
     So do we for every manifest; and to look up a key, DVC walks through all of params.yaml.
     """
-    import dpath
     from dvc.dependency import param
     from dvc.utils.serialize import _yaml
 
-    parse = _yaml.parse_yaml
+    parse, lookup = _yaml.parse_yaml, param.dpath
 
     @functools.cache
     def parse_once(text: str, path: str, typ: str) -> Any:
@@ -128,7 +127,7 @@ def each_yaml_text_parsed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_yaml, "parse_yaml", lambda text, path, typ="safe": deepcopy(parse_once(text, path, typ)))
-        patch.setattr(param, "dpath", SimpleNamespace(get=value_at, merge=dpath.merge, search=dpath.search))
+        patch.setattr(param, "dpath", SimpleNamespace(get=value_at, merge=lookup.merge, search=lookup.search))
         for module in (code_manifest, command_params):
             patch.setattr(module, "load_yaml", lambda path: deepcopy(load_once(path.read_text(encoding="utf-8"), path)))
         yield

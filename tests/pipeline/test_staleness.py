@@ -63,12 +63,7 @@ NOT_RUN = {
     **{
         name: SHARDED | (IN_WORKERS if name.startswith(PAID) else {})
         for name in stage_names()
-        if name.startswith(("ref_logprobs", "evaluate"))
-    },
-    **{
-        name: {**SHARDED, **dict.fromkeys(TOKEN_TABLES, "tables of tokens, by who reads them")}
-        for name in stage_names()
-        if name.startswith("score_samples")
+        if name.startswith(("ref_logprobs", "evaluate", "score_samples"))
     },
 }
 

@@ -39,11 +39,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def check(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "STAGEWISE_SCRATCH"}
+    environment = {name: value for name, value in os.environ.items() if name != "STAGEWISE_SCRATCH"} | variables
     return subprocess.run(
-        [*loaded_python(), "-m", "stages.code_manifest", *options],
+        [*loaded_python(environment), "-m", "stages.code_manifest", *options],
         cwd=folder,
-        env=environment | variables,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

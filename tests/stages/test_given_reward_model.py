@@ -13,6 +13,7 @@ from tests.tables import rollout_rows
 
 Copy = Callable[..., Path]
 GIVEN = {"reward_model": "data/raw/classifier", "reward_label": "POSITIVE"}
+JUDGE = GIVEN | {"judge": GIVEN["reward_model"]}  # itself: no second one takes part
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_template_of_its_own_gets_the_messages_and_tools_of_samples(folder: Pa
     )
     given, name = folder / "data/raw/classifier", "data/samples/dpo.jsonl"
     save_tokenizer(given, template=template, longest=512)
-    settings = {"evaluate_rm": {"rm": GIVEN}, "score_samples": GIVEN, "prepare_data": {"kinds": ["sft", "preference"]}}
+    settings = {"evaluate_rm": {"rm": GIVEN}, "score_samples": JUDGE, "prepare_data": {"kinds": ["sft", "preference"]}}
     change(folder / "params.yaml", settings)
     (folder / "data/tokens/test/prompts.arrow").unlink()
     call(folder, "evaluate@dpo")
@@ -76,13 +77,6 @@ def test_a_template_of_its_own_gets_the_messages_and_tools_of_samples(folder: Pa
         first_reply = [turn["role"] for turn in turns].index("assistant")
         assert sample["prompt"] == turns[:first_reply]
     tools = [{"type": "function", "function": {"name": "film"}}]
-    (folder / name).unlink()
-    (folder / name).write_text("".join(json.dumps({**sample, "tools": tools}) + "\n" for sample in samples))
-    call(folder, "score_samples@dpo")
-    texts = ["film" + "".join(f"<s>{turn['content']}" for turn in s["prompt"]) + f"<s>{s['response']}" for s in samples]
-    scores = [row["score"] for row in read_jsonl(folder / "data/sample_scores/dpo.jsonl")]
-    assert scores == pytest.approx(scores_of_texts(folder, texts, plain=False), abs=1e-4)
-
     path = folder / "data/prepared/test/preference.jsonl"
     pairs = list(read_jsonl(path))
     for pair in pairs:
@@ -91,12 +85,19 @@ def test_a_template_of_its_own_gets_the_messages_and_tools_of_samples(folder: Pa
             pair[side] = [{"role": "assistant", "content": "", "tool_calls": [called]}]
     path.unlink()
     path.write_text("".join(json.dumps({**pair, "tools": tools}) + "\n" for pair in pairs))
+    (folder / name).unlink()
+    (folder / name).write_text("".join(json.dumps({**sample, "tools": tools}) + "\n" for sample in samples))
+    call(folder, "score_samples@dpo")
+    texts = ["film" + "".join(f"<s>{turn['content']}" for turn in s["prompt"]) + f"<s>{s['response']}" for s in samples]
+    scores = [row["score"] for row in read_jsonl(folder / "data/sample_scores/dpo.jsonl")]
+    assert scores == pytest.approx(scores_of_texts(folder, texts, plain=False), abs=1e-4)
+
     call(folder, "evaluate_rm@rm")
     assert json.loads((folder / "metrics/evaluate_rm/rm.json").read_text())["margin_mean"] != 0
 
 
 def test_it_judges_pairs_and_samples(folder: Path) -> None:
-    change(folder / "params.yaml", {"evaluate_rm": {"rm": GIVEN}, "score_samples": GIVEN})
+    change(folder / "params.yaml", {"evaluate_rm": {"rm": GIVEN}, "score_samples": JUDGE})
     call(folder, "evaluate_rm@rm")
     pairs = list(read_jsonl(folder / "data/prepared/test/preference.jsonl"))
     found = []
@@ -135,7 +136,7 @@ def test_samples_that_evaluate_does_not_write_are_refused(
     folder: Path, capsys: pytest.CaptureFixture, given: bool, change_of: dict[str, object]
 ) -> None:
     if given:
-        change(folder / "params.yaml", {"score_samples": GIVEN})
+        change(folder / "params.yaml", {"score_samples": JUDGE})
     path = folder / "data/samples/dpo.jsonl"
     first, second, *_ = list(read_jsonl(path))
     path.unlink()

@@ -188,7 +188,7 @@ def test_policies_of_a_given_reward_model_run_to_the_report_without_sft(copy_of_
             "train_ppo": {"ppo": start | {"critic": block(SeparateCritic, path="models/base")}},
             "train_grpo": {"grpo": start},
             "evaluate": {"policies": {"ppo": "models/ppo", "grpo": "models/grpo"}, "reference": "models/base"},
-            "score_samples": {"policies": ["ppo", "grpo"], "reward_model": "data/raw/given"},
+            "score_samples": {"policies": ["ppo", "grpo"], "reward_model": "data/raw/given", "judge": "data/raw/given"},
             "prepare_data": {"kinds": ["sft", "prompts"]},
         },
     )

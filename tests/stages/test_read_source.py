@@ -462,8 +462,8 @@ def test_hub_settings_that_name_nothing_certain_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({}, "files, hub and tasks name no source"),
-        ({"files": {"a": {}}, "tasks": {"a": {}}}, "two sources are named a, of files, hub and tasks"),
+        ({}, "files, hub, tasks and arithmetic name no source"),
+        ({"files": {"a": {}}, "tasks": {"a": {}}}, "two sources are named a, of files, hub, tasks and arithmetic"),
         ({"files": {"a b": {}}}, "a b"),
         ({"files": {"../a": {}}}, "../a"),
     ],

@@ -20,7 +20,7 @@ from stages.lib.settings.kl_penalty import KlInLoss, KlInReward, NoKl
 from stages.lib.settings.policy_loss import PolicyLoss
 from stages.lib.settings.rewards import RepetitionReward
 from stages.lib.settings.train_grpo import TrainGrpo
-from stages.lib.settings.truncated import FixedScore
+from stages.lib.settings.truncated import FixedScore, MissingEos
 from stages.train_grpo import penalised_scores
 from tests.lib.rl.test_rollouts import read
 from tests.loaded_python import torchrun
@@ -244,7 +244,9 @@ MODELS = (*get_args(get_args(PolicyLoss)[0]), *get_args(get_args(Advantages)[0])
 def test_every_loss_and_every_way_to_advantages_moves_the_policy(copy_of_tiny: Copy, model: type) -> None:
     """On its second update, too, where ratios are no longer 1."""
     folder, section = copy_of_tiny(), "loss" if model in MODELS[:10] else "advantages"
-    chosen = {"iterations": 1, "truncated": {"type": "fixed_score", "score": 0.0}, section: block(model)}
+    # GDPO standardises each reward, and so takes no score that stands for all of them.
+    truncated = block(MissingEos, penalty=0.0) if model is Gdpo else block(FixedScore, score=0.0)
+    chosen = {"iterations": 1, "truncated": truncated, section: block(model)}
     # A number from 0 to 1, of which all of these advantages can be made.
     rewards = {"repeats": block(RepetitionReward, n=1, weight=-1.0)}
     chosen |= {"rewards": rewards, "reward_model": "models/sft", "top_entropy_share": 0.5}

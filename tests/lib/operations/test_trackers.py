@@ -19,7 +19,6 @@ from stages.lib.operations.tensorboard_tracker import flat_settings
 from stages.lib.operations.tracker import ShownReply
 from stages.lib.operations.trackers import Trackers
 from stages.lib.settings.runtime import Runtime, read_runtime
-from tests.loaded_python import loaded_python
 from tests.real_files import PROJECT
 from tests.tracked_values import tensorboard_scalars, tensorboard_texts, wandb_rows
 
@@ -300,7 +299,7 @@ def in_own_process(folder: Path, code: str, **environment: str) -> subprocess.Co
     """Run code in which `attempt` and `folder` are known: what wandb leaves in a process must not meet other tests."""
     start = "import os, sys, time; from pathlib import Path; from tests.lib.operations.test_trackers import attempt\n"
     return subprocess.run(
-        [*loaded_python(), "-c", f"{start}folder = Path(sys.argv[1])\n{code}", folder],
+        [sys.executable, "-c", f"{start}folder = Path(sys.argv[1])\n{code}", folder],
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
         cwd=folder,
         capture_output=True,
