@@ -73,7 +73,7 @@ HEAD = """# Preference losses on the same pairs
 Written by `make losses`. {rows} pairs, {steps} steps of {batch_size} pairs. Each loss has its own defaults;
 the learning rate, {learning_rate}, is the same for all. Gold: the utility that the task gives to replies to test
 prompts, less that of SFT's replies, with its 95 % interval. Accuracy: of the implicit reward on test pairs. KL: to SFT,
-in nats a reply. Chosen: how far the log-prob of a chosen validation reply has moved, in nats.
+in nats per reply. Chosen: how far the log-prob of a chosen validation reply has moved, in nats.
 
 """
 COLUMNS = ("loss", "seed", "gold above SFT", "95 %", "accuracy", "KL", "chosen")

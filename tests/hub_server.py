@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.loopback_server import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -80,27 +81,19 @@ def repository_of_folder(kind: str, name: str, commit: str, folder: Path) -> Hub
     return HubRepository(kind, name, commit, files)
 
 
-class HubServer:
+class HubServer(LoopbackServer):
     """Serves repositories from a thread while the `with` block runs. `requests` lists what was asked for."""
 
     def __init__(self, repositories: Iterable[HubRepository]) -> None:
         self.repositories = {(repository.kind, repository.name): repository for repository in repositories}
         self.requests: list[str] = []
 
-    def __enter__(self) -> "HubServer":
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        return handler_for(self)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return self.origin
 
     def environment(self, home: Path) -> dict[str, str]:
         """This process's environment, with this server as the Hub and an empty cache below `home`."""

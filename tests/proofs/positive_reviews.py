@@ -62,7 +62,7 @@ first coefficient {coef}, and a language model of {parameters:,} parameters that
 prove` makes this table again. The reward is the logit POSITIVE of a classifier that is right about {accuracy:.1%} of
 unseen sentences. The judge's logit is POSITIVE less NEGATIVE of a classifier of other reviews, right about
 {judge_accuracy:.1%}. What PPO adds is the mean difference between its responses and those of the model before it to
-the same {prompts} test prompts, with the 95 % interval; "better" is how often the reward is higher. KL is in nats a
+the same {prompts} test prompts, with the 95 % interval; "better" is how often the reward is higher. KL is in nats per
 response.
 
 | seed | reward before | PPO adds | better | judge before | PPO adds | judged positive before, after | KL |

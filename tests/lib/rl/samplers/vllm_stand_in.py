@@ -1,9 +1,8 @@
 """A server on loopback with those endpoints of vLLM that are used, around a model of transformers; it can fail."""
 
 import hashlib
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from stages.lib.settings.declaration import block
 from stages.lib.settings.vllm_server import VllmServer
+from tests.loopback_server import LoopbackServer, QuietHandler
 
 
-class VllmStandIn:
+class VllmStandIn(LoopbackServer):
     """Serves a model folder.
 
     Args:
@@ -89,17 +89,15 @@ class VllmStandIn:
         reason = "stop" if ids[-1] in body["stop_token_ids"] else "length"
         return {"token_ids": ids, "logprobs": {"token_logprobs": logps}, "finish_reason": reason}
 
-    def __enter__(self) -> "VllmStandIn":
+    def handler(self) -> type[BaseHTTPRequestHandler]:
         stand_in, lock = self, threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(QuietHandler, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.say({"data": [{"id": "served"}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with lock:
                     if stand_in.dies_at is not None and stand_in.asked >= stand_in.dies_at and body.get("n", 1) > 1:
                         self.close_connection = True
@@ -107,30 +105,11 @@ class VllmStandIn:
                     told = stand_in.answer(self.path, body)
                 self.say(told)
 
-            def say(self, told: Any) -> None:
-                content = json.dumps(told).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                """Stay silent."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # a client that has gone
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+        return Handler
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return self.origin
 
     @property
     def pushes(self) -> int:
